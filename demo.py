@@ -1,0 +1,1 @@
+"""A small end-to-end run on faces that it draws, through the public commands."""

@@ -1,0 +1,1 @@
+"""Stage one: a teacher, its class centres, and the primary groups of every image."""

@@ -1,0 +1,1 @@
+"""Records and cached targets on disk: numpy, no torch."""

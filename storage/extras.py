@@ -1,0 +1,21 @@
+"""Optional packages: asked for by name where they are needed."""
+
+import importlib
+from typing import Any
+
+from gkd.storage.errors import ConfigError
+
+
+def require(module: str, extra: str) -> Any:
+    """Import an optional package.
+
+    Raises:
+        ConfigError: where it is not installed, naming the extra of gkd that brings it.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = module.partition(".")[0]
+        raise ConfigError(
+            f"{package} cannot be imported ({error}); install it with: pip install 'gkd[{extra}]'"
+        ) from error

@@ -1,0 +1,89 @@
+"""Progress of long work: a live bar on a terminal, plain lines in a log."""
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+LINE_SECONDS = 10.0
+
+
+class Advance(Protocol):
+    """Tells the progress display that more is done, optionally with a note to show."""
+
+    def __call__(self, amount: int = 1, note: str = "") -> None: ...  # noqa: D102
+
+
+class _RateColumn(ProgressColumn):
+    def __init__(self, unit: str) -> None:
+        super().__init__()
+        self.unit = unit
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed or 0.0
+        return Text(f"{speed:,.0f} {self.unit}/s")
+
+
+@contextmanager
+def progress(what: str, total: int, unit: str, done: int = 0) -> Iterator[Advance]:
+    """Show the progress of ``total`` units of work on stderr, of which ``done`` stand already.
+
+    On a terminal a live bar with rate and time left; elsewhere a plain line every
+    ``LINE_SECONDS`` and one at the end. Yields a function that tells how much more is done.
+    """
+    if sys.stderr.isatty():
+        bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            _RateColumn(unit),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=Console(stderr=True),
+        )
+        with bar:
+            task = bar.add_task(what, total=total, completed=done, note="")
+
+            def advance_bar(amount: int = 1, note: str = "") -> None:
+                bar.update(task, advance=amount, note=note)
+
+            yield advance_bar
+        return
+
+    began = last = time.monotonic()
+    count = done
+    latest = ""
+
+    def line(now: float) -> None:
+        rate = (count - done) / max(now - began, 1e-9)
+        left = (total - count) / rate if rate else float("inf")
+        ending = f", {left:,.0f} s left" if count < total else f" in {now - began:,.1f} s"
+        text = f"{what}: {count:,}/{total:,} ({rate:,.1f} {unit}/s{ending})"
+        print(f"{text} {latest}".rstrip(), file=sys.stderr, flush=True)
+
+    def advance_line(amount: int = 1, note: str = "") -> None:
+        nonlocal count, last, latest
+        count += amount
+        latest = note or latest
+        now = time.monotonic()
+        if now - last >= LINE_SECONDS:
+            last = now
+            line(now)
+
+    yield advance_line
+    line(time.monotonic())

@@ -1,0 +1,128 @@
+"""What a cache is: every number and digest that decided its bytes."""
+
+from typing import Literal
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from gkd.storage.errors import ConfigError
+
+FORMAT = 1
+View = Literal["original", "flipped"]
+VIEWS: tuple[View, ...] = ("original", "flipped")
+LabelOrder = Literal["recordio", "natural", "plain"]
+
+
+class Preprocess(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How pixels become a network's input: ``(x - mean) / std`` per channel, x in 0..255.
+
+    ``mean`` and ``std`` follow the channel order of the input, which is RGB, or BGR where
+    ``bgr`` is set.
+    """
+
+    name: str
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    bgr: bool = False
+
+    def apply(self, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+        """RGB images uint8 [B, H, W, 3] to network input float32 [B, 3, H, W]."""
+        if self.bgr:
+            images = images[..., ::-1]
+        scale = 1.0 / np.asarray(self.std, np.float32)
+        shift = -np.asarray(self.mean, np.float32) * scale
+        return np.ascontiguousarray((images * scale + shift).transpose(0, 3, 1, 2))
+
+
+def preprocess_preset(name: str, *, bgr: bool = False) -> Preprocess:
+    """Preset ``arcface`` ((x/255 - 0.5)/0.5), ``imagenet`` (its mean and std) or ``raw`` (0..255).
+
+    Raises:
+        ConfigError: for another name.
+    """
+    match name:
+        case "arcface":
+            return Preprocess(name, (127.5,) * 3, (127.5,) * 3, bgr)
+        case "imagenet":
+            mean = (0.485 * 255, 0.456 * 255, 0.406 * 255)
+            std = (0.229 * 255, 0.224 * 255, 0.225 * 255)
+            if bgr:
+                mean, std = mean[::-1], std[::-1]
+            return Preprocess(name, mean, std, bgr)
+        case "raw":
+            return Preprocess(name, (0.0,) * 3, (1.0,) * 3, bgr)
+    raise ConfigError(
+        f"preprocess: expected arcface, imagenet or raw, got {name!r}; choose one of the three"
+    )
+
+
+class TeacherSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The network whose predictions are cached; ``sha256`` is of its weights file."""
+
+    name: str
+    arch: str
+    sha256: str
+    embedding_dim: int
+
+
+class CentersSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The teacher's class centres; ``sha256`` is of the normalised float32 [C, D] array."""
+
+    kind: Literal["file", "class-mean"]
+    name: str
+    sha256: str
+
+
+class DatasetSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The records that were seen; ``fingerprint`` is of labels and encoded sizes in row order."""
+
+    name: str
+    num_images: int
+    num_classes: int
+    label_order: LabelOrder
+    fingerprint: str
+
+
+class DrawsSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Classes drawn with replacement from the teacher's prediction softened by ``temperature``."""
+
+    count: int
+    temperature: float
+    source: Literal["primary", "all"]
+
+
+class CacheSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Attributes of a cache's root group (format 1), see ``storage/FORMAT.md``.
+
+    Two runs with equal specs, ``software`` aside, write equal bytes.
+    """
+
+    format: int = FORMAT
+    num_samples: int
+    num_classes: int
+    shard_samples: int
+    max_group: int
+    threshold: float
+    group_temperature: float
+    temperatures: tuple[float, ...]
+    scale: float
+    margin: float
+    views: tuple[View, ...]
+    preprocess: Preprocess
+    precision: str
+    teacher: TeacherSpec
+    centers: CentersSpec
+    dataset: DatasetSpec
+    draws: DrawsSpec | None = None
+    software: dict[str, str]
+
+    @property
+    def num_shards(self) -> int:
+        """Rows of every array."""
+        return -(-self.num_samples // self.shard_samples)
+
+    def shard_rows(self, shard: int) -> range:
+        """Rows of the data set that a shard holds."""
+        start = shard * self.shard_samples
+        return range(start, min(start + self.shard_samples, self.num_samples))

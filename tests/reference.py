@@ -1,0 +1,1 @@
+"""Dense float64 twins of what gkd computes sparsely, for tests."""

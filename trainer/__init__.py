@@ -1,0 +1,1 @@
+"""Stage two: students, their losses, training, evaluation and export."""
