@@ -1,0 +1,59 @@
+"""What every benchmark shares: the machine in words, and the one JSON object at the end."""
+
+import json
+import operator
+import os
+import platform
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import psutil
+
+from tests.paths import ROOT
+
+RESULTS = ROOT / "benchmarks"
+COMPARE = {"<=": operator.le, ">=": operator.ge, "==": operator.eq}
+Bar = tuple[str, float]
+
+
+def machine() -> str:
+    """The machine in words: processor, usable cores, memory, system and Python."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    memory = psutil.virtual_memory().total / 2**30
+    return (
+        f"{_processor()}, {cores} cores, {memory:.0f} GiB, {platform.system()} "
+        f"{platform.release()}, Python {platform.python_version()}"
+    )
+
+
+def report(name: str, ratios: Mapping[str, float], bars: Mapping[str, Bar]) -> None:
+    """Say which bars hold, then print the result as one JSON line and write it to RESULTS.
+
+    ``ratios`` is {what: value}, ``bars`` {what: (op, bound)} over the same names; a ratio without
+    a bar is told only. Exits with 1 where a bar is missed, after the line is printed.
+    """
+    missed = []
+    for what, (op, bound) in bars.items():
+        holds = COMPARE[op](ratios[what], bound)
+        verdict = "holds" if holds else "MISSED"
+        print(f"{what}: {ratios[what]:.4g}, bar {op} {bound:g}: {verdict}", file=sys.stderr)
+        if not holds:
+            missed.append(what)
+    line = json.dumps(
+        {"name": name, "machine": machine(), "ratios": dict(ratios), "bars": dict(bars)}
+    )
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(line + "\n")
+    print(line, flush=True)
+    if missed:
+        sys.exit(1)
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
