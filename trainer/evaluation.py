@@ -1,0 +1,246 @@
+"""Face verification as the field does it: accuracy over ten folds, TAR at FAR, ROC."""
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from gkd.storage.errors import ConfigError
+from gkd.storage.extras import require
+from gkd.storage.progress import progress
+from gkd.storage.spec import Preprocess
+from gkd.trainer.verification_set import FOLDS, VerificationSet
+
+# RGB uint8 [B, 112, 112, 3] -> embeddings float32 [B, D], not normalised
+Embed = Callable[[npt.NDArray[np.uint8]], npt.NDArray[np.float32]]
+
+FARS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
+THRESHOLDS = np.arange(0, 4, 0.01)
+DECODE_THREADS = 2
+AUTOCAST = {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class VerificationResult:
+    """What one model scores on one verification set; fractions, not percent.
+
+    accuracy, accuracy_std   mean and standard deviation over ten folds, each judged at the
+                             threshold that is best on the other nine
+    thresholds               float64 [10], squared L2 distance chosen for each fold
+    tar_at_far               the largest share of genuine pairs accepted by any threshold, over all
+                             pairs, that accepts at most this share of the impostor pairs; None
+                             where there are fewer than 1/FAR impostor pairs to tell
+    auc, eer                 area under the ROC; the error rate where both kinds are equal
+    far, tar                 float64 [K], the ROC's points, both ascending from 0 to 1
+    """
+
+    name: str
+    genuine_pairs: int
+    impostor_pairs: int
+    accuracy: float
+    accuracy_std: float
+    thresholds: npt.NDArray[np.float64]
+    tar_at_far: dict[float, float | None]
+    auc: float
+    eer: float
+    far: npt.NDArray[np.float64]
+    tar: npt.NDArray[np.float64]
+
+    def to_builtins(self) -> dict[str, Any]:
+        """For JSON: all but the points of the ROC."""
+        return {
+            "name": self.name,
+            "genuine_pairs": self.genuine_pairs,
+            "impostor_pairs": self.impostor_pairs,
+            "accuracy": self.accuracy,
+            "accuracy_std": self.accuracy_std,
+            "thresholds": [round(float(threshold), 2) for threshold in self.thresholds],
+            "tar_at_far": {f"{far:.0e}": tar for far, tar in self.tar_at_far.items()},
+            "auc": self.auc,
+            "eer": self.eer,
+        }
+
+
+def module_embed(
+    module: nn.Module, preprocess: Preprocess, device: torch.device, precision: str = "fp32"
+) -> Embed:
+    """Make an ``Embed`` of a network that takes float [B, 3, 112, 112].
+
+    Pixels travel as uint8 and are normalised on ``device``, where the module already is. Its mode
+    is left alone: put it into eval mode before. ``precision`` is fp32, fp16 or bf16 (autocast).
+    """
+    if precision not in AUTOCAST:
+        raise ConfigError(f"precision: expected fp32, fp16 or bf16, got {precision!r}")
+    low_precision = AUTOCAST[precision]
+    mean = torch.tensor(preprocess.mean, device=device).view(3, 1, 1)
+    std = torch.tensor(preprocess.std, device=device).view(3, 1, 1)
+
+    def embed(images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+        pixels = torch.from_numpy(images).to(device).permute(0, 3, 1, 2)
+        if preprocess.bgr:
+            pixels = pixels.flip(1)
+        autocast = (
+            torch.autocast(device.type, dtype=low_precision) if low_precision else nullcontext()
+        )
+        with torch.inference_mode(), autocast:
+            embeddings = module(((pixels.float() - mean) / std).contiguous())
+        return np.asarray(embeddings.float().cpu().numpy(), np.float32)
+
+    return embed
+
+
+def evaluate(embed: Embed, pairs: VerificationSet, *, batch_size: int = 128) -> VerificationResult:
+    """Embed every image of ``pairs`` and its mirror image, and score the pairs' distances.
+
+    Raises:
+        CorruptRecordError: naming file and image, where an image cannot be read.
+        ConfigError: where the model's embeddings are not finite.
+    """
+    embeddings = flip_sum_embeddings(embed, pairs, batch_size=batch_size)
+    return score(pair_distances(embeddings), pairs.issame, name=pairs.name)
+
+
+def flip_sum_embeddings(
+    embed: Embed, pairs: VerificationSet, *, batch_size: int
+) -> npt.NDArray[np.float64]:
+    """Embedding of each image plus that of its mirror image, then L2-normalised; [2P, D]."""
+    parts = []
+    with progress(f"Evaluating {pairs.name}", len(pairs.images), "images") as advance:
+        for images in _decoded_batches(pairs, batch_size):
+            mirrored = np.ascontiguousarray(images[:, :, ::-1])
+            parts.append(embed(images).astype(np.float64) + embed(mirrored))
+            advance(len(images))
+    embeddings = np.concatenate(parts)
+    strange = np.flatnonzero(~np.isfinite(embeddings).all(axis=1))
+    if len(strange):
+        raise ConfigError(
+            f"{pairs.path}: the model's embeddings of {len(strange)} images are not finite, the "
+            f"first is image {strange[0]}; the training diverged or the preprocessing does not fit"
+        )
+    norms = np.linalg.norm(embeddings, axis=1, keepdims=True)
+    return np.asarray(embeddings / np.where(norms > 0, norms, 1.0))
+
+
+def _decoded_batches(pairs: VerificationSet, batch_size: int) -> Iterator[npt.NDArray[np.uint8]]:
+    """Yield batches uint8 [<= batch_size, 112, 112, 3]; the next is decoded while one is used."""
+    numbers = range(len(pairs.images))
+    cuts = [numbers[start : start + batch_size] for start in range(0, len(numbers), batch_size)]
+    with ThreadPoolExecutor(DECODE_THREADS) as pool:
+        coming = [pool.submit(pairs.image, number) for number in cuts[0]]
+        for following in [*cuts[1:], range(0)]:
+            batch, coming = coming, [pool.submit(pairs.image, number) for number in following]
+            yield np.stack([image.result() for image in batch])
+
+
+def pair_distances(embeddings: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Squared L2 distances [P] of the pairs of rows of [2P, D]."""
+    return np.asarray(np.square(embeddings[0::2] - embeddings[1::2]).sum(axis=1))
+
+
+def score(
+    distances: npt.NDArray[np.float64], issame: npt.NDArray[np.bool_], *, name: str
+) -> VerificationResult:
+    """Every number of a verification set from its pairs' distances [P] and truths [P]."""
+    accuracies, thresholds = fold_accuracies(distances, issame)
+    far, tar = roc(distances, issame)
+    impostors = int((~issame).sum())
+    return VerificationResult(
+        name=name,
+        genuine_pairs=int(issame.sum()),
+        impostor_pairs=impostors,
+        accuracy=float(accuracies.mean()),
+        accuracy_std=float(accuracies.std()),
+        thresholds=thresholds,
+        tar_at_far={bound: tar_at(far, tar, bound, impostors) for bound in FARS},
+        auc=float(np.trapezoid(tar, far)),
+        eer=equal_error_rate(far, tar),
+        far=far,
+        tar=tar,
+    )
+
+
+def fold_accuracies(
+    distances: npt.NDArray[np.float64], issame: npt.NDArray[np.bool_]
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Accuracy of each of ten contiguous folds at the threshold best on the other nine.
+
+    A pair is accepted where its distance is below the threshold; thresholds 0, 0.01 ... 3.99, the
+    first of the best. The first P % 10 folds hold one pair more. Returns accuracies and thresholds,
+    each float64 [10]. Source: ``evaluate`` and ``calculate_roc`` of arcface_torch.
+    """
+    fold_sizes = np.full(FOLDS, len(distances) // FOLDS)
+    fold_sizes[: len(distances) % FOLDS] += 1
+    fold = np.repeat(np.arange(FOLDS), fold_sizes)
+    # Every threshold from this one on accepts the pair.
+    first_accepting = np.searchsorted(THRESHOLDS, distances, side="right")
+
+    def accepted(chosen: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
+        """How many of the chosen pairs each fold accepts at each threshold [10, thresholds]."""
+        width = len(THRESHOLDS) + 1
+        cells = fold[chosen] * width + first_accepting[chosen]
+        counts = np.bincount(cells, minlength=FOLDS * width).reshape(FOLDS, width)
+        return np.asarray(counts[:, :-1].cumsum(axis=1))
+
+    impostors = np.bincount(fold[~issame], minlength=FOLDS)
+    correct = accepted(issame) + impostors[:, None] - accepted(~issame)
+    best = (correct.sum(axis=0) - correct).argmax(axis=1)
+    return correct[np.arange(FOLDS), best] / fold_sizes, THRESHOLDS[best]
+
+
+def roc(
+    distances: npt.NDArray[np.float64], issame: npt.NDArray[np.bool_]
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Share of impostor (FAR) and of genuine pairs (TAR) at each distance or below; from 0 to 1."""
+    order = np.argsort(distances, kind="stable")
+    ascending, same = distances[order], issame[order]
+    last_of_equals = np.append(np.flatnonzero(np.diff(ascending)), len(ascending) - 1)
+    tar = same.cumsum()[last_of_equals] / same.sum()
+    far = (~same).cumsum()[last_of_equals] / (~same).sum()
+    return np.concatenate([[0.0], far]), np.concatenate([[0.0], tar])
+
+
+def tar_at(
+    far: npt.NDArray[np.float64], tar: npt.NDArray[np.float64], bound: float, impostors: int
+) -> float | None:
+    """Largest TAR at a FAR of at most ``bound``; None where ``impostors`` are too few to tell."""
+    # A bound of 1e-2 and 100 impostors: 1e-2 * 100 is a hair from 1 in floating point.
+    if impostors * bound < 1 - 1e-9:
+        return None
+    return float(tar[np.searchsorted(far, bound + 1e-12, side="right") - 1])
+
+
+def equal_error_rate(far: npt.NDArray[np.float64], tar: npt.NDArray[np.float64]) -> float:
+    """The rate at which false accepts equal false rejects, between the ROC's points linearly."""
+    gap = far - (1.0 - tar)  # ascends from -1 to 1
+    after = int(np.argmax(gap >= 0))
+    share = -gap[after - 1] / (gap[after] - gap[after - 1])
+    return float(far[after - 1] + share * (far[after] - far[after - 1]))
+
+
+def plot_roc(results: Sequence[VerificationResult], png: Path) -> None:
+    """Draw the ROC of each result, FAR in logarithmic scale.
+
+    Raises:
+        ConfigError: where matplotlib is not installed.
+    """
+    require("matplotlib", "plot")
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    for result in results:
+        # One impostor pair is the least FAR that the set can show.
+        floor = 1.0 / result.impostor_pairs
+        label = f"{result.name}: {result.accuracy:.2%}, AUC {result.auc:.4f}"
+        axes.step(np.maximum(result.far, floor), result.tar, where="post", label=label)
+    axes.set(xscale="log", xlabel="false accept rate", ylabel="true accept rate", ylim=(0, 1.01))
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right")
+    figure.savefig(png, dpi=150)
