@@ -1,0 +1,136 @@
+"""MobileFaceNet, blocks 1-4-6-2.
+
+Chen et al., MobileFaceNets: Efficient CNNs for Accurate Real-Time Face Verification on Mobile
+Devices, 2018, in the form of arcface_torch's ``mbf`` (deepinsight/insightface), whose state-dict
+key names these modules carry.
+"""
+
+import math
+
+from torch import Tensor, nn
+
+from gkd.trainer.backbones.common import InputPool, freeze_at_one, halved, scaled
+
+# The expansions and the last convolution are the same at every width, as published.
+HEAD_CHANNELS = 512
+
+
+class ConvBlock(nn.Module):
+    """Convolution, BatchNorm and, unless ``linear``, PReLU."""
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        kernel: int = 1,
+        *,
+        stride: int = 1,
+        padding: int = 0,
+        groups: int = 1,
+        linear: bool = False,
+    ) -> None:
+        super().__init__()
+        convolution = nn.Conv2d(inputs, outputs, kernel, stride, padding, groups=groups, bias=False)
+        activation = [] if linear else [nn.PReLU(outputs)]
+        self.layers = nn.Sequential(convolution, nn.BatchNorm2d(outputs), *activation)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Float [B, inputs, H, W] to [B, outputs, H', W']."""
+        y: Tensor = self.layers(x)
+        return y
+
+
+class Bottleneck(nn.Module):
+    """Expansion to ``hidden`` channels, depthwise 3x3, linear projection."""
+
+    def __init__(
+        self, inputs: int, outputs: int, hidden: int, *, stride: int = 1, residual: bool = False
+    ) -> None:
+        super().__init__()
+        self.residual = residual
+        self.layers = nn.Sequential(
+            ConvBlock(inputs, hidden),
+            ConvBlock(hidden, hidden, 3, stride=stride, padding=1, groups=hidden),
+            ConvBlock(hidden, outputs, linear=True),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Float [B, inputs, H, W] to [B, outputs, H / stride, W / stride]."""
+        y: Tensor = self.layers(x)
+        return x + y if self.residual else y
+
+
+class Residuals(nn.Module):
+    """Bottlenecks in a row, each added to its input."""
+
+    def __init__(self, channels: int, hidden: int, blocks: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            *(Bottleneck(channels, channels, hidden, residual=True) for _ in range(blocks))
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Float [B, channels, H, W], the same shape out."""
+        y: Tensor = self.layers(x)
+        return y
+
+
+class GlobalDepthwise(nn.Module):
+    """A depthwise convolution over the whole map, then the embedding."""
+
+    def __init__(self, side: int, embedding_dim: int) -> None:
+        super().__init__()
+        norm = nn.BatchNorm1d(embedding_dim)
+        freeze_at_one(norm)
+        self.layers = nn.Sequential(
+            ConvBlock(HEAD_CHANNELS, HEAD_CHANNELS, side, groups=HEAD_CHANNELS, linear=True),
+            nn.Flatten(),
+            nn.Linear(HEAD_CHANNELS, embedding_dim, bias=False),
+            norm,
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Float [B, 512, side, side] to [B, embedding_dim]."""
+        y: Tensor = self.layers(x)
+        return y
+
+
+class MobileFaceNet(nn.Module):
+    """Float images [B, 3, 112, 112] to un-normalised embeddings [B, embedding_dim].
+
+    ``width`` is the published ``scale``: 64 x width channels at first, 128 x width later.
+    ``input_size`` 56 or 28 pools the images first.
+    """
+
+    def __init__(
+        self, *, embedding_dim: int = 512, width: float = 2.0, input_size: int = 112
+    ) -> None:
+        super().__init__()
+        narrow, wide = scaled(64, width), scaled(128, width)
+        self.pool = InputPool(input_size)
+        self.layers = nn.ModuleList(
+            [
+                ConvBlock(3, narrow, 3, stride=2, padding=1),
+                # 64 groups at 128 channels too: not depthwise there, but so published.
+                ConvBlock(narrow, narrow, 3, padding=1, groups=math.gcd(64, narrow)),
+                Bottleneck(narrow, narrow, 128, stride=2),
+                Residuals(narrow, 128, 4),
+                Bottleneck(narrow, wide, 256, stride=2),
+                Residuals(wide, 256, 6),
+                Bottleneck(wide, wide, 512, stride=2),
+                Residuals(wide, 256, 2),
+            ]
+        )
+        self.conv_sep = ConvBlock(wide, HEAD_CHANNELS)
+        self.features = GlobalDepthwise(halved(input_size, times=4), embedding_dim)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Float [B, 3, 112, 112] to [B, embedding_dim]."""
+        x = self.pool(images)
+        for layer in self.layers:
+            x = layer(x)
+        embeddings: Tensor = self.features(self.conv_sep(x))
+        return embeddings
