@@ -1,5 +1,6 @@
 """What a cache is: every number and digest that decided its bytes."""
 
+import math
 from typing import Literal
 
 import msgspec
@@ -9,6 +10,7 @@ import numpy.typing as npt
 from gkd.storage.errors import ConfigError
 
 FORMAT = 1
+MAX_GROUP = 65535
 View = Literal["original", "flipped"]
 VIEWS: tuple[View, ...] = ("original", "flipped")
 LabelOrder = Literal["recordio", "natural", "plain"]
@@ -32,7 +34,7 @@ class Preprocess(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             images = images[..., ::-1]
         scale = 1.0 / np.asarray(self.std, np.float32)
         shift = -np.asarray(self.mean, np.float32) * scale
-        return np.ascontiguousarray((images * scale + shift).transpose(0, 3, 1, 2))
+        return np.ascontiguousarray((images * scale + shift).transpose(0, 3, 1, 2), np.float32)
 
 
 def preprocess_preset(name: str, *, bgr: bool = False) -> Preprocess:
@@ -43,15 +45,15 @@ def preprocess_preset(name: str, *, bgr: bool = False) -> Preprocess:
     """
     match name:
         case "arcface":
-            return Preprocess(name, (127.5,) * 3, (127.5,) * 3, bgr)
+            return Preprocess(name, (127.5, 127.5, 127.5), (127.5, 127.5, 127.5), bgr)
         case "imagenet":
-            mean = (0.485 * 255, 0.456 * 255, 0.406 * 255)
-            std = (0.229 * 255, 0.224 * 255, 0.225 * 255)
+            red, green, blue = 0.485 * 255, 0.456 * 255, 0.406 * 255
+            red_std, green_std, blue_std = 0.229 * 255, 0.224 * 255, 0.225 * 255
             if bgr:
-                mean, std = mean[::-1], std[::-1]
-            return Preprocess(name, mean, std, bgr)
+                return Preprocess(name, (blue, green, red), (blue_std, green_std, red_std), bgr)
+            return Preprocess(name, (red, green, blue), (red_std, green_std, blue_std), bgr)
         case "raw":
-            return Preprocess(name, (0.0,) * 3, (1.0,) * 3, bgr)
+            return Preprocess(name, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), bgr)
     raise ConfigError(
         f"preprocess: expected arcface, imagenet or raw, got {name!r}; choose one of the three"
     )
@@ -117,6 +119,43 @@ class CacheSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     draws: DrawsSpec | None = None
     software: dict[str, str]
 
+    def __post_init__(self) -> None:
+        """Refuse numbers that format 1 cannot hold.
+
+        Raises:
+            ConfigError: naming the field, what it must be and what it is.
+        """
+        positive = "a positive finite number"
+        rules: dict[str, tuple[str, bool]] = {
+            "format": (f"{FORMAT}, the format of this version of gkd", self.format == FORMAT),
+            "num_samples": ("1 or more", self.num_samples >= 1),
+            "num_classes": ("1 to 2^32", 1 <= self.num_classes <= 2**32),
+            "shard_samples": ("1 to 2^24", 1 <= self.shard_samples <= 2**24),
+            "max_group": ("1 to 65535", 1 <= self.max_group <= MAX_GROUP),
+            "threshold": ("0 to 1", 0 <= self.threshold <= 1),
+            "group_temperature": (positive, _positive(self.group_temperature)),
+            "temperatures": (
+                "one or more different positive numbers",
+                0 < len(self.temperatures) == len(set(self.temperatures))
+                and all(map(_positive, self.temperatures)),
+            ),
+            "scale": (positive, _positive(self.scale)),
+            "margin": ("a finite number", math.isfinite(self.margin)),
+            "views": (
+                "original, flipped or both, in this order",
+                self.views in (VIEWS, VIEWS[:1], VIEWS[1:]),
+            ),
+            "draws": (
+                "1 or more draws at a positive temperature",
+                self.draws is None or (self.draws.count >= 1 and _positive(self.draws.temperature)),
+            ),
+        }
+        for field, (expected, holds) in rules.items():
+            if not holds:
+                raise ConfigError(
+                    f"cache spec: {field}: expected {expected}, got {getattr(self, field)!r}"
+                )
+
     @property
     def num_shards(self) -> int:
         """Rows of every array."""
@@ -126,3 +165,7 @@ class CacheSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         """Rows of the data set that a shard holds."""
         start = shard * self.shard_samples
         return range(start, min(start + self.shard_samples, self.num_samples))
+
+
+def _positive(number: float) -> bool:
+    return math.isfinite(number) and number > 0

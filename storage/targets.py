@@ -14,12 +14,20 @@ MAX_CODE = 65535
 def encode_log_probs(log_probs: npt.NDArray[np.floating]) -> npt.NDArray[np.uint16]:
     """Natural-log probabilities to codes q with p = 2^(-q/1024); below 2^-64: clamped."""
     codes = np.rint(np.asarray(log_probs, np.float64) * (-STEPS_PER_OCTAVE / np.log(2.0)))
-    return np.clip(codes, 0, MAX_CODE).astype(np.uint16)
+    clipped: npt.NDArray[np.uint16] = np.clip(codes, 0, MAX_CODE).astype(np.uint16)
+    return clipped
 
 
 def decode_log_probs(codes: npt.NDArray[np.uint16]) -> npt.NDArray[np.float32]:
     """Codes to natural-log probabilities, float32."""
     return codes.astype(np.float32) * np.float32(-np.log(2.0) / STEPS_PER_OCTAVE)
+
+
+def offsets_from_sizes(sizes: npt.NDArray[np.integer]) -> npt.NDArray[np.int64]:
+    """Group sizes [n] to offsets int64 [n + 1]."""
+    offsets = np.zeros(len(sizes) + 1, np.int64)
+    np.cumsum(sizes, out=offsets[1:])
+    return offsets
 
 
 @dataclass(frozen=True)
@@ -32,12 +40,16 @@ class SparseTargets:
     indices      uint32  [E]      classes
     log2_probs   uint16  [E]      codes of p(group_temperature), see ``encode_log_probs``
     secondary    float32 [n, t]   natural log of the mass outside the group at each temperature
+    draws            uint32  [n, d]   optional: classes drawn with replacement (``DrawsSpec``)
+    draw_log2_probs  uint16  [n, d]   and the codes of their probabilities
     """
 
     offsets: npt.NDArray[np.int64]
     indices: npt.NDArray[np.uint32]
     log2_probs: npt.NDArray[np.uint16]
     secondary: npt.NDArray[np.float32]
+    draws: npt.NDArray[np.uint32] | None = None
+    draw_log2_probs: npt.NDArray[np.uint16] | None = None
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -101,6 +113,6 @@ def at_temperature(
     return TargetBatch(
         offsets=targets.offsets,
         indices=targets.indices.astype(np.int64),
-        log_probs=log_weights + (log_primary - log_total)[rows],
+        log_probs=log_weights + (log_primary - log_total)[rows].astype(np.float32),
         log_secondary=log_secondary,
     )
