@@ -240,7 +240,7 @@ def _encoded(path: Path, number: int, item: Any) -> bytes:
 
 def _truths(path: Path, truths: Any) -> npt.NDArray[np.bool_]:
     if isinstance(truths, _Array) and truths.kind == "b1":
-        return np.frombuffer(truths.data, np.uint8) != 0
+        return np.asarray(np.frombuffer(truths.data, np.uint8) != 0)
     if not isinstance(truths, list | tuple):
         _refuse(path, "a list of truth values", truths)
     for number, truth in enumerate(truths):
