@@ -39,12 +39,18 @@ class _RateColumn(ProgressColumn):
 
 
 @contextmanager
-def progress(what: str, total: int, unit: str, done: int = 0) -> Iterator[Advance]:
+def progress(
+    what: str, total: int, unit: str, done: int = 0, *, quiet_below: int = 0
+) -> Iterator[Advance]:
     """Show the progress of ``total`` units of work on stderr, of which ``done`` stand already.
 
     On a terminal a live bar with rate and time left; elsewhere a plain line every
     ``LINE_SECONDS`` and one at the end. Yields a function that tells how much more is done.
+    Nothing is shown where ``total`` is less than ``quiet_below``: the work is over at once.
     """
+    if total < quiet_below:
+        yield lambda amount=1, note="": None
+        return
     if sys.stderr.isatty():
         bar = Progress(
             TextColumn("{task.description}"),

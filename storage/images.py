@@ -1,0 +1,98 @@
+"""Encoded images to pixels, and to digests that name them."""
+
+import hashlib
+import io
+
+import numpy as np
+import numpy.typing as npt
+import simplejpeg  # type: ignore[import-untyped]
+from PIL import Image
+
+from gkd.storage.errors import CorruptRecordError
+
+FACE_SHAPE = (112, 112, 3)
+DIGEST_BYTES = 16
+# An image of a few kilobytes can claim gigabytes of pixels; faces never come near this.
+MAX_PIXELS = 1 << 26
+JPEG_START = b"\xff\xd8\xff"
+# Named, because Pillow would hand other formats to far less guarded decoders.
+PILLOW_FORMATS = ("JPEG", "PNG", "BMP", "WEBP")
+EIGHT_BIT_MODES = frozenset({"1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"})
+
+
+def decode(encoded: bytes | memoryview) -> npt.NDArray[np.uint8]:
+    """Pixels of an encoded image, RGB uint8 [H, W, 3]; grey images are repeated over channels.
+
+    JPEG as libjpeg decodes it by default (exact DCT, smooth chroma), so pixels equal those that
+    MXNet, OpenCV and Pillow see; PNG, BMP and WebP by Pillow. Alpha is dropped.
+
+    Raises:
+        CorruptRecordError: for anything else, a damaged image, more than 8 bits a channel, or
+            more than ``MAX_PIXELS``. The message names no place: the caller knows it.
+    """
+    try:
+        if bytes(encoded[:3]) == JPEG_START:
+            height, width, colorspace, _ = simplejpeg.decode_jpeg_header(encoded)
+            _check_pixels(int(width), int(height))
+            if colorspace not in ("CMYK", "YCCK"):  # those two only Pillow turns to RGB
+                pixels: npt.NDArray[np.uint8] = simplejpeg.decode_jpeg(encoded, "RGB")
+                return pixels
+        return _decode_by_pillow(encoded)
+    except CorruptRecordError:
+        raise
+    # Pillow's decoders raise nearly anything on damaged bytes.
+    except Exception as error:
+        raise CorruptRecordError(
+            f"expected an encoded image, got {len(encoded)} bytes starting "
+            f"{bytes(encoded[:8]).hex() or 'nowhere'} ({_first_line(error)})"
+        ) from error
+
+
+def decode_face(encoded: bytes | memoryview, where: str) -> npt.NDArray[np.uint8]:
+    """Pixels of an aligned face, RGB uint8 [112, 112, 3].
+
+    Raises:
+        CorruptRecordError: naming the place, where the image does not decode or has another size.
+    """
+    try:
+        pixels = decode(encoded)
+    except CorruptRecordError as error:
+        raise CorruptRecordError(
+            f"{where}: {error}; write this image again or leave it out"
+        ) from error
+    if pixels.shape != FACE_SHAPE:
+        height, width, _ = pixels.shape
+        raise CorruptRecordError(
+            f"{where}: expected an aligned face of 112x112 pixels, got {width}x{height}; "
+            "align it, or leave it out"
+        )
+    return pixels
+
+
+def digest(encoded: bytes | memoryview) -> bytes:
+    """Name of an encoded image: its blake2b digest of 16 bytes."""
+    return hashlib.blake2b(encoded, digest_size=DIGEST_BYTES).digest()
+
+
+def _decode_by_pillow(encoded: bytes | memoryview) -> npt.NDArray[np.uint8]:
+    with Image.open(io.BytesIO(encoded), formats=PILLOW_FORMATS) as image:
+        _check_pixels(*image.size)
+        if image.mode not in EIGHT_BIT_MODES:
+            raise CorruptRecordError(
+                f"expected at most 8 bits a channel, got {image.format} of mode {image.mode}"
+            )
+        if "transparency" in image.info:
+            # Pillow warns where a transparent palette goes to RGB directly.
+            return np.asarray(image.convert("RGBA").convert("RGB"))
+        return np.asarray(image.convert("RGB"))
+
+
+def _check_pixels(width: int, height: int) -> None:
+    if width * height > MAX_PIXELS:
+        raise CorruptRecordError(
+            f"expected at most {MAX_PIXELS} pixels, got an image of {width}x{height}"
+        )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,94 @@
+"""Image folders to record packs in InsightFace's layout, which MXNet reads too."""
+
+import itertools
+import shutil
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from gkd.storage.atomic import sync_file, sync_folder
+from gkd.storage.errors import ConfigError
+from gkd.storage.folders import ImageFolder, Sort
+from gkd.storage.images import FACE_SHAPE, decode_face
+from gkd.storage.parallel import ordered_map, row_blocks
+from gkd.storage.progress import progress
+from gkd.storage.recordio import RecordWriter, encode_record
+
+
+@dataclass(frozen=True)
+class Packed:
+    """What ``pack`` wrote: the folder, and how much of what stands in it."""
+
+    path: Path
+    images: int
+    identities: int
+    bytes: int
+
+
+def pack(folder: Path, out: Path, *, sort: Sort = "natural", workers: int = 1) -> Packed:
+    """Pack an image folder into ``out/train.rec``, ``train.idx`` and ``property``.
+
+        key 0                 labels [N + 1, N + 1 + C], no image: where the identity records stand
+        keys 1..N             the images, one identity after the other, label c
+        keys N + 1..N + C     labels [first, last + 1], no image: the image keys of identity c
+        property              C,112,112
+
+    Files are copied byte for byte, never encoded again; ``workers`` threads decode them to see
+    that each is an aligned face. ``out`` appears when all is written. Key 0 counts in float32, as
+    the layout wants: beyond 2^24 images it is rounded, and readers count by the index.
+
+    Raises:
+        ConfigError: where ``out`` exists, or ``folder`` is no image folder.
+        CorruptRecordError: for the first file that is no image of 112x112 pixels.
+    """
+    if out.exists():
+        raise ConfigError(f"{out}: exists already; remove it or choose another name")
+    if not folder.is_dir():
+        raise ConfigError(
+            f"{folder}: expected a folder with one folder of images an identity, got none; name one"
+        )
+    records = ImageFolder(folder, sort=sort)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    aside = out.with_name(f".{out.name}.{uuid.uuid4().hex}")
+    aside.mkdir()
+    try:
+        with RecordWriter(aside / "train.rec") as writer:
+            _write_records(records, writer, workers)
+        height, width, _ = FACE_SHAPE
+        properties = aside / "property"
+        properties.write_text(f"{records.num_classes},{height},{width}\n")
+        sync_file(properties)
+        sync_folder(aside)
+        aside.rename(out)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    sync_folder(out.parent)
+    size = sum(file.stat().st_size for file in out.iterdir())
+    return Packed(out, len(records), records.num_classes, size)
+
+
+def _write_records(records: ImageFolder, writer: RecordWriter, workers: int) -> None:
+    count, classes = len(records), records.num_classes
+
+    def checked(rows: range) -> list[memoryview]:
+        images = [records.encoded(row) for row in rows]
+        for row, encoded in zip(rows, images, strict=True):
+            decode_face(encoded, records.where(row))
+        return images
+
+    writer.write(0, encode_record([count + 1, count + 1 + classes], b"", id=0))
+    key = 1
+    with progress("pack images", count, "images") as advance:
+        for images in ordered_map(checked, row_blocks(count), workers=workers):
+            for encoded in images:
+                label = float(records.labels[key - 1])
+                writer.write(key, encode_record(label, encoded, id=key))
+                key += 1
+            advance(len(images))
+    # Labels ascend with the rows, so the first row of each class bounds its keys.
+    firsts = np.searchsorted(records.labels, np.arange(classes + 1)) + 1
+    for first, end in itertools.pairwise(firsts):
+        writer.write(key, encode_record([float(first), float(end)], b"", id=key))
+        key += 1

@@ -1,0 +1,36 @@
+"""Threads for work that lets go of the interpreter's lock: decoding, hashing, reading files."""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+AHEAD = 4
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+def ordered_map(function: Callable[[T], R], items: Iterable[T], *, workers: int) -> Iterator[R]:
+    """``map`` over ``workers`` threads: results in the order of ``items``, few of them in memory.
+
+    At most ``AHEAD * workers`` items are taken ahead of the consumer, so a slow consumer holds no
+    more than their results. An exception of ``function`` is raised at its place.
+    """
+    with ThreadPoolExecutor(workers) as pool:
+        waiting: deque[Future[R]] = deque()
+        try:
+            for item in items:
+                waiting.append(pool.submit(function, item))
+                if len(waiting) >= AHEAD * workers:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def row_blocks(count: int, size: int = 256) -> Iterator[range]:
+    """Rows 0..count in blocks of ``size``, the last one shorter."""
+    for start in range(0, count, size):
+        yield range(start, min(start + size, count))

@@ -1,0 +1,33 @@
+"""Face records of any kind, opened by their path."""
+
+from pathlib import Path
+
+from gkd.storage.errors import ConfigError
+from gkd.storage.folders import ImageFolder, Sort
+from gkd.storage.images import digest
+from gkd.storage.record_file import RecordFile
+from gkd.storage.rows import Records, digests
+
+__all__ = ["ImageFolder", "RecordFile", "Records", "Sort", "digest", "digests", "open_records"]
+
+
+def open_records(path: str | Path, *, sort: Sort = "natural") -> Records:
+    """Open a folder with ``train.rec``, a ``.rec`` file, or a folder with one folder an identity.
+
+    ``sort`` orders the identities of an image folder; packs carry their own labels.
+
+    Raises:
+        ConfigError: where ``path`` is none of these, or holds no image.
+        CorruptRecordError: where a pack's index cannot be read.
+    """
+    path = Path(path)
+    if path.is_dir():
+        pack = path / "train.rec"
+        return RecordFile(pack) if pack.exists() else ImageFolder(path, sort=sort)
+    if path.is_file() and path.suffix == ".rec":
+        return RecordFile(path)
+    got = "another file" if path.exists() else "nothing there"
+    raise ConfigError(
+        f"{path}: expected a folder with train.rec, a .rec file, or a folder with one folder of "
+        f"images an identity, got {got}; name one of these"
+    )

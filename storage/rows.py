@@ -1,0 +1,90 @@
+"""What every source of images offers: rows of a label and an encoded image."""
+
+import hashlib
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from gkd.storage.images import DIGEST_BYTES, decode_face, digest
+from gkd.storage.parallel import ordered_map, row_blocks
+from gkd.storage.progress import progress
+from gkd.storage.spec import LabelOrder
+
+QUIET_ROWS = 100_000
+
+
+class Records(Protocol):
+    """Labelled face images in rows; pickles by path and may be shared by threads and forks.
+
+    path         absolute, as opened
+    name         short name of the data set
+    label_order  how the identities got their numbers
+    num_classes  labels are below it
+    labels       int64 [N], -1 where a record's header is unreadable or its label is no class
+    sizes        int64 [N], bytes of the encoded images, -1 where unreadable
+    """
+
+    path: Path
+    name: str
+    label_order: LabelOrder
+    num_classes: int
+    labels: npt.NDArray[np.int64]
+    sizes: npt.NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def key(self, row: int) -> str:
+        """The record's own name: ``17``, or ``person_a/0003.jpg``."""
+        ...
+
+    def where(self, row: int) -> str:
+        """File, key and offset in words, for messages."""
+        ...
+
+    def encoded(self, row: int) -> memoryview:
+        """The encoded image, without a copy where it stands in one piece.
+
+        Raises:
+            CorruptRecordError: naming file, key and offset, what was expected and what was got.
+        """
+        ...
+
+    def image(self, row: int) -> npt.NDArray[np.uint8]:
+        """The decoded face, RGB uint8 [112, 112, 3].
+
+        Raises:
+            CorruptRecordError: as ``encoded`` does, and for no image or one of another size.
+        """
+        return decode_face(self.encoded(row), self.where(row))
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex sha256 of labels and encoded sizes (int64, little-endian) in row order."""
+        hashed = hashlib.sha256(self.labels.astype("<i8").tobytes())
+        hashed.update(self.sizes.astype("<i8").tobytes())
+        return hashed.hexdigest()
+
+
+def digests(records: Records, *, workers: int) -> npt.NDArray[np.uint8]:
+    """Digests of all encoded images, uint8 [N, 16], hashed by ``workers`` threads.
+
+    Raises:
+        CorruptRecordError: at the first row that cannot be read.
+    """
+
+    def digest_rows(rows: range) -> bytes:
+        return b"".join(digest(records.encoded(row)) for row in rows)
+
+    out = np.empty((len(records), DIGEST_BYTES), np.uint8)
+    blocks = row_blocks(len(records))
+    done = 0
+    with progress("hash images", len(records), "images", quiet_below=QUIET_ROWS) as advance:
+        for hashed in ordered_map(digest_rows, blocks, workers=workers):
+            block = np.frombuffer(hashed, np.uint8).reshape(-1, DIGEST_BYTES)
+            out[done : done + len(block)] = block
+            done += len(block)
+            advance(len(block))
+    return out
