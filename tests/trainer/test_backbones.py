@@ -110,7 +110,7 @@ def randomised(name: str, **options: float) -> nn.Module:
     with torch.no_grad():
         for key, value in backbone.state_dict().items():
             if value.is_floating_point():
-                value.copy_(torch.rand_like(value) + ("running_var" in key))
+                value.copy_(torch.rand_like(value) * 0.1 + ("running_var" in key))
     return backbone.eval()
 
 

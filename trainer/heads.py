@@ -1,0 +1,68 @@
+"""The class layer: cosines to class centres, with a margin, as logits."""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# The arc cosine's slope is unbounded at 1: cosines are held this far inside.
+BOUNDARY = 1e-6
+
+
+class Margin(NamedTuple):
+    """The label's cosine becomes ``psi(m1 * theta + m2) - m3``, see ``apply_margin``.
+
+    ArcFace is (1, 0.5, 0), CosFace (1, 0, 0.4), SphereFace (4, 0, 0).
+    """
+
+    m1: float = 1.0
+    m2: float = 0.0
+    m3: float = 0.0
+
+
+def apply_margin(cosines: Tensor, margin: Margin) -> Tensor:
+    """Cosines [B] of the labels to what stands in for them, [B].
+
+        psi(phi) - m3,  phi = m1 * arccos(c) + m2
+        psi(phi) = (-1)^k cos(phi) - 2k,  k = floor(phi / pi)
+
+    psi is cos(phi) up to the angular boundary phi = pi; past it, where cos would rise again and
+    reward a wrong angle, it goes on falling (SphereFace, Liu et al. 2017). Finite in value and
+    gradient for any cosine, rounding beyond 1 included.
+    """
+    if margin.m1 == 1.0 and margin.m2 == 0.0:
+        return cosines - margin.m3
+    angles = torch.acos(cosines.clamp(BOUNDARY - 1.0, 1.0 - BOUNDARY))
+    phi = margin.m1 * angles + margin.m2
+    half_turns = torch.floor(phi.detach() / math.pi)
+    sign = 1.0 - 2.0 * torch.remainder(half_turns, 2.0)
+    return sign * torch.cos(phi) - 2.0 * half_turns - margin.m3
+
+
+class MarginHead(nn.Module):
+    """Logits ``scale * (cosine, with the margin at the label)`` from embeddings.
+
+    ``weight`` float32 [num_classes, embedding_dim] are the class centres, normalised on the way.
+    The class layer always runs in float32: under autocast too.
+    """
+
+    def __init__(
+        self, num_classes: int, embedding_dim: int, *, margin: Margin, scale: float = 64.0
+    ) -> None:
+        super().__init__()
+        self.margin = margin
+        self.scale = scale
+        self.weight = nn.Parameter(torch.empty(num_classes, embedding_dim))
+        nn.init.normal_(self.weight, std=0.01)
+
+    def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        """Un-normalised embeddings [B, D] and int64 labels [B] to float32 logits [B, C]."""
+        with torch.autocast(embeddings.device.type, enabled=False):
+            scaled = F.normalize(embeddings.float()) * self.scale
+            logits = F.linear(scaled, F.normalize(self.weight))
+            rows = torch.arange(len(labels), device=labels.device)
+            target = apply_margin(logits[rows, labels] / self.scale, self.margin) * self.scale
+            # In place: the product's own values are not needed backward, so one [B, C] suffices.
+            return logits.index_put_((rows, labels), target)
