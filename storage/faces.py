@@ -281,7 +281,7 @@ def _smooth(controls: list[tuple[float, float]]) -> Points:
     """Closed smooth curve through control points, [6 n, 2]."""
     points = np.array(controls)
     neighbours = np.stack([np.roll(points, shift, axis=0) for shift in (1, 0, -1, -2)], axis=1)
-    return np.einsum("sk,nkd->nsd", _SPLINE, neighbours).reshape(-1, 2)
+    return np.asarray(np.einsum("sk,nkd->nsd", _SPLINE, neighbours).reshape(-1, 2))
 
 
 def _mirrored(right: list[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -520,7 +520,7 @@ def _photograph(
     gain = light[..., None] * np.array(conditions.cast, np.float32) * conditions.contrast
     noise = conditions.noise * rng.standard_normal(pixels.shape, np.float32)
     pixels = (pixels - 128) * gain + 128 * gain + conditions.brightness + noise
-    return np.clip(pixels, 0, 255).astype(np.uint8)
+    return np.asarray(np.clip(pixels, 0, 255), np.uint8)
 
 
 # --- colours --------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import simplejpeg
+import simplejpeg  # type: ignore[import-untyped]
 
 from gkd.storage.faces import Conditions, Identity, draw_face
 from gkd.storage.progress import progress

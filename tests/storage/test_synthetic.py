@@ -4,14 +4,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import simplejpeg
+import simplejpeg  # type: ignore[import-untyped]
 
 from gkd.storage.synthetic import draw_faces, draw_pairs, synthetic_image
 
 
 def test_an_image_depends_on_its_numbers_alone() -> None:
     image = synthetic_image(3, 5, 2)
-    assert (image.shape, image.dtype) == ((112, 112, 3), np.uint8)
+    assert image.shape == (112, 112, 3)
+    assert image.dtype == np.uint8
     np.testing.assert_array_equal(image, synthetic_image(3, 5, 2))
     for other in [(4, 5, 2), (3, 6, 2), (3, 5, 3)]:
         assert np.abs(image.astype(int) - synthetic_image(*other)).mean() > 5
