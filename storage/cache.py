@@ -4,7 +4,6 @@ import hashlib
 import stat
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn, Self
 
@@ -16,13 +15,8 @@ import pyarrow.parquet as pq
 
 from gkd.storage import atomic, layout
 from gkd.storage.chunks import check_chunks
-from gkd.storage.errors import (
-    ConfigError,
-    CorruptShardError,
-    IncompleteCacheError,
-    SpecMismatchError,
-)
-from gkd.storage.layout import ArrayLayout, Commit, Manifest
+from gkd.storage.errors import ConfigError, CorruptShardError, IncompleteCacheError
+from gkd.storage.layout import ArrayLayout, Commit, Manifest, file_record
 from gkd.storage.spec import FORMAT, CacheSpec, View
 from gkd.storage.targets import SparseTargets, offsets_from_sizes
 
@@ -102,6 +96,8 @@ class Cache:
             return cls(path, spec, None, "")
         content = regular_file(path, layout.MANIFEST).read_bytes()
         manifest = _decode(content, Manifest, path / layout.MANIFEST)
+        if not layout.is_whole_manifest(content, manifest):
+            _corrupt(path / layout.MANIFEST, "its sha256 is not the one that it names")
         _check_manifest(path, spec, manifest)
         return cls(path, spec, manifest, hashlib.sha256(content).hexdigest())
 
@@ -189,8 +185,11 @@ class Cache:
         commit = self.commit(shard)
         path = self.shard_file(shard, layout.samples_file(shard), commit)
         rows = self.spec.shard_rows(shard)
+        content = path.read_bytes()
+        if hashlib.sha256(content).hexdigest() != commit.files[layout.samples_file(shard)].sha256:
+            _corrupt(path, "its sha256 is not the one in its commit record")
         try:
-            with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            with pq.ParquetFile(pa.BufferReader(content)) as file:
                 if file.metadata.num_rows != len(rows) or file.schema_arrow != _SAMPLES_SCHEMA:
                     _corrupt(path, f"expected {len(rows)} rows of {_SAMPLES_SCHEMA.names}")
                 table = file.read()
@@ -220,15 +219,6 @@ class Cache:
             samples.present[place] = table["digest"].is_valid().to_numpy()
             samples.digests[place] = digests_of(table)
         return samples
-
-    @cached_property
-    def committed(self) -> list[int]:
-        """Shards that were whole when this was first asked."""
-        return [
-            shard
-            for shard in range(self.spec.num_shards)
-            if (self.path / layout.commit_file(shard)).exists()
-        ]
 
 
 def digests_of(table: pa.Table) -> npt.NDArray[np.uint8]:
@@ -287,6 +277,11 @@ def read_spec(path: Path) -> CacheSpec:
         _corrupt(path / layout.METADATA, f"its spec cannot be: {error}", error)
 
 
+def committed_shards(path: Path) -> list[int]:
+    """Shards of a cache, finished or not, that have a commit record, ascending."""
+    return sorted(int(p.stem) for p in (path / "commits").glob("*.json") if p.stem.isdecimal())
+
+
 def read_commit(path: Path, spec: CacheSpec, shard: int) -> Commit:
     """A commit record, checked against what the spec says the shard must have.
 
@@ -313,11 +308,11 @@ def read_commit(path: Path, spec: CacheSpec, shard: int) -> Commit:
 
 def _check_manifest(path: Path, spec: CacheSpec, manifest: Manifest) -> None:
     place = path / layout.MANIFEST
+    for file, _ in layout.metadata_files(spec):
+        if manifest.files.get(file) != file_record(path / file):
+            _corrupt(path / file, f"its size or sha256 is not the one in {layout.MANIFEST}")
     if manifest.format != spec.format or manifest.spec != layout.spec_digest(spec):
-        raise SpecMismatchError(
-            f"{place}: the manifest of another spec than the one in {layout.METADATA}; "
-            "get the cache again"
-        )
+        _corrupt(place, f"the manifest of another spec than the one in {layout.METADATA}")
     expected = [spec.shard_rows(shard) for shard in range(len(manifest.shards))]
     if (
         len(manifest.shards) != spec.num_shards
@@ -354,10 +349,10 @@ def _decode(content: bytes, kind: Any, path: Path) -> Any:
 
 
 def _incomplete(path: Path, spec: CacheSpec) -> str:
-    committed = sum((path / layout.commit_file(s)).exists() for s in range(spec.num_shards))
+    written = len(committed_shards(path))
     return (
-        f"{path}: {committed} of {spec.num_shards} shards are written and {layout.MANIFEST} is "
-        "not; run the same `gkd cache-teacher` again to go on"
+        f"{path}: {written} of {spec.num_shards} shards are written and {layout.MANIFEST} is not; "
+        "run the same `gkd cache-teacher` again to go on"
     )
 
 

@@ -13,6 +13,7 @@ import zarr
 from msgspec import Meta
 from zarr.storage import LocalStore, StorePath
 
+from gkd.storage import atomic
 from gkd.storage.spec import CacheSpec, View
 
 if TYPE_CHECKING:
@@ -24,6 +25,8 @@ METADATA = "zarr.json"
 MANIFEST = "manifest.json"
 CARD = "README.md"
 
+_NO_SHA256 = "0" * 64
+
 Count = Annotated[int, Meta(ge=0)]
 Sha256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
 
@@ -33,6 +36,11 @@ class FileRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     bytes: Count
     sha256: Sha256
+
+
+def file_record(path: Path) -> FileRecord:
+    """The record of a file as it is on disk."""
+    return FileRecord(path.stat().st_size, atomic.sha256_file(path))
 
 
 class ViewRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -69,7 +77,9 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The last file written of a cache; its sha256 is the cache's id.
 
     ``spec`` is the digest of the spec without ``software``; ``files`` are those of no shard;
-    ``bytes`` is the size of everything the manifest vouches for.
+    ``bytes`` is the size of everything the manifest vouches for; ``self_sha256`` is the sha256 of
+    the manifest's own bytes with 64 zeros in its place, so that a damaged manifest is known
+    for one before anything else is held against it.
     """
 
     format: int
@@ -81,6 +91,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     entries: dict[View, Count]
     truncated: dict[View, Count]
     bytes: Count
+    self_sha256: Sha256
 
 
 def encode_json(value: Any) -> bytes:
@@ -235,15 +246,15 @@ def shard_files(spec: CacheSpec, shard: int, entries: dict[View, int]) -> list[s
     ]
 
 
-def build_manifest(
+def manifest_content(
     spec: CacheSpec, files: dict[str, FileRecord], commits: list[tuple[Commit, FileRecord]]
-) -> Manifest:
-    """The manifest of a finished cache from the records of all its files.
+) -> bytes:
+    """The bytes of a finished cache's manifest from the records of all its files.
 
     ``files`` are those of no shard; ``commits`` has each commit record, in order, with the
     record of its own file.
     """
-    return Manifest(
+    manifest = Manifest(
         format=spec.format,
         spec=spec_digest(spec),
         files=files,
@@ -268,4 +279,15 @@ def build_manifest(
             record.bytes + sum(file.bytes for file in commit.files.values())
             for commit, record in commits
         ),
+        self_sha256=_NO_SHA256,
     )
+    content = encode_json(manifest)
+    return encode_json(
+        msgspec.structs.replace(manifest, self_sha256=hashlib.sha256(content).hexdigest())
+    )
+
+
+def is_whole_manifest(content: bytes, manifest: Manifest) -> bool:
+    """Whether a manifest's bytes have the sha256 that they name."""
+    blank = content.replace(manifest.self_sha256.encode(), _NO_SHA256.encode())
+    return hashlib.sha256(blank).hexdigest() == manifest.self_sha256

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from gkd.storage import atomic, layout
 from gkd.storage.cache import read_commit, read_spec
 from gkd.storage.errors import IncompleteCacheError, SpecMismatchError
-from gkd.storage.layout import ArrayLayout, Commit, FileRecord, ViewRecord
+from gkd.storage.layout import ArrayLayout, Commit, ViewRecord, file_record
 from gkd.storage.spec import CacheSpec, View
 from gkd.storage.targets import SparseTargets
 
@@ -105,7 +105,7 @@ class CacheWriter:
                 view: ViewRecord(entries[view], int(truncated[view])) for view in self.spec.views
             },
             skipped={samples.keys[i]: reason for i, reason in samples.skipped.items()},
-            files={file: _record(self.path / file) for file in files},
+            files={file: file_record(self.path / file) for file in files},
         )
         atomic.write_file(self.path / layout.commit_file(shard), layout.encode_json(commit))
 
@@ -127,13 +127,15 @@ class CacheWriter:
         if (self.path / layout.CARD).exists():
             files.append(layout.CARD)
         commits = [
-            (read_commit(self.path, spec, shard), _record(self.path / layout.commit_file(shard)))
+            (
+                read_commit(self.path, spec, shard),
+                file_record(self.path / layout.commit_file(shard)),
+            )
             for shard in range(spec.num_shards)
         ]
-        manifest = layout.build_manifest(
-            spec, {file: _record(self.path / file) for file in files}, commits
+        content = layout.manifest_content(
+            spec, {file: file_record(self.path / file) for file in files}, commits
         )
-        content = layout.encode_json(manifest)
         atomic.write_file(self.path / layout.MANIFEST, content)
         return hashlib.sha256(content).hexdigest()
 
@@ -286,7 +288,3 @@ def _sync(root: Path, files: Iterable[str]) -> None:
         folders.update((root / file).relative_to(root).parents)
     for folder in folders:
         atomic.sync_folder(root / folder)
-
-
-def _record(path: Path) -> FileRecord:
-    return FileRecord(path.stat().st_size, atomic.sha256_file(path))

@@ -1,0 +1,312 @@
+"""Proves that a cache is whole, or names every file that is not."""
+
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from gkd.storage import layout
+from gkd.storage.cache import Cache, committed_shards, read_commit, read_spec, regular_file
+from gkd.storage.errors import ConfigError, CorruptShardError
+from gkd.storage.layout import Commit, FileRecord, Manifest, file_record
+from gkd.storage.progress import progress
+from gkd.storage.spec import CacheSpec
+from gkd.storage.targets import SparseTargets, decode_log_probs
+
+# Half a step of the codes is 3.4e-4 of a probability; the rest is the teacher's own rounding.
+MASS_TOLERANCE = 6e-4
+LOG_MASS_TOLERANCE = 1e-6
+_BLOCK_ENTRIES = 1 << 22
+_MAX_WORKERS = 8
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One thing wrong with one file, its path relative to the cache."""
+
+    file: str
+    problem: str
+
+    def __str__(self) -> str:
+        return f"{self.file}: {self.problem}"
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """What was looked at and what was found.
+
+    ``files`` and ``bytes`` are those of the shards, ``entries`` are summed over the views;
+    ``deep`` says whether the arrays were decoded and their meaning checked.
+    """
+
+    path: Path
+    deep: bool
+    shards: int
+    files: int
+    bytes: int
+    entries: int
+    faults: tuple[Fault, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.faults
+
+
+@dataclass(frozen=True)
+class _ShardReport:
+    files: int
+    bytes: int
+    entries: int
+    faults: tuple[Fault, ...]
+
+
+def verify(path: str | Path, *, deep: bool = True, workers: int | None = None) -> VerifyReport:
+    """Check every file of a cache against the manifest and the commit records.
+
+    Sizes and hashes of all files; with ``deep`` every array is decoded too and its meaning
+    checked (``check_targets``), and the tables of samples. Threads go over the shards; each holds
+    one view of one shard.
+
+    Raises:
+        ConfigError: where ``path`` is no cache at all. Anything else is a fault of the report.
+    """
+    path = Path(path).absolute()
+    try:
+        spec = read_spec(path)
+    except (ConfigError, CorruptShardError) as error:
+        if isinstance(error, ConfigError) and not (path / layout.MANIFEST).exists():
+            raise
+        fault = Fault(layout.METADATA, f"{error} (nothing else could be checked)")
+        return VerifyReport(path, deep, 0, 0, 0, 0, (fault,))
+
+    manifest, faults = _read_manifest(path, spec)
+    metadata_faults = list(_metadata_faults(path, spec, manifest))
+    faults += metadata_faults
+    if any(fault.file == layout.METADATA for fault in metadata_faults):
+        faults.append(Fault(layout.METADATA, "what it describes could not be checked"))
+        return VerifyReport(path, deep, 0, 0, 0, 0, tuple(faults))
+
+    shards = range(spec.num_shards) if manifest else committed_shards(path)
+    cache = Cache(path, spec, None, "")
+    reports = list(_verify_shards(cache, manifest, shards, deep, workers))
+    faults += [fault for report in reports for fault in report.faults]
+    return VerifyReport(
+        path=path,
+        deep=deep,
+        shards=len(shards),
+        files=sum(report.files for report in reports),
+        bytes=sum(report.bytes for report in reports),
+        entries=sum(report.entries for report in reports),
+        faults=tuple(sorted(faults, key=lambda fault: fault.file)),
+    )
+
+
+def _verify_shards(
+    cache: Cache,
+    manifest: Manifest | None,
+    shards: Sequence[int],
+    deep: bool,
+    workers: int | None,
+) -> Iterator[_ShardReport]:
+    workers = workers or min(_MAX_WORKERS, os.cpu_count() or 1)
+    with (
+        progress("verify", len(shards), "shards") as advance,
+        ThreadPoolExecutor(workers) as pool,
+    ):
+        jobs = [pool.submit(_verify_shard, cache, manifest, shard, deep) for shard in shards]
+        try:
+            for job in as_completed(jobs):
+                yield job.result()
+                advance()
+        finally:
+            # After an interrupt or an error, what has not begun must not run.
+            pool.shutdown(cancel_futures=True)
+
+
+def _read_manifest(path: Path, spec: CacheSpec) -> tuple[Manifest | None, list[Fault]]:
+    """The manifest where it is whole, and what is wrong with it."""
+    try:
+        content = regular_file(path, layout.MANIFEST).read_bytes()
+        manifest = msgspec.json.decode(content, type=Manifest)
+    except CorruptShardError as error:
+        done = f"{len(committed_shards(path))} of {spec.num_shards} shards are written"
+        return None, [Fault(layout.MANIFEST, f"{error} ({done})")]
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        return None, [Fault(layout.MANIFEST, f"damaged: {error}")]
+    if not layout.is_whole_manifest(content, manifest):
+        return None, [Fault(layout.MANIFEST, "damaged: its sha256 is not the one that it names")]
+    if len(manifest.shards) != spec.num_shards:
+        lies = f"{len(manifest.shards)} shards, the spec has {spec.num_shards}"
+        return None, [Fault(layout.MANIFEST, lies)]
+    return manifest, []
+
+
+def _metadata_faults(path: Path, spec: CacheSpec, manifest: Manifest | None) -> Iterator[Fault]:
+    """Files of no shard, against the manifest and against what the spec makes of them."""
+    expected = dict(layout.metadata_files(spec))
+    known = manifest.files if manifest else {}
+    for file in sorted(expected.keys() | known.keys() & {layout.CARD}):
+        found = _file_fault(path, file, known.get(file))
+        if found:
+            yield found
+        elif file in expected and (path / file).read_bytes() != layout.encode_json(expected[file]):
+            yield Fault(file, "not the metadata that the spec asks for")
+    if manifest and known.keys() - {layout.CARD} != expected.keys():
+        yield Fault(layout.MANIFEST, "its files are not those of the spec")
+
+
+def _file_fault(path: Path, file: str, expected: FileRecord | None) -> Fault | None:
+    """What is wrong with a file's presence, size or hash."""
+    try:
+        found = file_record(regular_file(path, file))
+    except CorruptShardError as error:
+        return Fault(file, str(error))
+    except OSError as error:
+        return Fault(file, f"cannot be read ({error})")
+    if expected is None or found == expected:
+        return None
+    if found.bytes != expected.bytes:
+        return Fault(file, f"expected {expected.bytes} bytes, got {found.bytes}")
+    return Fault(file, f"damaged: expected sha256 {expected.sha256}, got {found.sha256}")
+
+
+def _verify_shard(cache: Cache, manifest: Manifest | None, shard: int, deep: bool) -> _ShardReport:
+    commit_path = layout.commit_file(shard)
+    try:
+        commit = read_commit(cache.path, cache.spec, shard)
+        commit_record = file_record(cache.path / commit_path)
+    except CorruptShardError as error:
+        return _ShardReport(1, 0, 0, (Fault(commit_path, str(error)),))
+    if manifest and manifest.shards[shard].commit != commit_record.sha256:
+        fault = Fault(commit_path, f"damaged: its sha256 is not the one in {layout.MANIFEST}")
+        return _ShardReport(1, commit_record.bytes, 0, (fault,))
+
+    faults = [
+        found
+        for file, expected in commit.files.items()
+        if (found := _file_fault(cache.path, file, expected))
+    ]
+    if deep:
+        faults += _content_faults(cache, shard, commit, {fault.file for fault in faults})
+    return _ShardReport(
+        files=1 + len(commit.files),
+        bytes=commit_record.bytes + sum(record.bytes for record in commit.files.values()),
+        entries=sum(record.entries for record in commit.views.values()),
+        faults=tuple(faults),
+    )
+
+
+def _content_faults(cache: Cache, shard: int, commit: Commit, damaged: set[str]) -> Iterator[Fault]:
+    """What is wrong with the meaning of a shard's files, those that are damaged left out."""
+    samples_file = layout.samples_file(shard)
+    if samples_file in damaged:
+        return
+    try:
+        table = cache.read_samples(shard)
+    except CorruptShardError as error:
+        yield Fault(samples_file, str(error))
+        return
+    present = table["digest"].is_valid().to_numpy()
+    keys = table["key"].filter(table["digest"].is_null()).to_pylist()
+    if set(keys) != commit.skipped.keys():
+        yield Fault(samples_file, "samples without digest are not those skipped by the commit")
+
+    start = cache.spec.shard_rows(shard).start
+    for view in cache.spec.views:
+        entries = commit.views[view].entries
+        files = layout.view_files(cache.spec, shard, view, entries)
+        if damaged & files.keys():
+            continue
+        try:
+            targets = cache.read_shard(shard, view)
+        except CorruptShardError as error:
+            named = [file for file in files if str(cache.path / file) in str(error)]
+            yield Fault(named[0] if named else layout.commit_file(shard), str(error))
+            continue
+        problems = check_targets(cache.spec, targets, table["label"].to_numpy(), present)
+        for name, sample, problem in problems:
+            file = layout.arrays(cache.spec, view)[name].shard_file(shard)
+            yield Fault(file, f"row {start + sample}: {problem}")
+
+
+def check_targets(
+    spec: CacheSpec,
+    targets: SparseTargets,
+    labels: npt.NDArray[np.int64],
+    present: npt.NDArray[np.bool_],
+) -> Iterator[tuple[str, int, str]]:
+    """What targets [n] say that cannot be: array, first sample, problem.
+
+    Group sizes are 1 or more where ``present`` and 0 elsewhere; classes are unique within a
+    sample and hold its label; codes ascend; secondary masses are at most 1 and no NaN, and at
+    ``group_temperature``, where that is stored, group and secondary mass are 1 together.
+    """
+    filled = targets.sizes > 0
+    if (filled != present).any():
+        yield "sizes", int((filled != present).argmax()), "an empty group, or one of a skipped"
+        return
+    wrong = ~(targets.secondary <= LOG_MASS_TOLERANCE)
+    if wrong.any():
+        yield "secondary", int(wrong.any(axis=1).argmax()), "a log mass above 0 or not a number"
+        return
+    found: set[str] = set()
+    for block in _blocks(targets.offsets):
+        for name, sample, problem in _check_block(spec, targets, labels, block):
+            if problem not in found:
+                found.add(problem)
+                yield name, block.start + sample, problem
+
+
+def _blocks(offsets: npt.NDArray[np.int64]) -> Iterator[range]:
+    """Ranges of samples with about ``_BLOCK_ENTRIES`` entries each."""
+    start, n = 0, len(offsets) - 1
+    while start < n:
+        stop = int(np.searchsorted(offsets, offsets[start] + _BLOCK_ENTRIES, side="right")) - 1
+        stop = max(start + 1, min(stop, n))
+        yield range(start, stop)
+        start = stop
+
+
+def _check_block(
+    spec: CacheSpec, targets: SparseTargets, labels: npt.NDArray[np.int64], block: range
+) -> Iterator[tuple[str, int, str]]:
+    offsets = targets.offsets[block.start : block.stop + 1]
+    sizes = np.diff(offsets)
+    entries = slice(offsets[0], offsets[-1])
+    indices, codes = targets.indices[entries], targets.log2_probs[entries]
+    samples = np.repeat(np.arange(len(sizes), dtype=np.uint64), sizes)
+    filled = np.flatnonzero(sizes)
+
+    keyed = np.sort(samples << np.uint64(32) | indices)
+    twice = keyed[1:] == keyed[:-1]
+    if twice.any():
+        yield "indices", int(keyed[1:][twice][0] >> np.uint64(32)), "a class twice in a group"
+
+    with_label = np.zeros(len(sizes), bool)
+    block_labels = labels[block.start : block.stop]
+    with_label[samples[indices == np.repeat(block_labels, sizes)]] = True
+    if not with_label[filled].all():
+        yield "indices", int(filled[~with_label[filled]][0]), "its label is not in its group"
+
+    falls = (codes[1:] < codes[:-1]) & (samples[1:] == samples[:-1])
+    if falls.any():
+        yield "log2_probs", int(samples[1:][falls][0]), "probabilities that do not descend"
+
+    if spec.group_temperature in spec.temperatures and len(filled):
+        column = spec.temperatures.index(spec.group_temperature)
+        probs = np.exp(decode_log_probs(codes), dtype=np.float64)
+        inside = np.add.reduceat(probs, offsets[filled] - offsets[0])
+        outside = np.exp(targets.secondary[block.start : block.stop][filled, column], dtype=float)
+        wrong = ~(np.abs(inside + outside - 1) <= MASS_TOLERANCE)
+        if wrong.any():
+            yield (
+                "secondary",
+                int(filled[wrong][0]),
+                "group and secondary mass that are not 1 together",
+            )
