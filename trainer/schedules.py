@@ -1,0 +1,72 @@
+"""Learning rate and distillation weight, step by step."""
+
+import bisect
+import math
+from collections.abc import Callable
+
+import torch
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+
+from gkd.trainer.config import OptimizerConfig, ScheduleConfig
+
+
+def lr_factor(
+    schedule: ScheduleConfig, *, lr: float, steps_per_epoch: int, total_steps: int
+) -> Callable[[int], float]:
+    """A function of the step: the share of ``lr`` at which that step trains, in [0, 1].
+
+    Warm-up rises linearly over ``warmup_epochs`` and reaches 1 at its end; then
+    cosine: falls to ``final_lr`` along half a cosine; poly: falls to ``final_lr`` as
+    (remaining share)^power; step: times ``gamma`` at each milestone, counted from the start.
+    """
+    warmup = round(schedule.warmup_epochs * steps_per_epoch)
+    floor = schedule.final_lr / lr
+    milestones = [round(epoch * steps_per_epoch) for epoch in sorted(schedule.milestones)]
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        # 1 for the last step: it trains at the final rate.
+        done = min(1.0, (step - warmup) / max(1, total_steps - 1 - warmup))
+        match schedule.kind:
+            case "cosine":
+                return floor + (1 - floor) * (1 + math.cos(math.pi * done)) / 2
+            case "poly":
+                return float(floor + (1 - floor) * (1 - done) ** schedule.power)
+            case "step":
+                return float(schedule.gamma ** bisect.bisect_right(milestones, step))
+
+    return factor
+
+
+def kd_ramp(step: int, *, ramp: float, total_steps: int) -> float:
+    """Weight of distillation at a step: from 0, linearly, to 1 after ``ramp`` of all steps."""
+    return min(1.0, step / (ramp * total_steps)) if ramp else 1.0
+
+
+def make_optimizer(
+    config: OptimizerConfig, parameters: list[torch.nn.Parameter]
+) -> torch.optim.Optimizer:
+    """The optimizer over all parameters that learn, backbone and class centres alike."""
+    if config.kind == "adamw":
+        return torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
+    return torch.optim.SGD(
+        parameters,
+        lr=config.lr,
+        momentum=config.momentum,
+        nesterov=config.nesterov,
+        weight_decay=config.weight_decay,
+    )
+
+
+def make_scheduler(
+    optimizer: torch.optim.Optimizer,
+    schedule: ScheduleConfig,
+    *,
+    lr: float,
+    steps_per_epoch: int,
+    total_steps: int,
+) -> LRScheduler:
+    """Sets the learning rate before each step; see ``lr_factor``."""
+    factor = lr_factor(schedule, lr=lr, steps_per_epoch=steps_per_epoch, total_steps=total_steps)
+    return LambdaLR(optimizer, factor)
