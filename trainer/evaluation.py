@@ -24,7 +24,7 @@ Embed = Callable[[npt.NDArray[np.uint8]], npt.NDArray[np.float32]]
 FARS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 THRESHOLDS = np.arange(0, 4, 0.01)
 DECODE_THREADS = 2
-AUTOCAST = {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16}
+AUTOCAST = {"float32": None, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -69,15 +69,16 @@ class VerificationResult:
 
 
 def module_embed(
-    module: nn.Module, preprocess: Preprocess, device: torch.device, precision: str = "fp32"
+    module: nn.Module, preprocess: Preprocess, device: torch.device, precision: str = "float32"
 ) -> Embed:
     """Make an ``Embed`` of a network that takes float [B, 3, 112, 112].
 
     Pixels travel as uint8 and are normalised on ``device``, where the module already is. Its mode
-    is left alone: put it into eval mode before. ``precision`` is fp32, fp16 or bf16 (autocast).
+    is left alone: put it into eval mode before. ``precision`` is float32, float16 or
+    bfloat16 (autocast).
     """
     if precision not in AUTOCAST:
-        raise ConfigError(f"precision: expected fp32, fp16 or bf16, got {precision!r}")
+        raise ConfigError(f"precision: expected float32, float16 or bfloat16, got {precision!r}")
     low_precision = AUTOCAST[precision]
     mean = torch.tensor(preprocess.mean, device=device).view(3, 1, 1)
     std = torch.tensor(preprocess.std, device=device).view(3, 1, 1)

@@ -213,10 +213,12 @@ def test_module_embed_casts_where_asked() -> None:
     preprocess = preprocess_preset("arcface")
     images = np.stack([PAIRS.image(number) for number in range(3)])
     full = module_embed(linear, preprocess, torch.device("cpu"))(images)
-    low = module_embed(linear, preprocess, torch.device("cpu"), "bf16")(images)
+    low = module_embed(linear, preprocess, torch.device("cpu"), "bfloat16")(images)
     assert low.dtype == np.float32
     assert 0 < np.abs(low - full).max() < 0.05
-    with pytest.raises(ConfigError, match="precision: expected fp32, fp16 or bf16, got 'int8'"):
+    with pytest.raises(
+        ConfigError, match="precision: expected float32, float16 or bfloat16, got 'int8'"
+    ):
         module_embed(linear, preprocess, torch.device("cpu"), "int8")
 
 
