@@ -1,0 +1,468 @@
+"""Primary groups and secondary mass of a teacher's prediction, exact, from chunked logits.
+
+Classes are visited in chunks. Of each chunk, logits at or above a floor become candidates and all
+others go into sums that never leave the log domain, so nothing wider than a chunk is held and only
+candidates are sorted. The first floor of a row is estimated from a sample of classes; a group that
+its candidates fill is exact, because everything dropped lies below all of them. The few rows that
+were estimated too high are done again with a floor that cannot be: a class with
+p < (1 - threshold) / C is never needed.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from gkd.storage.errors import ConfigError
+from gkd.storage.targets import SparseTargets, encode_log_probs
+
+MAX_GROUP_LIMIT = 65535  # sizes are stored as uint16
+CHUNK_LOGITS = {"cpu": 2**18}  # 1 MB: stays in a core's cache
+CHUNK_LOGITS_ACCELERATOR = 2**25
+SAMPLED_CLASSES = 512
+_LOW_BITS = 0xFFFFFFFF
+_VOID_KEY = -2139095041 << 32  # a key with logit -inf
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartitionSettings:
+    """What decides a primary group.
+
+    z = scale * (cosine - margin * [class = label]);  p(T) = softmax(z / T)
+    Group: shortest prefix by descending z (ties: lower class first) with
+    sum p(group_temperature) >= threshold, and always the label; at most ``max_group`` classes.
+    The secondary mass is taken at each of ``temperatures``.
+
+    Raises:
+        ConfigError: for a value outside its range.
+    """
+
+    threshold: float = 0.93
+    group_temperature: float = 2.0
+    temperatures: tuple[float, ...] = (1.0, 2.0, 4.0)
+    max_group: int = 4096
+    scale: float = 64.0
+    margin: float = 0.4
+
+    def __post_init__(self) -> None:
+        _check("threshold", self.threshold, 0 <= self.threshold <= 1, "from 0 to 1")
+        _check("group_temperature", self.group_temperature, self.group_temperature > 0, "above 0")
+        positive = len(self.temperatures) > 0 and all(t > 0 for t in self.temperatures)
+        _check("temperatures", self.temperatures, positive, "one or more numbers above 0")
+        distinct = len(set(self.temperatures)) == len(self.temperatures)
+        _check("temperatures", self.temperatures, distinct, "each of them once")
+        fits = 1 <= self.max_group <= MAX_GROUP_LIMIT
+        _check("max_group", self.max_group, fits, f"from 1 to {MAX_GROUP_LIMIT:,}")
+        _check("scale", self.scale, 0 < self.scale < math.inf, "above 0")
+        _check("margin", self.margin, math.isfinite(self.margin), "a finite number")
+
+
+def _check(name: str, value: object, holds: bool, expected: str) -> None:
+    if not holds:
+        raise ConfigError(f"{name}: expected {expected}, got {value}")
+
+
+@dataclass(frozen=True)
+class Partition:
+    """Groups of a batch; ``truncated`` bool [B] marks those that ``max_group`` cut."""
+
+    targets: SparseTargets
+    truncated: npt.NDArray[np.bool_]
+
+
+def partition(
+    embeddings: Tensor,
+    labels: Tensor,
+    centers: Tensor,
+    settings: PartitionSettings,
+    *,
+    class_chunk: int | None = None,
+) -> Partition:
+    """Primary groups of a batch from its embeddings, on the device that holds the centres.
+
+    Args:
+        embeddings: float [B, D], of any length: they are L2-normalised here.
+        labels: int [B], the margin's class.
+        centers: float32 [C, D], L2-normalised.
+        settings: temperatures, threshold, cap, scale and margin.
+        class_chunk: classes whose logits are held at once; by default what suits the device.
+    """
+    unit = functional.normalize(embeddings.to(centers.device, torch.float32), dim=1)
+    labels = labels.to(centers.device, torch.int64)
+    logits = _CosineLogits(unit * settings.scale, labels, centers, settings)
+    return _partition(logits, settings, class_chunk)
+
+
+def partition_logits(
+    logits: Tensor,
+    labels: Tensor,
+    settings: PartitionSettings,
+    *,
+    class_chunk: int | None = None,
+) -> Partition:
+    """Primary groups of a batch from logits z float32 [B, C] with scale and margin applied."""
+    source = _GivenLogits(logits, labels.to(logits.device, torch.int64))
+    return _partition(source, settings, class_chunk)
+
+
+class _Logits(Protocol):
+    """Logits z of a batch, computed chunk by chunk."""
+
+    @property
+    def labels(self) -> Tensor: ...
+
+    @property
+    def num_classes(self) -> int: ...
+
+    def of_labels(self) -> Tensor:
+        """Logit of each label, [B]."""
+        ...
+
+    def fill(self, out: Tensor, start: int) -> None:
+        """Write the logits [B, n] of the classes from ``start`` on; the label's may be wrong."""
+        ...
+
+    def rows(self, index: Tensor) -> "_Logits":
+        """The same for some of the rows."""
+        ...
+
+
+@dataclass(frozen=True)
+class _CosineLogits:
+    scaled: Tensor  # [B, D], of length scale
+    labels: Tensor
+    centers: Tensor
+    settings: PartitionSettings
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.centers)
+
+    def of_labels(self) -> Tensor:
+        cosines = (self.scaled * self.centers[self.labels]).sum(1)
+        return cosines - self.settings.scale * self.settings.margin
+
+    def fill(self, out: Tensor, start: int) -> None:
+        torch.mm(self.scaled, self.centers[start : start + out.shape[1]].T, out=out)
+
+    def rows(self, index: Tensor) -> "_CosineLogits":
+        return _CosineLogits(self.scaled[index], self.labels[index], self.centers, self.settings)
+
+
+@dataclass(frozen=True)
+class _GivenLogits:
+    logits: Tensor
+    labels: Tensor
+
+    @property
+    def num_classes(self) -> int:
+        return self.logits.shape[1]
+
+    def of_labels(self) -> Tensor:
+        return self.logits.gather(1, self.labels[:, None])[:, 0]
+
+    def fill(self, out: Tensor, start: int) -> None:
+        out.copy_(self.logits[:, start : start + out.shape[1]])
+
+    def rows(self, index: Tensor) -> "_GivenLogits":
+        return _GivenLogits(self.logits[index], self.labels[index])
+
+
+@dataclass(frozen=True)
+class _Groups:
+    """Groups of some rows on the host, entries flat, and what a second try needs to know."""
+
+    sizes: npt.NDArray[np.int64]
+    classes: npt.NDArray[np.int64]
+    log_probs: npt.NDArray[np.float64]
+    secondary: npt.NDArray[np.float32]
+    truncated: npt.NDArray[np.bool_]
+    proved: npt.NDArray[np.bool_]
+    log_total: Tensor  # [b], of all classes at the group temperature
+
+
+@torch.inference_mode()
+def _partition(logits: _Logits, settings: PartitionSettings, class_chunk: int | None) -> Partition:
+    batch = len(logits.labels)
+    if not batch:
+        return _nothing(settings)
+    if class_chunk is None:
+        device = logits.labels.device.type
+        class_chunk = max(1, CHUNK_LOGITS.get(device, CHUNK_LOGITS_ACCELERATOR) // batch)
+    groups = _groups(logits, settings, class_chunk, None)
+    again = np.flatnonzero(~groups.proved)
+    if len(again):
+        rows = torch.from_numpy(again).to(logits.labels.device)
+        floor = _certain_floor(groups.log_total[rows], logits.num_classes, settings)
+        sure = _groups(logits.rows(rows), settings, class_chunk, floor)
+        groups = _replace(groups, again, sure)
+    targets = SparseTargets(
+        offsets=np.concatenate([[0], np.cumsum(groups.sizes)]).astype(np.int64),
+        indices=groups.classes.astype(np.uint32),
+        log2_probs=encode_log_probs(groups.log_probs),
+        secondary=groups.secondary,
+    )
+    return Partition(targets, groups.truncated)
+
+
+def _nothing(settings: PartitionSettings) -> Partition:
+    targets = SparseTargets(
+        offsets=np.zeros(1, np.int64),
+        indices=np.empty(0, np.uint32),
+        log2_probs=np.empty(0, np.uint16),
+        secondary=np.empty((0, len(settings.temperatures)), np.float32),
+    )
+    return Partition(targets, np.empty(0, np.bool_))
+
+
+def _groups(
+    logits: _Logits, settings: PartitionSettings, class_chunk: int, floor: Tensor | None
+) -> _Groups:
+    """Groups by one pass over the classes; without a floor it is estimated from the first chunk."""
+    of_labels = logits.of_labels()
+    batch, device = len(of_labels), of_labels.device
+    tail = _Tail(of_labels, settings)
+    found = [torch.empty(batch, 0, dtype=torch.int64, device=device)]
+    buffer = torch.empty(batch * min(class_chunk, logits.num_classes), device=device)
+    certain = floor is not None or settings.threshold == 1
+    for start in range(0, logits.num_classes, class_chunk):
+        width = min(class_chunk, logits.num_classes - start)
+        chunk = buffer[: batch * width].view(batch, width)
+        logits.fill(chunk, start)
+        _take_out(chunk, logits.labels - start)
+        if floor is None:
+            floor = _estimated_floor(chunk, of_labels, logits.num_classes, settings)
+        found.append(_take_candidates(chunk, start, floor))
+        tail.add(chunk)
+        if sum(keys.shape[1] for keys in found) > 2 * settings.max_group:
+            # Later classes lose a tie, so from here on only a larger logit can enter.
+            largest, least = _keep_largest(torch.cat(found, 1), settings.max_group, tail)
+            found = [largest]
+            above = torch.nextafter(least, torch.full_like(least, math.inf))
+            floor = torch.maximum(floor, above)
+    label_keys = _keys(of_labels, logits.labels)
+    return _cut(torch.cat(found, 1), label_keys, tail, None if certain else floor, settings)
+
+
+def _take_out(chunk: Tensor, columns: Tensor) -> None:
+    """Mark each row's label, where the chunk holds it, with -inf: no candidate and no mass."""
+    rows = ((columns >= 0) & (columns < chunk.shape[1])).nonzero()[:, 0]
+    chunk[rows, columns[rows]] = -math.inf
+
+
+def _estimated_floor(
+    chunk: Tensor, of_labels: Tensor, num_classes: int, settings: PartitionSettings
+) -> Tensor:
+    """A logit [B] that lies, as a sample of the chunk tells, somewhat below the group's last."""
+    if settings.threshold == 0:
+        return torch.full_like(of_labels, math.inf)
+    if settings.threshold == 1:
+        return torch.full_like(of_labels, torch.finfo(torch.float32).min)
+    stride = -(-chunk.shape[1] // SAMPLED_CLASSES)
+    sample = chunk[:, ::stride].sort(1, descending=True).values
+    weight = num_classes / sample.shape[1]
+    peak = torch.maximum(sample[:, 0], of_labels)[:, None]
+    mass = torch.exp((sample - peak) / settings.group_temperature).cumsum(1) * weight
+    label_mass = torch.exp((of_labels[:, None] - peak) / settings.group_temperature)
+    needed = settings.threshold * (mass[:, -1:] + label_mass) - label_mass
+    rank = (mass < needed).sum(1).clamp(max=settings.max_group / weight)
+    # Two standard deviations of a count, and some for the smallest counts.
+    rank = (rank + 2 * rank.sqrt() + 2).long().clamp(max=sample.shape[1] - 1)
+    floor = sample.gather(1, rank[:, None])[:, 0]
+    return floor.clamp(min=torch.finfo(torch.float32).min)
+
+
+def _certain_floor(log_total: Tensor, num_classes: int, settings: PartitionSettings) -> Tensor:
+    """A logit [B] that no entry of a group lies below.
+
+    Before the group's last entry stands less than ``threshold``, so it and the at most C - 1
+    others behind it hold more than 1 - threshold, and the last is the largest of these.
+    """
+    lowest = torch.finfo(torch.float32).min
+    if settings.threshold == 1:
+        return torch.full_like(log_total, lowest, dtype=torch.float32)
+    least = log_total + math.log((1 - settings.threshold) / num_classes)
+    rounding = 1e-4 * (1 + least.abs())
+    return (settings.group_temperature * (least - rounding)).clamp(min=lowest).to(torch.float32)
+
+
+def _take_candidates(chunk: Tensor, start: int, floor: Tensor) -> Tensor:
+    """Keys [B, n] of the logits at or above the floor, rows filled up with void ones.
+
+    In the chunk -inf stands in their place.
+    """
+    rows, columns = _places(chunk >= floor[:, None])
+    values = chunk[rows, columns]
+    chunk[rows, columns] = -math.inf
+    counts = torch.bincount(rows, minlength=len(chunk))
+    first = counts.cumsum(0) - counts
+    places = torch.arange(len(rows), device=rows.device) - first[rows]
+    keys = torch.full(
+        (len(chunk), int(counts.max())), _VOID_KEY, dtype=torch.int64, device=chunk.device
+    )
+    keys[rows, places] = _keys(values, columns + start)
+    return keys
+
+
+def _places(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows and columns of what is true in a mask [B, n], row by row."""
+    if mask.shape[1] % 8:
+        rows, columns = mask.nonzero(as_tuple=True)
+        return rows, columns
+    # Few are true: looking at eight at once is several times faster.
+    rows, words = mask.view(torch.int64).nonzero(as_tuple=True)
+    hits, bits = mask.view(len(mask), -1, 8)[rows, words].nonzero(as_tuple=True)
+    return rows[hits], words[hits] * 8 + bits
+
+
+def _keep_largest(keys: Tensor, count: int, tail: "_Tail") -> tuple[Tensor, Tensor]:
+    """The ``count`` largest keys of each row and the last one's logit; the tail gets the others."""
+    ordered = keys.sort(1, descending=True).values
+    tail.add(_key_logits(ordered[:, count:]))
+    return ordered[:, :count], _key_logits(ordered[:, count - 1])
+
+
+def _keys(logits: Tensor, classes: Tensor) -> Tensor:
+    """One int64 for (logit, class): larger for a larger logit, or at a tie for a lower class."""
+    bits = (logits + 0.0).view(torch.int32)  # + 0.0: -0.0 and 0.0 are one logit
+    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return (ordered.to(torch.int64) << 32) | (_LOW_BITS - classes)
+
+
+def _key_logits(keys: Tensor) -> Tensor:
+    ordered = (keys >> 32).to(torch.int32)
+    return (ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).view(torch.float32)
+
+
+def _key_classes(keys: Tensor) -> Tensor:
+    return _LOW_BITS - (keys & _LOW_BITS)
+
+
+class _Tail:
+    """What was dropped, as its logsumexp at each temperature, float64 [B]."""
+
+    def __init__(self, of_labels: Tensor, settings: PartitionSettings) -> None:
+        nothing = torch.full_like(of_labels, -math.inf, dtype=torch.float64)
+        temperatures = {*settings.temperatures, settings.group_temperature}
+        self.log_sums = dict.fromkeys(sorted(temperatures, reverse=True), nothing)
+
+    def add(self, logits: Tensor) -> None:
+        """Add logits [B, n], in memory that is overwritten; -inf counts nothing."""
+        # The tail's own peak is the shift: its sum is at least one, however small its mass.
+        peak = logits.amax(1).clamp(min=torch.finfo(torch.float32).min)
+        for temperature, sums in _exponential_sums(logits, peak, tuple(self.log_sums)):
+            log_sum = peak.to(torch.float64) / temperature + sums.to(torch.float64).log()
+            self.log_sums[temperature] = torch.logaddexp(self.log_sums[temperature], log_sum)
+
+
+def _exponential_sums(
+    logits: Tensor, peak: Tensor, temperatures: tuple[float, ...]
+) -> Iterator[tuple[float, Tensor]]:
+    """Sums of exp((z - peak) / T) over each row, for falling T; overwrites the logits."""
+    if all(higher == 2 * lower for higher, lower in pairwise(temperatures)):
+        # exp(x / T) is the square of exp(x / 2T): one exponential serves all.
+        factor = 1 / temperatures[0]
+        powers = torch.add(-factor * peak[:, None], logits, alpha=factor, out=logits).exp_()
+        yield temperatures[0], powers.sum(1)
+        for temperature in temperatures[1:]:
+            yield temperature, powers.mul_(powers).sum(1)
+        return
+    logits.sub_(peak[:, None])
+    for temperature in temperatures:
+        yield temperature, torch.exp(logits / temperature).sum(1)
+
+
+def _cut(
+    found: Tensor,
+    label_keys: Tensor,
+    tail: _Tail,
+    floor: Tensor | None,
+    settings: PartitionSettings,
+) -> _Groups:
+    """Groups from candidates [B, n], the labels and the tail.
+
+    ``floor`` [B] tells above what the candidates are complete; without one no class that a group
+    needs is missing.
+    """
+    keys = torch.cat([found, label_keys[:, None]], 1).sort(1, descending=True).values
+    held = (keys > _VOID_KEY | _LOW_BITS).sum(1)
+    keys = keys[:, : int(held.max())]
+    logits = _key_logits(keys).to(torch.float64)
+    scaled = logits / settings.group_temperature
+    log_total = torch.logaddexp(scaled.logsumexp(1), tail.log_sums[settings.group_temperature])
+    log_probs = scaled - log_total[:, None]
+    missing = (log_probs.exp().cumsum(1) < settings.threshold).sum(1)
+    prefix = torch.minimum(missing + (settings.threshold > 0), held)
+    if settings.threshold == 1:
+        prefix = held
+    label_place = (keys == label_keys[:, None]).to(torch.int64).argmax(1)
+    full_sizes = prefix + (label_place >= prefix)
+    sizes = full_sizes.clamp(max=settings.max_group)
+    proved = held > settings.max_group
+    if floor is None:
+        proved = torch.ones_like(proved)
+    else:
+        # The label may stand among the candidates although it lies below the floor.
+        ends = logits.gather(1, (prefix - 1).clamp(min=0)[:, None])[:, 0]
+        proved |= (missing < keys.shape[1]) & ((prefix == 0) | (ends >= floor))
+
+    rows = torch.arange(len(keys), device=keys.device)
+    last = sizes - 1
+    label_left_out = label_place > last
+    places = torch.arange(int(sizes.max()), device=keys.device).repeat(len(keys), 1)
+    places[rows, last] = torch.where(label_left_out, label_place, last)
+    taken = torch.arange(places.shape[1], device=keys.device) < sizes[:, None]
+    inside = torch.arange(keys.shape[1], device=keys.device) < sizes[:, None]
+    inside[rows, last] = ~label_left_out
+    inside[rows, label_place] = True
+    return _Groups(
+        sizes=sizes.cpu().numpy(),
+        classes=_key_classes(keys.gather(1, places)[taken]).cpu().numpy(),
+        log_probs=log_probs.gather(1, places)[taken].cpu().numpy(),
+        secondary=_secondary(logits, inside, tail, settings).cpu().numpy(),
+        truncated=(full_sizes > settings.max_group).cpu().numpy(),
+        proved=proved.cpu().numpy(),
+        log_total=log_total,
+    )
+
+
+def _secondary(logits: Tensor, inside: Tensor, tail: _Tail, settings: PartitionSettings) -> Tensor:
+    """Natural log of the mass outside the group, float32 [b, temperatures]."""
+    columns = []
+    for temperature in settings.temperatures:
+        scaled = logits / temperature
+        primary = scaled.masked_fill(~inside, -math.inf).logsumexp(1)
+        dropped = tail.log_sums[temperature]
+        outside = torch.logaddexp(scaled.masked_fill(inside, -math.inf).logsumexp(1), dropped)
+        columns.append(outside - torch.logaddexp(primary, outside))
+    return torch.stack(columns, 1).to(torch.float32)
+
+
+def _replace(groups: _Groups, rows: npt.NDArray[np.int64], others: _Groups) -> _Groups:
+    """The groups with those of ``rows`` exchanged for ``others``."""
+    starts = np.cumsum(groups.sizes) - groups.sizes
+    starts[rows] = len(groups.classes) + np.cumsum(others.sizes) - others.sizes
+    sizes = groups.sizes.copy()
+    sizes[rows] = others.sizes
+    within = np.arange(sizes.sum()) - (np.cumsum(sizes) - sizes).repeat(sizes)
+    entries = starts.repeat(sizes) + within
+    secondary = groups.secondary.copy()
+    secondary[rows] = others.secondary
+    truncated = groups.truncated.copy()
+    truncated[rows] = others.truncated
+    return replace(
+        groups,
+        sizes=sizes,
+        classes=np.concatenate([groups.classes, others.classes])[entries],
+        log_probs=np.concatenate([groups.log_probs, others.log_probs])[entries],
+        secondary=secondary,
+        truncated=truncated,
+        proved=np.ones(len(sizes), np.bool_),
+    )
