@@ -46,6 +46,15 @@ def test_the_lfw_pack() -> None:
 
 
 @needs_shared_data
+def test_the_lfw_pack_without_its_index(tmp_path: Path) -> None:
+    (tmp_path / "train.rec").symlink_to((SHARED_DATA / "lfw/train.rec").resolve())
+    scanned, indexed = opened(tmp_path), opened(SHARED_DATA / "lfw")
+    assert (scanned.indexed, scanned.layout, scanned.num_classes) == (False, "insightface", 4_859)
+    assert scanned.fingerprint == indexed.fingerprint
+    assert scanned.encoded(4_321) == indexed.encoded(4_321)
+
+
+@needs_shared_data
 def test_an_im2rec_pack_has_the_labels_of_its_list() -> None:
     folder = SHARED_DATA / "recordio/im2rec"
     lines = (line.split("\t") for line in (folder / "train.lst").read_text().splitlines())
