@@ -112,9 +112,13 @@ def flip_sum_embeddings(
     embed: Embed, pairs: VerificationSet, *, batch_size: int
 ) -> npt.NDArray[np.float64]:
     """Embedding of each image plus that of its mirror image, then L2-normalised; [2P, D]."""
+    # Sets show a face in several pairs; it is embedded once, under its first number.
+    first: dict[bytes, int] = {}
+    numbers = [first.setdefault(image, number) for number, image in enumerate(pairs.images)]
+    distinct = list(first.values())
     parts = []
-    with progress(f"Evaluating {pairs.name}", len(pairs.images), "images") as advance:
-        for images in _decoded_batches(pairs, batch_size):
+    with progress(f"Evaluating {pairs.name}", len(distinct), "images") as advance:
+        for images in _decoded_batches(pairs, distinct, batch_size):
             mirrored = np.ascontiguousarray(images[:, :, ::-1])
             parts.append(embed(images).astype(np.float64) + embed(mirrored))
             advance(len(images))
@@ -123,19 +127,22 @@ def flip_sum_embeddings(
     if len(strange):
         raise ConfigError(
             f"{pairs.path}: the model's embeddings of {len(strange)} images are not finite, the "
-            f"first is image {strange[0]}; the training diverged or the preprocessing does not fit"
+            f"first is image {distinct[strange[0]]}; the training diverged or the preprocessing "
+            "does not fit"
         )
     norms = np.linalg.norm(embeddings, axis=1, keepdims=True)
-    return np.asarray(embeddings / np.where(norms > 0, norms, 1.0))
+    unit = embeddings / np.where(norms > 0, norms, 1.0)
+    return np.asarray(unit[np.searchsorted(distinct, numbers)])
 
 
-def _decoded_batches(pairs: VerificationSet, batch_size: int) -> Iterator[npt.NDArray[np.uint8]]:
+def _decoded_batches(
+    pairs: VerificationSet, numbers: Sequence[int], batch_size: int
+) -> Iterator[npt.NDArray[np.uint8]]:
     """Yield batches uint8 [<= batch_size, 112, 112, 3]; the next is decoded while one is used."""
-    numbers = range(len(pairs.images))
     cuts = [numbers[start : start + batch_size] for start in range(0, len(numbers), batch_size)]
     with ThreadPoolExecutor(DECODE_THREADS) as pool:
         coming = [pool.submit(pairs.image, number) for number in cuts[0]]
-        for following in [*cuts[1:], range(0)]:
+        for following in [*cuts[1:], []]:
             batch, coming = coming, [pool.submit(pairs.image, number) for number in following]
             yield np.stack([image.result() for image in batch])
 

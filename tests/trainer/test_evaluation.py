@@ -163,6 +163,21 @@ def test_embeddings_sum_both_views_before_normalising(batch_size: int) -> None:
         )
 
 
+def test_a_face_of_several_pairs_is_embedded_once() -> None:
+    images = (*IMAGES[:10], IMAGES[3], IMAGES[0], *IMAGES[10:17], IMAGES[3])
+    pairs = VerificationSet(Path("faces.bin"), images, ISSAME)
+    seen = []
+
+    def embed(batch: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+        seen.append(len(batch))
+        return pixel_embed(batch)
+
+    got = flip_sum_embeddings(embed, pairs, batch_size=8)
+    assert sum(seen) == 2 * 17
+    alone = flip_sum_embeddings(pixel_embed, PAIRS, batch_size=8)
+    np.testing.assert_array_equal(got, alone[[*range(10), 3, 0, *range(10, 17), 3]])
+
+
 def test_evaluate_joins_embedding_and_scoring() -> None:
     result = evaluate(pixel_embed, PAIRS)
     embeddings = flip_sum_embeddings(pixel_embed, PAIRS, batch_size=20)
