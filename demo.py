@@ -61,8 +61,8 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         "train.batch_size=64",
         "schedule.warmup_epochs=1",
     )
-    distillation: tuple[str, ...] = ("kd.temperature=4",)
-    cache: tuple[str, ...] = ("--group-temperature", "2")
+    distillation: tuple[str, ...] = ("kd.temperature=4", "kd.ramp=0.1")
+    cache: tuple[str, ...] = ("--group-temperature", "4")
 
 
 class State(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from rich.table import Table
 from torch import nn
 
 from gkd.storage.errors import ConfigError
@@ -230,6 +231,25 @@ def equal_error_rate(far: npt.NDArray[np.float64], tar: npt.NDArray[np.float64])
     after = int(np.argmax(gap >= 0))
     share = -gap[after - 1] / (gap[after] - gap[after - 1])
     return float(far[after - 1] + share * (far[after] - far[after - 1]))
+
+
+def results_table(results: Sequence[VerificationResult]) -> Table:
+    """A row for each result, for people; a dash where a set has too few impostors to tell."""
+    table = Table("set", title="Verification")
+    headings = ("pairs", "accuracy", "± over folds", "AUC", "EER")
+    for heading in (*headings, *(f"TAR at {far:.0e}" for far in FARS)):
+        table.add_column(heading, justify="right")
+    for result in results:
+        table.add_row(
+            result.name,
+            f"{result.genuine_pairs + result.impostor_pairs:,}",
+            f"{result.accuracy:.2%}",
+            f"{result.accuracy_std:.2%}",
+            f"{result.auc:.4f}",
+            f"{result.eer:.2%}",
+            *("-" if tar is None else f"{tar:.2%}" for tar in result.tar_at_far.values()),
+        )
+    return table
 
 
 def plot_roc(results: Sequence[VerificationResult], png: Path) -> None:

@@ -1,5 +1,6 @@
 """Verification: against a slow reading of the protocol, by hand, and on real faces."""
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 from torch import nn
 
 from gkd.storage.errors import ConfigError, CorruptRecordError
@@ -20,6 +22,7 @@ from gkd.trainer.evaluation import (
     flip_sum_embeddings,
     module_embed,
     plot_roc,
+    results_table,
     score,
 )
 from gkd.trainer.verification_set import VerificationSet, load_verification_set
@@ -235,6 +238,15 @@ def test_module_embed_casts_where_asked() -> None:
         ConfigError, match="precision: expected float32, float16 or bfloat16, got 'int8'"
     ):
         module_embed(linear, preprocess, torch.device("cpu"), "int8")
+
+
+def test_table_shows_what_can_be_told() -> None:
+    issame = np.arange(40) % 2 == 0
+    result = score(np.where(issame, 0.3, 1.7), issame, name="perfect")
+    shown = io.StringIO()
+    Console(file=shown, width=200).print(results_table([result]))
+    cells = [cell.strip() for cell in shown.getvalue().splitlines()[-2].strip("│").split("│")]
+    assert cells == ["perfect", "40", "100.00%", "0.00%", "1.0000", "0.00%", "100.00%", "-", "-", "-", "-", "-"]
 
 
 def test_plot_is_an_image(tmp_path: Path) -> None:
