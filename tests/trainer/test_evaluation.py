@@ -246,7 +246,20 @@ def test_table_shows_what_can_be_told() -> None:
     shown = io.StringIO()
     Console(file=shown, width=200).print(results_table([result]))
     cells = [cell.strip() for cell in shown.getvalue().splitlines()[-2].strip("│").split("│")]
-    assert cells == ["perfect", "40", "100.00%", "0.00%", "1.0000", "0.00%", "100.00%", "-", "-", "-", "-", "-"]
+    assert cells == [
+        "perfect",
+        "40",
+        "100.00%",
+        "0.00%",
+        "1.0000",
+        "0.00%",
+        "100.00%",
+        "-",
+        "-",
+        "-",
+        "-",
+        "-",
+    ]
 
 
 def test_plot_is_an_image(tmp_path: Path) -> None:
