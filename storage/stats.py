@@ -209,7 +209,7 @@ def _draw_masses(axes: Any, views: Sequence[ViewStats]) -> None:
             dict(zip(("whislo", "q1", "med", "q3", "whishi"), mass.quantiles, strict=True))
             for mass in view.secondary.values()
         ]
-        places = np.arange(len(boxes)) + 0.35 * number
+        places = np.arange(len(boxes)) + 0.35 * (number - (len(views) - 1) / 2)
         colour = {"color": f"C{number}"}
         axes.bxp(
             boxes,

@@ -108,8 +108,9 @@ def at_temperature(
         peak = log_weights[starts]
         log_weights = log_weights - peak.repeat(targets.sizes[filled])
         log_total[filled] = np.log(np.add.reduceat(np.exp(log_weights), starts))
-    with np.errstate(divide="ignore"):
-        log_primary = np.log(-np.expm1(log_secondary.astype(np.float64))).astype(np.float32)
+    # A stored 0 means a group without measurable mass: its log must still be finite.
+    nearly_all = np.minimum(log_secondary.astype(np.float64), -np.finfo(np.float32).tiny)
+    log_primary = np.log(-np.expm1(nearly_all)).astype(np.float32)
     return TargetBatch(
         offsets=targets.offsets,
         indices=targets.indices.astype(np.int64),

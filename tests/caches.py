@@ -97,8 +97,11 @@ def dense_targets(
     for i, group in enumerate(groups):
         outside = np.delete(logits[i], group)
         for j, temperature in enumerate(spec.temperatures):
+            total = np.logaddexp.reduce(logits[i] / temperature)
+            inside_mass = np.exp(np.logaddexp.reduce(logits[i][group] / temperature) - total)
             tail = np.logaddexp.reduce(outside / temperature, initial=-np.inf)
-            secondary[i, j] = tail - np.logaddexp.reduce(logits[i] / temperature)
+            # Each form where it does not cancel.
+            secondary[i, j] = np.log1p(-inside_mass) if inside_mass < 0.5 else tail - total
     offsets = offsets_from_sizes(np.array([len(group) for group in groups], np.int64))
     indices = np.concatenate(groups)
     rows = np.repeat(np.arange(len(groups)), np.diff(offsets))

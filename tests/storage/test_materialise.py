@@ -1,0 +1,182 @@
+import multiprocessing
+import pickle
+import shutil
+from collections import namedtuple
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gkd.storage.cache import Cache
+from gkd.storage.errors import ConfigError, CorruptShardError, IncompleteCacheError
+from gkd.storage.materialise import TargetStore, materialise
+from gkd.storage.spec import VIEWS, DrawsSpec
+from gkd.storage.targets import SparseTargets
+from gkd.storage.writer import CacheWriter
+from tests.caches import make_cache, make_spec
+from tests.tampering import flip_bit
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Cache:
+    draws = DrawsSpec(4, 4.0, "all")
+    folder = tmp_path_factory.mktemp("made")
+    return make_cache(folder / "c", skipped={41: "no image"}, draws=draws)
+
+
+@pytest.fixture(scope="module")
+def store(made: Cache, tmp_path_factory: pytest.TempPathFactory) -> TargetStore:
+    return materialise(made, folder=tmp_path_factory.mktemp("stores"))
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def one_by_one(cache: Cache, rows: np.ndarray, flipped: np.ndarray) -> list[list[np.ndarray]]:
+    """Each sample's own slices of the shard that holds it."""
+    shards = {(s, v): cache.read_shard(s, v) for s in range(cache.spec.num_shards) for v in VIEWS}
+    samples: list[list[np.ndarray]] = []
+    for row, is_flipped in zip(rows, flipped, strict=True):
+        shard, place = divmod(int(row), cache.spec.shard_samples)
+        targets = shards[shard, VIEWS[int(is_flipped)]]
+        group = slice(targets.offsets[place], targets.offsets[place + 1])
+        sample: list[np.ndarray] = [targets.indices[group], targets.log2_probs[group]]
+        for dense in (targets.secondary, targets.draws, targets.draw_log2_probs):
+            if dense is not None:
+                sample.append(dense[place])
+        samples.append(sample)
+    return samples
+
+
+def assert_is(targets: SparseTargets, samples: list[list[np.ndarray]]) -> None:
+    assert targets.offsets.tolist() == [0, *np.cumsum([len(s[0]) for s in samples]).tolist()]
+    for number, field in enumerate(
+        ["indices", "log2_probs", "secondary", "draws", "draw_log2_probs"]
+    ):
+        join = np.concatenate if number < 2 else np.stack
+        expected, got = join([sample[number] for sample in samples]), getattr(targets, field)
+        np.testing.assert_array_equal(got, expected, err_msg=field)
+        assert got.dtype == expected.dtype
+
+
+@pytest.mark.parametrize("slice_entries", [0, 256])
+def test_lookup_gives_each_row_its_view(
+    made: Cache, store: TargetStore, slice_entries: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gkd.storage.materialise._SLICE_ENTRIES", slice_entries)
+    rng = np.random.default_rng(0)
+    rows = np.concatenate([rng.integers(0, 100, 60), [0, 99, 41, 41, 0]])
+    flipped = np.concatenate([rng.random(60) < 0.5, [True, True, True, False, False]])
+    targets = store.lookup(rows, flipped)
+    assert_is(targets, one_by_one(made, rows, flipped))
+    assert targets.sizes[-3:-1].tolist() == [0, 0]
+
+
+def test_a_store_knows_its_cache(made: Cache, store: TargetStore) -> None:
+    assert store.cache_id == made.id
+    assert store.spec == made.spec
+    assert len(store) == 100
+
+
+def test_an_empty_batch_is_an_empty_batch(store: TargetStore) -> None:
+    targets = store.lookup(np.zeros(0, np.int64), np.zeros(0, bool))
+    assert len(targets) == len(targets.indices) == 0
+    assert targets.secondary.shape == (0, 3)
+
+
+@pytest.mark.parametrize("rows", [[-1], [0, 100]])
+def test_rows_that_are_not_there_are_refused(store: TargetStore, rows: list[int]) -> None:
+    with pytest.raises(IndexError, match="of a cache of 100 samples"):
+        store.lookup(np.array(rows), np.zeros(len(rows), bool))
+
+
+def test_a_store_is_found_again_by_the_id(made: Cache, tmp_path: Path) -> None:
+    first = materialise(made, folder=tmp_path)
+    stamps = {file: file.stat().st_mtime_ns for file in first.path.iterdir()}
+    second = materialise(made, folder=tmp_path)
+    assert second.path == first.path == tmp_path / made.id / "original+flipped"
+    assert {file: file.stat().st_mtime_ns for file in second.path.iterdir()} == stamps
+
+
+def test_one_view_alone(made: Cache, tmp_path: Path) -> None:
+    store = materialise(made, folder=tmp_path, views=["flipped"])
+    rows = np.array([3, 88])
+    assert_is(store.lookup(rows, np.ones(2, bool)), one_by_one(made, rows, np.ones(2, bool)))
+    with pytest.raises(ConfigError, match="targets of the flipped view only"):
+        store.lookup(rows, np.array([True, False]))
+
+
+def test_a_view_that_was_not_cached_is_refused(tmp_path: Path) -> None:
+    cache = make_cache(tmp_path / "c", num_samples=5, views=("original",))
+    with pytest.raises(ConfigError, match="expected views original, flipped, the cache has origin"):
+        materialise(cache, folder=tmp_path / "stores", views=VIEWS)
+
+
+def test_the_default_folder_is_the_users(
+    made: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GKD_CACHE_DIR", str(tmp_path / "chosen"))
+    assert materialise(made).path.is_relative_to(tmp_path / "chosen" / made.id)
+    monkeypatch.delenv("GKD_CACHE_DIR")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert materialise(made).path.is_relative_to(tmp_path / "home/.cache/gkd" / made.id)
+
+
+def test_damage_is_found_while_copying_and_nothing_is_left(made: Cache, tmp_path: Path) -> None:
+    path = Path(shutil.copytree(made.path, tmp_path / "c"))
+    flip_bit(path / "flipped/secondary/c/1/0/0", 200)
+    with pytest.raises(CorruptShardError, match="flipped/secondary/c/1/0/0: its sha256 is not"):
+        materialise(Cache.open(path), folder=tmp_path / "stores")
+    assert names(tmp_path / "stores" / made.id) == ["lock"]
+
+
+def test_a_full_disk_is_told_before_anything_is_copied(
+    made: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(2000, 1000, 1000))
+    with pytest.raises(ConfigError, match=r"expected 0\.00 GB of free disk .* GKD_CACHE_DIR"):
+        materialise(made, folder=tmp_path)
+
+
+def test_an_unfinished_cache_is_refused(tmp_path: Path) -> None:
+    writer = CacheWriter(tmp_path / "c", make_spec())
+    with pytest.raises(IncompleteCacheError, match="0 of 3 shards"):
+        materialise(Cache.open(writer.path, complete=False), folder=tmp_path)
+
+
+def test_what_a_killed_process_left_is_cleared(made: Cache, tmp_path: Path) -> None:
+    leftover = tmp_path / made.id / ".original+flipped.0123"
+    leftover.mkdir(parents=True)
+    (leftover / "indices.npy").write_bytes(b"half")
+    materialise(made, folder=tmp_path)
+    assert names(tmp_path / made.id) == ["lock", "original+flipped"]
+
+
+def lookup_in_process(
+    path: Path, folder: Path, results: "multiprocessing.Queue[tuple[str, list[int], float]]"
+) -> None:
+    store = materialise(Cache.open(path), folder=folder)
+    again: TargetStore = pickle.loads(pickle.dumps(store))
+    targets = again.lookup(np.arange(100), np.arange(100) % 2 == 0)
+    results.put((str(again.path), targets.indices.tolist(), float(targets.secondary.sum())))
+
+
+def test_eight_processes_at_once_make_one_store(
+    made: Cache, store: TargetStore, tmp_path: Path
+) -> None:
+    context = multiprocessing.get_context("spawn")
+    results = context.Queue()
+    arguments = (made.path, tmp_path, results)
+    processes = [context.Process(target=lookup_in_process, args=arguments) for _ in range(8)]
+    for process in processes:
+        process.start()
+    found = [results.get(timeout=120) for _ in processes]
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0] * 8
+    expected = store.lookup(np.arange(100), np.arange(100) % 2 == 0)
+    place = str(tmp_path / made.id / "original+flipped")
+    total = float(expected.secondary.sum())
+    assert found == [(place, expected.indices.tolist(), total)] * 8

@@ -1,0 +1,248 @@
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gkd.storage import layout
+from gkd.storage.cache import Cache
+from gkd.storage.errors import ConfigError
+from gkd.storage.targets import SparseTargets
+from gkd.storage.verify import check_targets, verify
+from gkd.storage.writer import CacheWriter
+from tests.caches import dense_targets, labels_of, make_cache, make_logits, make_spec, write_shard
+from tests.tampering import flip_bit, rehash, rewrite_row
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Cache:
+    return make_cache(tmp_path_factory.mktemp("made") / "c", skipped={41: "no image"})
+
+
+@pytest.fixture
+def path(made: Cache, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(made.path, tmp_path / "faces.gkd"))
+
+
+def every_file(path: Path) -> list[str]:
+    return sorted(str(file.relative_to(path)) for file in path.rglob("*") if file.is_file())
+
+
+@pytest.mark.parametrize("deep", [False, True])
+def test_a_whole_cache_has_no_fault(path: Path, deep: bool) -> None:
+    report = verify(path, deep=deep)
+    assert report.ok
+    assert report.faults == ()
+    assert report.shards == 3
+    shard_files = [file for file in every_file(path) if "json" not in Path(file).name]
+    assert report.files == len(shard_files) + 3
+    cache = Cache.open(path)
+    assert cache.manifest is not None
+    assert report.entries == sum(cache.manifest.entries.values())
+    assert cache.manifest.bytes == sum(
+        (path / file).stat().st_size for file in every_file(path) if file != layout.MANIFEST
+    )
+
+
+def test_any_flipped_bit_is_found_and_its_file_named(path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for file in every_file(path):
+        for _ in range(4):
+            bit = int(rng.integers((path / file).stat().st_size * 8))
+            flip_bit(path / file, bit)
+            report = verify(path, deep=False, workers=1)
+            assert {fault.file for fault in report.faults} == {file}, (file, bit)
+            flip_bit(path / file, bit)
+    assert verify(path).ok
+
+
+def test_any_missing_file_is_found_and_named(path: Path) -> None:
+    for file in every_file(path):
+        content = (path / file).read_bytes()
+        (path / file).unlink()
+        report = verify(path, workers=1)
+        assert {fault.file for fault in report.faults} == {file}
+        (path / file).write_bytes(content)
+
+
+def test_any_cut_file_is_found_and_named(path: Path) -> None:
+    for file in every_file(path):
+        content = (path / file).read_bytes()
+        (path / file).write_bytes(content[: len(content) // 2])
+        report = verify(path, deep=False, workers=1)
+        assert {fault.file for fault in report.faults} == {file}
+        (path / file).write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("left", "right"),
+    [
+        ("original/indices/c/0/0", "original/indices/c/1/0"),
+        ("original/log2_probs/c/0/0", "flipped/log2_probs/c/0/0"),
+        ("original/secondary/c/0/0/0", "flipped/secondary/c/0/0/0"),
+        ("samples/000000.parquet", "samples/000001.parquet"),
+        ("commits/000000.json", "commits/000001.json"),
+    ],
+)
+def test_swapped_files_are_found_and_both_named(path: Path, left: str, right: str) -> None:
+    (path / left).rename(path / "aside")
+    (path / right).rename(path / left)
+    (path / "aside").rename(path / right)
+    assert {fault.file for fault in verify(path).faults} == {left, right}
+
+
+def test_all_faults_are_listed_together(path: Path) -> None:
+    (path / "original/sizes/c/0/0").unlink()
+    flip_bit(path / "samples/000002.parquet", 99)
+    (path / "flipped/indices/c/1/0").write_bytes(b"")
+    report = verify(path)
+    assert [fault.file for fault in report.faults] == [
+        "flipped/indices/c/1/0",
+        "original/sizes/c/0/0",
+        "samples/000002.parquet",
+    ]
+    assert not report.ok
+    problems = [str(fault) for fault in report.faults]
+    assert "expected" in problems[0]
+    assert "missing" in problems[1]
+    assert "damaged: expected sha256" in problems[2]
+
+
+def test_a_link_is_a_fault(path: Path, tmp_path: Path) -> None:
+    place = path / "original/sizes/c/0/0"
+    place.rename(tmp_path / "elsewhere")
+    place.symlink_to(tmp_path / "elsewhere")
+    (fault,) = verify(path).faults
+    assert fault.file == "original/sizes/c/0/0"
+    assert "a symbolic link" in fault.problem
+
+
+def test_a_card_is_vouched_for(tmp_path: Path) -> None:
+    writer = CacheWriter(tmp_path / "c", make_spec(num_samples=3))
+    (writer.path / layout.CARD).write_text("# Faces")
+    write_shard(writer, 0)
+    writer.finish()
+    assert verify(writer.path).ok
+    flip_bit(writer.path / layout.CARD, 3)
+    assert [fault.file for fault in verify(writer.path).faults] == [layout.CARD]
+
+
+def test_an_unfinished_cache_says_how_far_it_is(tmp_path: Path) -> None:
+    writer = CacheWriter(tmp_path / "c", make_spec())
+    write_shard(writer, 2)
+    (fault,) = verify(writer.path).faults
+    assert fault.file == layout.MANIFEST
+    assert "1 of 3 shards are written" in fault.problem
+
+
+def test_what_is_no_cache_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="expected a cache of targets"):
+        verify(tmp_path)
+
+
+def test_a_spec_that_cannot_be_stops_the_search(path: Path) -> None:
+    text = (path / "zarr.json").read_text()
+    (path / "zarr.json").write_text(text.replace('"max_group": 20', '"max_group": 0'))
+    (fault,) = verify(path).faults
+    assert fault.file == "zarr.json"
+    assert "max_group: expected 1 to 65535, got 0" in fault.problem
+    assert "nothing else could be checked" in fault.problem
+
+
+def test_lies_with_true_hashes_are_found_in_the_content(path: Path) -> None:
+    cache = Cache.open(path)
+    targets = cache.read_shard(0, "original")
+    indices = targets.indices.copy()
+    indices[1] = indices[0]
+    rewrite_row(cache, "original/indices", 0, indices)
+    secondary = cache.read_shard(1, "flipped").secondary.copy()
+    secondary[5] = np.nan
+    rewrite_row(cache, "flipped/secondary", 1, secondary)
+    assert verify(path, deep=False).ok
+    found = {fault.file: fault.problem for fault in verify(path).faults}
+    assert found["original/indices/c/0/0"] == "row 0: a class twice in a group"
+    assert found["flipped/secondary/c/1/0/0"] == "row 45: a log mass above 0 or not a number"
+
+
+def test_a_commit_that_skips_others_than_the_table_is_found(path: Path) -> None:
+    commit = path / layout.commit_file(1)
+    commit.write_text(commit.read_text().replace('"42": "no image"', '"43": "no image"'))
+    rehash(path)
+    (fault,) = verify(path).faults
+    assert fault.file == layout.samples_file(1)
+    assert "not those skipped by the commit" in fault.problem
+
+
+SPEC = make_spec(num_samples=30, threshold=0.9)
+LABELS = labels_of(SPEC)
+TARGETS = dense_targets(make_logits(SPEC, "original"), LABELS, SPEC)[0]
+PRESENT = np.ones(30, bool)
+
+
+def edited(field: str, edit: Callable[[np.ndarray], None]) -> SparseTargets:
+    values = getattr(TARGETS, field).copy()
+    edit(values)
+    return replace(TARGETS, **{field: values})
+
+
+def double(indices: np.ndarray) -> None:
+    start = TARGETS.offsets[20]
+    indices[start + 2] = indices[start + 1]
+
+
+def hide_label(indices: np.ndarray) -> None:
+    group = slice(TARGETS.offsets[20], TARGETS.offsets[21])
+    absent = np.setdiff1d(np.arange(50), indices[group])[0]
+    indices[group][indices[group] == LABELS[20]] = absent
+
+
+def rise(codes: np.ndarray) -> None:
+    codes[TARGETS.offsets[21] - 1] = 0
+
+
+def above(secondary: np.ndarray) -> None:
+    secondary[20, 0] = 0.1
+
+
+def not_a_number(secondary: np.ndarray) -> None:
+    secondary[20, 2] = np.nan
+
+
+def heavier(secondary: np.ndarray) -> None:
+    secondary[20, 1] = np.log(np.exp(secondary[20, 1]) + 2e-3)
+
+
+@pytest.mark.parametrize(
+    ("field", "edit", "array", "problem"),
+    [
+        ("indices", double, "indices", "a class twice in a group"),
+        ("indices", hide_label, "indices", "its label is not in its group"),
+        ("log2_probs", rise, "log2_probs", "probabilities that do not descend"),
+        ("secondary", above, "secondary", "a log mass above 0 or not a number"),
+        ("secondary", not_a_number, "secondary", "a log mass above 0 or not a number"),
+        ("secondary", heavier, "secondary", "group and secondary mass that are not 1 together"),
+    ],
+)
+@pytest.mark.parametrize("block_entries", [1, 64, 1 << 22])
+def test_each_lie_is_named_with_its_sample(
+    field: str,
+    edit: Callable[[np.ndarray], None],
+    array: str,
+    problem: str,
+    block_entries: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("gkd.storage.verify._BLOCK_ENTRIES", block_entries)
+    assert list(check_targets(SPEC, TARGETS, LABELS, PRESENT)) == []
+    found = list(check_targets(SPEC, edited(field, edit), LABELS, PRESENT))
+    assert (array, 20, problem) in found
+
+
+def test_an_empty_group_belongs_to_a_skipped_sample_only() -> None:
+    present = PRESENT.copy()
+    present[4] = False
+    ((array, sample, problem),) = check_targets(SPEC, TARGETS, LABELS, present)
+    assert (array, sample) == ("sizes", 4)
+    assert "an empty group, or one of a skipped" in problem
