@@ -28,7 +28,8 @@ class DataConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """``[data]``.
 
     flip     mirror half of the images at random; each takes the targets of the view it shows
-    workers  processes that decode and look targets up; 0 does it in the training process
+    workers  processes that decode and look targets up, at most one a core; 0 does it in the
+             training process
     """
 
     flip: bool = True

@@ -1,23 +1,20 @@
 """Backbones from the state dicts that people hold."""
 
 import math
-import pickle
 import re
-import warnings
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import safetensors
 import safetensors.torch
-import torch
 from torch import Tensor, nn
 
 from gkd.storage.errors import ConfigError
 from gkd.trainer.backbones.build import BACKBONES, build_backbone, check_name
 from gkd.trainer.backbones.common import INPUT_SIZES, halved
 from gkd.trainer.backbones.iresnet import BLOCKS
+from gkd.trainer.torch_files import read_torch_file
 
 # Under which training code nests the backbone's state dict.
 NESTS = ("state_dict", "state_dict_backbone", "backbone", "model")
@@ -74,17 +71,7 @@ def _read(path: Path) -> Any:
             return safetensors.torch.load_file(path, device="cpu")
         except safetensors.SafetensorError as error:
             raise ConfigError(f"{path}: not a whole safetensors file: {error}") from error
-    try:
-        with warnings.catch_warnings():
-            # torch warns of pickle protocols other than 2, and then reads or refuses them.
-            warnings.simplefilter("ignore", UserWarning)
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, EOFError, RuntimeError, zipfile.BadZipFile, KeyError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else "the file is cut off"
-        raise ConfigError(
-            f"{path}: cannot be read as weights ({reason}); only files of tensors are read, none "
-            "that would run code: save the network's state_dict() alone"
-        ) from error
+    return read_torch_file(path)
 
 
 def _recognise(state: Mapping[str, Tensor], path: Path) -> str:

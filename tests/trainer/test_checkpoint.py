@@ -1,0 +1,151 @@
+"""Checkpoints: whole or absent, read without running anything, refused where they do not fit."""
+
+import os
+from pathlib import Path
+
+import msgspec
+import pytest
+import torch
+
+from gkd.storage.errors import ConfigError, SpecMismatchError
+from gkd.trainer.checkpoint import (
+    Identity,
+    load_student,
+    publish,
+    read_checkpoint,
+    require_same_run,
+    student_backbone,
+    write_checkpoint,
+)
+from tests.trainer.faces import small_config
+
+CONFIG = small_config()
+IDENTITY = Identity(10, 3, "aa", "bb")
+
+
+def content(value: float = 0.5, **more: object) -> dict[str, object]:
+    model = student_backbone(CONFIG.student)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(value)
+    return {
+        "config": msgspec.to_builtins(CONFIG),
+        "identity": list(IDENTITY),
+        "model": model.state_dict(),
+        **more,
+    }
+
+
+def test_a_student_loads_in_eval_mode_with_its_settings(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "x.pt", content(0.25))
+    student = load_student(tmp_path / "x.pt")
+    assert not student.backbone.training
+    assert student.config == CONFIG
+    assert {p.unique().item() for p in student.backbone.parameters()} == {0.25}
+
+
+def test_a_run_folder_means_its_best_checkpoint_else_its_last(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    first, second = content(0.25), content(0.75)
+    publish(folder, first, step=1, best=False, keep=0)
+    assert next(load_student(tmp_path).backbone.parameters()).unique().item() == 0.25
+    publish(folder, second, step=2, best=True, keep=0)
+    publish(folder, first, step=3, best=False, keep=0)
+    assert next(load_student(tmp_path).backbone.parameters()).unique().item() == 0.75
+    assert sorted(path.name for path in folder.iterdir()) == ["best.pt", "last.pt"]
+
+
+def test_older_checkpoints_are_kept_as_asked(tmp_path: Path) -> None:
+    for step in (5, 10, 15, 20):
+        publish(tmp_path, content(step=step), step=step, best=False, keep=2)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["last.pt", *(f"step_{step:09d}.pt" for step in (10, 15, 20))]
+    assert read_checkpoint(tmp_path / "step_000000010.pt")["step"] == 10
+    assert read_checkpoint(tmp_path / "last.pt")["step"] == 20
+
+
+def test_where_links_are_not_known_a_copy_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_links(*_: object) -> None:
+        raise OSError("no links here")
+
+    monkeypatch.setattr(os, "link", no_links)
+    publish(tmp_path, content(step=1), step=1, best=True, keep=0)
+    assert read_checkpoint(tmp_path / "best.pt")["step"] == 1
+
+
+def test_a_failed_write_leaves_the_old_one(tmp_path: Path) -> None:
+    path = tmp_path / "last.pt"
+    write_checkpoint(path, content(step=1))
+    with pytest.raises(AttributeError):
+        write_checkpoint(path, content(step=lambda: None))
+    assert read_checkpoint(path)["step"] == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["last.pt"]
+
+
+class Payload:
+    def __reduce__(self) -> tuple[object, ...]:
+        return (Path.touch, (Path("ran"),))
+
+
+def test_no_code_of_a_checkpoint_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_checkpoint(Path("x.pt"), content(step=Payload()))
+    with pytest.raises(ConfigError, match=r"x\.pt: cannot be read .* none that would run code"):
+        load_student(Path("x.pt"))
+    assert not Path("ran").exists()
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "x.pt", content())
+    whole = (tmp_path / "x.pt").read_bytes()
+    for cut in (0, 10, len(whole) // 2):
+        (tmp_path / "x.pt").write_bytes(whole[:cut])
+        with pytest.raises(ConfigError, match=r"x\.pt: cannot be read as weights"):
+            load_student(tmp_path / "x.pt")
+
+
+def test_files_of_something_else_are_named(tmp_path: Path) -> None:
+    torch.save({"conv1.weight": torch.zeros(1)}, tmp_path / "x.pt")
+    with pytest.raises(ConfigError, match=r"x\.pt: not a checkpoint of gkd's format 1"):
+        load_student(tmp_path / "x.pt")
+    with pytest.raises(ConfigError, match=r"last\.pt: expected a checkpoint, found none"):
+        load_student(tmp_path)
+
+
+def test_weights_of_another_student_are_named(tmp_path: Path) -> None:
+    wide = small_config("student.width=0.125")
+    write_checkpoint(tmp_path / "x.pt", {**content(), "config": msgspec.to_builtins(wide)})
+    with pytest.raises(ConfigError, match=r"x\.pt: its weights do not fit its configuration"):
+        load_student(tmp_path / "x.pt")
+
+
+def test_a_configuration_that_cannot_be_is_named(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "x.pt", {**content(), "config": {"train": {"epochs": 0}}})
+    with pytest.raises(ConfigError, match=r"x\.pt: its configuration cannot be: .*epochs"):
+        load_student(tmp_path / "x.pt")
+
+
+def test_going_on_needs_the_same_configuration(tmp_path: Path) -> None:
+    other = small_config("train.seed=5", "optimizer.lr=0.2", "data.workers=3")
+    with pytest.raises(ConfigError) as error:
+        require_same_run(content(), other, IDENTITY, tmp_path)
+    assert "optimizer.lr: 0.1, now 0.2; train.seed: 0, now 5" in str(error.value)
+    assert "workers" not in str(error.value)
+    require_same_run(content(), small_config("data.workers=3"), IDENTITY, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("identity", "message"),
+    [
+        (IDENTITY._replace(cache_id="cc"), r"cache \(id\): bb, now cc"),
+        (IDENTITY._replace(cache_id=""), r"cache \(id\): bb, now none"),
+        (IDENTITY._replace(dataset="dd"), r"records \(fingerprint\): aa, now dd"),
+        (IDENTITY._replace(num_classes=4), "number of classes: 3, now 4"),
+    ],
+)
+def test_going_on_needs_the_same_data(identity: Identity, message: str, tmp_path: Path) -> None:
+    with pytest.raises(SpecMismatchError, match=message):
+        require_same_run(content(), CONFIG, identity, tmp_path)

@@ -1,0 +1,166 @@
+"""Batches: each image once an epoch, its own view's targets, whatever the workers."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from gkd.storage.cache import Cache
+from gkd.storage.errors import ConfigError, CorruptRecordError, SpecMismatchError
+from gkd.storage.records import open_records
+from gkd.trainer.data import (
+    Batch,
+    BatchPlan,
+    FaceBatches,
+    Plans,
+    check_data,
+    join_targets,
+    load_batches,
+)
+from tests.reference import log_softmax
+from tests.trainer.faces import SETTINGS, load, teacher_logits, write_cache
+
+PLANS = Plans(num_images=42, batch_size=8, epochs=3, seed=1, flip=True)
+
+
+def batches(faces: Path, plans: Plans, workers: int = 0) -> list[Batch]:
+    records, targets = load(faces)
+    dataset = FaceBatches(records, targets, temperature=4.0)
+    return list(load_batches(dataset, plans, workers=workers, pin=False))
+
+
+def test_an_epoch_shows_every_image_at_most_once_in_another_order_each_time() -> None:
+    plans = list(PLANS)
+    assert len(plans) == len(PLANS) == PLANS.total_steps == 15
+    epochs = [np.concatenate([p.rows for p in plans[i : i + 5]]) for i in (0, 5, 10)]
+    for rows in epochs:
+        assert len(rows) == len(set(rows.tolist())) == 40
+    assert not np.array_equal(epochs[0], epochs[1])
+    assert set(epochs[0].tolist()) != set(epochs[1].tolist())
+
+
+def test_half_of_the_images_are_mirrored_anew_each_epoch() -> None:
+    plans = list(Plans(num_images=4000, batch_size=4000, epochs=2, seed=0, flip=True))
+    mirrored = [p.flipped[np.argsort(p.rows)] for p in plans]
+    assert [m.mean() for m in mirrored] == pytest.approx([0.5, 0.5], abs=0.03)
+    assert (mirrored[0] != mirrored[1]).mean() == pytest.approx(0.5, abs=0.03)
+
+
+def test_without_flip_nothing_is_mirrored() -> None:
+    assert not any(p.flipped.any() for p in Plans(42, 8, 2, 0, flip=False))
+
+
+@pytest.mark.parametrize("seed", [0, 7])
+def test_plans_are_of_their_seed_alone(seed: int) -> None:
+    def rows(seed: int) -> list[list[int]]:
+        return [p.rows.tolist() for p in Plans(42, 8, 2, seed, flip=True)]
+
+    assert rows(seed) == rows(seed) != rows(seed + 1)
+
+
+@pytest.mark.parametrize("step", [0, 1, 4, 5, 13, 15])
+def test_starting_at_a_step_plans_the_rest(step: int) -> None:
+    rest = PLANS.starting_at(step)
+    expected = list(PLANS)[step:]
+    assert len(rest) == len(expected)
+    for got, want in zip(rest, expected, strict=True):
+        np.testing.assert_array_equal(got.rows, want.rows)
+        np.testing.assert_array_equal(got.flipped, want.flipped)
+
+
+def test_images_show_the_view_whose_targets_they_carry(faces: Path) -> None:
+    """Against the dense teacher: p(T) of the view, and the images themselves."""
+    records, _ = load(faces)
+    both = [teacher_logits(records, "original"), teacher_logits(records, "flipped")]
+    for batch, plan in zip(batches(faces, PLANS), PLANS, strict=True):
+        assert batch.targets is not None
+        assert batch.images.dtype == torch.uint8
+        assert batch.images.shape == (8, 112, 112, 3)
+        offsets = batch.targets.offsets.tolist()
+        for i, (row, flipped) in enumerate(zip(plan.rows, plan.flipped, strict=True)):
+            image = records.image(int(row))
+            image = image[:, ::-1] if flipped else image
+            np.testing.assert_array_equal(batch.images[i].numpy(), image)
+            assert batch.labels[i] == records.labels[row]
+            entries = slice(offsets[i], offsets[i + 1])
+            log_p = log_softmax(both[int(flipped)][row].astype(np.float64) / 4.0)
+            group = batch.targets.indices[entries].numpy()
+            got = batch.targets.log_probs[entries].numpy()
+            np.testing.assert_allclose(got, log_p[group], atol=6e-4)
+            assert batch.targets.rows[entries].tolist() == [i] * len(group)
+            assert np.exp(log_p[group]).sum() >= SETTINGS.threshold
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_any_number_of_workers_gives_the_same_batches(faces: Path, workers: int) -> None:
+    plans = PLANS.starting_at(8)
+    for got, want in zip(batches(faces, plans, workers), batches(faces, plans), strict=True):
+        for name in ("images", "labels", "rows"):
+            assert torch.equal(getattr(got, name), getattr(want, name))
+        assert got.targets is not None
+        assert want.targets is not None
+        for name, value in vars(want.targets).items():
+            assert torch.equal(getattr(got.targets, name), value)
+
+
+def test_without_targets_batches_have_none(faces: Path) -> None:
+    records = open_records(faces / "faces")
+    dataset = FaceBatches(records, None, temperature=4.0)
+    plan = BatchPlan(np.arange(3), np.zeros(3, bool))
+    assert dataset[plan].targets is None
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_corrupt_image_is_named_without_a_workers_traceback(
+    faces: Path, tmp_path: Path, workers: int
+) -> None:
+    shutil.copytree(faces / "faces", tmp_path / "faces")
+    (tmp_path / "faces/person_2/3.jpg").write_bytes(b"\xff\xd8 no face")
+    records = open_records(tmp_path / "faces")
+    dataset = FaceBatches(records, None, temperature=4.0)
+    plans = Plans(num_images=42, batch_size=42, epochs=1, seed=0, flip=False)
+    with pytest.raises(CorruptRecordError) as error:
+        list(load_batches(dataset, plans, workers=workers, pin=False))
+    assert "person_2/3.jpg" in str(error.value)
+    assert "Traceback" not in str(error.value)
+
+
+def test_a_cache_of_one_view_forbids_flips(faces: Path, tmp_path: Path) -> None:
+    records = open_records(faces / "faces")
+    write_cache(tmp_path / "one.gkd", records, ["original"])
+    cache = Cache.open(tmp_path / "one.gkd")
+    targets = join_targets(records, cache, workers=1, folder=tmp_path)
+    with pytest.raises(ConfigError, match=r"data\.flip: .* set data\.flip=false"):
+        check_data(records, targets, batch_size=8, flip=True, temperature=4.0)
+    check_data(records, targets, batch_size=8, flip=False, temperature=4.0)
+
+
+def test_a_temperature_that_was_not_stored_is_refused(faces: Path) -> None:
+    records, targets = load(faces)
+    with pytest.raises(ConfigError, match=r"kd\.temperature: .* at 1, 4, got 3"):
+        check_data(records, targets, batch_size=8, flip=True, temperature=3.0)
+
+
+def test_less_than_one_batch_is_refused(faces: Path) -> None:
+    records = open_records(faces / "faces")
+    with pytest.raises(ConfigError, match="has 42 images, fewer than one batch of 43"):
+        check_data(records, None, batch_size=43, flip=True, temperature=4.0)
+
+
+def test_a_record_without_a_label_is_refused(faces: Path) -> None:
+    records = open_records(faces / "faces")
+    records.labels = records.labels.copy()
+    records.labels[9] = -1
+    with pytest.raises(ConfigError, match=r"1 records of .* the first: .*person_1.2\.jpg"):
+        check_data(records, None, batch_size=8, flip=True, temperature=4.0)
+
+
+def test_other_images_do_not_join(faces: Path, tmp_path: Path) -> None:
+    shutil.copytree(faces / "faces", tmp_path / "faces")
+    image = tmp_path / "faces/person_2/3.jpg"
+    image.write_bytes(image.read_bytes() + b"\0")
+    cache = Cache.open(faces / "targets.gkd")
+    with pytest.raises(SpecMismatchError, match="1 of 42 images"):
+        join_targets(open_records(tmp_path / "faces"), cache, workers=1, folder=tmp_path)

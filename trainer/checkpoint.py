@@ -1,0 +1,165 @@
+"""Checkpoints: written whole or not at all, read without running their code."""
+
+import os
+import shutil
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+import torch
+from torch import nn
+
+from gkd.storage import atomic
+from gkd.storage.errors import ConfigError, SpecMismatchError
+from gkd.trainer.backbones import build_backbone
+from gkd.trainer.config import RunConfig, StudentConfig, differences
+from gkd.trainer.torch_files import read_torch_file
+
+FORMAT = 1
+FOLDER = "checkpoints"
+LAST, BEST = "last.pt", "best.pt"
+
+
+class Identity(NamedTuple):
+    """What a run may not change on its way: its data, and the cache that teaches it."""
+
+    num_images: int
+    num_classes: int
+    dataset: str  # fingerprint of the records
+    cache_id: str  # empty without distillation
+
+
+class Student(NamedTuple):
+    """A trained backbone in eval mode, float [B, 3, 112, 112] to [B, D], and its run's settings."""
+
+    backbone: nn.Module
+    config: RunConfig
+
+
+def student_backbone(config: StudentConfig) -> nn.Module:
+    """The backbone that a configuration describes, freshly initialised."""
+    return build_backbone(
+        config.name,
+        embedding_dim=config.embedding_dim,
+        width=config.width,
+        input_size=config.input_size,
+    )
+
+
+def load_student(path: Path) -> Student:
+    """The student of a run folder (its best checkpoint, else its last) or of a ``.pt`` of one.
+
+    Raises:
+        ConfigError: where there is no checkpoint, or the file is none of gkd's.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = chosen_checkpoint(path)
+    content = read_checkpoint(path)
+    config = _config_of(content, path)
+    backbone = student_backbone(config.student)
+    try:
+        backbone.load_state_dict(content["model"])
+    except (RuntimeError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path}: its weights do not fit its configuration: {error}") from error
+    return Student(backbone.eval(), config)
+
+
+def chosen_checkpoint(run: Path) -> Path:
+    """The checkpoint that stands for a run folder: its best, else its last."""
+    best = run / FOLDER / BEST
+    return best if best.exists() else run / FOLDER / LAST
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """What ``write_checkpoint`` was given, on the CPU.
+
+    Raises:
+        ConfigError: for a file that is absent, damaged or not a checkpoint of gkd.
+    """
+    if not path.is_file():
+        raise ConfigError(
+            f"{path}: expected a checkpoint, found none; give the folder of a run of "
+            "`gkd train-student`, or one of the .pt files in its checkpoints/"
+        )
+    content = read_torch_file(path)
+    if not isinstance(content, Mapping) or content.get("format") != FORMAT:
+        raise ConfigError(
+            f"{path}: not a checkpoint of gkd's format {FORMAT}; weights of other programs are "
+            "read as a backbone, not as a run"
+        )
+    return dict(content)
+
+
+def write_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
+    """Publish a checkpoint: written aside, synced, renamed. ``content`` is builtins and tensors."""
+    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        torch.save({"format": FORMAT, **content}, aside)
+        atomic.sync_file(aside)
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+    atomic.sync_folder(path.parent)
+
+
+def publish(folder: Path, content: Mapping[str, Any], *, step: int, best: bool, keep: int) -> None:
+    """Write ``last.pt``; where ``best``, ``best.pt`` too; keep the ``keep`` newest before it."""
+    write_checkpoint(folder / LAST, content)
+    names = [BEST] if best else []
+    names += [f"step_{step:09d}.pt"] if keep else []
+    for name in names:
+        _duplicate(folder / LAST, folder / name)
+    if keep:
+        for old in sorted(folder.glob("step_*.pt"))[: -(keep + 1)]:
+            old.unlink()
+    atomic.sync_folder(folder)
+
+
+def _duplicate(path: Path, name: Path) -> None:
+    """A second name for a whole file: a link, or a copy where the disk knows no links."""
+    aside = name.with_name(f".{name.name}.{uuid.uuid4().hex}")
+    try:
+        os.link(path, aside)
+    except OSError:
+        shutil.copyfile(path, aside)
+        atomic.sync_file(aside)
+    aside.replace(name)
+
+
+def require_same_run(
+    content: Mapping[str, Any], config: RunConfig, identity: Identity, path: Path
+) -> None:
+    """Refuse to go on with another configuration, other data or another cache.
+
+    Raises:
+        ConfigError: naming each key that differs.
+        SpecMismatchError: where data or cache differ.
+    """
+    changed = differences(_config_of(content, path), config)
+    if changed:
+        raise ConfigError(
+            f"{path}: the run was begun with another configuration ({'; '.join(changed)}); set "
+            "these back to go on, or train into another folder"
+        )
+    begun = Identity(*content["identity"])
+    if begun != identity:
+        names = ("number of images", "number of classes", "records (fingerprint)", "cache (id)")
+        faults = [
+            f"{name}: {old or 'none'}, now {new or 'none'}"
+            for name, old, new in zip(names, begun, identity, strict=True)
+            if old != new
+        ]
+        raise SpecMismatchError(
+            f"{path}: the run was begun with other data ({'; '.join(faults)}); give the same "
+            "records and targets to go on, or train into another folder"
+        )
+
+
+def _config_of(content: Mapping[str, Any], path: Path) -> RunConfig:
+    try:
+        return msgspec.convert(content["config"], RunConfig)
+    except (KeyError, msgspec.ValidationError) as error:
+        raise ConfigError(f"{path}: its configuration cannot be: {error}") from error

@@ -1,0 +1,331 @@
+"""Trains a student on one device: any interruption, and the same command goes on from there."""
+
+import platform
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from types import FrameType
+
+import filelock
+import msgspec
+import torch
+from torch import Tensor, nn
+
+from gkd.storage.atomic import write_file
+from gkd.storage.errors import ConfigError, GkdError, SpecMismatchError
+from gkd.storage.progress import progress
+from gkd.storage.records import Records
+from gkd.storage.spec import preprocess_preset
+from gkd.trainer.checkpoint import FOLDER, LAST, publish, read_checkpoint
+from gkd.trainer.config import RunConfig, to_toml
+from gkd.trainer.data import Batch, FaceBatches, JoinedTargets, check_data, load_batches
+from gkd.trainer.evaluation import evaluate, module_embed
+from gkd.trainer.logging import RunLog
+from gkd.trainer.losses import GkdLoss
+from gkd.trainer.state import RunState
+from gkd.trainer.verification_set import VerificationSet, load_verification_set
+
+RUN = "run.json"
+PACKAGES = ("gkd", "torch", "numpy")
+
+
+@dataclass(frozen=True)
+class Summary:
+    """How a training ended.
+
+    steps     taken in all
+    accuracy  of the last evaluation, by verification set
+    best      highest mean accuracy over the sets, None without sets
+    """
+
+    steps: int
+    accuracy: dict[str, float]
+    best: float | None
+
+
+def train(
+    config: RunConfig,
+    records: Records,
+    targets: JoinedTargets | None,
+    out: Path,
+    *,
+    command: Sequence[str] = (),
+) -> Summary:
+    """Train a student into the folder ``out``, or go on with the training that stands there.
+
+    ``out`` holds config.toml, run.json (``command``, versions, data, sizes), metrics.jsonl,
+    tensorboard/ and checkpoints/. SIGTERM and SIGINT end the training after a checkpoint.
+
+    Raises:
+        ConfigError: for settings or data that cannot be trained on, or an ``out`` of another run.
+        SpecMismatchError: for another data set or cache than the run began with.
+        CorruptRecordError: naming file, key and offset of an image that cannot be read.
+        GkdError: where the loss is not finite, or a signal ended the training.
+    """
+    targets = _targets_in_use(config, records, targets)
+    check_data(
+        records,
+        targets,
+        batch_size=config.train.batch_size,
+        flip=config.data.flip,
+        temperature=config.kd.temperature,
+    )
+    sets = _load_sets(config.evaluation.sets)
+    run = RunState.build(config, records, targets)
+    with _claimed(out):
+        checkpoint = out / FOLDER / LAST
+        if checkpoint.exists():
+            run.restore(read_checkpoint(checkpoint), checkpoint)
+        write_file(out / RUN, msgspec.json.format(_describe(run, records, command)))
+        write_file(out / "config.toml", to_toml(config).encode())
+        (out / FOLDER).mkdir(exist_ok=True)
+        with RunLog(out, step=run.step) as log, _stop_signals() as stop:
+            _Training(run, records, sets, out, log, stop).go(
+                FaceBatches(records, targets, temperature=config.kd.temperature)
+            )
+    return Summary(run.step, run.accuracy, run.best)
+
+
+@dataclass
+class _Stop:
+    """The signal that asked the training to end."""
+
+    received: str = ""
+
+
+@dataclass
+class _Window:
+    """Sums since the last line of the log."""
+
+    began: float
+    losses: Tensor | None = None
+    steps: int = 0
+    waited: float = 0.0
+
+    def add(self, loss: GkdLoss, waited: float) -> None:
+        parts = torch.stack([part.detach() for part in loss])
+        self.losses = parts if self.losses is None else self.losses + parts
+        self.steps += 1
+        self.waited += waited
+
+    def means(self, batch_size: int) -> dict[str, float]:
+        """Mean losses, images a second, and the share of the time spent waiting for data."""
+        assert self.losses is not None
+        seconds = time.perf_counter() - self.began
+        names = ("loss", "ce", "primary", "binary")
+        losses = dict(zip(names, (self.losses / self.steps).tolist(), strict=True))
+        return {
+            **losses,
+            "images_per_second": self.steps * batch_size / seconds,
+            "data_wait": self.waited / seconds,
+        }
+
+
+@dataclass(frozen=True)
+class _Training:
+    """One go at a training, to its end or to a signal."""
+
+    run: RunState
+    records: Records
+    sets: Sequence[VerificationSet]
+    out: Path
+    log: RunLog
+    stop: _Stop
+
+    def go(self, dataset: FaceBatches) -> None:
+        run = self.run
+        batches = load_batches(
+            dataset,
+            run.plans.starting_at(run.step),
+            workers=run.config.data.workers,
+            pin=run.device.type == "cuda",
+        )
+        while run.step < run.plans.total_steps:
+            self._rest_of_epoch(batches)
+            improved = self._evaluate() if self._evaluation_due() else False
+            if improved or self._checkpoint_due():
+                self._save(best=improved)
+            if self.stop.received:
+                self._leave()
+
+    def _rest_of_epoch(self, batches: Iterator[Batch]) -> None:
+        """Steps up to the next epoch, checkpoint within the epoch, or signal."""
+        run, config = self.run, self.run.config
+        size, steps = config.train.batch_size, run.plans.steps_per_epoch
+        epoch, done = divmod(run.step, steps)
+        what = f"epoch {epoch + 1}/{config.train.epochs}"
+        run.model.train()
+        window = _Window(time.perf_counter())
+        with progress(what, steps * size, "images", done * size) as advance:
+            while run.step < (epoch + 1) * steps and not self.stop.received:
+                asked = time.perf_counter()
+                batch = next(batches).to(run.device)
+                waited = time.perf_counter() - asked
+                lr = run.optimizer.param_groups[0]["lr"]
+                window.add(run.take_step(batch, self.records), waited)
+                note = ""
+                if run.step % config.train.log_every == 0:
+                    values = {"epoch": run.epoch, **window.means(size), "lr": lr}
+                    self.log.write(run.step, values, group="train")
+                    note = _note(values)
+                    window = _Window(time.perf_counter())
+                advance(size, note)
+                if run.step % steps and self._checkpoint_due():
+                    self._save(best=False)
+
+    def _evaluation_due(self) -> bool:
+        run = self.run
+        epoch, rest = divmod(run.step, run.plans.steps_per_epoch)
+        last = run.step == run.plans.total_steps
+        return (
+            not rest
+            and bool(self.sets)
+            and (last or epoch % run.config.evaluation.every_epochs == 0)
+        )
+
+    def _checkpoint_due(self) -> bool:
+        run = self.run
+        every = max(1, round(run.config.checkpoint.every_epochs * run.plans.steps_per_epoch))
+        return run.step % every == 0 or run.step == run.plans.total_steps
+
+    def _evaluate(self) -> bool:
+        """Log the accuracy on every set; whether their mean is the best so far."""
+        run = self.run
+        run.model.eval()
+        embed = module_embed(run.model, preprocess_preset("arcface"), run.device)
+        results = {pairs.name: evaluate(embed, pairs) for pairs in self.sets}
+        run.accuracy = {name: result.accuracy for name, result in results.items()}
+        values = {"epoch": run.epoch, "accuracy": run.accuracy}
+        self.log.write(run.step, values, group="evaluation")
+        mean = sum(run.accuracy.values()) / len(run.accuracy)
+        improved = run.best is None or mean > run.best
+        run.best = mean if improved else run.best
+        return improved
+
+    def _save(self, *, best: bool) -> None:
+        keep = self.run.config.checkpoint.keep
+        publish(self.out / FOLDER, self.run.state(), step=self.run.step, best=best, keep=keep)
+
+    def _leave(self) -> None:
+        """Write a checkpoint, and say how to go on."""
+        if self.run.step == self.run.plans.total_steps:
+            return
+        self._save(best=False)
+        raise GkdError(
+            f"stopped by {self.stop.received} after step {self.run.step} of "
+            f"{self.run.plans.total_steps}; a checkpoint stands in {self.out / FOLDER}: run the "
+            "same command again to go on"
+        )
+
+
+def _note(values: dict[str, float]) -> str:
+    return (
+        f"loss {values['loss']:.3f}  ce {values['ce']:.3f}  primary {values['primary']:.4f}  "
+        f"binary {values['binary']:.4f}  lr {values['lr']:.2g}  wait {values['data_wait']:.0%}"
+    )
+
+
+def _targets_in_use(
+    config: RunConfig, records: Records, targets: JoinedTargets | None
+) -> JoinedTargets | None:
+    if not config.kd.enabled:
+        return None
+    if targets is None:
+        raise ConfigError(
+            "kd.enabled: no targets were given; name a cache of targets, or train without "
+            "distillation (--without-kd)"
+        )
+    if len(targets.rows) != len(records) or targets.spec.num_classes != records.num_classes:
+        raise SpecMismatchError(
+            f"{records.path} has {len(records)} images of {records.num_classes} classes, the "
+            f"targets are joined for {len(targets.rows)} images of {targets.spec.num_classes}; "
+            "join the records with the cache that was made from them"
+        )
+    return targets
+
+
+def _load_sets(paths: Sequence[str]) -> list[VerificationSet]:
+    sets = [load_verification_set(Path(path)) for path in paths]
+    for name, count in Counter(pairs.name for pairs in sets).items():
+        if count > 1:
+            raise ConfigError(
+                f"evaluation.sets: {count} files are named {name}, which the log cannot tell "
+                "apart; rename all but one"
+            )
+    return sets
+
+
+def _describe(run: RunState, records: Records, command: Sequence[str]) -> bytes:
+    """``run.json``: what ran, on what."""
+
+    def size(module: nn.Module) -> int:
+        return sum(parameter.numel() for parameter in module.parameters())
+
+    return msgspec.json.encode(
+        {
+            "command": list(command),
+            "versions": {
+                "python": platform.python_version(),
+                **{package: version(package) for package in PACKAGES},
+            },
+            "device": torch.cuda.get_device_name() if run.device.type == "cuda" else "cpu",
+            "precision": str(run.dtype).removeprefix("torch."),
+            "dataset": {"name": records.name, "path": str(records.path), **run.identity._asdict()},
+            "parameters": {"backbone": size(run.model), "head": size(run.head)},
+            "total_steps": run.plans.total_steps,
+        }
+    )
+
+
+@contextmanager
+def _claimed(out: Path) -> Iterator[None]:
+    """Hold the folder for this process alone.
+
+    Raises:
+        ConfigError: where it holds something else, or another process trains into it.
+    """
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"{out}: expected a folder to train into, got a file; name another")
+    out.mkdir(parents=True, exist_ok=True)
+    strangers = [path.name for path in out.iterdir() if not path.name.startswith(".")]
+    if strangers and RUN not in strangers:
+        raise ConfigError(
+            f"{out}: expected a new folder or one of an earlier training, got one that holds "
+            f"{', '.join(sorted(strangers)[:3])}; name another folder"
+        )
+    try:
+        with filelock.FileLock(out / ".lock", timeout=0):
+            yield
+    except filelock.Timeout as error:
+        raise ConfigError(
+            f"{out}: another process is training into this folder; wait for it, or name another"
+        ) from error
+
+
+@contextmanager
+def _stop_signals() -> Iterator[_Stop]:
+    """Let SIGTERM and SIGINT end the training at a step's end; a second one is not waited for."""
+    stop = _Stop()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+
+    def handle(number: int, _frame: FrameType | None) -> None:
+        stop.received = signal.Signals(number).name
+        signal.signal(number, previous[number])
+
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    previous = {int(number): signal.getsignal(number) for number in numbers}
+    for number in numbers:
+        signal.signal(number, handle)
+    try:
+        yield stop
+    finally:
+        for number in numbers:
+            signal.signal(number, previous[number])
