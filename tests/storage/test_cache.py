@@ -12,8 +12,12 @@ import pytest
 from gkd.storage import layout
 from gkd.storage.cache import Cache
 from gkd.storage.errors import ConfigError, CorruptShardError, IncompleteCacheError
+from gkd.storage.layout import Commit, Manifest
+from gkd.storage.spec import CacheSpec, DrawsSpec
+from gkd.storage.targets import encode_log_probs
 from gkd.storage.writer import CacheWriter
 from tests.caches import digest_of, labels_of, make_cache, make_spec, write_shard
+from tests.paths import ROOT
 from tests.tampering import edit_json, flip_bit, rehash, rewrite_row
 
 Edit = Callable[[dict[str, Any]], None]
@@ -59,6 +63,26 @@ def test_the_table_of_samples_is_plain_parquet(cache: Cache) -> None:
     assert table["row"].to_pylist() == list(range(40, 80))
     assert table["digest"][1].as_py() is None
     assert table["digest"][2].as_py() == digest_of(42)
+
+
+def test_the_reader_in_the_specification_reads(cache: Cache) -> None:
+    text = (ROOT / "storage" / "FORMAT.md").read_text()
+    names: dict[str, Any] = {}
+    exec(text.split("```python\n")[1].split("```")[0], names)
+    targets = cache.read_shard(1, "flipped")
+    offsets, classes, probabilities, secondary = names["read_shard"](cache.path, 1, "flipped")
+    np.testing.assert_array_equal(offsets, targets.offsets)
+    np.testing.assert_array_equal(classes, targets.indices)
+    np.testing.assert_array_equal(secondary, targets.secondary)
+    np.testing.assert_array_equal(encode_log_probs(np.log(probabilities)), targets.log2_probs)
+
+
+def test_the_specification_names_every_field(cache: Cache) -> None:
+    text = (ROOT / "storage" / "FORMAT.md").read_text()
+    fields = {*CacheSpec.__struct_fields__, *Commit.__struct_fields__, *Manifest.__struct_fields__}
+    assert {field for field in fields if field not in text} == set()
+    for name, array in layout.arrays(make_spec(draws=DrawsSpec(2, 1.0, "all")), "original").items():
+        assert f"| `{name}` | {array.dtype} |" in text
 
 
 def test_what_is_no_cache_is_refused(tmp_path: Path) -> None:
