@@ -31,7 +31,7 @@ from gkd.trainer.verification_set import write_verification_set
 
 STATE = "demo.json"
 MODELS = {"teacher": "teacher", "alone": "student alone", "gkd": "student with gkd"}
-SHOWN_PEOPLE, SHOWN_IMAGES, SHOWN_CLASSES = 4, 6, 5
+SHOWN_PEOPLE, SHOWN_IMAGES, SHOWN_CLASSES = 4, 6, 10
 
 
 class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -226,7 +226,8 @@ def _report(out: Path, state: State, console: Console) -> None:
     results = {run: _result(out / f"{run}.json") for run in MODELS}
     cache = Cache.open(out / "targets.gkd")
     console.print(_accuracy_table(results))
-    console.print(_stage_table(state, cache))
+    console.print(_stage_table(state))
+    console.print(_cost(cache), highlight=False)
     try:
         plot_demo(out, results, out / "demo.png")
     except ConfigError as error:  # a demo without its picture is still a demo
@@ -257,18 +258,21 @@ def _accuracy_table(results: dict[str, dict[str, Any]]) -> Table:
     return table
 
 
-def _stage_table(state: State, cache: Cache) -> Table:
-    assert cache.manifest is not None
-    table = Table(title="What it cost")
-    table.add_column("stage")
+def _stage_table(state: State) -> Table:
+    table = Table("stage", title="What it took")
     table.add_column("seconds", justify="right")
     for name, seconds in state.seconds.items():
         table.add_row(name, f"{seconds:.0f}")
     table.add_row("all", f"{sum(state.seconds.values()):.0f}", style="bold")
-    per_sample = cache.manifest.bytes / cache.spec.num_samples
-    views = " and ".join(cache.spec.views)
-    table.caption = f"{per_sample:,.0f} bytes of targets a sample, views {views} together"
     return table
+
+
+def _cost(cache: Cache) -> str:
+    assert cache.manifest is not None
+    per_sample = cache.manifest.bytes / cache.spec.num_samples
+    return (
+        f"Targets: {per_sample:,.0f} bytes a sample, {' and '.join(cache.spec.views)} view together"
+    )
 
 
 def plot_demo(out: Path, results: dict[str, dict[str, Any]], png: Path) -> None:
@@ -301,25 +305,30 @@ def _plot_people(figure: Any, out: Path) -> None:
 
 
 def _plot_group(figure: Any, out: Path) -> None:
-    """An image, and what the teacher takes it for."""
+    """An image, and whom the teacher takes it for."""
     records = open_records(out / "pack")
     cache = Cache.open(out / "targets.gkd")
     targets = cache.read_shard(0, "original")
     row = _telling_row(targets.sizes)
     entries = slice(int(targets.offsets[row]), int(targets.offsets[row + 1]))
-    classes = targets.indices[entries][:SHOWN_CLASSES]
-    probabilities = np.exp(decode_log_probs(targets.log2_probs[entries][:SHOWN_CLASSES]))
-    left, right = figure.subfigures(1, 2, width_ratios=[1, 2])
-    _show(left.subplots(), records.image(row), f"image {row}, person {records.labels[row]}")
-    size, temperature = targets.sizes[row], cache.spec.group_temperature
-    right.suptitle(
-        f"its primary group: {size} of {records.num_classes} people, at T = {temperature:g}"
+    probabilities = np.exp(decode_log_probs(targets.log2_probs[entries]))
+    shown = zip(targets.indices[entries].tolist(), probabilities, strict=True)
+
+    label = int(records.labels[row])
+    figure.suptitle(
+        f"Primary group of an image of person {label}: {targets.sizes[row]} of "
+        f"{records.num_classes} people, T = {cache.spec.group_temperature:g}, "
+        f"margin {cache.spec.margin:g} on the person"
     )
-    for axes, label, probability in zip(
-        right.subplots(1, SHOWN_CLASSES), classes, probabilities, strict=False
-    ):
-        face = records.image(int(np.searchsorted(records.labels, label)))
-        _show(axes, face, f"person {label}\n{probability:.1%}")
+    left, right = figure.subfigures(1, 2, width_ratios=[1, 2.2])
+    _show(left.subplots(), records.image(row), "the image")
+    for axes in right.subplots(2, SHOWN_CLASSES // 2).flat:
+        person, probability = next(shown, (None, 0.0))
+        axes.set_axis_off()
+        if person is not None:
+            face = records.image(int(np.searchsorted(records.labels, person)))
+            itself = " itself" if person == label else ""
+            _show(axes, face, f"{person}{itself}\n{probability:.1%}")
 
 
 def _telling_row(sizes: npt.NDArray[np.int64]) -> int:

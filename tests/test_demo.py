@@ -39,7 +39,12 @@ def test_whole_way_then_again_without_work(
     out = tmp_path / "demo"
     run_demo(out, TINY)
     shown = capfd.readouterr().out
-    for heading in ("1/7  Draw people", "7/7  Judge all three", "student with gkd", "bytes of"):
+    for heading in (
+        "1/7  Draw people",
+        "7/7  Judge all three",
+        "student with gkd",
+        "bytes a sample",
+    ):
         assert heading in shown
     assert (out / "demo.png").read_bytes().startswith(b"\x89PNG")
     assert Cache.open(out / "targets.gkd").spec.num_samples == 72
