@@ -1,0 +1,425 @@
+"""The first stage: records and a teacher in, a cache of its primary groups out."""
+
+import io
+import os
+import shutil
+import time
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from gkd.pipeline.centers import Centers, ClassMeans, read_npy, require_images
+from gkd.pipeline.embed import (
+    EmbeddedBatch,
+    EmbeddingSource,
+    EmbeddingStore,
+    cut,
+    embed,
+    join_batches,
+    split_batch,
+)
+from gkd.pipeline.partition import PartitionSettings, partition
+from gkd.pipeline.shards import Background, PartitionedBatch, committing
+from gkd.pipeline.teacher import Embedder
+from gkd.storage import atomic, layout
+from gkd.storage.cache import Cache, read_spec
+from gkd.storage.errors import ConfigError
+from gkd.storage.progress import progress
+from gkd.storage.rows import Records
+from gkd.storage.spec import VIEWS, CacheSpec, DatasetSpec, TeacherSpec, View
+from gkd.storage.writer import CacheWriter
+
+CLASS_MEAN: Literal["class-mean"] = "class-mean"
+MOST_SHARD_SAMPLES = 65_536
+MOST_SHARD_BYTES = 256_000_000
+ENTRY_BYTES = 6
+SAMPLE_BYTES = 100  # of a view: a rough floor for the disk that a cache needs
+POLL_SECONDS = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheSettings:
+    """How a cache is made; ``partition`` and ``views`` decide what it holds.
+
+    ``shard_samples`` None chooses by ``auto_shard_samples``, ``class_chunk`` None by the device.
+
+    Raises:
+        ConfigError: for a value outside its range.
+    """
+
+    partition: PartitionSettings = field(default_factory=PartitionSettings)
+    views: tuple[View, ...] = VIEWS
+    batch_size: int = 128
+    workers: int = 2
+    skip_corrupt: bool = False
+    shard_samples: int | None = None
+    class_chunk: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "workers", "shard_samples", "class_chunk"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name}: expected 1 or more, got {value}")
+        if not self.views or self.views != tuple(v for v in VIEWS if v in self.views):
+            raise ConfigError(
+                f"views: expected original, flipped or both in this order, got {self.views}"
+            )
+
+
+@dataclass(frozen=True)
+class CacheSummary:
+    """What a finished cache holds, and what this process did for it.
+
+    ``entries``, ``mean_group`` and ``truncated`` are by view; ``bytes`` are the whole cache's;
+    ``images`` went through the teacher in this run, in ``seconds`` with all else.
+    """
+
+    cache_id: str
+    samples: int
+    skipped: int
+    entries: Mapping[View, int]
+    mean_group: Mapping[View, float]
+    truncated: Mapping[View, int]
+    bytes: int
+    images: int
+    seconds: float
+
+    @property
+    def images_per_second(self) -> float:
+        """Images of this run, each in all its views, a second."""
+        return self.images / self.seconds
+
+
+def auto_shard_samples(max_group: int, num_samples: int) -> int:
+    """The largest power of two <= 65,536 whose fullest shard has <= 256 MB of a view's entries.
+
+    A data set that is smaller is one shard.
+    """
+    samples = MOST_SHARD_SAMPLES
+    while samples > 1 and ENTRY_BYTES * max_group * samples > MOST_SHARD_BYTES:
+        samples //= 2
+    return min(samples, num_samples)
+
+
+def centers_path(out: Path) -> Path:
+    """Where class-mean centres are kept: NAME.centers.npy beside NAME.gkd."""
+    return out.with_name(f"{out.name.removesuffix('.gkd')}.centers.npy")
+
+
+def work_path(out: Path) -> Path:
+    """Where embeddings are kept until a cache with class-mean centres is finished."""
+    return out.with_name(f"{out.name}.work")
+
+
+def cache_teacher(
+    records: Records,
+    out: Path,
+    embedder: Embedder,
+    centers: Centers | Literal["class-mean"],
+    settings: CacheSettings,
+    *,
+    rank: int | None = None,
+    world_size: int | None = None,
+) -> CacheSummary:
+    """Make the cache ``out``, or go on with it where an earlier run stopped.
+
+    Shards are divided among ``world_size`` processes, by default those of torchrun; all of them
+    return once the cache is finished. With class-mean centres the teacher runs first and its
+    embeddings are kept beside ``out`` until the end. An interruption leaves whole shards only:
+    the same call goes on.
+
+    Raises:
+        ConfigError: where records, teacher and centres do not fit, or the disk is too small.
+        CorruptRecordError: at an unreadable record, unless ``settings.skip_corrupt``.
+        SpecMismatchError: where ``out`` was begun with other settings, teacher or data.
+        GkdError: where the teacher's output is unusable.
+    """
+    rank = int(os.environ.get("RANK", "0")) if rank is None else rank
+    world_size = int(os.environ.get("WORLD_SIZE", "1")) if world_size is None else world_size
+    _check_labels(records)
+    run = _Run(records, out.absolute(), embedder, settings, rank, world_size)
+    return run.make(centers)
+
+
+def _check_labels(records: Records) -> None:
+    if not len(records):
+        raise ConfigError(f"{records.path}: expected images, got none")
+    highest = int(records.labels.max())
+    if highest >= records.num_classes:
+        raise ConfigError(
+            f"{records.path}: labels go up to {highest:,}, but there are {records.num_classes:,} "
+            "identities; check the first line of `property`"
+        )
+
+
+class _Run:
+    """One process's part of making a cache."""
+
+    def __init__(
+        self,
+        records: Records,
+        out: Path,
+        embedder: Embedder,
+        settings: CacheSettings,
+        rank: int,
+        world_size: int,
+    ) -> None:
+        self.records, self.out, self.embedder = records, out, embedder
+        self.settings, self.rank, self.world_size = settings, rank, world_size
+        self.shard_samples = settings.shard_samples or auto_shard_samples(
+            settings.partition.max_group, len(records)
+        )
+        self.teacher = TeacherSpec(
+            embedder.name, embedder.arch, embedder.sha256, embedder.embedding_dim
+        )
+        self.dataset = DatasetSpec(
+            records.name,
+            len(records),
+            records.num_classes,
+            records.label_order,
+            records.fingerprint,
+        )
+        self.num_shards = -(-len(records) // self.shard_samples)
+        self.images = 0
+
+    def make(self, centers: Centers | Literal["class-mean"]) -> CacheSummary:
+        began = time.monotonic()
+        store: EmbeddingStore | None = None
+        if centers == CLASS_MEAN:
+            found = _finished_means(self.out)
+            if found is None or work_path(self.out).exists():
+                store = self._store()
+            centers = found or self._class_means(store or self._store())
+        self._check_centers(centers)
+        spec = self._spec(centers)
+        self._check_disk(self.out, len(self.records) * len(spec.views) * SAMPLE_BYTES)
+        writer = CacheWriter(self.out, spec)
+        self._write_shards(writer, torch.from_numpy(centers.array), store)
+        if self.rank == 0:
+            _wait_for(lambda: not writer.pending())
+            writer.finish()
+            if store is not None:
+                store.remove()
+        _wait_for((self.out / layout.MANIFEST).exists)
+        return _summary(self.out, self.images, time.monotonic() - began)
+
+    def _rows(self, shard: int) -> range:
+        start = shard * self.shard_samples
+        return range(start, min(start + self.shard_samples, len(self.records)))
+
+    def _check_centers(self, centers: Centers) -> None:
+        expected = (self.records.num_classes, self.embedder.embedding_dim)
+        if centers.array.shape != expected:
+            raise ConfigError(
+                f"{centers.name}: expected centres of {expected[0]:,} identities and embeddings "
+                f"of length {expected[1]}, got {list(centers.array.shape)}; give the centres of "
+                "this teacher and these records, or --centers class-mean"
+            )
+
+    def _check_disk(self, path: Path, needed: int) -> None:
+        folder = next(p for p in path.parents if p.exists())
+        free = shutil.disk_usage(folder).free
+        if free < needed:
+            raise ConfigError(
+                f"{path}: about {needed / 1e9:,.1f} GB are needed, {free / 1e9:,.1f} GB are free "
+                f"on the disk of {folder}; make room or choose another place"
+            )
+
+    def _spec(self, centers: Centers) -> CacheSpec:
+        config = self.settings.partition
+        packages = ["gkd", "torch", "numpy", "zarr"]
+        packages += ["onnxruntime"] if self.embedder.arch == "onnx" else []
+        return CacheSpec(
+            num_samples=len(self.records),
+            num_classes=self.records.num_classes,
+            shard_samples=self.shard_samples,
+            max_group=config.max_group,
+            threshold=config.threshold,
+            group_temperature=config.group_temperature,
+            temperatures=config.temperatures,
+            scale=config.scale,
+            margin=config.margin,
+            views=self.settings.views,
+            preprocess=self.embedder.preprocess,
+            precision=self.embedder.precision,
+            teacher=self.teacher,
+            centers=centers.spec,
+            dataset=self.dataset,
+            software={package: version(package) for package in packages},
+        )
+
+    def _store(self) -> EmbeddingStore:
+        source = EmbeddingSource(
+            self.teacher,
+            self.embedder.preprocess,
+            self.embedder.precision,
+            self.dataset,
+            self.shard_samples,
+            self.settings.skip_corrupt,
+        )
+        return EmbeddingStore(work_path(self.out), source)
+
+    def _class_means(self, store: EmbeddingStore) -> Centers:
+        """Centres from the embeddings of all shards, which are computed where they are missing."""
+        labels = self.records.labels
+        require_images(np.bincount(labels[labels >= 0], minlength=self.records.num_classes))
+        self._keep_embeddings(store)
+        path = centers_path(self.out)
+        ready = store.folder / "centers.npy"
+        if self.rank == 0 and not ready.exists():
+            _wait_for(lambda: all(store.has(shard) for shard in range(self.num_shards)))
+            means = ClassMeans(self.records.num_classes, self.embedder.embedding_dim)
+            for shard in range(self.num_shards):
+                batch = store.load(shard, VIEWS)
+                for view in VIEWS:
+                    means.add(batch.embeddings[view], labels[batch.rows.start + batch.kept])
+            _save_array(ready, means.finish())
+        _wait_for(ready.exists)
+        array = read_npy(ready)
+        if self.rank == 0:
+            _save_array(path, array)
+        return Centers(array, CLASS_MEAN, CLASS_MEAN)
+
+    def _keep_embeddings(self, store: EmbeddingStore) -> None:
+        mine = range(self.rank, self.num_shards, self.world_size)
+        missing = [shard for shard in mine if not store.has(shard)]
+        if not missing:
+            return
+        rows = sum(len(self._rows(shard)) for shard in missing)
+        size = rows * len(VIEWS) * self.embedder.embedding_dim * 4
+        self._check_disk(store.folder, size)
+        whole = sum(len(self._rows(shard)) for shard in mine)
+        parts: list[EmbeddedBatch] = []
+        with (
+            Background() as background,
+            progress("run teacher", whole, "images", whole - rows) as advance,
+            closing(self._live(missing, VIEWS)) as batches,
+        ):
+            for shard, batch in batches:
+                background.check()
+                parts.append(batch)
+                advance(len(batch.rows))
+                if batch.rows.stop == self._rows(shard).stop:
+                    background.start(_saving(store, shard, parts))
+                    parts = []
+
+    def _live(
+        self, shards: Sequence[int], views: Sequence[View]
+    ) -> Generator[tuple[int, EmbeddedBatch], None, None]:
+        """Batches of shards as the teacher sees them, each with its shard."""
+        size = self.settings.batch_size
+        spans = [rows for shard in shards for rows in cut(self._rows(shard), size)]
+        for batch in embed(
+            self.records,
+            spans,
+            self.embedder,
+            views,
+            workers=self.settings.workers,
+            skip_corrupt=self.settings.skip_corrupt,
+        ):
+            self.images += len(batch.kept)
+            yield batch.rows.start // self.shard_samples, batch
+
+    def _batches(
+        self, shards: Sequence[int], store: EmbeddingStore | None
+    ) -> Generator[tuple[int, EmbeddedBatch], None, None]:
+        """The same from kept embeddings, where a store has them."""
+        views = self.settings.views
+        for shard in shards:
+            if store is not None and store.has(shard):
+                for batch in split_batch(store.load(shard, views), self.settings.batch_size):
+                    yield shard, batch
+        yield from self._live([s for s in shards if store is None or not store.has(s)], views)
+
+    def _write_shards(
+        self, writer: CacheWriter, centers: torch.Tensor, store: EmbeddingStore | None
+    ) -> None:
+        mine = range(self.rank, self.num_shards, self.world_size)
+        pending = writer.pending(self.rank, self.world_size)
+        whole = sum(len(self._rows(shard)) for shard in mine)
+        left = sum(len(self._rows(shard)) for shard in pending)
+        if self.embedder.device.startswith("cuda") and torch.cuda.is_available():
+            centers = centers.to(self.embedder.device)
+        parts: list[PartitionedBatch] = []
+        what = "run teacher and partition" if store is None else "partition"
+        with (
+            Background() as background,
+            progress(what, whole, "images", whole - left) as advance,
+            closing(self._batches(pending, store)) as batches,
+        ):
+            for shard, batch in batches:
+                background.check()
+                parts.append(self._partition(batch, centers))
+                advance(len(batch.rows))
+                if batch.rows.stop == self._rows(shard).stop:
+                    background.start(committing(writer, shard, self.records, parts))
+                    parts = []
+
+    def _partition(self, batch: EmbeddedBatch, centers: torch.Tensor) -> PartitionedBatch:
+        labels = torch.from_numpy(self.records.labels[batch.rows.start + batch.kept])
+        views = {
+            view: partition(
+                torch.from_numpy(batch.embeddings[view]),
+                labels,
+                centers,
+                self.settings.partition,
+                class_chunk=self.settings.class_chunk,
+            )
+            for view in self.settings.views
+        }
+        return PartitionedBatch(batch.rows, batch.kept, views, batch.digests, batch.skipped)
+
+
+def _saving(
+    store: EmbeddingStore, shard: int, parts: Sequence[EmbeddedBatch]
+) -> Callable[[], None]:
+    return lambda: store.save(shard, join_batches(parts))
+
+
+def _finished_means(out: Path) -> Centers | None:
+    """The class means of a cache that was begun, where they still stand beside it."""
+    path = centers_path(out)
+    if not (out / layout.METADATA).exists() or not path.exists():
+        return None
+    spec = read_spec(out)
+    if spec.centers.kind != CLASS_MEAN:
+        return None
+    centers = Centers(read_npy(path), CLASS_MEAN, CLASS_MEAN)
+    return centers if centers.spec == spec.centers else None
+
+
+def _save_array(path: Path, array: npt.NDArray[np.float32]) -> None:
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=False)
+    atomic.write_file(path, buffer.getvalue())
+
+
+def _wait_for(done: Callable[[], bool]) -> None:
+    """Wait for what other processes of the run have still to do."""
+    while not done():
+        time.sleep(POLL_SECONDS)
+
+
+def _summary(out: Path, images: int, seconds: float) -> CacheSummary:
+    cache = Cache.open(out)
+    manifest = cache.manifest
+    assert manifest is not None  # Cache.open refuses a cache without one
+    with_groups = max(1, manifest.num_samples - manifest.skipped)
+    return CacheSummary(
+        cache_id=cache.id,
+        samples=manifest.num_samples,
+        skipped=manifest.skipped,
+        entries=manifest.entries,
+        mean_group={view: count / with_groups for view, count in manifest.entries.items()},
+        truncated=manifest.truncated,
+        bytes=manifest.bytes,
+        images=images,
+        seconds=seconds,
+    )

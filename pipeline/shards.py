@@ -1,0 +1,118 @@
+"""Finished batches to shards on disk, by a thread of its own."""
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from types import TracebackType
+
+import numpy as np
+import numpy.typing as npt
+
+from gkd.pipeline.partition import Partition
+from gkd.storage.rows import Records
+from gkd.storage.spec import View
+from gkd.storage.targets import SparseTargets
+from gkd.storage.writer import CacheWriter, ShardSamples
+
+
+@dataclass(frozen=True)
+class PartitionedBatch:
+    """A partitioned batch: an ``EmbeddedBatch`` with groups in place of embeddings."""
+
+    rows: range
+    kept: npt.NDArray[np.int64]
+    views: Mapping[View, Partition]
+    digests: npt.NDArray[np.uint8]
+    skipped: Mapping[int, str]
+
+
+def committing(
+    writer: CacheWriter, shard: int, records: Records, parts: Sequence[PartitionedBatch]
+) -> Callable[[], None]:
+    """The work of writing a shard from its batches, all of them in order."""
+
+    def commit() -> None:
+        rows = range(parts[0].rows.start, parts[-1].rows.stop)
+        samples = ShardSamples(
+            keys=[records.key(row) for row in rows],
+            labels=records.labels[rows.start : rows.stop],
+            digests=np.concatenate([part.digests for part in parts]),
+            skipped={
+                place + part.rows.start - rows.start: reason
+                for part in parts
+                for place, reason in part.skipped.items()
+            },
+        )
+        views = parts[0].views
+        writer.write_shard(
+            shard,
+            {view: _join_targets(view, parts) for view in views},
+            samples,
+            truncated={
+                view: sum(int(part.views[view].truncated.sum()) for part in parts) for view in views
+            },
+        )
+
+    return commit
+
+
+def _join_targets(view: View, parts: Sequence[PartitionedBatch]) -> SparseTargets:
+    """Targets of consecutive batches as one; a skipped sample has no entry and secondary 0."""
+    targets = [part.views[view].targets for part in parts]
+    sizes = [np.zeros(len(part.rows), np.int64) for part in parts]
+    secondary = [
+        np.zeros((len(p.rows), t.secondary.shape[1]), np.float32)
+        for p, t in zip(parts, targets, strict=True)
+    ]
+    for part, target, size, mass in zip(parts, targets, sizes, secondary, strict=True):
+        size[part.kept] = target.sizes
+        mass[part.kept] = target.secondary
+    return SparseTargets(
+        offsets=np.concatenate([[0], np.cumsum(np.concatenate(sizes))]).astype(np.int64),
+        indices=np.concatenate([target.indices for target in targets]),
+        log2_probs=np.concatenate([target.log2_probs for target in targets]),
+        secondary=np.concatenate(secondary),
+    )
+
+
+class Background:
+    """One thread that writes a shard while the next one is computed.
+
+    A second shard waits for the first, so a slow disk slows the teacher and fills no memory. An
+    error of the thread is raised in the caller. On the way out, whatever the reason, the shard
+    at hand is finished.
+    """
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(1, "write")
+        self._latest: Future[None] | None = None
+
+    def start(self, work: Callable[[], None]) -> None:
+        """Run ``work`` once the one before is done."""
+        self._finish()
+        self._latest = self._pool.submit(work)
+
+    def check(self) -> None:
+        """Raise the error of the latest work, if it has failed."""
+        if self._latest is not None and self._latest.done():
+            self._finish()
+
+    def _finish(self) -> None:
+        latest, self._latest = self._latest, None
+        if latest is not None:
+            latest.result()
+
+    def __enter__(self) -> "Background":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._pool.shutdown()
+        if error is None:
+            self._finish()
+        elif self._latest is not None and (second := self._latest.exception()) is not None:
+            error.add_note(f"and the shard being written failed: {second}")

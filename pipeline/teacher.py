@@ -1,0 +1,251 @@
+"""Teachers: networks that turn aligned faces into embeddings."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from gkd.storage.atomic import sha256_file
+from gkd.storage.errors import ConfigError, GkdError
+from gkd.storage.extras import require
+from gkd.storage.spec import Preprocess
+
+FACE_SIZE = 112
+Precision = Literal["auto", "float32", "bfloat16", "float16"]
+AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Embedder(Protocol):
+    """A network and all that decides its output; ``sha256`` is of its weights file."""
+
+    name: str
+    arch: str
+    sha256: str
+    embedding_dim: int
+    preprocess: Preprocess
+    precision: str
+    device: str
+
+    def __call__(self, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+        """Faces RGB uint8 [B, 112, 112, 3] to embeddings float32 [B, D], of any length."""
+        ...
+
+
+def resolve_device(device: str) -> str:
+    """``auto`` is ``cuda`` where a GPU is usable, else ``cpu``; other names as torch takes them.
+
+    Raises:
+        ConfigError: for a name that is no device, or a GPU that is not there.
+    """
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            f"device: expected auto, cpu or a GPU of this machine such as cuda:0, got {device!r} "
+            f"({reason}); use --device auto"
+        ) from error
+    return device
+
+
+def resolve_precision(precision: Precision, device: str) -> str:
+    """``auto`` is float32 on a CPU, and on a GPU bfloat16 where it computes it, else float16."""
+    if precision != "auto":
+        return precision
+    if not device.startswith("cuda"):
+        return "float32"
+    return "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
+
+
+def faulty_rows(embeddings: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:
+    """Rows of [B, D] that have no direction: not finite, or zero."""
+    lengths = np.linalg.norm(embeddings.astype(np.float64), axis=1)
+    return np.flatnonzero(~(np.isfinite(lengths) & (lengths > 0)))
+
+
+class TorchEmbedder:
+    """A torch module float [B, 3, 112, 112] -> [B, D] as a teacher, in evaluation mode.
+
+    Raises:
+        ConfigError: for a device that is not there.
+        GkdError: where the module's output is no [B, D].
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        name: str,
+        arch: str,
+        sha256: str,
+        preprocess: Preprocess,
+        device: str = "auto",
+        precision: Precision = "auto",
+        channels_last: bool = False,
+    ) -> None:
+        self.name, self.arch, self.sha256 = name, arch, sha256
+        self.preprocess = preprocess
+        self.device = resolve_device(device)
+        self.precision = resolve_precision(precision, self.device)
+        self._memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        module = module.to(torch.device(self.device)).eval()
+        self._module = module.to(memory_format=self._memory_format)  # type: ignore[call-overload]
+        self.embedding_dim = _probe(self, name)
+
+    @torch.inference_mode()
+    def __call__(self, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+        """Faces RGB uint8 [B, 112, 112, 3] to embeddings float32 [B, D]."""
+        pixels = torch.from_numpy(self.preprocess.apply(images))
+        pixels = pixels.to(self.device, memory_format=self._memory_format)
+        autocast = AUTOCAST.get(self.precision)
+        with torch.autocast(torch.device(self.device).type, autocast, enabled=autocast is not None):
+            embeddings = self._module(pixels)
+        return _checked(embeddings.float().cpu().numpy(), len(images), self.name)
+
+
+class OnnxEmbedder:
+    """Any ONNX network with one image input [N, 3, 112, 112], run by onnxruntime.
+
+    A fixed batch axis is served by padding; of several outputs the first is the embedding.
+    ``threads`` are onnxruntime's own, by default one a core.
+
+    Raises:
+        ConfigError: where the file is missing, is no ONNX or has another input, where the
+            device is not there, or onnxruntime is not installed.
+        GkdError: where the network's output is no [N, D].
+    """
+
+    arch = "onnx"
+
+    def __init__(
+        self,
+        path: Path,
+        preprocess: Preprocess,
+        *,
+        device: str = "auto",
+        threads: int | None = None,
+    ) -> None:
+        runtime = require("onnxruntime", "onnx")
+        if not path.is_file():
+            raise ConfigError(f"{path}: expected a teacher's ONNX file, got nothing there")
+        self.name = path.stem
+        self.sha256 = sha256_file(path)
+        self.preprocess = preprocess
+        self.precision = "float32"
+        self.device = _onnx_device(runtime, device)
+        self._session = _session(runtime, path, self.device, threads or os.cpu_count() or 1)
+        self._input, self._fixed_batch, self._dtype = _image_input(self._session, path)
+        self._output = self._session.get_outputs()[0].name
+        self.embedding_dim = _probe(self, self.name)
+
+    def __call__(self, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+        """Faces RGB uint8 [B, 112, 112, 3] to embeddings float32 [B, D]."""
+        pixels = self.preprocess.apply(images).astype(self._dtype, copy=False)
+        if self._fixed_batch is None:
+            return self._run(pixels)
+        batch = self._fixed_batch
+        return np.concatenate(
+            [
+                self._run_padded(pixels[at : at + batch], batch)
+                for at in range(0, len(pixels), batch)
+            ]
+        )
+
+    def _run_padded(self, pixels: npt.NDArray[Any], batch: int) -> npt.NDArray[np.float32]:
+        padding = np.zeros((batch - len(pixels), *pixels.shape[1:]), pixels.dtype)
+        return self._run(np.concatenate([pixels, padding]))[: len(pixels)]
+
+    def _run(self, pixels: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+        (embeddings,) = self._session.run([self._output], {self._input: pixels})
+        return _checked(np.asarray(embeddings), len(pixels), self.name)
+
+
+def _probe(embed: Callable[[npt.NDArray[np.uint8]], npt.NDArray[np.float32]], name: str) -> int:
+    """Length of the embeddings, seen on one grey image."""
+    try:
+        return int(embed(np.full((1, FACE_SIZE, FACE_SIZE, 3), 127, np.uint8)).shape[1])
+    except GkdError:
+        raise
+    # Whatever a stranger's network does with the input that it promised to take.
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise GkdError(
+            f"{name}: the teacher fails on an image of 3 x {FACE_SIZE} x {FACE_SIZE}: {reason}"
+        ) from error
+
+
+def _checked(embeddings: npt.NDArray[Any], batch: int, name: str) -> npt.NDArray[np.float32]:
+    if embeddings.ndim != 2 or len(embeddings) != batch:
+        raise GkdError(
+            f"{name}: expected embeddings [{batch}, D] for {batch} images, got shape "
+            f"{list(embeddings.shape)}; the teacher must end in one vector an image"
+        )
+    return np.ascontiguousarray(embeddings, np.float32)
+
+
+def _onnx_device(runtime: Any, device: str) -> str:
+    usable = "CUDAExecutionProvider" in runtime.get_available_providers()
+    if device == "auto":
+        return "cuda" if usable else "cpu"
+    if device != "cpu" and not (usable and device.startswith("cuda")):
+        raise ConfigError(
+            f"device: expected auto or cpu, got {device!r}, which this onnxruntime cannot use "
+            f"(it has {', '.join(runtime.get_available_providers())}); install onnxruntime-gpu or "
+            "use --device cpu"
+        )
+    return device
+
+
+def _session(runtime: Any, path: Path, device: str, threads: int) -> Any:
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    providers: list[Any] = ["CPUExecutionProvider"]
+    if device.startswith("cuda"):
+        index = int(device.partition(":")[2] or 0)
+        providers.insert(0, ("CUDAExecutionProvider", {"device_id": index}))
+    try:
+        return runtime.InferenceSession(str(path), options, providers=providers)
+    # onnxruntime raises classes of its own without a common base.
+    except Exception as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            f"{path}: expected an ONNX network that onnxruntime can run, got {reason}"
+        ) from error
+
+
+def _image_input(session: Any, path: Path) -> tuple[str, int | None, npt.DTypeLike]:
+    """The input's name, its batch size where that is fixed, and its type."""
+    inputs = session.get_inputs()
+    if len(inputs) != 1:
+        names = ", ".join(repr(i.name) for i in inputs)
+        raise ConfigError(f"{path}: expected one image input, got {len(inputs)}: {names}")
+    (only,) = inputs
+    types: dict[str, npt.DTypeLike] = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+    if only.type not in types:
+        raise ConfigError(
+            f"{path}: input {only.name!r}: expected tensor(float) or tensor(float16), "
+            f"got {only.type}"
+        )
+    shape = list(only.shape)
+    wanted = [3, FACE_SIZE, FACE_SIZE]
+    fits = len(shape) == 4 and all(
+        want == got for want, got in zip(wanted, shape[1:], strict=True) if isinstance(got, int)
+    )
+    if not fits:
+        hint = ""
+        if len(shape) == 4 and shape[3] == 3:
+            hint = "; its channels come last: export it with channels first"
+        raise ConfigError(
+            f"{path}: input {only.name!r}: expected [N, 3, {FACE_SIZE}, {FACE_SIZE}], "
+            f"got {shape}{hint}"
+        )
+    fixed = shape[0] if isinstance(shape[0], int) and shape[0] > 0 else None
+    return only.name, fixed, types[only.type]
