@@ -318,7 +318,8 @@ def _plot_group(figure: Any, out: Path) -> None:
     figure.suptitle(
         f"Primary group of an image of person {label}: {targets.sizes[row]} of "
         f"{records.num_classes} people, T = {cache.spec.group_temperature:g}, "
-        f"margin {cache.spec.margin:g} on the person"
+        f"margin {cache.spec.margin:g} on the person",
+        fontsize=10,
     )
     left, right = figure.subfigures(1, 2, width_ratios=[1, 2.2])
     _show(left.subplots(), records.image(row), "the image")
