@@ -203,7 +203,8 @@ for _core in ("numpy.core", "numpy._core"):  # the name before numpy 2, and sinc
     _STAND_INS[f"{_core}.numeric", "_frombuffer"] = _FromBuffer
 
 
-class _Unpickler(pickle.Unpickler):
+# The unpickler in Python: the one in C lets ten bytes, a high memo slot, take all memory.
+class _Unpickler(pickle._Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         stand_in = _STAND_INS.get((module, name))
         if stand_in is None:

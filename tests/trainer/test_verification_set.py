@@ -4,6 +4,7 @@ import io
 import os
 import pickle
 import re
+import resource
 import struct
 import subprocess
 from pathlib import Path
@@ -173,6 +174,16 @@ def test_state_cannot_change_the_reader(tmp_path: Path, pickled: bytes) -> None:
         load_verification_set(path)
     write_verification_set(tmp_path / "good.bin", IMAGES, ISSAME)
     assert len(load_verification_set(tmp_path / "good.bin")) == 10
+
+
+@pytest.mark.parametrize("pickled", [b"\x80\x02Nr\0\0\0\x400.", b"Np1073741824\n0."])
+def test_high_memo_slot_takes_no_memory(tmp_path: Path, pickled: bytes) -> None:
+    path = tmp_path / "hostile.bin"
+    path.write_bytes(pickled)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(CorruptRecordError, match="expected a pickle of"):
+        load_verification_set(path)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 20  # KiB
 
 
 @pytest.mark.parametrize(
