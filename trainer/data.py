@@ -7,7 +7,7 @@ any number of workers gives the same batches, and a resumed run plans on from it
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -229,10 +229,10 @@ def check_data(
 
 def load_batches(
     dataset: FaceBatches, plans: Sampler[BatchPlan], *, workers: int, pin: bool
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """Batches by their plans, in order, made ahead by ``workers`` processes (0: here, when asked).
 
-    There is at most one worker a core.
+    There is at most one worker a core. Closing the generator ends them.
 
     Raises:
         GkdError: what a worker met, as it was raised there.

@@ -6,7 +6,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -139,6 +139,7 @@ class _Training:
     stop: _Stop
 
     def go(self, dataset: FaceBatches) -> None:
+        """Train on, evaluate and write checkpoints as they fall due."""
         run = self.run
         batches = load_batches(
             dataset,
@@ -146,13 +147,15 @@ class _Training:
             workers=run.config.data.workers,
             pin=run.device.type == "cuda",
         )
-        while run.step < run.plans.total_steps:
-            self._rest_of_epoch(batches)
-            improved = self._evaluate() if self._evaluation_due() else False
-            if improved or self._checkpoint_due():
-                self._save(best=improved)
-            if self.stop.received:
-                self._leave()
+        # Closed here and now: workers that live on into the interpreter's end would block it.
+        with closing(batches):
+            while run.step < run.plans.total_steps:
+                self._rest_of_epoch(batches)
+                improved = self._evaluate() if self._evaluation_due() else False
+                if improved or self._checkpoint_due():
+                    self._save(best=improved)
+                if self.stop.received:
+                    self._leave()
 
     def _rest_of_epoch(self, batches: Iterator[Batch]) -> None:
         """Steps up to the next epoch, checkpoint within the epoch, or signal."""

@@ -6,6 +6,7 @@
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -23,12 +24,14 @@ from gkd.storage.spec import (
     View,
     preprocess_preset,
 )
-from gkd.storage.targets import SparseTargets
 from gkd.storage.writer import CacheWriter, ShardSamples
 from gkd.trainer.config import RunConfig, load_config
 from gkd.trainer.data import JoinedTargets, join_targets
 from gkd.trainer.loop import Summary, train
 from gkd.trainer.verification_set import write_verification_set
+
+if TYPE_CHECKING:
+    from gkd.storage.targets import SparseTargets
 
 IDENTITIES, IMAGES_EACH = 6, 7
 SETTINGS = PartitionSettings(group_temperature=4.0, temperatures=(1.0, 4.0))
@@ -109,10 +112,11 @@ def write_cache(path: Path, records: Records, views: Sequence[View]) -> None:
         rows = spec.shard_rows(shard)
         place = slice(rows.start, rows.stop)
         labels = records.labels[place]
-        targets: dict[View, SparseTargets] = {
-            view: partition_logits(logits[view][place], torch.from_numpy(labels), SETTINGS).targets
+        parts = {
+            view: partition_logits(logits[view][place], torch.from_numpy(labels), SETTINGS)
             for view in views
         }
+        targets: dict[View, SparseTargets] = {view: part.targets for view, part in parts.items()}
         samples = ShardSamples([records.key(row) for row in rows], labels, seen[place], {})
         writer.write_shard(shard, targets, samples, truncated=dict.fromkeys(views, 0))
     writer.finish()

@@ -1,0 +1,384 @@
+"""Training: what it writes, that any interruption changes nothing, and what it refuses."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from gkd.storage.errors import ConfigError, CorruptRecordError, GkdError, SpecMismatchError
+from gkd.storage.records import open_records
+from gkd.storage.targets import TargetBatch
+from gkd.trainer import loop
+from gkd.trainer.checkpoint import load_student, read_checkpoint
+from gkd.trainer.config import load_config
+from gkd.trainer.data import BatchPlan, FaceBatches
+from gkd.trainer.loop import train
+from gkd.trainer.losses import GroupTargets
+from tests.paths import ROOT
+from tests.reference import log_softmax
+from tests.trainer.faces import SETTINGS, load, run, small_config, teacher_logits
+
+LAST = "checkpoints/last.pt"
+
+
+def lines(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def training_lines(out: Path) -> list[dict[str, Any]]:
+    return [line for line in lines(out) if "loss" in line]
+
+
+def losses(out: Path) -> list[tuple[int, float, float, float, float]]:
+    names = ("step", "loss", "ce", "primary", "binary")
+    return [tuple(line[name] for name in names) for line in training_lines(out)]  # type: ignore[misc]
+
+
+def assert_same_state(ours: Any, theirs: Any) -> None:
+    """Bit by bit, whatever the nesting."""
+    assert type(ours) is type(theirs)
+    if isinstance(ours, torch.Tensor):
+        assert torch.equal(ours, theirs)
+    elif isinstance(ours, dict):
+        assert ours.keys() == theirs.keys()
+        for key in ours:
+            assert_same_state(ours[key], theirs[key])
+    elif isinstance(ours, list | tuple):
+        assert len(ours) == len(theirs)
+        for one, other in zip(ours, theirs, strict=True):
+            assert_same_state(one, other)
+    else:
+        assert ours == theirs
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """As the runs in processes of their own, which must agree to the bit."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def unbroken(faces: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 15 steps from start to end."""
+    torch.set_num_threads(1)
+    out = tmp_path_factory.mktemp("unbroken") / "run"
+    run(faces, out, f'evaluation.sets=["{faces}/pairs.bin"]')
+    return out
+
+
+def test_a_run_leaves_everything_needed_to_judge_and_repeat_it(faces: Path, unbroken: Path) -> None:
+    config = load_config(unbroken / "config.toml")
+    assert config == small_config(f'evaluation.sets=["{faces}/pairs.bin"]')
+    described = json.loads((unbroken / "run.json").read_text())
+    assert described["command"] == ["gkd", "test"]
+    assert described["dataset"]["num_images"] == 42
+    assert len(described["dataset"]["cache_id"]) == 64
+    assert described["versions"]["torch"] == torch.__version__
+    assert described["parameters"]["head"] == 6 * 8
+    assert list((unbroken / "tensorboard").iterdir())
+    names = {path.name for path in (unbroken / "checkpoints").iterdir()}
+    assert names == {"last.pt", "best.pt"}
+
+
+def test_metrics_tell_every_step_and_every_evaluation(unbroken: Path) -> None:
+    steps = training_lines(unbroken)
+    assert [line["step"] for line in steps] == list(range(1, 16))
+    assert steps[0].keys() == {
+        "step", "epoch", "loss", "ce", "primary", "binary", "lr", "images_per_second", "data_wait"
+    }  # fmt: skip
+    assert steps[4]["epoch"] == 1.0
+    assert steps[-1]["lr"] == pytest.approx(2.5e-7)
+    assert steps[0]["loss"] == pytest.approx(steps[0]["ce"])  # the ramp begins at 0
+    assert all(line["primary"] > 0 for line in steps)
+    evaluations = [line for line in lines(unbroken) if "accuracy" in line]
+    assert [line["step"] for line in evaluations] == [5, 10, 15]
+    best = max(line["accuracy"]["pairs"] for line in evaluations)
+    assert read_checkpoint(unbroken / "checkpoints/best.pt")["best"] == best
+
+
+def test_the_student_of_a_run_loads(unbroken: Path) -> None:
+    student = load_student(unbroken / LAST)
+    with torch.no_grad():
+        assert student.backbone(torch.zeros(1, 3, 112, 112)).shape == (1, 8)
+
+
+def test_training_fits_the_data(faces: Path, tmp_path: Path) -> None:
+    """Cross-entropy and both divergences fall far below where they began."""
+    run(
+        faces,
+        tmp_path / "out",
+        "train.epochs=40",
+        "optimizer.lr=0.02",
+        "head.scale=16",
+        "head.margin=0.1",
+        "kd.ramp=0",
+        "schedule.warmup_epochs=4",
+    )
+    steps = training_lines(tmp_path / "out")
+    for name in ("ce", "primary", "binary"):
+        first, last = (sum(line[name] for line in part) for part in (steps[:10], steps[-10:]))
+        assert last < first * 0.6, name
+
+
+def test_finishing_again_changes_nothing(faces: Path, tmp_path: Path, unbroken: Path) -> None:
+    shutil.copytree(unbroken, tmp_path / "out")
+    summary = run(faces, tmp_path / "out", f'evaluation.sets=["{faces}/pairs.bin"]')
+    assert summary.steps == 15
+    assert summary.accuracy.keys() == {"pairs"}
+    assert (tmp_path / "out" / LAST).read_bytes() == (unbroken / LAST).read_bytes()
+    assert lines(tmp_path / "out") == lines(unbroken)
+
+
+@contextmanager
+def started(faces: Path, out: Path, *overrides: str) -> Iterator["subprocess.Popen[str]"]:
+    """A training in a process of its own, which does not outlive the test."""
+    command = [sys.executable, "-m", "tests.trainer.faces", str(faces), str(out), *overrides]
+    with (
+        (out.parent / "words").open("w+") as words,
+        subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            text=True,
+            stdout=subprocess.DEVNULL,
+            stderr=words,
+            start_new_session=True,
+        ) as process,
+    ):
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def wait_for_step(process: "subprocess.Popen[str]", out: Path, step: int) -> None:
+    deadline = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline:
+        if (out / "metrics.jsonl").exists() and len(lines_so_far(out)) >= step:
+            return
+        time.sleep(0.005)
+    pytest.fail(f"no step {step}: {(out.parent / 'words').read_text()}")
+
+
+def lines_so_far(out: Path) -> list[bytes]:
+    return (out / "metrics.jsonl").read_bytes().splitlines()
+
+
+def test_killed_and_resumed_it_ends_in_the_same_bits(faces: Path, tmp_path: Path) -> None:
+    """kill -9 at random steps, each time the same command again; two workers."""
+    overrides = ("train.epochs=8", "checkpoint.every_epochs=0.4", "data.workers=2")
+    run(faces, tmp_path / "whole", *overrides)
+    out = tmp_path / "killed"
+    dice = random.Random(4)
+    for target in (dice.randint(3, 15), dice.randint(20, 32)):
+        with started(faces, out, *overrides) as process:
+            wait_for_step(process, out, target)
+        assert process.returncode == -signal.SIGKILL
+    assert read_checkpoint(out / LAST)["step"] < 40
+    run(faces, out, *overrides)
+    assert_same_state(read_checkpoint(out / LAST), read_checkpoint(tmp_path / "whole" / LAST))
+    assert losses(out) == losses(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_it_with_a_checkpoint_and_words(
+    faces: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    with started(faces, tmp_path / "out", "train.epochs=500", "data.workers=1") as process:
+        wait_for_step(process, tmp_path / "out", 3)
+        # To all of its group, workers too, as a terminal and a scheduler do.
+        os.killpg(process.pid, number)
+        assert process.wait(timeout=30) == 1
+    words = (tmp_path / "words").read_text()
+    step = read_checkpoint(tmp_path / "out" / LAST)["step"]
+    message = words.strip().splitlines()[-1]
+    assert f"stopped by {number.name} after step {step} of 2500" in message
+    assert "run the same command again to go on" in message
+    assert training_lines(tmp_path / "out")[-1]["step"] == step
+
+
+class OnlineTeacher(FaceBatches):
+    """Targets from the teacher's dense logits at each step, exact, sorted densely, no cache."""
+
+    def _targets(self, plan: BatchPlan) -> GroupTargets:
+        views = (teacher_logits(self.records, "original"), teacher_logits(self.records, "flipped"))
+        classes, log_probs, rest = [], [], []
+        for row, flipped in zip(plan.rows, plan.flipped, strict=True):
+            logits = views[int(flipped)][row].astype(np.float64)
+            order = np.argsort(-logits, kind="stable")
+            mass = np.exp(log_softmax(logits / SETTINGS.group_temperature))[order].cumsum()
+            group = order[: np.searchsorted(mass, SETTINGS.threshold) + 1]
+            group = np.union1d(group, [self.records.labels[row]])
+            log_p = log_softmax(logits / self.temperature)
+            classes.append(group)
+            log_probs.append(log_p[group])
+            rest.append(np.log(np.delete(np.exp(log_p), group).sum() or 1e-300))
+        sizes = [len(group) for group in classes]
+        return GroupTargets.from_batch(
+            TargetBatch(
+                np.concatenate([[0], np.cumsum(sizes)]),
+                np.concatenate(classes),
+                np.concatenate(log_probs).astype(np.float32),
+                np.array(rest, np.float32),
+            )
+        )
+
+
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+def test_the_cache_teaches_what_the_teacher_would(
+    faces: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, temperature: float
+) -> None:
+    """The same losses step by step, to 1e-3, as with the dense teacher asked at each step."""
+    # A small rate: a large one amplifies any difference, the last bit of a sum included.
+    overrides = ("optimizer.lr=3e-4", "kd.ramp=0", f"kd.temperature={temperature}")
+    run(faces, tmp_path / "cached", *overrides)
+    monkeypatch.setattr(loop, "FaceBatches", OnlineTeacher)
+    run(faces, tmp_path / "online", *overrides)
+    cached, online = np.array(losses(tmp_path / "cached")), np.array(losses(tmp_path / "online"))
+    assert len(cached) == 15
+    np.testing.assert_allclose(cached, online, rtol=1e-3)
+    assert not np.array_equal(cached, online)
+
+
+def test_without_distillation_targets_are_not_needed(faces: Path, tmp_path: Path) -> None:
+    records = open_records(faces / "faces")
+    config = small_config("kd.enabled=false", "train.epochs=1")
+    assert train(config, records, None, tmp_path / "out").steps == 5
+    assert {line["primary"] for line in training_lines(tmp_path / "out")} == {0.0}
+    described = json.loads((tmp_path / "out/run.json").read_text())
+    assert described["dataset"]["cache_id"] == ""
+
+
+def test_distillation_without_targets_is_refused(faces: Path, tmp_path: Path) -> None:
+    records = open_records(faces / "faces")
+    with pytest.raises(ConfigError, match=r"kd\.enabled: no targets were given; .*--without-kd"):
+        train(small_config(), records, None, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("optimizer.kind=adamw", "optimizer.lr=0.001", "schedule.kind=poly"),
+        ("head.kind=arcface", "schedule.kind=step", "optimizer.clip_norm=0"),
+        ("train.precision=bfloat16", "train.channels_last=false"),
+        ("student.name=mobilefacenet", "student.width=0.25", "data.flip=false"),
+    ],
+)
+def test_other_settings_train(faces: Path, tmp_path: Path, overrides: tuple[str, ...]) -> None:
+    assert run(faces, tmp_path / "out", "train.epochs=1", *overrides).steps == 5
+    assert np.isfinite(losses(tmp_path / "out")).all()
+
+
+def test_gradients_of_the_backbone_are_clipped(
+    faces: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clipped = []
+
+    def spy(parameters: Iterator[torch.nn.Parameter], max_norm: float) -> None:
+        clipped.append((len(list(parameters)), max_norm))
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", spy)
+    run(faces, tmp_path / "out", "train.epochs=1", "optimizer.clip_norm=2.5")
+    backbone = load_student(tmp_path / "out").backbone
+    assert clipped == [(len(list(backbone.parameters())), 2.5)] * 5
+
+
+def test_a_loss_that_is_not_finite_names_step_and_records(faces: Path, tmp_path: Path) -> None:
+    with pytest.raises(GkdError) as error:
+        run(faces, tmp_path / "out", "optimizer.lr=1e30", "optimizer.clip_norm=0", "train.epochs=9")
+    message = str(error.value)
+    assert "the loss of step" in message
+    assert "is not finite (total nan, ce nan" in message
+    assert "the batch begins with records person_" in message
+    assert "lower optimizer.lr" in message
+
+
+def test_a_corrupt_image_ends_the_training_by_name(faces: Path, tmp_path: Path) -> None:
+    shutil.copytree(faces / "faces", tmp_path / "faces")
+    for path in (tmp_path / "faces").rglob("*.jpg"):
+        path.write_bytes(b"\xff\xd8 no face")
+    config = small_config("kd.enabled=false", "data.workers=2")
+    with pytest.raises(CorruptRecordError, match=r"person_\d.*\.jpg"):
+        train(config, open_records(tmp_path / "faces"), None, tmp_path / "out")
+
+
+def test_another_configuration_does_not_go_on(faces: Path, tmp_path: Path, unbroken: Path) -> None:
+    shutil.copytree(unbroken, tmp_path / "out")
+    with pytest.raises(ConfigError, match=r"another configuration \(train\.epochs: 3, now 4\)"):
+        run(faces, tmp_path / "out", "train.epochs=4")
+    assert load_config(tmp_path / "out/config.toml").train.epochs == 3
+
+
+def test_another_cache_does_not_go_on(faces: Path, tmp_path: Path, unbroken: Path) -> None:
+    shutil.copytree(unbroken, tmp_path / "out")
+    records, targets = load(faces)
+    targets.store.cache_id = "f" * 64
+    with pytest.raises(SpecMismatchError, match=r"cache \(id\): [0-9a-f]{64}, now f{64}"):
+        train(small_config(), records, targets, tmp_path / "out")
+
+
+def test_targets_of_other_records_are_refused(faces: Path, tmp_path: Path) -> None:
+    records, targets = load(faces)
+    fewer = replace(targets, rows=targets.rows[:-1])
+    with pytest.raises(SpecMismatchError, match=r"42 images of 6 classes, .* 41 images of 6"):
+        train(small_config(), records, fewer, tmp_path / "out")
+
+
+def test_a_folder_of_something_else_is_left_alone(faces: Path, tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(ConfigError, match=r"got one that holds thesis\.tex; name another folder"):
+        run(faces, tmp_path)
+    with pytest.raises(ConfigError, match="expected a folder to train into, got a file"):
+        run(faces, tmp_path / "thesis.tex")
+
+
+def test_two_trainings_do_not_share_a_folder(faces: Path, tmp_path: Path) -> None:
+    with started(faces, tmp_path / "out", "train.epochs=500") as process:
+        wait_for_step(process, tmp_path / "out", 1)
+        with pytest.raises(ConfigError, match="another process is training into this folder"):
+            run(faces, tmp_path / "out", "train.epochs=500")
+
+
+def test_sets_of_one_name_are_refused(faces: Path, tmp_path: Path) -> None:
+    (tmp_path / "pairs.bin").write_bytes((faces / "pairs.bin").read_bytes())
+    sets = json.dumps([f"{faces}/pairs.bin", f"{tmp_path}/pairs.bin"])
+    with pytest.raises(ConfigError, match=r"evaluation\.sets: 2 files are named pairs"):
+        run(faces, tmp_path / "out", f"evaluation.sets={sets}")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is present")
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.device=cuda", r"train\.device: torch finds no GPU; set train\.device=cpu"),
+        ("train.precision=float16", r"train\.precision: float16 needs a GPU"),
+    ],
+)
+def test_what_needs_a_gpu_says_so(faces: Path, tmp_path: Path, override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        run(faces, tmp_path / "out", override)
+
+
+def test_without_tensorboard_it_is_said_and_trains(
+    faces: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    run(faces, tmp_path / "out", "train.epochs=1")
+    assert capsys.readouterr().err.count("pip install 'gkd[tensorboard]'") == 1
+    assert not (tmp_path / "out/tensorboard").exists()
