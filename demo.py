@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -136,9 +136,10 @@ def _begin(out: Path, settings: Settings) -> State:
 
 def _stages(out: Path, settings: Settings) -> list[Stage]:
     pack, pairs, targets = out / "pack", out / "held_out.bin", out / "targets.gkd"
-    evaluated = ("--set", f'evaluation.sets=["{pairs.absolute()}"]')
-    student = (*_sets(settings.student), "--set", f"train.seed={settings.seed}", *evaluated)
-    teacher = (*_sets(settings.teacher), "--set", f"train.seed={settings.seed}")
+    seed = f"train.seed={settings.seed}"
+    judged = f'evaluation.sets=["{pairs.absolute()}"]'
+    teacher = _sets(*settings.teacher, seed)
+    student = _sets(*settings.student, *settings.distillation, seed, judged)
     weights = _weights(out, "teacher")
 
     def train_student(run: str, *options: str) -> None:
@@ -161,16 +162,12 @@ def _stages(out: Path, settings: Settings) -> list[Stage]:
             ),
         ),
         Stage("alone", "Train a student alone", lambda: train_student("alone", "--without-kd")),
-        Stage(
-            "gkd",
-            "Train the same student with the targets",
-            lambda: train_student("gkd", *_sets(settings.distillation)),
-        ),
+        Stage("gkd", "Train the same student with the targets", lambda: train_student("gkd")),
         Stage("evaluate", "Judge all three on people never trained on", lambda: _evaluate(out)),
     ]
 
 
-def _sets(settings: Sequence[str]) -> tuple[str, ...]:
+def _sets(*settings: str) -> tuple[str, ...]:
     return tuple(word for setting in settings for word in ("--set", setting))
 
 
@@ -341,7 +338,9 @@ def _telling_row(sizes: npt.NDArray[np.int64]) -> int:
 def _plot_curves(figure: Any, out: Path, results: dict[str, dict[str, Any]]) -> None:
     axes = figure.subplots()
     for run, color in (("alone", "tab:gray"), ("gkd", "tab:green")):
-        lines = [json.loads(line) for line in (out / run / "metrics.jsonl").open()]
+        lines = [
+            json.loads(line) for line in (out / run / "metrics.jsonl").read_text().splitlines()
+        ]
         points = [
             (line["epoch"], line["accuracy"]["held_out"]) for line in lines if "accuracy" in line
         ]
