@@ -146,13 +146,14 @@ def materialise(
     home.mkdir(parents=True, exist_ok=True)
     target = home / "+".join(chosen)
     with filelock.FileLock(home / "lock"):
-        if target.exists():
-            _warm(target)
-        else:
+        found = target.exists()
+        if not found:
             # Nobody else is at work here, so what lies about was left by one that died.
             for leftover in home.glob(".*"):
                 shutil.rmtree(leftover)
             _build(cache, chosen, target)
+    if found:
+        _warm(target)
     return TargetStore(target)
 
 

@@ -213,17 +213,18 @@ def _check_targets(
 ) -> None:
     """A GPU-day is cheaper to stop here than to find spoilt later."""
     n, sizes, entries = len(samples.keys), targets.sizes, len(targets.indices)
-    skipped = np.zeros(n, bool)
-    skipped[list(samples.skipped)] = True
     for array in layout.arrays(spec, view).values():
-        dtype = getattr(targets, array.name).dtype
-        # Sizes are derived from the offsets, and encoded from int64.
-        if array.name != "sizes" and dtype != array.dtype:
-            raise ValueError(f"{array.path}: expected {array.dtype}, got {dtype}")
+        if array.name == "sizes":
+            continue
+        values = getattr(targets, array.name)
+        found = None if values is None else (values.dtype, values.shape)
+        expected = (array.dtype, (entries,) if array.packed else (n, *array.shape[2:]))
+        if found != expected:
+            raise ValueError(f"{array.path}: expected {expected}, got {found}")
     if len(targets) != n or targets.offsets[0] != 0 or targets.offsets[-1] != entries:
         raise ValueError(f"{view}: offsets do not cover {n} samples and {entries} entries")
-    if len(targets.log2_probs) != entries or targets.secondary.shape != (n, len(spec.temperatures)):
-        raise ValueError(f"{view}: log2_probs or secondary have the wrong shape")
+    skipped = np.zeros(n, bool)
+    skipped[list(samples.skipped)] = True
     if sizes.min() < 0 or sizes.max() > spec.max_group or not np.array_equal(sizes == 0, skipped):
         raise ValueError(f"{view}: sizes outside 1..{spec.max_group}, or 0 where none is skipped")
     if entries and targets.indices.max() >= spec.num_classes:
