@@ -1,1 +1,470 @@
 """The command line: the only place where pipeline and trainer meet."""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+import msgspec
+
+from gkd.storage.errors import GkdError
+
+if TYPE_CHECKING:
+    from gkd.pipeline.teacher import Embedder, Precision
+
+GO_ON = "interrupted; run the same command again to go on"
+
+
+class Commands(click.Group):
+    """Commands whose users' mistakes end in one message and exit code 1."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run a command; turn errors that are no bugs into click's."""
+        try:
+            return super().invoke(ctx)
+        except GkdError as error:
+            raise click.ClickException(str(error)) from error
+        except KeyboardInterrupt as error:
+            raise click.ClickException(GO_ON) from error
+        except OSError as error:
+            place = f"{error.filename}: " if error.filename else ""
+            raise click.ClickException(f"{place}{error.strerror or error}") from error
+
+
+def _interrupt(signum: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="gkd")
+def main() -> None:
+    """Cache a face-recognition teacher once, distil any number of students from it."""
+    signal.signal(signal.SIGTERM, _interrupt)
+
+
+as_json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+sort_option = click.option(
+    "--sort",
+    type=click.Choice(["natural", "plain"]),
+    default="natural",
+    show_default=True,
+    help="Order of an image folder's identities: 2 before 10, or by bytes.",
+)
+preprocess_option = click.option(
+    "--preprocess",
+    "preset",
+    type=click.Choice(["arcface", "imagenet", "raw"]),
+    default="arcface",
+    show_default=True,
+    help="(x/255 - 0.5)/0.5, ImageNet's mean and deviation, or raw 0..255.",
+)
+bgr_option = click.option("--bgr", is_flag=True, help="The network takes BGR, not RGB.")
+device_option = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda")
+precision_option = click.option(
+    "--precision",
+    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+    default="auto",
+    show_default=True,
+)
+arch_option = click.option(
+    "--arch",
+    default="auto",
+    show_default=True,
+    help="Backbone of a .pt, .pth or .safetensors file, e.g. iresnet50; auto for .onnx.",
+)
+workers_option = click.option(
+    "--workers",
+    type=click.IntRange(min=1),
+    default=os.cpu_count() or 1,
+    show_default=True,
+    help="Threads that decode images.",
+)
+
+
+def _path() -> Any:
+    return click.Path(path_type=Path)
+
+
+def _emit(value: Any, as_json: bool) -> None:
+    """Print a result: one JSON object, or a line a field."""
+    plain = msgspec.to_builtins(value, str_keys=True, enc_hook=str)
+    if as_json:
+        click.echo(json.dumps(plain))
+        return
+    width = max(len(key) for key in plain)
+    for key, each in plain.items():
+        if isinstance(each, dict):
+            each = ", ".join(f"{name} {entry}" for name, entry in each.items())
+        elif isinstance(each, float):
+            each = f"{each:,.4g}"
+        elif isinstance(each, int) and not isinstance(each, bool):
+            each = f"{each:,}"
+        click.echo(f"{key.replace('_', ' '):{width}}  {each}")
+
+
+# --------------------------------------------------------------------------- records
+
+
+@main.group()
+def records() -> None:
+    """Look at, check and make record packs."""
+
+
+@records.command("info")
+@click.argument("source", metavar="RECORDS", type=_path())
+@sort_option
+@as_json
+def records_info(source: Path, sort: Any, as_json: bool) -> None:
+    """Say what RECORDS hold: a folder with train.rec, a .rec file or an image folder."""
+    from gkd.storage.records import open_records
+    from gkd.storage.records_check import records_info
+
+    _emit(records_info(open_records(source, sort=sort)), as_json)
+
+
+@records.command("verify")
+@click.argument("source", metavar="RECORDS", type=_path())
+@sort_option
+@workers_option
+@as_json
+def records_verify(source: Path, sort: Any, workers: int, as_json: bool) -> None:
+    """Read and decode every image of RECORDS and list every fault; exit 1 if there is one."""
+    from gkd.storage.records import open_records
+    from gkd.storage.records_check import verify_records
+
+    report = verify_records(open_records(source, sort=sort), workers=workers)
+    faults = [str(fault) for fault in report.faults]
+    if as_json:
+        counts = {"images": report.images, "identities": report.identities}
+        click.echo(json.dumps({**counts, "faults": faults}))
+    else:
+        for fault in faults:
+            click.echo(fault)
+        click.echo(
+            f"{report.images:,} images, {report.identities:,} identities, {len(faults):,} faults"
+        )
+    if faults:
+        raise SystemExit(1)
+
+
+@records.command("pack")
+@click.argument("folder", type=_path())
+@click.argument("out", type=_path())
+@sort_option
+@workers_option
+def records_pack(folder: Path, out: Path, sort: Any, workers: int) -> None:
+    """Pack an image FOLDER, one folder an identity, into OUT/train.rec in InsightFace's layout."""
+    from gkd.storage.packing import pack
+
+    _emit(pack(folder, out, sort=sort, workers=workers), False)
+
+
+# --------------------------------------------------------------------------- targets
+
+
+@main.group()
+def targets() -> None:
+    """Look at and check caches of targets."""
+
+
+@targets.command("info")
+@click.argument("path", metavar="TARGETS", type=_path())
+@as_json
+def targets_info(path: Path, as_json: bool) -> None:
+    """Say what made TARGETS and whether they are finished."""
+    from gkd.storage.cache import Cache, committed_shards
+
+    cache = Cache.open(path, complete=False)
+    spec = msgspec.to_builtins(cache.spec)
+    state = {
+        "path": str(cache.path),
+        "id": cache.id if cache.manifest else None,
+        "committed_shards": len(committed_shards(path)),
+        "shards": cache.spec.num_shards,
+    }
+    _emit({**state, **spec}, as_json)
+
+
+@targets.command("verify")
+@click.argument("path", metavar="TARGETS", type=_path())
+@click.option("--deep/--hashes", default=True, help="Decode all arrays too (default), or not.")
+@as_json
+def targets_verify(path: Path, deep: bool, as_json: bool) -> None:
+    """Check every file of TARGETS and list every fault; exit 1 if there is one."""
+    from gkd.storage.verify import verify
+
+    report = verify(path, deep=deep)
+    if as_json:
+        plain = msgspec.to_builtins(report, enc_hook=str)
+        click.echo(json.dumps({**plain, "ok": report.ok}))
+    else:
+        for fault in report.faults:
+            click.echo(str(fault))
+        click.echo(
+            f"{report.shards:,} shards, {report.files:,} files, {report.bytes:,} bytes, "
+            f"{report.entries:,} entries, {len(report.faults):,} faults"
+        )
+    if not report.ok:
+        raise SystemExit(1)
+
+
+@targets.command("stats")
+@click.argument("path", metavar="TARGETS", type=_path())
+@click.option("--plot", type=_path(), help="Draw group sizes and masses into this PNG.")
+@as_json
+def targets_stats(path: Path, plot: Path | None, as_json: bool) -> None:
+    """Describe group sizes, masses and bytes of TARGETS."""
+    from gkd.storage.cache import Cache
+    from gkd.storage.stats import plot_stats, stats
+
+    figures = stats(Cache.open(path))
+    if plot:
+        plot_stats(figures, plot)
+    if as_json:
+        click.echo(msgspec.json.encode(figures, enc_hook=str).decode())
+        return
+    whole = msgspec.to_builtins(figures, enc_hook=str)
+    views = whole.pop("views")
+    _emit(whole, False)
+    for view in views:
+        del view["histogram"]
+        click.echo()
+        _emit(view, False)
+
+
+# --------------------------------------------------------------------------- the two stages
+
+
+def _embedder(
+    path: Path, *, arch: str, preset: str, bgr: bool, device: str, precision: "Precision"
+) -> "Embedder":
+    """Any model that a command takes: an ONNX file, weights, or a run of ``train-student``."""
+    from gkd.pipeline.teacher import OnnxEmbedder, TorchEmbedder
+    from gkd.storage.atomic import sha256_file
+    from gkd.storage.spec import preprocess_preset
+    from gkd.trainer.backbones import load_backbone
+    from gkd.trainer.checkpoint import chosen_checkpoint
+
+    preprocess = preprocess_preset(preset, bgr=bgr)
+    if path.suffix == ".onnx":
+        return OnnxEmbedder(path, preprocess, device=device)
+    weights = chosen_checkpoint(path) if path.is_dir() else path
+    return TorchEmbedder(
+        load_backbone(arch, weights),
+        name=path.name if path.is_dir() else path.stem,
+        arch=arch,
+        sha256=sha256_file(weights),
+        preprocess=preprocess,
+        device=device,
+        precision=precision,
+    )
+
+
+def _numbers(context: click.Context, parameter: click.Parameter, value: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(number) for number in value.split(","))
+    except ValueError as error:
+        raise click.BadParameter(f"expected numbers such as 1,2,4, got {value!r}") from error
+
+
+def _names(context: click.Context, parameter: click.Parameter, value: str) -> tuple[str, ...]:
+    return tuple(value.split(","))
+
+
+@main.command("cache-teacher")
+@click.argument("source", metavar="RECORDS", type=_path())
+@click.argument("out", type=_path())
+@click.option("--teacher", type=_path(), required=True, help="ONNX file, weights or run folder.")
+@arch_option
+@click.option(
+    "--centers",
+    required=True,
+    multiple=True,
+    metavar="FILE|class-mean",
+    help="Class centres [C, D]; several files are joined; or the mean of each class.",
+)
+@click.option("--threshold", type=float, default=0.93, show_default=True)
+@click.option("--group-temperature", type=float, default=2.0, show_default=True)
+@click.option("--temperatures", callback=_numbers, default="1,2,4", show_default=True)
+@click.option("--max-group", type=int, default=4096, show_default=True)
+@click.option("--scale", type=float, default=64.0, show_default=True)
+@click.option("--margin", type=float, default=0.4, show_default=True)
+@click.option("--views", callback=_names, default="original,flipped", show_default=True)
+@preprocess_option
+@bgr_option
+@click.option("--batch-size", type=int, default=128, show_default=True)
+@device_option
+@precision_option
+@workers_option
+@click.option("--shard-samples", type=int, help="Samples a shard; by default from --max-group.")
+@click.option("--skip-corrupt", is_flag=True, help="Leave unreadable records out, and say which.")
+@sort_option
+@as_json
+def cache_teacher(
+    source: Path,
+    out: Path,
+    teacher: Path,
+    arch: str,
+    centers: tuple[str, ...],
+    threshold: float,
+    group_temperature: float,
+    temperatures: tuple[float, ...],
+    max_group: int,
+    scale: float,
+    margin: float,
+    views: Any,
+    preset: str,
+    bgr: bool,
+    batch_size: int,
+    device: str,
+    precision: "Precision",
+    workers: int,
+    shard_samples: int | None,
+    skip_corrupt: bool,
+    sort: Any,
+    as_json: bool,
+) -> None:
+    """Run the teacher over RECORDS once and store its primary groups in OUT, or go on with it."""
+    from gkd.pipeline.centers import Centers, load_centers
+    from gkd.pipeline.partition import PartitionSettings
+    from gkd.pipeline.run import CLASS_MEAN, CacheSettings
+    from gkd.pipeline.run import cache_teacher as run
+    from gkd.storage.records import open_records
+
+    settings = CacheSettings(
+        partition=PartitionSettings(
+            threshold=threshold,
+            group_temperature=group_temperature,
+            temperatures=temperatures,
+            max_group=max_group,
+            scale=scale,
+            margin=margin,
+        ),
+        views=views,
+        batch_size=batch_size,
+        workers=workers,
+        skip_corrupt=skip_corrupt,
+        shard_samples=shard_samples,
+    )
+    records = open_records(source, sort=sort)
+    embedder = _embedder(
+        teacher, arch=arch, preset=preset, bgr=bgr, device=device, precision=precision
+    )
+    if centers == (CLASS_MEAN,):
+        summary = run(records, out, embedder, CLASS_MEAN, settings)
+    else:
+        files = [Path(file) for file in centers]
+        array = load_centers(files, records.num_classes, embedder.embedding_dim)
+        names = " ".join(file.name for file in files)
+        summary = run(records, out, embedder, Centers(array, "file", names), settings)
+    _emit({**msgspec.to_builtins(summary), "images_per_second": summary.images_per_second}, as_json)
+
+
+@main.command("train-student")
+@click.argument("source", metavar="RECORDS", type=_path())
+@click.argument("path", metavar="TARGETS", type=_path())
+@click.argument("out", type=_path())
+@click.option("--config", type=_path(), help="Settings of the run, a TOML file with sections.")
+@click.option("--set", "settings", multiple=True, metavar="SECTION.KEY=VALUE", help="One setting.")
+@click.option("--student", help="Backbone, the same as --set student.name=...")
+@click.option("--without-kd", is_flag=True, help="The same run with cross-entropy alone.")
+@sort_option
+def train_student(
+    source: Path,
+    path: Path,
+    out: Path,
+    config: Path | None,
+    settings: tuple[str, ...],
+    student: str | None,
+    without_kd: bool,
+    sort: Any,
+) -> None:
+    """Train a student on RECORDS from TARGETS into the run folder OUT, or go on with it.
+
+    Where there are no TARGETS, write - for them, with --without-kd.
+    """
+    from gkd.storage.cache import Cache
+    from gkd.storage.records import open_records
+    from gkd.trainer.config import load_config
+    from gkd.trainer.data import join_targets
+    from gkd.trainer.loop import train
+
+    chosen = [f"student.name={student}"] if student else []
+    chosen += ["kd.enabled=false"] if without_kd else []
+    run = load_config(config, [*settings, *chosen])
+    records = open_records(source, sort=sort)
+    joined = None
+    if run.kd.enabled:
+        joined = join_targets(records, Cache.open(path), workers=os.cpu_count() or 1)
+    _emit(train(run, records, joined, out, command=["gkd", *sys.argv[1:]]), False)
+
+
+@main.command("evaluate")
+@click.argument("model", type=_path())
+@click.argument("sets", metavar="BIN...", type=_path(), nargs=-1, required=True)
+@arch_option
+@preprocess_option
+@bgr_option
+@device_option
+@precision_option
+@click.option("--batch-size", type=click.IntRange(min=1), default=128, show_default=True)
+@click.option("--plot", type=_path(), help="Draw the ROC into this PNG.")
+@as_json
+def evaluate(
+    model: Path,
+    sets: tuple[Path, ...],
+    arch: str,
+    preset: str,
+    bgr: bool,
+    device: str,
+    precision: "Precision",
+    batch_size: int,
+    plot: Path | None,
+    as_json: bool,
+) -> None:
+    """Verify MODEL on verification sets: a run folder, a checkpoint, weights or an ONNX file."""
+    from rich.console import Console
+
+    from gkd.trainer.evaluation import evaluate, plot_roc, results_table
+    from gkd.trainer.verification_set import load_verification_set
+
+    embed = _embedder(model, arch=arch, preset=preset, bgr=bgr, device=device, precision=precision)
+    pairs = [load_verification_set(path) for path in sets]
+    results = [evaluate(embed, each, batch_size=batch_size) for each in pairs]
+    if plot:
+        plot_roc(results, plot)
+    if as_json:
+        click.echo(json.dumps([result.to_builtins() for result in results]))
+    else:
+        Console().print(results_table(results))
+
+
+@main.command("export")
+@click.argument("run", type=_path())
+@click.argument("out", metavar="OUT.onnx", type=_path())
+def export(run: Path, out: Path) -> None:
+    """Write the student of RUN, a run folder or a checkpoint, as ONNX with any batch size."""
+    from gkd.storage.spec import preprocess_preset
+    from gkd.trainer.checkpoint import load_student
+    from gkd.trainer.export import export_onnx
+
+    student = load_student(run)
+    name = student.config.student.name
+    export_onnx(student.backbone, out, preprocess=preprocess_preset("arcface"), name=name)
+    click.echo(f"{out}: {out.stat().st_size:,} bytes, checked against torch")
+
+
+@main.command("demo")
+@click.argument("out", type=_path(), default=Path("gkd-demo"))
+def demo(out: Path) -> None:
+    """Draw faces, train a teacher on them, cache it, and train a student with and without it."""
+    from gkd.demo import run_demo
+
+    run_demo(out)
+
+
+if __name__ == "__main__":
+    main()

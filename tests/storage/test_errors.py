@@ -1,0 +1,35 @@
+import re
+
+import pytest
+
+from gkd.storage import errors, extras
+
+
+def test_the_docstring_draws_the_tree() -> None:
+    """Names, parents and order of the drawing are those of the classes."""
+    drawn = []
+    parents: list[str] = []
+    for line in (errors.__doc__ or "").splitlines():
+        found = re.match(r"^ {4}([│├└─ ]*)(\w+(?:Error))(?: \((\w+)\))?", line)
+        if found is None:
+            continue
+        depth = len(found[1]) // 4
+        parents[depth:] = [found[2]]
+        drawn.append((found[2], parents[depth - 1] if depth else "Exception", found[3]))
+
+    defined = [
+        (
+            each.__name__,
+            each.__bases__[0].__name__,
+            each.__bases__[1].__name__ if len(each.__bases__) > 1 else None,
+        )
+        for each in vars(errors).values()
+        if isinstance(each, type)
+    ]
+    assert drawn == defined
+    assert len(drawn) == 7
+
+
+def test_a_missing_extra_is_named() -> None:
+    with pytest.raises(errors.ConfigError, match=r"no_such_module.*pip install 'gkd\[plot\]'"):
+        extras.require("no_such_module.part", "plot")
