@@ -90,19 +90,27 @@ def _path() -> Any:
 
 def _emit(value: Any, as_json: bool) -> None:
     """Print a result: one JSON object, or a line a field."""
-    plain = msgspec.to_builtins(value, str_keys=True, enc_hook=str)
+    fields = msgspec.to_builtins(value, str_keys=True, enc_hook=str)
     if as_json:
-        click.echo(json.dumps(plain))
+        click.echo(json.dumps(fields))
         return
-    width = max(len(key) for key in plain)
-    for key, each in plain.items():
-        if isinstance(each, dict):
-            each = ", ".join(f"{name} {entry}" for name, entry in each.items())
-        elif isinstance(each, float):
-            each = f"{each:,.4g}"
-        elif isinstance(each, int) and not isinstance(each, bool):
-            each = f"{each:,}"
-        click.echo(f"{key.replace('_', ' '):{width}}  {each}")
+    width = max(len(name) for name in fields)
+    for name, each in fields.items():
+        click.echo(f"{name.replace('_', ' '):{width}}  {_words(each)}")
+
+
+def _words(value: Any) -> str:
+    match value:
+        case bool() | str() | None:
+            return str(value)
+        case int():
+            return f"{value:,}"
+        case float():
+            return f"{value:,.4g}"
+        case dict():
+            return ", ".join(f"{name} {_words(each)}" for name, each in value.items()) or "none"
+        case _:
+            return " ".join(_words(each) for each in value)
 
 
 # --------------------------------------------------------------------------- records
