@@ -26,7 +26,9 @@ from gkd.storage.targets import SparseTargets, encode_log_probs
 MAX_GROUP_LIMIT = 65535  # sizes are stored as uint16
 CHUNK_LOGITS = {"cpu": 2**18}  # 1 MB: stays in a core's cache
 CHUNK_LOGITS_ACCELERATOR = 2**25
-SAMPLED_CLASSES = 512
+MOST_SAMPLED, LEAST_SAMPLED, SAMPLED_SHARE = 1024, 128, 1 / 16
+LEAST_TERM = 1e-19
+LOWEST = torch.finfo(torch.float32).min
 _LOW_BITS = 0xFFFFFFFF
 _VOID_KEY = -2139095041 << 32  # a key with logit -inf
 
@@ -227,10 +229,10 @@ def _groups(
 ) -> _Groups:
     """Groups by one pass over the classes; without a floor it is estimated from the first chunk."""
     of_labels = logits.of_labels()
-    batch, device = len(of_labels), of_labels.device
+    batch = len(of_labels)
     tail = _Tail(of_labels, settings)
-    found = [torch.empty(batch, 0, dtype=torch.int64, device=device)]
-    buffer = torch.empty(batch * min(class_chunk, logits.num_classes), device=device)
+    found = _Candidates(batch, of_labels.device)
+    buffer = torch.empty(batch * min(class_chunk, logits.num_classes), device=of_labels.device)
     certain = floor is not None or settings.threshold == 1
     for start in range(0, logits.num_classes, class_chunk):
         width = min(class_chunk, logits.num_classes - start)
@@ -239,16 +241,15 @@ def _groups(
         _take_out(chunk, logits.labels - start)
         if floor is None:
             floor = _estimated_floor(chunk, of_labels, logits.num_classes, settings)
-        found.append(_take_candidates(chunk, start, floor))
+        found.take(chunk, start, floor)
         tail.add(chunk)
-        if sum(keys.shape[1] for keys in found) > 2 * settings.max_group:
+        if found.width > 2 * settings.max_group:
             # Later classes lose a tie, so from here on only a larger logit can enter.
-            largest, least = _keep_largest(torch.cat(found, 1), settings.max_group, tail)
-            found = [largest]
+            least = found.keep_largest(settings.max_group, tail)
             above = torch.nextafter(least, torch.full_like(least, math.inf))
             floor = torch.maximum(floor, above)
     label_keys = _keys(of_labels, logits.labels)
-    return _cut(torch.cat(found, 1), label_keys, tail, None if certain else floor, settings)
+    return _cut(found.keys, label_keys, tail, None if certain else floor, settings)
 
 
 def _take_out(chunk: Tensor, columns: Tensor) -> None:
@@ -264,19 +265,21 @@ def _estimated_floor(
     if settings.threshold == 0:
         return torch.full_like(of_labels, math.inf)
     if settings.threshold == 1:
-        return torch.full_like(of_labels, torch.finfo(torch.float32).min)
-    stride = -(-chunk.shape[1] // SAMPLED_CLASSES)
+        return torch.full_like(of_labels, LOWEST)
+    sampled = min(max(LEAST_SAMPLED, int(num_classes * SAMPLED_SHARE)), MOST_SAMPLED)
+    stride = -(-chunk.shape[1] // sampled)
     sample = chunk[:, ::stride].sort(1, descending=True).values
     weight = num_classes / sample.shape[1]
     peak = torch.maximum(sample[:, 0], of_labels)[:, None]
-    mass = torch.exp((sample - peak) / settings.group_temperature).cumsum(1) * weight
-    label_mass = torch.exp((of_labels[:, None] - peak) / settings.group_temperature)
+    both = (torch.cat([sample, of_labels[:, None]], 1) - peak) / settings.group_temperature
+    terms = both.clamp_(min=math.log(LEAST_TERM)).exp_()
+    mass, label_mass = terms[:, :-1].cumsum(1) * weight, terms[:, -1:]
     needed = settings.threshold * (mass[:, -1:] + label_mass) - label_mass
     rank = (mass < needed).sum(1).clamp(max=settings.max_group / weight)
-    # Two standard deviations of a count, and some for the smallest counts.
-    rank = (rank + 2 * rank.sqrt() + 2).long().clamp(max=sample.shape[1] - 1)
+    # Three standard deviations of a count, and some for the smallest counts.
+    rank = (rank + 3 * rank.sqrt() + 2).long().clamp(max=sample.shape[1] - 1)
     floor = sample.gather(1, rank[:, None])[:, 0]
-    return floor.clamp(min=torch.finfo(torch.float32).min)
+    return floor.clamp(min=LOWEST)
 
 
 def _certain_floor(log_total: Tensor, num_classes: int, settings: PartitionSettings) -> Tensor:
@@ -285,30 +288,50 @@ def _certain_floor(log_total: Tensor, num_classes: int, settings: PartitionSetti
     Before the group's last entry stands less than ``threshold``, so it and the at most C - 1
     others behind it hold more than 1 - threshold, and the last is the largest of these.
     """
-    lowest = torch.finfo(torch.float32).min
     if settings.threshold == 1:
-        return torch.full_like(log_total, lowest, dtype=torch.float32)
+        return torch.full_like(log_total, LOWEST, dtype=torch.float32)
     least = log_total + math.log((1 - settings.threshold) / num_classes)
     rounding = 1e-4 * (1 + least.abs())
-    return (settings.group_temperature * (least - rounding)).clamp(min=lowest).to(torch.float32)
+    return (settings.group_temperature * (least - rounding)).clamp(min=LOWEST).to(torch.float32)
 
 
-def _take_candidates(chunk: Tensor, start: int, floor: Tensor) -> Tensor:
-    """Keys [B, n] of the logits at or above the floor, rows filled up with void ones.
+class _Candidates:
+    """Keys of each row's candidates so far, in any order, filled up with void ones."""
 
-    In the chunk -inf stands in their place.
-    """
-    rows, columns = _places(chunk >= floor[:, None])
-    values = chunk[rows, columns]
-    chunk[rows, columns] = -math.inf
-    counts = torch.bincount(rows, minlength=len(chunk))
-    first = counts.cumsum(0) - counts
-    places = torch.arange(len(rows), device=rows.device) - first[rows]
-    keys = torch.full(
-        (len(chunk), int(counts.max())), _VOID_KEY, dtype=torch.int64, device=chunk.device
-    )
-    keys[rows, places] = _keys(values, columns + start)
-    return keys
+    def __init__(self, batch: int, device: torch.device) -> None:
+        self._held = torch.zeros(batch, dtype=torch.int64, device=device)
+        self._keys = torch.empty(batch, 0, dtype=torch.int64, device=device)
+        self.width = 0
+
+    @property
+    def keys(self) -> Tensor:
+        """int64 [B, width]."""
+        return self._keys[:, : self.width]
+
+    def take(self, chunk: Tensor, start: int, floor: Tensor) -> None:
+        """Take the logits at or above the floor; in the chunk -inf stands in their place."""
+        rows, columns = _places(chunk >= floor[:, None])
+        values = chunk[rows, columns]
+        chunk[rows, columns] = -math.inf
+        counts = torch.bincount(rows, minlength=len(chunk))
+        first = counts.cumsum(0) - counts
+        places = torch.arange(len(rows), device=rows.device) + (self._held - first)[rows]
+        self._held += counts
+        self.width = int(self._held.max())
+        if self.width > self._keys.shape[1]:
+            room = self._keys.new_full((len(chunk), 2 * self.width), _VOID_KEY)
+            room[:, : self._keys.shape[1]] = self._keys
+            self._keys = room
+        self._keys[rows, places] = _keys(values, columns + start)
+
+    def keep_largest(self, count: int, tail: "_Tail") -> Tensor:
+        """Leave all but the ``count`` largest of each row to the tail; the last one's logit [B]."""
+        ordered = self.keys.sort(1, descending=True).values
+        tail.add(_key_logits(ordered[:, count:]))
+        self._keys = ordered[:, :count].contiguous()
+        self._held.clamp_(max=count)
+        self.width = count
+        return _key_logits(ordered[:, count - 1])
 
 
 def _places(mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -320,13 +343,6 @@ def _places(mask: Tensor) -> tuple[Tensor, Tensor]:
     rows, words = mask.view(torch.int64).nonzero(as_tuple=True)
     hits, bits = mask.view(len(mask), -1, 8)[rows, words].nonzero(as_tuple=True)
     return rows[hits], words[hits] * 8 + bits
-
-
-def _keep_largest(keys: Tensor, count: int, tail: "_Tail") -> tuple[Tensor, Tensor]:
-    """The ``count`` largest keys of each row and the last one's logit; the tail gets the others."""
-    ordered = keys.sort(1, descending=True).values
-    tail.add(_key_logits(ordered[:, count:]))
-    return ordered[:, :count], _key_logits(ordered[:, count - 1])
 
 
 def _keys(logits: Tensor, classes: Tensor) -> Tensor:
@@ -356,27 +372,36 @@ class _Tail:
     def add(self, logits: Tensor) -> None:
         """Add logits [B, n], in memory that is overwritten; -inf counts nothing."""
         # The tail's own peak is the shift: its sum is at least one, however small its mass.
-        peak = logits.amax(1).clamp(min=torch.finfo(torch.float32).min)
+        peak = logits.amax(1).clamp(min=LOWEST)
         for temperature, sums in _exponential_sums(logits, peak, tuple(self.log_sums)):
             log_sum = peak.to(torch.float64) / temperature + sums.to(torch.float64).log()
+            # Where all is -inf there is no tail, only the sums' lower bounds.
+            log_sum = log_sum.masked_fill(peak == LOWEST, -math.inf)
             self.log_sums[temperature] = torch.logaddexp(self.log_sums[temperature], log_sum)
 
 
 def _exponential_sums(
     logits: Tensor, peak: Tensor, temperatures: tuple[float, ...]
 ) -> Iterator[tuple[float, Tensor]]:
-    """Sums of exp((z - peak) / T) over each row, for falling T; overwrites the logits."""
+    """Sums of exp((z - peak) / T) over each row, for falling T; overwrites the logits.
+
+    Terms are kept above 1e-19, which no sum of one or more can feel: processors are tens of times
+    slower where an exponential or a square underflows.
+    """
     if all(higher == 2 * lower for higher, lower in pairwise(temperatures)):
         # exp(x / T) is the square of exp(x / 2T): one exponential serves all.
         factor = 1 / temperatures[0]
-        powers = torch.add(-factor * peak[:, None], logits, alpha=factor, out=logits).exp_()
+        torch.add(-factor * peak[:, None], logits, alpha=factor, out=logits)
+        powers = logits.clamp_(min=math.log(LEAST_TERM)).exp_()
         yield temperatures[0], powers.sum(1)
         for temperature in temperatures[1:]:
+            powers.clamp_(min=LEAST_TERM)
             yield temperature, powers.mul_(powers).sum(1)
         return
     logits.sub_(peak[:, None])
     for temperature in temperatures:
-        yield temperature, torch.exp(logits / temperature).sum(1)
+        scaled = (logits / temperature).clamp_(min=math.log(LEAST_TERM))
+        yield temperature, scaled.exp_().sum(1)
 
 
 def _cut(
@@ -386,23 +411,24 @@ def _cut(
     floor: Tensor | None,
     settings: PartitionSettings,
 ) -> _Groups:
-    """Groups from candidates [B, n], the labels and the tail.
+    """Groups from candidates [B, n], the labels and the tail, which gets what is left over.
 
     ``floor`` [B] tells above what the candidates are complete; without one no class that a group
     needs is missing.
     """
     keys = torch.cat([found, label_keys[:, None]], 1).sort(1, descending=True).values
     held = (keys > _VOID_KEY | _LOW_BITS).sum(1)
-    keys = keys[:, : int(held.max())]
-    logits = _key_logits(keys).to(torch.float64)
-    scaled = logits / settings.group_temperature
-    log_total = torch.logaddexp(scaled.logsumexp(1), tail.log_sums[settings.group_temperature])
-    log_probs = scaled - log_total[:, None]
-    missing = (log_probs.exp().cumsum(1) < settings.threshold).sum(1)
+    logits = _key_logits(keys)
+    peak = logits[:, :1]
+    terms = ((logits - peak) / settings.group_temperature).clamp_(min=math.log(LEAST_TERM)).exp_()
+    mass = terms.cumsum(1, dtype=torch.float64)
+    scaled_peak = peak[:, 0].to(torch.float64) / settings.group_temperature
+    total = mass[:, -1] + torch.exp(tail.log_sums[settings.group_temperature] - scaled_peak)
+    missing = (mass < settings.threshold * total[:, None]).sum(1)
     prefix = torch.minimum(missing + (settings.threshold > 0), held)
     if settings.threshold == 1:
         prefix = held
-    label_place = (keys == label_keys[:, None]).to(torch.int64).argmax(1)
+    label_place = (keys == label_keys[:, None]).to(torch.uint8).argmax(1)
     full_sizes = prefix + (label_place >= prefix)
     sizes = full_sizes.clamp(max=settings.max_group)
     proved = held > settings.max_group
@@ -413,35 +439,35 @@ def _cut(
         ends = logits.gather(1, (prefix - 1).clamp(min=0)[:, None])[:, 0]
         proved |= (missing < keys.shape[1]) & ((prefix == 0) | (ends >= floor))
 
+    # The group's places: the first ones, or the label's instead of the last of them.
     rows = torch.arange(len(keys), device=keys.device)
-    last = sizes - 1
-    label_left_out = label_place > last
     places = torch.arange(int(sizes.max()), device=keys.device).repeat(len(keys), 1)
-    places[rows, last] = torch.where(label_left_out, label_place, last)
-    taken = torch.arange(places.shape[1], device=keys.device) < sizes[:, None]
-    inside = torch.arange(keys.shape[1], device=keys.device) < sizes[:, None]
-    inside[rows, last] = ~label_left_out
-    inside[rows, label_place] = True
+    taken = places < sizes[:, None]
+    places[rows, sizes - 1] = torch.maximum(label_place, sizes - 1)
+    chosen = keys.gather(1, places)
+    primary = _key_logits(chosen).masked_fill_(~taken, -math.inf).to(torch.float64)
+    logits.scatter_(1, places.where(taken, label_place[:, None]), -math.inf)
+    tail.add(logits)
+    log_total = scaled_peak + total.log()
+    log_probs = primary[taken] / settings.group_temperature - log_total.repeat_interleave(sizes)
     return _Groups(
         sizes=sizes.cpu().numpy(),
-        classes=_key_classes(keys.gather(1, places)[taken]).cpu().numpy(),
-        log_probs=log_probs.gather(1, places)[taken].cpu().numpy(),
-        secondary=_secondary(logits, inside, tail, settings).cpu().numpy(),
+        classes=_key_classes(chosen[taken]).cpu().numpy(),
+        log_probs=log_probs.cpu().numpy(),
+        secondary=_secondary(primary, tail, settings).cpu().numpy(),
         truncated=(full_sizes > settings.max_group).cpu().numpy(),
         proved=proved.cpu().numpy(),
         log_total=log_total,
     )
 
 
-def _secondary(logits: Tensor, inside: Tensor, tail: _Tail, settings: PartitionSettings) -> Tensor:
+def _secondary(primary: Tensor, tail: _Tail, settings: PartitionSettings) -> Tensor:
     """Natural log of the mass outside the group, float32 [b, temperatures]."""
     columns = []
     for temperature in settings.temperatures:
-        scaled = logits / temperature
-        primary = scaled.masked_fill(~inside, -math.inf).logsumexp(1)
-        dropped = tail.log_sums[temperature]
-        outside = torch.logaddexp(scaled.masked_fill(inside, -math.inf).logsumexp(1), dropped)
-        columns.append(outside - torch.logaddexp(primary, outside))
+        outside = tail.log_sums[temperature]
+        inside = (primary / temperature).logsumexp(1)
+        columns.append(outside - torch.logaddexp(inside, outside))
     return torch.stack(columns, 1).to(torch.float32)
 
 
