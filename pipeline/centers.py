@@ -196,7 +196,8 @@ def read_npy(path: Path) -> npt.NDArray[Any]:
     except (ValueError, EOFError, OSError) as error:
         raise ConfigError(f"{path}: expected a .npy array of numbers, got {error}") from error
     if not isinstance(array, np.ndarray) or array.dtype.kind != "f":
-        raise ConfigError(f"{path}: expected a .npy array of floats, got {type(array).__name__}")
+        got = getattr(array, "dtype", type(array).__name__)
+        raise ConfigError(f"{path}: expected a .npy array of floats, got {got}")
     return array
 
 

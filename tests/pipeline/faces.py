@@ -1,0 +1,108 @@
+"""Small records and a deterministic teacher for tests; run as a script, makes a cache with them.
+
+python -m tests.pipeline.faces RECORDS OUT RANK WORLD_SIZE SECONDS_A_BATCH CENTERS
+"""
+
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from gkd.pipeline.centers import Centers
+from gkd.pipeline.partition import PartitionSettings
+from gkd.pipeline.run import CLASS_MEAN, CacheSettings, CacheSummary, cache_teacher
+from gkd.storage.records import open_records
+from gkd.storage.spec import preprocess_preset
+
+EMBEDDING_DIM = 16
+SETTINGS = CacheSettings(
+    partition=PartitionSettings(group_temperature=1.0, max_group=8),
+    batch_size=4,
+    shard_samples=10,
+)
+
+
+class PixelEmbedder:
+    """A fixed random projection of coarse pixels; ``seconds`` slow a batch down."""
+
+    name = "pixels"
+    arch = "projection"
+    sha256 = "0" * 64
+    embedding_dim = EMBEDDING_DIM
+    preprocess = preprocess_preset("arcface")
+    precision = "float32"
+    device = "cpu"
+
+    def __init__(self, seconds: float = 0.0) -> None:
+        self.seconds = seconds
+        self.images = 0
+        self._matrix = np.random.default_rng(0).normal(size=(7 * 7 * 3, EMBEDDING_DIM))
+
+    def __call__(self, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+        time.sleep(self.seconds)
+        self.images += len(images)
+        coarse = images[:, ::16, ::16].reshape(len(images), -1) / 127.5 - 1
+        return np.stack([row @ self._matrix for row in coarse]).astype(np.float32)
+
+
+def write_folder(folder: Path, identities: int = 7, images: int = 5, seed: int = 0) -> Path:
+    """An image folder of noise, alike within an identity."""
+    rng = np.random.default_rng(seed)
+    for identity in range(identities):
+        base = rng.integers(0, 256, (7, 7, 3))
+        (folder / f"id{identity}").mkdir(parents=True)
+        for image in range(images):
+            pixels = np.clip(base + rng.integers(-60, 60, (7, 7, 3)), 0, 255).astype(np.uint8)
+            face = Image.fromarray(pixels).resize((112, 112), Image.Resampling.NEAREST)
+            face.save(folder / f"id{identity}" / f"{image}.png")
+    return folder
+
+
+def centers(num_classes: int) -> Centers:
+    """Random unit centres."""
+    array = np.random.default_rng(1).normal(size=(num_classes, EMBEDDING_DIM))
+    array /= np.linalg.norm(array, axis=1, keepdims=True)
+    return Centers(array.astype(np.float32), "file", "random.npy")
+
+
+def make(
+    folder: Path,
+    out: Path,
+    *,
+    class_mean: bool = False,
+    embedder: PixelEmbedder | None = None,
+    settings: CacheSettings = SETTINGS,
+    rank: int = 0,
+    world_size: int = 1,
+) -> CacheSummary:
+    """A cache of an image folder."""
+    records = open_records(folder)
+    return cache_teacher(
+        records,
+        out,
+        embedder or PixelEmbedder(),
+        CLASS_MEAN if class_mean else centers(records.num_classes),
+        settings,
+        rank=rank,
+        world_size=world_size,
+    )
+
+
+def main() -> None:
+    """Make a cache, one process's part of it."""
+    folder, out, rank, world_size, seconds, mode = sys.argv[1:]
+    make(
+        Path(folder),
+        Path(out),
+        class_mean=mode == CLASS_MEAN,
+        embedder=PixelEmbedder(float(seconds)),
+        rank=int(rank),
+        world_size=int(world_size),
+    )
+
+
+if __name__ == "__main__":
+    main()
