@@ -112,11 +112,10 @@ def write_cache(path: Path, records: Records, views: Sequence[View]) -> None:
         rows = spec.shard_rows(shard)
         place = slice(rows.start, rows.stop)
         labels = records.labels[place]
-        parts = {
-            view: partition_logits(logits[view][place], torch.from_numpy(labels), SETTINGS)
-            for view in views
-        }
-        targets: dict[View, SparseTargets] = {view: part.targets for view, part in parts.items()}
+        targets: dict[View, SparseTargets] = {}
+        for view in views:
+            given = logits[view][place], torch.from_numpy(labels)
+            targets[view] = partition_logits(*given, SETTINGS).targets
         samples = ShardSamples([records.key(row) for row in rows], labels, seen[place], {})
         writer.write_shard(shard, targets, samples, truncated=dict.fromkeys(views, 0))
     writer.finish()

@@ -44,7 +44,7 @@ def training_lines(out: Path) -> list[dict[str, Any]]:
 
 def losses(out: Path) -> list[tuple[int, float, float, float, float]]:
     names = ("step", "loss", "ce", "primary", "binary")
-    return [tuple(line[name] for name in names) for line in training_lines(out)]  # type: ignore[misc]
+    return [tuple(line[name] for name in names) for line in training_lines(out)]
 
 
 def assert_same_state(ours: Any, theirs: Any) -> None:
