@@ -15,6 +15,7 @@ from gkd.storage.errors import GkdError
 if TYPE_CHECKING:
     from gkd.pipeline.teacher import Embedder, Precision
 
+NO_TARGETS = Path("-")
 GO_ON = "interrupted; run the same command again to go on"
 
 
@@ -405,8 +406,9 @@ def train_student(
     run = load_config(config, [*settings, *chosen])
     records = open_records(source, sort=sort)
     joined = None
-    if run.kd.enabled:
-        joined = join_targets(records, Cache.open(path), workers=os.cpu_count() or 1)
+    if path != NO_TARGETS:
+        # Without distillation as well: both runs leave out what the cache left out.
+        records, joined = join_targets(records, Cache.open(path), workers=os.cpu_count() or 1)
     _emit(train(run, records, joined, out, command=["gkd", *sys.argv[1:]]), False)
 
 

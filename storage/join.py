@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 _EXAMPLES = 3
 _ABSENT = -1
+SKIPPED = -1
 
 
 def join(
@@ -22,11 +23,13 @@ def join(
     """Row of the cache for each image of ``records``, by ``digests`` uint8 [M, 16]; int64 [M].
 
     Neither rows nor keys matter, so a reshuffled, re-keyed or filtered copy of the same images
-    joins. Of several rows with the same image the one with the same label is taken.
+    joins. Of several rows with the same image the one with the same label is taken. An image that
+    the cache was told to skip, known by its key, gets ``SKIPPED``.
 
     Raises:
-        SpecMismatchError: where the number of classes differs, where images are not in the cache
-            or were skipped by it, or where labels disagree.
+        CorruptRecordError: at an image that cannot be read and was not skipped.
+        SpecMismatchError: where the number of classes differs, where images are not in the cache,
+            or where labels disagree.
     """
     if records.num_classes != cache.spec.num_classes:
         raise SpecMismatchError(
@@ -36,20 +39,28 @@ def join(
         )
     samples = cache.samples()
     known = np.flatnonzero(samples.present)
+    if not len(known):
+        raise SpecMismatchError(
+            f"the cache {cache.path} skipped all of its {len(samples)} samples; cache again from "
+            "records that can be read"
+        )
     places = match(digests, records.labels, samples.digests[known], samples.labels[known])
 
-    unknown = np.flatnonzero(places == _ABSENT)
+    absent = np.flatnonzero(places == _ABSENT)
+    skipped = set(samples.keys(np.flatnonzero(~samples.present)))
+    unknown = absent[[records.key(row) not in skipped for row in absent.tolist()]]
     if len(unknown):
-        skipped = len(samples) - len(known)
-        note = f" ({skipped} were skipped when it was made)" if skipped else ""
+        for row in unknown[~digests[unknown].any(axis=1)].tolist():
+            records.encoded(row)
+        note = f" ({len(skipped)} were skipped when it was made)" if skipped else ""
         raise SpecMismatchError(
             f"{len(unknown)} of {len(records)} images of {records.path} are not in the cache "
             f"{cache.path}{note}, the first: {_list(records.where(row) for row in _few(unknown))}; "
             f"use the records that it was made from ({cache.spec.dataset.name}), or cache again"
         )
-    rows = known[places]
+    rows = np.where(places == _ABSENT, SKIPPED, known[places])
     labels = samples.labels[rows]
-    differing = np.flatnonzero(labels != records.labels)
+    differing = np.flatnonzero((labels != records.labels) & (rows != SKIPPED))
     if len(differing):
         examples = (
             f"{records.where(row)} has label {records.labels[row]}, the cache {labels[row]}"

@@ -7,6 +7,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from gkd.storage.errors import CorruptRecordError
 from gkd.storage.images import DIGEST_BYTES, decode_face, digest
 from gkd.storage.parallel import ordered_map, row_blocks
 from gkd.storage.progress import progress
@@ -68,15 +69,46 @@ class Records(Protocol):
         return hashed.hexdigest()
 
 
+class Subset(Records):
+    """Some rows of other records, int64 [M], as records of their own."""
+
+    def __init__(self, records: Records, rows: npt.NDArray[np.int64]) -> None:
+        self.records, self.rows = records, rows
+        self.path, self.name = records.path, records.name
+        self.label_order, self.num_classes = records.label_order, records.num_classes
+        self.labels, self.sizes = records.labels[rows], records.sizes[rows]
+
+    def key(self, row: int) -> str:
+        """The record's own name."""
+        return self.records.key(int(self.rows[row]))
+
+    def where(self, row: int) -> str:
+        """File, key and offset in words, for messages."""
+        return self.records.where(int(self.rows[row]))
+
+    def encoded(self, row: int) -> memoryview:
+        """The encoded image.
+
+        Raises:
+            CorruptRecordError: where it cannot be read.
+        """
+        return self.records.encoded(int(self.rows[row]))
+
+
 def digests(records: Records, *, workers: int) -> npt.NDArray[np.uint8]:
     """Digests of all encoded images, uint8 [N, 16], hashed by ``workers`` threads.
 
-    Raises:
-        CorruptRecordError: at the first row that cannot be read.
+    Zero for a row that cannot be read.
     """
 
+    def digest_row(row: int) -> bytes:
+        try:
+            return digest(records.encoded(row))
+        except CorruptRecordError:
+            return bytes(DIGEST_BYTES)
+
     def digest_rows(rows: range) -> bytes:
-        return b"".join(digest(records.encoded(row)) for row in rows)
+        return b"".join(map(digest_row, rows))
 
     out = np.empty((len(records), DIGEST_BYTES), np.uint8)
     blocks = row_blocks(len(records))

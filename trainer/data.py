@@ -19,9 +19,10 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from gkd.storage.cache import Cache
 from gkd.storage.errors import ConfigError, GkdError
-from gkd.storage.join import join
+from gkd.storage.join import SKIPPED, join
 from gkd.storage.materialise import TargetStore, materialise
 from gkd.storage.records import Records, digests
+from gkd.storage.rows import Subset
 from gkd.storage.spec import CacheSpec
 from gkd.storage.targets import at_temperature
 from gkd.trainer.losses import GroupTargets
@@ -46,8 +47,10 @@ class JoinedTargets:
 
 def join_targets(
     records: Records, cache: Cache, *, workers: int, folder: Path | None = None
-) -> JoinedTargets:
+) -> tuple[Records, JoinedTargets]:
     """Match images with the cache by their content, and materialise its targets on this node.
+
+    Returns the records without those that the cache skipped, and their targets.
 
     Raises:
         SpecMismatchError: where images are not the cache's, or class numbers differ.
@@ -55,7 +58,10 @@ def join_targets(
         CorruptShardError: where the cache is damaged.
     """
     rows = join(records, cache, digests=digests(records, workers=workers))
-    return JoinedTargets(materialise(cache, folder=folder), rows)
+    used = np.flatnonzero(rows != SKIPPED)
+    if len(used) < len(rows):
+        records = Subset(records, used)
+    return records, JoinedTargets(materialise(cache, folder=folder), rows[used])
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gkd.storage.cache import Cache
-from gkd.storage.errors import SpecMismatchError
-from gkd.storage.join import join, match
+from gkd.storage.errors import CorruptRecordError, SpecMismatchError
+from gkd.storage.join import SKIPPED, join, match
+from gkd.storage.records import open_records
 from tests.caches import digest_of, labels_of, make_cache
 
 if TYPE_CHECKING:
@@ -27,6 +28,9 @@ class FakeRecords:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def key(self, row: int) -> str:
+        return f"other-{row}"
 
     def where(self, row: int) -> str:
         return f"other.rec, key {row + 1}"
@@ -73,10 +77,30 @@ def test_unknown_images_are_counted_and_named(cache: Cache) -> None:
     assert "key 6" not in message
 
 
-def test_skipped_images_are_unknown_and_the_message_says_why(cache: Cache) -> None:
+def test_skipped_images_under_other_keys_are_unknown_and_the_message_says_why(
+    cache: Cache,
+) -> None:
     message = r"1 of 2 images .* \(1 were skipped when it was made\), .* key 2"
     with pytest.raises(SpecMismatchError, match=message):
         join_rows(cache, [3, 41])
+
+
+def test_skipped_images_are_known_by_their_keys(cache: Cache, monkeypatch: Any) -> None:
+    (skipped,) = cache.samples().keys([41])
+    monkeypatch.setattr(FakeRecords, "key", lambda self, row: skipped if row == 1 else "other")
+    assert join_rows(cache, [3, 41, 4]).tolist() == [3, SKIPPED, 4]
+
+
+def test_an_unreadable_image_that_was_not_skipped_is_named(cache: Cache, tmp_path: Path) -> None:
+    folder = tmp_path / "faces"
+    for person in ("a", "b"):
+        (folder / person).mkdir(parents=True)
+        (folder / person / "1.jpg").write_bytes(b"once an image")
+    records = open_records(folder)
+    (folder / "b" / "1.jpg").unlink()
+    records.num_classes = 50
+    with pytest.raises(CorruptRecordError, match=r"b/1\.jpg"):
+        join(records, cache, digests=np.zeros((2, 16), np.uint8))
 
 
 def test_another_numbering_of_classes_is_refused_with_examples(cache: Cache) -> None:

@@ -197,8 +197,7 @@ def test_damaged_records_stay_rows_that_say_what_is_wrong(tmp_path: Path) -> Non
         match=rf"key 5, offset {offsets[5]}: expected a record .* below the file's end",
     ):
         records.image(4)
-    with pytest.raises(CorruptRecordError, match="key 2, offset"):
-        digests(records, workers=2)
+    assert (digests(records, workers=2).any(axis=1) == (records.labels >= 0)).all()
 
 
 @pytest.mark.parametrize("index", [True, False])

@@ -124,7 +124,7 @@ def write_cache(path: Path, records: Records, views: Sequence[View]) -> None:
 def load(folder: Path) -> tuple[Records, JoinedTargets]:
     records = open_records(folder / "faces")
     cache = Cache.open(folder / "targets.gkd")
-    return records, join_targets(records, cache, workers=1, folder=folder / "materialised")
+    return join_targets(records, cache, workers=1, folder=folder / "materialised")
 
 
 def run(folder: Path, out: Path, *overrides: str) -> Summary:

@@ -131,7 +131,7 @@ def test_a_cache_of_one_view_forbids_flips(faces: Path, tmp_path: Path) -> None:
     records = open_records(faces / "faces")
     write_cache(tmp_path / "one.gkd", records, ["original"])
     cache = Cache.open(tmp_path / "one.gkd")
-    targets = join_targets(records, cache, workers=1, folder=tmp_path)
+    _, targets = join_targets(records, cache, workers=1, folder=tmp_path)
     with pytest.raises(ConfigError, match=r"data\.flip: .* set data\.flip=false"):
         check_data(records, targets, batch_size=8, flip=True, temperature=4.0)
     check_data(records, targets, batch_size=8, flip=False, temperature=4.0)
