@@ -51,6 +51,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         "train.epochs=10",
         "train.batch_size=64",
         "schedule.warmup_epochs=2",
+        "data.workers=1",
     )
     student: tuple[str, ...] = (
         "student.name=iresnet18",
@@ -60,6 +61,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         "train.epochs=4",
         "train.batch_size=64",
         "schedule.warmup_epochs=1",
+        "data.workers=1",
     )
     distillation: tuple[str, ...] = ("kd.temperature=4", "kd.ramp=0.1")
     cache: tuple[str, ...] = ("--group-temperature", "4")
