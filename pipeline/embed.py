@@ -160,7 +160,6 @@ class EmbeddingSource(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     precision: str
     dataset: DatasetSpec
     shard_samples: int
-    skip_corrupt: bool
 
 
 class EmbeddingStore:
@@ -170,8 +169,8 @@ class EmbeddingStore:
         SpecMismatchError: where the folder holds those of another teacher or data set.
     """
 
-    def __init__(self, folder: Path, source: EmbeddingSource) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, source: EmbeddingSource, *, skip_corrupt: bool) -> None:
+        self.folder, self.skip_corrupt = folder, skip_corrupt
         settings = folder / SETTINGS
         if not settings.exists():
             folder.mkdir(parents=True, exist_ok=True)
@@ -199,16 +198,26 @@ class EmbeddingStore:
         atomic.write_file(self._path(shard), buffer.getvalue())
 
     def load(self, shard: int, views: Sequence[View]) -> EmbeddedBatch:
-        """The kept embeddings of a shard."""
+        """The kept embeddings of a shard.
+
+        Raises:
+            CorruptRecordError: where an earlier run left records out and this one shall not.
+        """
         with np.load(self._path(shard), allow_pickle=False) as arrays:
             start, stop = arrays["rows"].tolist()
-            return EmbeddedBatch(
+            batch = EmbeddedBatch(
                 rows=range(start, stop),
                 kept=arrays["kept"],
                 embeddings={view: arrays[f"embeddings_{view}"] for view in views},
                 digests=arrays["digests"],
                 skipped=msgspec.json.decode(arrays["skipped"].tobytes(), type=dict[int, str]),
             )
+        if batch.skipped and not self.skip_corrupt:
+            raise CorruptRecordError(
+                f"{next(iter(batch.skipped.values()))}; an earlier run left it out by "
+                "--skip-corrupt: give that again to go on"
+            )
+        return batch
 
     def remove(self) -> None:
         """Delete the folder."""

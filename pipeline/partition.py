@@ -234,13 +234,14 @@ def _groups(
     found = _Candidates(batch, of_labels.device)
     buffer = torch.empty(batch * min(class_chunk, logits.num_classes), device=of_labels.device)
     certain = floor is not None or settings.threshold == 1
+    estimated_at = 0
     for start in range(0, logits.num_classes, class_chunk):
         width = min(class_chunk, logits.num_classes - start)
         chunk = buffer[: batch * width].view(batch, width)
         logits.fill(chunk, start)
         _take_out(chunk, logits.labels - start)
         if floor is None:
-            floor = _estimated_floor(chunk, of_labels, logits.num_classes, settings)
+            floor = _first_floor(chunk, of_labels, logits.num_classes, settings)
         found.take(chunk, start, floor)
         tail.add(chunk)
         if found.width > 2 * settings.max_group:
@@ -248,6 +249,11 @@ def _groups(
             least = found.keep_largest(settings.max_group, tail)
             above = torch.nextafter(least, torch.full_like(least, math.inf))
             floor = torch.maximum(floor, above)
+        seen = start + width
+        if not certain and seen >= 2 * estimated_at and 0 < found.width <= MOST_SAMPLED:
+            share = seen / logits.num_classes
+            floor = torch.maximum(floor, _better_floor(found, tail, of_labels, share, settings))
+            estimated_at = seen
     label_keys = _keys(of_labels, logits.labels)
     return _cut(found.keys, label_keys, tail, None if certain else floor, settings)
 
@@ -258,10 +264,10 @@ def _take_out(chunk: Tensor, columns: Tensor) -> None:
     chunk[rows, columns[rows]] = -math.inf
 
 
-def _estimated_floor(
+def _first_floor(
     chunk: Tensor, of_labels: Tensor, num_classes: int, settings: PartitionSettings
 ) -> Tensor:
-    """A logit [B] that lies, as a sample of the chunk tells, somewhat below the group's last."""
+    """A floor [B] from a sample of the first chunk."""
     if settings.threshold == 0:
         return torch.full_like(of_labels, math.inf)
     if settings.threshold == 1:
@@ -269,17 +275,48 @@ def _estimated_floor(
     sampled = min(max(LEAST_SAMPLED, int(num_classes * SAMPLED_SHARE)), MOST_SAMPLED)
     stride = -(-chunk.shape[1] // sampled)
     sample = chunk[:, ::stride].sort(1, descending=True).values
-    weight = num_classes / sample.shape[1]
+    nothing = torch.full_like(of_labels, -math.inf, dtype=torch.float64)
+    return _estimated_floor(sample, nothing, of_labels, sample.shape[1] / num_classes, settings)
+
+
+def _better_floor(
+    found: "_Candidates",
+    tail: "_Tail",
+    of_labels: Tensor,
+    share: float,
+    settings: PartitionSettings,
+) -> Tensor:
+    """A floor [B] from all that was seen so far, which is ``share`` of the classes."""
+    sample = _key_logits(found.keys).sort(1, descending=True).values
+    rest = tail.log_sums[settings.group_temperature]
+    return _estimated_floor(sample, rest, of_labels, share, settings)
+
+
+def _estimated_floor(
+    sample: Tensor,
+    log_rest: Tensor,
+    of_labels: Tensor,
+    share: float,
+    settings: PartitionSettings,
+) -> Tensor:
+    """A logit [B] somewhat below the group's last entry, as a share of the classes tells.
+
+    ``sample`` [B, n] are the share's largest logits, descending, and ``log_rest`` [B] is the
+    logsumexp of its others at the group temperature.
+    """
     peak = torch.maximum(sample[:, 0], of_labels)[:, None]
     both = (torch.cat([sample, of_labels[:, None]], 1) - peak) / settings.group_temperature
     terms = both.clamp_(min=math.log(LEAST_TERM)).exp_()
-    mass, label_mass = terms[:, :-1].cumsum(1) * weight, terms[:, -1:]
-    needed = settings.threshold * (mass[:, -1:] + label_mass) - label_mass
-    rank = (mass < needed).sum(1).clamp(max=settings.max_group / weight)
+    mass, label_mass = terms[:, :-1].cumsum(1), terms[:, -1:]
+    rest = torch.exp(log_rest[:, None] - peak / settings.group_temperature)
+    # Of the share's mass, what the whole group's prefix without the label would hold.
+    needed = (
+        settings.threshold * (mass[:, -1:] + rest) - (1 - settings.threshold) * share * label_mass
+    )
+    rank = (mass < needed).sum(1).clamp(max=settings.max_group * share)
     # Three standard deviations of a count, and some for the smallest counts.
     rank = (rank + 3 * rank.sqrt() + 2).long().clamp(max=sample.shape[1] - 1)
-    floor = sample.gather(1, rank[:, None])[:, 0]
-    return floor.clamp(min=LOWEST)
+    return sample.gather(1, rank[:, None])[:, 0].clamp(min=LOWEST)
 
 
 def _certain_floor(log_total: Tensor, num_classes: int, settings: PartitionSettings) -> Tensor:

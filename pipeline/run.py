@@ -25,7 +25,7 @@ from gkd.pipeline.embed import (
     join_batches,
     split_batch,
 )
-from gkd.pipeline.partition import PartitionSettings, partition
+from gkd.pipeline.partition import Partition, PartitionSettings, partition
 from gkd.pipeline.shards import Background, PartitionedBatch, committing
 from gkd.pipeline.teacher import Embedder
 from gkd.storage import atomic, layout
@@ -262,9 +262,8 @@ class _Run:
             self.embedder.precision,
             self.dataset,
             self.shard_samples,
-            self.settings.skip_corrupt,
         )
-        return EmbeddingStore(work_path(self.out), source)
+        return EmbeddingStore(work_path(self.out), source, skip_corrupt=self.settings.skip_corrupt)
 
     def _class_means(self, store: EmbeddingStore) -> Centers:
         """Centres from the embeddings of all shards, which are computed where they are missing."""
@@ -364,7 +363,7 @@ class _Run:
 
     def _partition(self, batch: EmbeddedBatch, centers: torch.Tensor) -> PartitionedBatch:
         labels = torch.from_numpy(self.records.labels[batch.rows.start + batch.kept])
-        views = {
+        views: dict[View, Partition] = {
             view: partition(
                 torch.from_numpy(batch.embeddings[view]),
                 labels,
