@@ -187,14 +187,17 @@ def targets_info(path: Path, as_json: bool) -> None:
     from gkd.storage.cache import Cache, committed_shards
 
     cache = Cache.open(path, complete=False)
-    spec = msgspec.to_builtins(cache.spec)
+    committed = committed_shards(path)
     state = {
-        "path": str(cache.path),
-        "id": cache.id if cache.manifest else None,
-        "committed_shards": len(committed_shards(path)),
+        "path": cache.path,
+        "id": cache.id if cache.manifest else "not finished",
         "shards": cache.spec.num_shards,
+        "committed_shards": len(committed),
+        "skipped": {
+            k: why for shard in committed for k, why in cache.commit(shard).skipped.items()
+        },
     }
-    _emit({**state, **spec}, as_json)
+    _emit(state | msgspec.to_builtins(cache.spec), as_json)
 
 
 @targets.command("verify")

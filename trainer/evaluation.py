@@ -234,10 +234,14 @@ def equal_error_rate(far: npt.NDArray[np.float64], tar: npt.NDArray[np.float64])
 
 
 def results_table(results: Sequence[VerificationResult]) -> Table:
-    """A row for each result, for people; a dash where a set has too few impostors to tell."""
+    """A row for each result, for people; a dash where a set has too few impostors to tell.
+
+    Rates for which every set has too few are left out.
+    """
     table = Table("set", title="Verification")
     headings = ("pairs", "accuracy", "± over folds", "AUC", "EER")
-    for heading in (*headings, *(f"TAR at {far:.0e}" for far in FARS)):
+    told = [far for far in FARS if any(result.tar_at_far[far] is not None for result in results)]
+    for heading in (*headings, *(f"TAR at {far:.0e}" for far in told)):
         table.add_column(heading, justify="right")
     for result in results:
         table.add_row(
@@ -247,7 +251,7 @@ def results_table(results: Sequence[VerificationResult]) -> Table:
             f"{result.accuracy_std:.2%}",
             f"{result.auc:.4f}",
             f"{result.eer:.2%}",
-            *("-" if tar is None else f"{tar:.2%}" for tar in result.tar_at_far.values()),
+            *("-" if tar is None else f"{tar:.2%}" for tar in map(result.tar_at_far.get, told)),
         )
     return table
 

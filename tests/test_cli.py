@@ -1,0 +1,288 @@
+"""The commands as a user types them: the whole way, and every mistake as one message."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+
+from gkd.cli import main
+from gkd.storage.records import open_records
+from gkd.storage.synthetic import draw_faces, draw_pairs
+from gkd.trainer.backbones import build_backbone
+from gkd.trainer.verification_set import write_verification_set
+
+TINY = (
+    *("--set", "student.name=iresnet18", "--set", "student.width=0.125"),
+    *("--set", "student.input_size=28", "--set", "student.embedding_dim=16"),
+    *("--set", "train.epochs=2", "--set", "train.batch_size=8", "--set", "data.workers=0"),
+    *("--set", "schedule.warmup_epochs=1"),
+)
+
+
+def gkd(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def works(*arguments: object) -> str:
+    result = gkd(*arguments)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def fails(*arguments: object, code: int = 1) -> str:
+    """What a user reads of a failure: one message and no traceback."""
+    result = gkd(*arguments)
+    assert result.exit_code == code, result.output
+    assert isinstance(result.exception, SystemExit), result.exception
+    return result.stderr
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Faces of eight people, a verification set, a teacher, a cache and a student of it."""
+    home = tmp_path_factory.mktemp("home")
+    known, unknown = range(8), range(8, 14)
+    draw_faces(home / "faces", identities=known, images_each=4, seed=0, workers=1)
+    draw_faces(home / "others", identities=unknown, images_each=4, seed=0, workers=1)
+    paths, issame = draw_pairs(home / "others", identities=unknown, images_each=4, pairs=40, seed=0)
+    write_verification_set(home / "others.bin", [path.read_bytes() for path in paths], issame)
+    torch.manual_seed(0)
+    teacher = build_backbone("iresnet18", embedding_dim=16, width=0.125, input_size=28)
+    torch.save(teacher.state_dict(), home / "teacher.pt")
+    return home
+
+
+@pytest.fixture(scope="module")
+def targets(home: Path) -> Path:
+    out = home / "targets.gkd"
+    teacher = ("--teacher", home / "teacher.pt", "--centers", "class-mean")
+    summary = json.loads(works("cache-teacher", home / "faces", out, *teacher, "--json"))
+    assert summary["samples"] == 32
+    assert summary["images"] == 32
+    return out
+
+
+@pytest.fixture(scope="module")
+def run(home: Path, targets: Path, monkeypatch_module: pytest.MonkeyPatch) -> Path:
+    sets = ("--set", f"evaluation.sets=['{home / 'others.bin'}']")
+    works("train-student", home / "faces", targets, home / "run", *TINY, *sets)
+    return home / "run"
+
+
+@pytest.fixture(scope="module")
+def monkeypatch_module(home: Path) -> pytest.MonkeyPatch:  # type: ignore[misc]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GKD_CACHE_DIR", str(home / "materialised"))
+        yield patch
+
+
+def test_help_names_every_command() -> None:
+    listed = works("--help")
+    for command in ("cache-teacher", "train-student", "evaluate", "export", "demo"):
+        assert command in listed
+    assert "verify" in works("targets", "--help")
+    assert "pack" in works("records", "--help")
+
+
+def test_help_needs_no_heavy_import() -> None:
+    script = "import sys, gkd.cli; print(sorted({'torch', 'zarr', 'pyarrow'} & set(sys.modules)))"
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[]"
+
+
+def test_records_are_packed_described_and_verified(home: Path, tmp_path: Path) -> None:
+    works("records", "pack", home / "faces", tmp_path / "pack")
+    info = json.loads(works("records", "info", tmp_path / "pack", "--json"))
+    assert (info["images"], info["identities"], info["layout"]) == (32, 8, "insightface")
+    assert "32" in works("records", "info", tmp_path / "pack")
+    assert "32 images, 8 identities, 0 faults" in works("records", "verify", tmp_path / "pack")
+
+
+def test_every_fault_of_records_is_listed(home: Path, tmp_path: Path) -> None:
+    works("records", "pack", home / "faces", tmp_path / "pack")
+    spoil(tmp_path / "pack" / "train.rec", row=3)
+    result = gkd("records", "verify", tmp_path / "pack")
+    assert result.exit_code == 1
+    assert re.search(r"train\.rec, key 4, offset \d+: ", result.stdout)
+    assert "32 images, 8 identities, 1 faults" in result.stdout
+    report = json.loads(gkd("records", "verify", tmp_path / "pack", "--json").stdout)
+    assert len(report["faults"]) == 1
+
+
+def spoil(pack: Path, *, row: int) -> None:
+    """Overwrite the start of one encoded image."""
+    records = open_records(pack)
+    content = bytearray(pack.read_bytes())
+    start = content.index(bytes(records.encoded(row)))
+    content[start : start + 64] = bytes(64)
+    pack.write_bytes(content)
+
+
+def test_a_cache_is_described_verified_and_drawn(targets: Path, tmp_path: Path) -> None:
+    info = json.loads(works("targets", "info", targets, "--json"))
+    assert (info["num_samples"], info["num_classes"], info["shards"]) == (32, 8, 1)
+    assert info["centers"]["kind"] == "class-mean"
+    assert targets.with_name("targets.centers.npy").exists()
+    assert "group temperature  2" in works("targets", "info", targets)
+    assert ", 0 faults" in works("targets", "verify", targets)
+    assert json.loads(works("targets", "verify", targets, "--json"))["ok"]
+    figures = json.loads(works("targets", "stats", targets, "--json"))
+    assert [view["view"] for view in figures["views"]] == ["original", "flipped"]
+    assert "bytes per sample" in works("targets", "stats", targets, "--plot", tmp_path / "s.png")
+    assert (tmp_path / "s.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_damaged_cache_is_told_by_file(home: Path, tmp_path: Path) -> None:
+    out = tmp_path / "targets.gkd"
+    teacher = ("--teacher", home / "teacher.pt", "--centers", "class-mean")
+    works("cache-teacher", home / "faces", out, *teacher)
+    damaged = out / "original" / "sizes" / "c" / "0" / "0"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    result = gkd("targets", "verify", out)
+    assert result.exit_code == 1
+    assert "original/sizes/c/0/0: " in result.stdout
+
+
+def test_a_finished_cache_is_not_made_again(home: Path, targets: Path) -> None:
+    teacher = ("--teacher", home / "teacher.pt", "--centers", "class-mean")
+    again = json.loads(works("cache-teacher", home / "faces", targets, *teacher, "--json"))
+    assert again["images"] == 0
+    other = fails("cache-teacher", home / "faces", targets, *teacher, "--threshold", "0.5")
+    assert "threshold: the cache has 0.93, this run 0.5" in other
+
+
+def test_centres_come_from_files(home: Path, targets: Path, tmp_path: Path) -> None:
+    teacher = ("--teacher", home / "teacher.pt", "--arch", "iresnet18")
+    centers = ("--centers", targets.with_name("targets.centers.npy"))
+    works("cache-teacher", home / "faces", tmp_path / "other.gkd", *teacher, *centers)
+    info = json.loads(works("targets", "info", tmp_path / "other.gkd", "--json"))
+    assert info["centers"]["kind"] == "file"
+    assert info["centers"]["name"] == "targets.centers.npy"
+
+
+def test_corrupt_records_end_a_run_or_are_left_out(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GKD_CACHE_DIR", str(tmp_path / "materialised"))
+    pack, out = tmp_path / "pack", tmp_path / "targets.gkd"
+    works("records", "pack", home / "faces", pack)
+    spoil(pack / "train.rec", row=3)
+    teacher = ("--teacher", home / "teacher.pt", "--centers", "class-mean")
+    message = fails("cache-teacher", pack, out, *teacher)
+    assert "train.rec, key 4, offset" in message
+    assert "--skip-corrupt" in message
+
+    summary = json.loads(works("cache-teacher", pack, out, *teacher, "--skip-corrupt", "--json"))
+    assert summary["skipped"] == 1
+    skipped = json.loads(works("targets", "info", out, "--json"))["skipped"]
+    assert list(skipped) == ["4"]
+    assert "train.rec, key 4, offset" in skipped["4"]
+    assert ", 0 faults" in works("targets", "verify", out)
+    for flag in ((), ("--without-kd",)):
+        works("train-student", pack, out, tmp_path / f"run{len(flag)}", *TINY, *flag)
+
+
+def test_a_student_is_judged_exported_and_judged_again(
+    home: Path, run: Path, tmp_path: Path
+) -> None:
+    (result,) = json.loads(works("evaluate", run, home / "others.bin", "--json"))
+    table = works("evaluate", run, home / "others.bin", "--plot", tmp_path / "roc.png")
+    assert f"{result['accuracy']:.2%}".rstrip("%") in table
+    assert (tmp_path / "roc.png").read_bytes().startswith(b"\x89PNG")
+    works("export", run, tmp_path / "student.onnx")
+    (again,) = json.loads(
+        works("evaluate", tmp_path / "student.onnx", home / "others.bin", "--json")
+    )
+    assert again["auc"] == pytest.approx(result["auc"], abs=1e-6)
+
+
+def test_a_finished_run_is_not_trained_again(home: Path, targets: Path, run: Path) -> None:
+    weights = (run / "checkpoints" / "last.pt").read_bytes()
+    sets = ("--set", f"evaluation.sets=['{home / 'others.bin'}']")
+    assert "steps" in works("train-student", home / "faces", targets, run, *TINY, *sets)
+    assert (run / "checkpoints" / "last.pt").read_bytes() == weights
+
+
+def test_a_run_without_distillation_needs_no_targets(home: Path, tmp_path: Path) -> None:
+    works("train-student", home / "faces", "-", tmp_path / "run", *TINY, "--without-kd")
+    message = fails("train-student", home / "faces", "-", tmp_path / "other", *TINY)
+    assert "--without-kd" in message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("train-student", "faces", "-", "r", "--set", "train.epoch=3"), "did you mean train.epoc"),
+        (("train-student", "faces", "-", "r", "--student", "resnet"), "iresnet50"),
+        (("train-student", "nowhere", "-", "r"), "nowhere: expected a folder with train.rec"),
+        (("train-student", "faces", "faces", "r"), "expected a cache of targets"),
+        (("records", "verify", "teacher.pt"), "expected a folder with train.rec"),
+        (("targets", "verify", "faces"), "expected a cache of targets"),
+        (("evaluate", "nothing.pt", "others.bin"), "nothing.pt"),
+        (("evaluate", "teacher.pt", "teacher.pt"), "teacher.pt"),
+        (("evaluate", "teacher.pt", "others.bin", "--arch", "iresnet50"), "fit iresnet50"),
+        (("export", "nowhere", "out.onnx"), "nowhere"),
+    ],
+)
+def test_a_mistake_ends_in_one_message(
+    home: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], message: str
+) -> None:
+    monkeypatch.chdir(home)
+    told = fails(*arguments)
+    assert told.startswith("Error: ")
+    assert message in told
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--threshold", "2"), "threshold: expected from 0 to 1, got 2"),
+        (("--views", "flopped"), "views: expected original, flipped"),
+        (("--centers", "nothing.npy"), "nothing.npy"),
+        (("--device", "abacus"), "device: expected auto, cpu"),
+        (("--teacher", "nothing.onnx"), "nothing.onnx"),
+    ],
+)
+def test_a_wrong_option_of_cache_teacher_is_explained(
+    home: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: tuple[str, ...],
+    message: str,
+) -> None:
+    monkeypatch.chdir(home)
+    given = {"--teacher": "teacher.pt", "--centers": "class-mean"} | {options[0]: options[1]}
+    told = fails(
+        "cache-teacher", "faces", "out.gkd", *(word for pair in given.items() for word in pair)
+    )
+    assert message in told
+    assert not (home / "out.gkd").exists()
+
+
+def test_wrong_usage_is_exit_code_2(home: Path) -> None:
+    assert "Missing option '--teacher'" in fails("cache-teacher", "a", "b", code=2)
+    numbers = ("--teacher", "t", "--centers", "class-mean", "--temperatures", "one")
+    assert "expected numbers such as 1,2,4" in fails("cache-teacher", "a", "b", *numbers, code=2)
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_training_goes_on(
+    home: Path, targets: Path, tmp_path: Path, sent: signal.Signals
+) -> None:
+    command = [sys.executable, "-m", "gkd.cli", "train-student", home / "faces", "-"]
+    command += [tmp_path / "run", *TINY, "--without-kd", "--set", "train.epochs=500"]
+    with subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        while "epoch 3/500" not in process.stderr.readline():
+            assert process.poll() is None
+        process.send_signal(sent)
+        assert "run the same command again to go on" in process.stderr.read()
+    assert process.returncode == 1
+    assert (tmp_path / "run" / "checkpoints" / "last.pt").exists()
