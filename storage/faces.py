@@ -1,10 +1,10 @@
-"""Synthetic faces: an identity is a set of parameters, an image of it a set of conditions."""
-
-from dataclasses import dataclass
+"""Draws a synthetic face, given the person and the conditions of the image."""
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFilter
+
+from gkd.storage.people import Color, Conditions, Identity, mix, shade
 
 SIZE = 112
 SUPERSAMPLING = 3
@@ -12,198 +12,8 @@ SUPERSAMPLING = 3
 # Coordinates of a face: x to the right, y down, z out of the face; the aligned image spans
 # -1..1 in x and y, with the eyes and the mouth where ArcFace's alignment puts them.
 Points = npt.NDArray[np.float64]
-Color = tuple[float, float, float]
 
-SKINS: tuple[Color, ...] = (
-    (255, 224, 196),
-    (241, 194, 155),
-    (224, 172, 125),
-    (198, 134, 88),
-    (141, 88, 54),
-    (92, 58, 40),
-)
-HAIRS: tuple[Color, ...] = (
-    (28, 22, 22),
-    (62, 40, 28),
-    (110, 68, 36),
-    (164, 72, 30),
-    (214, 172, 98),
-    (150, 148, 148),
-    (228, 226, 222),
-)
-IRISES: tuple[Color, ...] = (
-    (62, 38, 22),
-    (110, 74, 34),
-    (78, 110, 62),
-    (70, 118, 168),
-    (112, 128, 138),
-)
 WHITE: Color = (246, 244, 240)
-
-
-@dataclass(frozen=True)
-class Identity:
-    """What stays with a person; lengths in units of half the image's side."""
-
-    skin: Color
-    hair: Color
-    iris: Color
-    lips: Color
-    head_width: float
-    head_top: float
-    cheek: float
-    jaw: float
-    chin: float
-    chin_width: float
-    ear: float
-    hair_volume: float
-    hair_length: float
-    hair_curl: float
-    hairline: float
-    fringe: float
-    part: float
-    eye_x: float
-    eye_width: float
-    eye_height: float
-    eye_slant: float
-    iris_size: float
-    brow_height: float
-    brow_thickness: float
-    brow_length: float
-    brow_slant: float
-    brow_arch: float
-    nose_length: float
-    nose_width: float
-    nose_bridge: float
-    mouth_y: float
-    mouth_width: float
-    upper_lip: float
-    lower_lip: float
-    moustache: float
-    beard: float
-    freckles: int
-    mole: tuple[float, float] | None
-    glasses: float
-    glasses_color: Color
-
-    @classmethod
-    def draw(cls, rng: np.random.Generator) -> "Identity":
-        """A new person."""
-
-        def near(middle: float, spread: float) -> float:
-            return middle + spread * float(np.clip(rng.normal(), -2, 2))
-
-        def maybe(chance: float, low: float, high: float) -> float:
-            value = float(rng.uniform(low, high))
-            return value if rng.random() < chance else 0.0
-
-        skin = _between(SKINS, rng)
-        hair = _between(HAIRS, rng)
-        return cls(
-            skin=skin,
-            hair=hair,
-            iris=_mix(IRISES[rng.integers(len(IRISES))], IRISES[rng.integers(len(IRISES))], 0.3),
-            lips=_mix(_shade(skin, 0.82), (186, 62, 70), float(rng.uniform(0.15, 0.75))),
-            head_width=near(0.74, 0.04),
-            head_top=near(0.92, 0.04),
-            cheek=near(0.97, 0.04),
-            jaw=near(0.78, 0.06),
-            chin=near(0.99, 0.045),
-            chin_width=near(0.24, 0.05),
-            ear=near(0.19, 0.03),
-            hair_volume=near(0.12, 0.045) if rng.random() < 0.9 else 0.0,
-            hair_length=float(rng.choice([0.0, 0.0, 0.35, 0.75, 1.1])) + near(0.0, 0.06),
-            hair_curl=maybe(0.45, 0.015, 0.05),
-            hairline=near(-0.56, 0.06),
-            fringe=maybe(0.4, 0.1, 0.26),
-            part=float(rng.uniform(-0.6, 0.6)),
-            eye_x=near(0.315, 0.022),
-            eye_width=near(0.15, 0.015),
-            eye_height=near(0.078, 0.014),
-            eye_slant=near(0.0, 0.12),
-            iris_size=near(0.07, 0.006),
-            brow_height=near(0.2, 0.025),
-            brow_thickness=near(0.042, 0.013),
-            brow_length=near(0.2, 0.02),
-            brow_slant=near(0.0, 0.12),
-            brow_arch=near(0.04, 0.025),
-            nose_length=near(0.33, 0.04),
-            nose_width=near(0.135, 0.025),
-            nose_bridge=near(0.05, 0.015),
-            mouth_y=near(0.645, 0.03),
-            mouth_width=near(0.26, 0.03),
-            upper_lip=near(0.05, 0.014),
-            lower_lip=near(0.065, 0.016),
-            moustache=maybe(0.2, 0.05, 0.1),
-            beard=maybe(0.2, 0.5, 1.0),
-            freckles=int(maybe(0.2, 14, 40)),
-            mole=(near(0.0, 0.3), near(0.4, 0.2)) if rng.random() < 0.25 else None,
-            glasses=maybe(0.2, 0.19, 0.25),
-            glasses_color=_shade((150, 110, 80), float(rng.uniform(0.1, 1.3))),
-        )
-
-
-@dataclass(frozen=True)
-class Conditions:
-    """What varies from image to image of one person."""
-
-    yaw: float
-    pitch: float
-    roll: float
-    zoom: float
-    shift: tuple[float, float]
-    smile: float
-    mouth_open: float
-    eye_open: float
-    brow_raise: float
-    gaze: float
-    backdrop: Color
-    clothes: Color
-    light: tuple[float, float]
-    cast: Color
-    gray: float
-    contrast: float
-    brightness: float
-    noise: float
-    blur: float
-    occlusion: str
-    occlusion_color: Color
-    occlusion_at: tuple[float, float]
-    without_glasses: bool
-
-    @classmethod
-    def draw(cls, rng: np.random.Generator) -> "Conditions":
-        """New conditions."""
-
-        def near(middle: float, spread: float) -> float:
-            return middle + spread * float(np.clip(rng.normal(), -2, 2))
-
-        occlusions = ("none", "hat", "sunglasses", "scarf", "blob")
-        return cls(
-            yaw=near(0.0, 0.22),
-            pitch=near(0.0, 0.13),
-            roll=near(0.0, 0.07),
-            zoom=near(0.97, 0.04),
-            shift=(near(0.0, 0.03), near(0.0, 0.03)),
-            smile=float(rng.uniform(-0.5, 1.0)),
-            mouth_open=float(rng.choice([0.0, 0.0, rng.uniform(0.3, 1.0)])),
-            eye_open=float(rng.uniform(0.55, 1.1)),
-            brow_raise=near(0.0, 0.025),
-            gaze=near(0.0, 0.02),
-            backdrop=_random_color(rng),
-            clothes=_random_color(rng),
-            light=(near(0.0, 0.25), near(-0.08, 0.15)),
-            cast=(near(1.0, 0.11), near(1.0, 0.06), near(1.0, 0.11)),
-            gray=1.0 if rng.random() < 0.15 else float(rng.uniform(0.0, 0.5)),
-            contrast=near(0.9, 0.12),
-            brightness=near(-4.0, 16.0),
-            noise=float(rng.uniform(1.0, 9.0)),
-            blur=float(rng.choice([0.0, rng.uniform(0.3, 1.2)])),
-            occlusion=str(rng.choice(occlusions, p=(0.66, 0.1, 0.08, 0.08, 0.08))),
-            occlusion_color=_random_color(rng),
-            occlusion_at=(float(rng.uniform(-0.8, 0.8)), float(rng.uniform(-0.6, 0.9))),
-            without_glasses=bool(rng.random() < 0.2),
-        )
 
 
 def draw_face(
@@ -315,7 +125,7 @@ def _head(identity: Identity) -> list[tuple[float, float]]:
 
 def _draw_shoulders(pen: _Pen, identity: Identity, conditions: Conditions) -> None:
     neck = identity.head_width * 0.55
-    shadow = _shade(identity.skin, 0.8)
+    shadow = shade(identity.skin, 0.8)
     pen.fill(np.array([(-neck, 0.6), (neck, 0.6), (neck, 1.5), (-neck, 1.5)]), shadow, -0.15)
     pen.fill(_ellipse(0, 1.62, 1.25, 0.55), conditions.clothes, -0.1)
 
@@ -323,29 +133,29 @@ def _draw_shoulders(pen: _Pen, identity: Identity, conditions: Conditions) -> No
 def _draw_head(pen: _Pen, identity: Identity) -> None:
     for side in (-1, 1):
         x = side * identity.head_width * identity.cheek
-        pen.fill(_ellipse(x, 0.08, 0.09, identity.ear), _shade(identity.skin, 0.92), -0.1)
-        pen.fill(_ellipse(x, 0.08, 0.05, identity.ear * 0.6), _shade(identity.skin, 0.78), -0.1)
+        pen.fill(_ellipse(x, 0.08, 0.09, identity.ear), shade(identity.skin, 0.92), -0.1)
+        pen.fill(_ellipse(x, 0.08, 0.05, identity.ear * 0.6), shade(identity.skin, 0.78), -0.1)
     outline = _smooth(_head(identity))
-    pen.fill(outline, _shade(identity.skin, 0.86))
+    pen.fill(outline, shade(identity.skin, 0.86))
     pen.fill(outline * (0.94, 0.95), identity.skin, 0.12)
-    blush = _mix(identity.skin, (224, 96, 84), 0.16)
+    blush = mix(identity.skin, (224, 96, 84), 0.16)
     for side in (-1, 1):
         pen.fill(_ellipse(side * 0.4, 0.32, 0.16, 0.11), blush, 0.5)
 
 
 def _draw_marks(pen: _Pen, identity: Identity) -> None:
-    dark = _shade(identity.skin, 0.68)
+    dark = shade(identity.skin, 0.68)
     # The golden angle spreads them evenly; they are the person's, so no image's dice are thrown.
     for number in range(identity.freckles):
         angle, radius = 2.4 * number, np.sqrt(number / 40)
         x, y = 0.42 * radius * np.cos(angle), 0.25 + 0.18 * radius * np.sin(angle)
         pen.fill(_ellipse(x, y, 0.014, 0.014), dark, 0.5)
     if identity.mole:
-        pen.fill(_ellipse(*identity.mole, 0.03, 0.03), _shade(identity.skin, 0.4), 0.5)
+        pen.fill(_ellipse(*identity.mole, 0.03, 0.03), shade(identity.skin, 0.4), 0.5)
 
 
 def _draw_beard(pen: _Pen, identity: Identity) -> None:
-    color = _mix(identity.hair, identity.skin, 0.2)
+    color = mix(identity.hair, identity.skin, 0.2)
     if identity.beard:
         width, low = identity.head_width, identity.chin + 0.03
         side = 0.05 + 0.45 * (1 - identity.beard)
@@ -377,11 +187,11 @@ def _draw_nose(pen: _Pen, identity: Identity) -> None:
         (width, tip),
         (0.0, tip + 0.05),
     ]
-    pen.fill(_smooth(_mirrored(nose)), _shade(identity.skin, 0.9), 0.66)
-    pen.fill(_ellipse(0, tip - 0.04, width * 0.55, 0.075), _shade(identity.skin, 1.05), 0.74)
+    pen.fill(_smooth(_mirrored(nose)), shade(identity.skin, 0.9), 0.66)
+    pen.fill(_ellipse(0, tip - 0.04, width * 0.55, 0.075), shade(identity.skin, 1.05), 0.74)
     for side in (-1, 1):
         x = side * width * 0.52
-        pen.fill(_ellipse(x, tip + 0.025, 0.032, 0.02), _shade(identity.skin, 0.5), 0.68)
+        pen.fill(_ellipse(x, tip + 0.025, 0.032, 0.02), shade(identity.skin, 0.5), 0.68)
 
 
 def _draw_mouth(pen: _Pen, identity: Identity, conditions: Conditions) -> None:
@@ -398,31 +208,31 @@ def _draw_mouth(pen: _Pen, identity: Identity, conditions: Conditions) -> None:
             [np.stack([half * x, top], axis=1), np.stack([half * x, bottom], axis=1)[::-1]]
         )
 
-    pen.fill(band(upper, line + 0.012), _shade(identity.lips, 0.88), 0.58)
+    pen.fill(band(upper, line + 0.012), shade(identity.lips, 0.88), 0.58)
     pen.fill(band(line + gap, lower), identity.lips, 0.58)
     if conditions.mouth_open:
         pen.fill(band(line, line + gap), (74, 24, 28), 0.56)
         pen.fill(band(line, line + gap * 0.4), WHITE, 0.56)
     else:
-        pen.fill(band(line - 0.008, line + 0.012), _shade(identity.lips, 0.5), 0.58)
+        pen.fill(band(line - 0.008, line + 0.012), shade(identity.lips, 0.5), 0.58)
 
 
 def _draw_eyes(pen: _Pen, identity: Identity, conditions: Conditions) -> None:
     wide, high = identity.eye_width, identity.eye_height * conditions.eye_open
     for side in (-1, 1):
         x, y, tilt = side * identity.eye_x, -0.08, -side * identity.eye_slant
-        pen.fill(_ellipse(x, y, wide * 1.2, high * 1.5, tilt), _shade(identity.skin, 0.88), 0.48)
+        pen.fill(_ellipse(x, y, wide * 1.2, high * 1.5, tilt), shade(identity.skin, 0.88), 0.48)
         pen.fill(_ellipse(x, y - 0.014, wide * 1.06, high * 1.12, tilt), (40, 30, 30), 0.48)
         pen.fill(_ellipse(x, y, wide, high, tilt), WHITE, 0.48)
         iris_x, size = x + conditions.gaze, identity.iris_size
-        pen.fill(_ellipse(iris_x, y, size, min(size, high)), _shade(identity.iris, 0.7), 0.48)
+        pen.fill(_ellipse(iris_x, y, size, min(size, high)), shade(identity.iris, 0.7), 0.48)
         pen.fill(_ellipse(iris_x, y, size * 0.82, min(size * 0.82, high)), identity.iris, 0.48)
         pen.fill(_ellipse(iris_x, y, size * 0.42, min(size * 0.42, high)), (14, 12, 14), 0.48)
         pen.fill(_ellipse(iris_x + 0.025, y - 0.025, 0.018, 0.018), (255, 255, 255), 0.48)
 
 
 def _draw_brows(pen: _Pen, identity: Identity, conditions: Conditions) -> None:
-    color = _mix(_shade(identity.hair, 0.75), identity.skin, 0.12)
+    color = mix(shade(identity.hair, 0.75), identity.skin, 0.12)
     along = np.linspace(-1, 1, 9)
     taper = identity.brow_thickness * (1 - 0.55 * np.clip(along, 0, 1) ** 2)
     y = -0.08 - identity.brow_height - conditions.brow_raise
@@ -441,7 +251,7 @@ def _draw_back_hair(pen: _Pen, identity: Identity) -> None:
     length = identity.hair_length
     back = [(0.0, top), (wide * 0.75, top + 0.15), (wide, -0.3), (wide * 1.03, length * 0.5)]
     outline = _smooth(_mirrored([*back, (wide * 0.9, length), (0.0, length + 0.05)]))
-    pen.fill(_sway(outline, identity.hair_curl, 13), _shade(identity.hair, 0.72), -0.25)
+    pen.fill(_sway(outline, identity.hair_curl, 13), shade(identity.hair, 0.72), -0.25)
 
 
 def _draw_front_hair(pen: _Pen, identity: Identity) -> None:
@@ -460,7 +270,7 @@ def _draw_front_hair(pen: _Pen, identity: Identity) -> None:
     inner = np.stack([x * identity.head_width * 0.98, line], axis=1)
     cap = np.concatenate([outer, inner])
     pen.fill(cap, identity.hair, 0.14)
-    gleam = _shade(identity.hair, 1.22)
+    gleam = shade(identity.hair, 1.22)
     pen.fill(_ellipse(0.3 * identity.part - 0.15, -top * 0.86, 0.24, 0.045, 0.12), gleam, 0.14)
 
 
@@ -489,7 +299,7 @@ def _draw_occlusion(pen: _Pen, identity: Identity, conditions: Conditions) -> No
                 _smooth(_mirrored([(0.0, -1.4), (wide, -1.2), (wide, brim), (0.0, brim)])), color
             )
             edge = [(-wide - 0.1, brim - 0.1), (wide + 0.1, brim - 0.1), (wide + 0.1, brim)]
-            pen.fill(np.array([*edge, (-wide - 0.1, brim)]), _shade(color, 0.7), 0.25)
+            pen.fill(np.array([*edge, (-wide - 0.1, brim)]), shade(color, 0.7), 0.25)
         case "sunglasses":
             for side in (-1, 1):
                 pen.fill(_ellipse(side * identity.eye_x, -0.06, 0.25, 0.19), (24, 24, 30), 0.6)
@@ -523,29 +333,6 @@ def _photograph(
     return np.asarray(np.clip(pixels, 0, 255), np.uint8)
 
 
-# --- colours --------------------------------------------------------------------------------------
-
-
 def _rgb(color: Color) -> tuple[int, int, int]:
     red, green, blue = (max(0, min(255, round(part))) for part in color)
-    return red, green, blue
-
-
-def _shade(color: Color, factor: float) -> Color:
-    return color[0] * factor, color[1] * factor, color[2] * factor
-
-
-def _mix(first: Color, second: Color, share: float) -> Color:
-    red, green, blue = (a + share * (b - a) for a, b in zip(first, second, strict=True))
-    return red, green, blue
-
-
-def _between(colors: tuple[Color, ...], rng: np.random.Generator) -> Color:
-    """A colour on the way through a palette."""
-    place = float(rng.uniform(0, len(colors) - 1.001))
-    return _mix(colors[int(place)], colors[int(place) + 1], place % 1)
-
-
-def _random_color(rng: np.random.Generator) -> Color:
-    red, green, blue = rng.uniform(50, 235, 3).tolist()
     return red, green, blue

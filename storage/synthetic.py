@@ -9,7 +9,8 @@ import numpy as np
 import numpy.typing as npt
 import simplejpeg  # type: ignore[import-untyped]
 
-from gkd.storage.faces import Conditions, Identity, draw_face
+from gkd.storage.faces import draw_face
+from gkd.storage.people import Conditions, Identity
 from gkd.storage.progress import progress
 
 JPEG_QUALITIES = (60, 96)

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -241,25 +242,21 @@ def test_module_embed_casts_where_asked() -> None:
 
 
 def test_table_shows_what_can_be_told() -> None:
-    issame = np.arange(40) % 2 == 0
-    result = score(np.where(issame, 0.3, 1.7), issame, name="perfect")
+    results = []
+    for name, pairs in (("small", 40), ("large", 400)):
+        issame = np.arange(pairs) % 2 == 0
+        results.append(score(np.where(issame, 0.3, 1.7), issame, name=name))
     shown = io.StringIO()
-    Console(file=shown, width=200).print(results_table([result]))
-    cells = [cell.strip() for cell in shown.getvalue().splitlines()[-2].strip("│").split("│")]
-    assert cells == [
-        "perfect",
-        "40",
-        "100.00%",
-        "0.00%",
-        "1.0000",
-        "0.00%",
-        "100.00%",
-        "-",
-        "-",
-        "-",
-        "-",
-        "-",
-    ]
+    Console(file=shown, width=200).print(results_table(results))
+    *_, heading, _, small, large, _ = (
+        [cell.strip() for cell in re.split("[│┃]", line)[1:-1]]
+        for line in shown.getvalue().splitlines()
+    )
+    # No set can tell a rate of one in a thousand, the small one not even one in a hundred.
+    assert heading[-2:] == ["TAR at 1e-01", "TAR at 1e-02"]
+    told = ["100.00%", "0.00%", "1.0000", "0.00%", "100.00%"]
+    assert small == ["small", "40", *told, "-"]
+    assert large == ["large", "400", *told, "100.00%"]
 
 
 def test_plot_is_an_image(tmp_path: Path) -> None:
