@@ -9,9 +9,8 @@ p < (1 - threshold) / C is never needed.
 """
 
 import math
-from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import Protocol
 
 import numpy as np
@@ -20,17 +19,24 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from gkd.pipeline.candidates import (
+    LEAST_TERM,
+    LOWEST,
+    VOID_KEY,
+    Candidates,
+    Tail,
+    key_classes,
+    key_logits,
+    make_keys,
+)
 from gkd.storage.errors import ConfigError
 from gkd.storage.targets import SparseTargets, encode_log_probs
 
 MAX_GROUP_LIMIT = 65535  # sizes are stored as uint16
-CHUNK_LOGITS = {"cpu": 2**18}  # 1 MB: stays in a core's cache
-CHUNK_LOGITS_ACCELERATOR = 2**25
+CPU_LOGITS = 2**18  # 1 MB: stays in a core's cache
+ACCELERATOR_LOGITS = 2**25
+BLOCK_ROWS = 64
 MOST_SAMPLED, LEAST_SAMPLED, SAMPLED_SHARE = 1024, 128, 1 / 16
-LEAST_TERM = 1e-19
-LOWEST = torch.finfo(torch.float32).min
-_LOW_BITS = 0xFFFFFFFF
-_VOID_KEY = -2139095041 << 32  # a key with logit -inf
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +137,7 @@ class _Logits(Protocol):
         """Write the logits [B, n] of the classes from ``start`` on; the label's may be wrong."""
         ...
 
-    def rows(self, index: Tensor) -> "_Logits":
+    def rows(self, index: Tensor | slice) -> "_Logits":
         """The same for some of the rows."""
         ...
 
@@ -154,7 +160,7 @@ class _CosineLogits:
     def fill(self, out: Tensor, start: int) -> None:
         torch.mm(self.scaled, self.centers[start : start + out.shape[1]].T, out=out)
 
-    def rows(self, index: Tensor) -> "_CosineLogits":
+    def rows(self, index: Tensor | slice) -> "_CosineLogits":
         return _CosineLogits(self.scaled[index], self.labels[index], self.centers, self.settings)
 
 
@@ -173,7 +179,7 @@ class _GivenLogits:
     def fill(self, out: Tensor, start: int) -> None:
         out.copy_(self.logits[:, start : start + out.shape[1]])
 
-    def rows(self, index: Tensor) -> "_GivenLogits":
+    def rows(self, index: Tensor | slice) -> "_GivenLogits":
         return _GivenLogits(self.logits[index], self.labels[index])
 
 
@@ -190,14 +196,28 @@ class _Groups:
     log_total: Tensor  # [b], of all classes at the group temperature
 
 
-@torch.inference_mode()
 def _partition(logits: _Logits, settings: PartitionSettings, class_chunk: int | None) -> Partition:
     batch = len(logits.labels)
     if not batch:
         return _nothing(settings)
-    if class_chunk is None:
-        device = logits.labels.device.type
-        class_chunk = max(1, CHUNK_LOGITS.get(device, CHUNK_LOGITS_ACCELERATOR) // batch)
+    if logits.labels.device.type != "cpu":
+        return _partition_rows(logits, settings, class_chunk or ACCELERATOR_LOGITS // batch + 1)
+    # Work on a cache's worth of logits is too small to be shared, so threads take blocks of rows
+    # instead. The blocks do not depend on the number of threads, and so the bits do not either.
+    blocks = [logits.rows(slice(at, at + BLOCK_ROWS)) for at in range(0, batch, BLOCK_ROWS)]
+    chunk = class_chunk or CPU_LOGITS // BLOCK_ROWS
+    threads = torch.get_num_threads()
+    if min(threads, len(blocks)) == 1:
+        return _join([_partition_rows(block, settings, chunk) for block in blocks])
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            return _join(list(pool.map(lambda b: _partition_rows(b, settings, chunk), blocks)))
+    finally:
+        torch.set_num_threads(threads)  # a part of this setting is the process's
+
+
+@torch.inference_mode()
+def _partition_rows(logits: _Logits, settings: PartitionSettings, class_chunk: int) -> Partition:
     groups = _groups(logits, settings, class_chunk, None)
     again = np.flatnonzero(~groups.proved)
     if len(again):
@@ -212,6 +232,20 @@ def _partition(logits: _Logits, settings: PartitionSettings, class_chunk: int | 
         secondary=groups.secondary,
     )
     return Partition(targets, groups.truncated)
+
+
+def _join(parts: list[Partition]) -> Partition:
+    targets = [part.targets for part in parts]
+    sizes = np.concatenate([t.sizes for t in targets])
+    return Partition(
+        SparseTargets(
+            offsets=np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64),
+            indices=np.concatenate([t.indices for t in targets]),
+            log2_probs=np.concatenate([t.log2_probs for t in targets]),
+            secondary=np.concatenate([t.secondary for t in targets]),
+        ),
+        np.concatenate([part.truncated for part in parts]),
+    )
 
 
 def _nothing(settings: PartitionSettings) -> Partition:
@@ -230,8 +264,8 @@ def _groups(
     """Groups by one pass over the classes; without a floor it is estimated from the first chunk."""
     of_labels = logits.of_labels()
     batch = len(of_labels)
-    tail = _Tail(of_labels, settings)
-    found = _Candidates(batch, of_labels.device)
+    tail = Tail(of_labels, [*settings.temperatures, settings.group_temperature])
+    found = Candidates(batch, of_labels.device)
     buffer = torch.empty(batch * min(class_chunk, logits.num_classes), device=of_labels.device)
     certain = floor is not None or settings.threshold == 1
     estimated_at = 0
@@ -254,7 +288,7 @@ def _groups(
             share = seen / logits.num_classes
             floor = torch.maximum(floor, _better_floor(found, tail, of_labels, share, settings))
             estimated_at = seen
-    label_keys = _keys(of_labels, logits.labels)
+    label_keys = make_keys(of_labels, logits.labels)
     return _cut(found.keys, label_keys, tail, None if certain else floor, settings)
 
 
@@ -280,14 +314,14 @@ def _first_floor(
 
 
 def _better_floor(
-    found: "_Candidates",
-    tail: "_Tail",
+    found: Candidates,
+    tail: Tail,
     of_labels: Tensor,
     share: float,
     settings: PartitionSettings,
 ) -> Tensor:
     """A floor [B] from all that was seen so far, which is ``share`` of the classes."""
-    sample = _key_logits(found.keys).sort(1, descending=True).values
+    sample = key_logits(found.keys).sort(1, descending=True).values
     rest = tail.log_sums[settings.group_temperature]
     return _estimated_floor(sample, rest, of_labels, share, settings)
 
@@ -332,119 +366,10 @@ def _certain_floor(log_total: Tensor, num_classes: int, settings: PartitionSetti
     return (settings.group_temperature * (least - rounding)).clamp(min=LOWEST).to(torch.float32)
 
 
-class _Candidates:
-    """Keys of each row's candidates so far, in any order, filled up with void ones."""
-
-    def __init__(self, batch: int, device: torch.device) -> None:
-        self._held = torch.zeros(batch, dtype=torch.int64, device=device)
-        self._keys = torch.empty(batch, 0, dtype=torch.int64, device=device)
-        self.width = 0
-
-    @property
-    def keys(self) -> Tensor:
-        """int64 [B, width]."""
-        return self._keys[:, : self.width]
-
-    def take(self, chunk: Tensor, start: int, floor: Tensor) -> None:
-        """Take the logits at or above the floor; in the chunk -inf stands in their place."""
-        rows, columns = _places(chunk >= floor[:, None])
-        values = chunk[rows, columns]
-        chunk[rows, columns] = -math.inf
-        counts = torch.bincount(rows, minlength=len(chunk))
-        first = counts.cumsum(0) - counts
-        places = torch.arange(len(rows), device=rows.device) + (self._held - first)[rows]
-        self._held += counts
-        self.width = int(self._held.max())
-        if self.width > self._keys.shape[1]:
-            room = self._keys.new_full((len(chunk), 2 * self.width), _VOID_KEY)
-            room[:, : self._keys.shape[1]] = self._keys
-            self._keys = room
-        self._keys[rows, places] = _keys(values, columns + start)
-
-    def keep_largest(self, count: int, tail: "_Tail") -> Tensor:
-        """Leave all but the ``count`` largest of each row to the tail; the last one's logit [B]."""
-        ordered = self.keys.sort(1, descending=True).values
-        tail.add(_key_logits(ordered[:, count:]))
-        self._keys = ordered[:, :count].contiguous()
-        self._held.clamp_(max=count)
-        self.width = count
-        return _key_logits(ordered[:, count - 1])
-
-
-def _places(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows and columns of what is true in a mask [B, n], row by row."""
-    if mask.shape[1] % 8:
-        rows, columns = mask.nonzero(as_tuple=True)
-        return rows, columns
-    # Few are true: looking at eight at once is several times faster.
-    rows, words = mask.view(torch.int64).nonzero(as_tuple=True)
-    hits, bits = mask.view(len(mask), -1, 8)[rows, words].nonzero(as_tuple=True)
-    return rows[hits], words[hits] * 8 + bits
-
-
-def _keys(logits: Tensor, classes: Tensor) -> Tensor:
-    """One int64 for (logit, class): larger for a larger logit, or at a tie for a lower class."""
-    bits = (logits + 0.0).view(torch.int32)  # + 0.0: -0.0 and 0.0 are one logit
-    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    return (ordered.to(torch.int64) << 32) | (_LOW_BITS - classes)
-
-
-def _key_logits(keys: Tensor) -> Tensor:
-    ordered = (keys >> 32).to(torch.int32)
-    return (ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).view(torch.float32)
-
-
-def _key_classes(keys: Tensor) -> Tensor:
-    return _LOW_BITS - (keys & _LOW_BITS)
-
-
-class _Tail:
-    """What was dropped, as its logsumexp at each temperature, float64 [B]."""
-
-    def __init__(self, of_labels: Tensor, settings: PartitionSettings) -> None:
-        nothing = torch.full_like(of_labels, -math.inf, dtype=torch.float64)
-        temperatures = {*settings.temperatures, settings.group_temperature}
-        self.log_sums = dict.fromkeys(sorted(temperatures, reverse=True), nothing)
-
-    def add(self, logits: Tensor) -> None:
-        """Add logits [B, n], in memory that is overwritten; -inf counts nothing."""
-        # The tail's own peak is the shift: its sum is at least one, however small its mass.
-        peak = logits.amax(1).clamp(min=LOWEST)
-        for temperature, sums in _exponential_sums(logits, peak, tuple(self.log_sums)):
-            log_sum = peak.to(torch.float64) / temperature + sums.to(torch.float64).log()
-            # Where all is -inf there is no tail, only the sums' lower bounds.
-            log_sum = log_sum.masked_fill(peak == LOWEST, -math.inf)
-            self.log_sums[temperature] = torch.logaddexp(self.log_sums[temperature], log_sum)
-
-
-def _exponential_sums(
-    logits: Tensor, peak: Tensor, temperatures: tuple[float, ...]
-) -> Iterator[tuple[float, Tensor]]:
-    """Sums of exp((z - peak) / T) over each row, for falling T; overwrites the logits.
-
-    Terms are kept above 1e-19, which no sum of one or more can feel: processors are tens of times
-    slower where an exponential or a square underflows.
-    """
-    if all(higher == 2 * lower for higher, lower in pairwise(temperatures)):
-        # exp(x / T) is the square of exp(x / 2T): one exponential serves all.
-        factor = 1 / temperatures[0]
-        torch.add(-factor * peak[:, None], logits, alpha=factor, out=logits)
-        powers = logits.clamp_(min=math.log(LEAST_TERM)).exp_()
-        yield temperatures[0], powers.sum(1)
-        for temperature in temperatures[1:]:
-            powers.clamp_(min=LEAST_TERM)
-            yield temperature, powers.mul_(powers).sum(1)
-        return
-    logits.sub_(peak[:, None])
-    for temperature in temperatures:
-        scaled = (logits / temperature).clamp_(min=math.log(LEAST_TERM))
-        yield temperature, scaled.exp_().sum(1)
-
-
 def _cut(
     found: Tensor,
     label_keys: Tensor,
-    tail: _Tail,
+    tail: Tail,
     floor: Tensor | None,
     settings: PartitionSettings,
 ) -> _Groups:
@@ -454,8 +379,8 @@ def _cut(
     needs is missing.
     """
     keys = torch.cat([found, label_keys[:, None]], 1).sort(1, descending=True).values
-    held = (keys > _VOID_KEY | _LOW_BITS).sum(1)
-    logits = _key_logits(keys)
+    held = (keys > VOID_KEY).sum(1)
+    logits = key_logits(keys)
     peak = logits[:, :1]
     terms = ((logits - peak) / settings.group_temperature).clamp_(min=math.log(LEAST_TERM)).exp_()
     mass = terms.cumsum(1, dtype=torch.float64)
@@ -482,14 +407,14 @@ def _cut(
     taken = places < sizes[:, None]
     places[rows, sizes - 1] = torch.maximum(label_place, sizes - 1)
     chosen = keys.gather(1, places)
-    primary = _key_logits(chosen).masked_fill_(~taken, -math.inf).to(torch.float64)
+    primary = key_logits(chosen).masked_fill_(~taken, -math.inf).to(torch.float64)
     logits.scatter_(1, places.where(taken, label_place[:, None]), -math.inf)
     tail.add(logits)
     log_total = scaled_peak + total.log()
     log_probs = primary[taken] / settings.group_temperature - log_total.repeat_interleave(sizes)
     return _Groups(
         sizes=sizes.cpu().numpy(),
-        classes=_key_classes(chosen[taken]).cpu().numpy(),
+        classes=key_classes(chosen[taken]).cpu().numpy(),
         log_probs=log_probs.cpu().numpy(),
         secondary=_secondary(primary, tail, settings).cpu().numpy(),
         truncated=(full_sizes > settings.max_group).cpu().numpy(),
@@ -498,7 +423,7 @@ def _cut(
     )
 
 
-def _secondary(primary: Tensor, tail: _Tail, settings: PartitionSettings) -> Tensor:
+def _secondary(primary: Tensor, tail: Tail, settings: PartitionSettings) -> Tensor:
     """Natural log of the mass outside the group, float32 [b, temperatures]."""
     columns = []
     for temperature in settings.temperatures:

@@ -261,6 +261,30 @@ def test_chunk_size_does_not_decide_the_groups() -> None:
         np.testing.assert_array_equal(other.targets.offsets, whole.targets.offsets)
 
 
+def test_the_number_of_threads_does_not_decide_a_bit() -> None:
+    rng = np.random.default_rng(5)
+    centers = rng.normal(size=(6000, 32)).astype(np.float32)
+    centers /= np.linalg.norm(centers, axis=1, keepdims=True)
+    embeddings = torch.from_numpy(rng.normal(size=(200, 32)).astype(np.float32))
+    labels = torch.from_numpy(rng.integers(0, 6000, 200))
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(
+                partition(embeddings, labels, torch.from_numpy(centers), PartitionSettings())
+            )
+            assert torch.get_num_threads() == count
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        for name in ("offsets", "indices", "log2_probs", "secondary"):
+            np.testing.assert_array_equal(
+                getattr(other.targets, name), getattr(results[0].targets, name)
+            )
+
+
 def test_an_empty_batch_is_an_empty_partition() -> None:
     result = run(np.empty((0, 9), np.float32), np.empty(0, np.int64), PartitionSettings())
     assert len(result.targets) == 0
