@@ -44,6 +44,8 @@ def _interrupt(signum: int, frame: object) -> None:
 def main() -> None:
     """Cache a face-recognition teacher once, distil any number of students from it."""
     signal.signal(signal.SIGTERM, _interrupt)
+    # Read when torch is loaded: threads that spin while they wait take the decoders' cores.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
