@@ -1,12 +1,13 @@
 # `make demo` and `make check` need Python 3.11 or newer and nothing else.
 PYTHON ?= python3
+NEWEST ?= python3.12
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 DEMO := demo-run
 
 .DELETE_ON_ERROR:
-.PHONY: demo check lint types test format clean
+.PHONY: demo check lint types test newest format clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "gkd needs Python 3.11 or newer, this is %d.%d: make PYTHON=python3.11" % sys.version_info[:2])'
@@ -31,12 +32,19 @@ types: $(READY)
 
 test: $(READY)
 	$(BIN)/coverage run -m pytest
-	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
+
+# Storage alone under a newer Python with the newest zarr; it needs no torch.
+newest:
+	$(NEWEST) -m venv .venv-newest
+	.venv-newest/bin/python -m pip install --quiet --upgrade "pip>=25.1"
+	.venv-newest/bin/python -m pip install --quiet click filelock msgspec numpy pillow pyarrow rich \
+		simplejpeg zarr matplotlib hypothesis psutil pytest tensorstore
+	PYTHONPATH=.editable .venv-newest/bin/python -m pytest tests/storage
 
 format: $(READY)
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
 
 clean:
-	rm -rf $(VENV) $(DEMO)
+	rm -rf $(VENV) .venv-newest $(DEMO)
