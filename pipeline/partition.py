@@ -429,7 +429,8 @@ def _secondary(primary: Tensor, tail: Tail, settings: PartitionSettings) -> Tens
     for temperature in settings.temperatures:
         outside = tail.log_sums[temperature]
         inside = (primary / temperature).logsumexp(1)
-        columns.append(outside - torch.logaddexp(inside, outside))
+        # log(o / (o + i)) without the cancellation of a difference of logarithms.
+        columns.append(functional.logsigmoid(outside - inside))
     return torch.stack(columns, 1).to(torch.float32)
 
 
