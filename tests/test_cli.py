@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -76,7 +77,7 @@ def run(home: Path, targets: Path, monkeypatch_module: pytest.MonkeyPatch) -> Pa
 
 
 @pytest.fixture(scope="module")
-def monkeypatch_module(home: Path) -> pytest.MonkeyPatch:  # type: ignore[misc]
+def monkeypatch_module(home: Path) -> Iterator[pytest.MonkeyPatch]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GKD_CACHE_DIR", str(home / "materialised"))
         yield patch
