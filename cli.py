@@ -449,6 +449,13 @@ def evaluate(
     embed = _embedder(model, arch=arch, preset=preset, bgr=bgr, device=device, precision=precision)
     pairs = [load_verification_set(path) for path in sets]
     results = [evaluate(embed, each, batch_size=batch_size) for each in pairs]
+    for result in results:
+        if result.one_sided_folds:
+            click.echo(
+                f"{result.name}: {result.one_sided_folds} of 10 folds hold genuine or impostor "
+                "pairs only, which biases the accuracy; compare by AUC and EER",
+                err=True,
+            )
     if plot:
         plot_roc(results, plot)
     if as_json:

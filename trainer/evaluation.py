@@ -38,6 +38,8 @@ class VerificationResult:
     tar_at_far               the largest share of genuine pairs accepted by any threshold, over all
                              pairs, that accepts at most this share of the impostor pairs; None
                              where there are fewer than 1/FAR impostor pairs to tell
+    one_sided_folds          folds without genuine or without impostor pairs: where there are any,
+                             the accuracy is biased, for thresholds are chosen on the other kind
     auc, eer                 area under the ROC; the error rate where both kinds are equal
     far, tar                 float64 [K], the ROC's points, both ascending from 0 to 1
     """
@@ -48,6 +50,7 @@ class VerificationResult:
     accuracy: float
     accuracy_std: float
     thresholds: npt.NDArray[np.float64]
+    one_sided_folds: int
     tar_at_far: dict[float, float | None]
     auc: float
     eer: float
@@ -63,6 +66,7 @@ class VerificationResult:
             "accuracy": self.accuracy,
             "accuracy_std": self.accuracy_std,
             "thresholds": [round(float(threshold), 2) for threshold in self.thresholds],
+            "one_sided_folds": self.one_sided_folds,
             "tar_at_far": {f"{far:.0e}": tar for far, tar in self.tar_at_far.items()},
             "auc": self.auc,
             "eer": self.eer,
@@ -167,6 +171,7 @@ def score(
         accuracy=float(accuracies.mean()),
         accuracy_std=float(accuracies.std()),
         thresholds=thresholds,
+        one_sided_folds=sum(len(np.unique(part)) < 2 for part in np.array_split(issame, FOLDS)),
         tar_at_far={bound: tar_at(far, tar, bound, impostors) for bound in FARS},
         auc=float(np.trapezoid(tar, far)),
         eer=equal_error_rate(far, tar),
@@ -238,7 +243,8 @@ def results_table(results: Sequence[VerificationResult]) -> Table:
 
     Rates for which every set has too few are left out.
     """
-    table = Table("set", title="Verification")
+    table = Table(title="Verification")
+    table.add_column("set", overflow="fold")
     headings = ("pairs", "accuracy", "± over folds", "AUC", "EER")
     told = [far for far in FARS if any(result.tar_at_far[far] is not None for result in results)]
     for heading in (*headings, *(f"TAR at {far:.0e}" for far in told)):

@@ -131,6 +131,7 @@ def test_by_hand() -> None:
         "accuracy": pytest.approx(0.9),
         "accuracy_std": pytest.approx(0.2),
         "thresholds": [0.51] * 9 + [1.51],
+        "one_sided_folds": 0,
         "tar_at_far": {
             "1e-01": 1.0,
             **dict.fromkeys(["1e-02", "1e-03", "1e-04", "1e-05", "1e-06"]),
@@ -296,3 +297,10 @@ def test_shared_teacher_is_right_on_every_real_pair() -> None:
     assert result.tar_at_far[1e-2] == 1.0
     assert result.tar_at_far[1e-3] is None
     assert result.auc == 1.0
+
+
+def test_folds_of_one_kind_are_counted() -> None:
+    distances = np.linspace(0.1, 3.9, 40)
+    alternating = np.arange(40) % 2 == 0
+    assert score(distances, alternating, name="fair").one_sided_folds == 0
+    assert score(distances, distances < 2, name="sorted").one_sided_folds == 10
