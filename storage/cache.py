@@ -166,6 +166,19 @@ class Cache:
                 )
         return SparseTargets(offsets_from_sizes(sizes), **rows)
 
+    def read_verified(self, shard: int, view: View) -> SparseTargets:
+        """``read_shard`` after all files of the view were held against their hashes.
+
+        Raises:
+            CorruptShardError: where a file is missing, damaged or says what cannot be.
+        """
+        commit = self.commit(shard)
+        for file in layout.view_files(self.spec, shard, view, commit.views[view].entries):
+            path = self.shard_file(shard, file, commit)
+            if atomic.sha256_file(path) != commit.files[file].sha256:
+                _corrupt(path, "its sha256 is not the one in its commit record")
+        return self.read_shard(shard, view)
+
     def _read_row(
         self, shard: int, array: ArrayLayout, commit: Commit, entries: int, count: int
     ) -> npt.NDArray[Any]:
