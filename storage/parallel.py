@@ -1,7 +1,7 @@
 """Threads for work that lets go of the interpreter's lock: decoding, hashing, reading files."""
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
@@ -10,7 +10,9 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-def ordered_map(function: Callable[[T], R], items: Iterable[T], *, workers: int) -> Iterator[R]:
+def ordered_map(
+    function: Callable[[T], R], items: Iterable[T], *, workers: int
+) -> Generator[R, None, None]:
     """``map`` over ``workers`` threads: results in the order of ``items``, few of them in memory.
 
     At most ``AHEAD * workers`` items are taken ahead of the consumer, so a slow consumer holds no

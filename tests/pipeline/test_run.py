@@ -96,7 +96,7 @@ def check_against_dense(
             probs = np.exp(scaled[group] - log_sum_exp(scaled))
             np.testing.assert_allclose(
                 np.exp(decode_log_probs(targets.log2_probs[entries])),
-                np.maximum(probs, 2.0**-64),  # the least that the format holds
+                np.maximum(probs, 2.0 ** (-65535 / 1024)),  # the least that the format holds
                 rtol=5e-4,
             )
             secondary = [dense_secondary(z, group, t) for t in spec.temperatures]
