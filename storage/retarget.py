@@ -26,7 +26,7 @@ from gkd.storage.errors import ConfigError
 from gkd.storage.layout import Commit
 from gkd.storage.parallel import ordered_map
 from gkd.storage.progress import progress
-from gkd.storage.spec import CacheSpec, DerivedSpec
+from gkd.storage.spec import CacheSpec, DerivedSpec, View
 from gkd.storage.targets import (
     SparseTargets,
     at_temperature,
@@ -69,19 +69,16 @@ def retarget(
     def derive(shard: int) -> None:
         commit = cache.commit(shard)
         samples = shard_samples(cache, shard, commit)
-        groups = {
+        groups: dict[View, CutGroups] = {
             view: cut_groups(cache.read_verified(shard, view), samples.labels, cache.spec, spec)
             for view in spec.views
         }
-        writer.write_shard(
-            shard,
-            {view: each.targets for view, each in groups.items()},
-            samples,
-            truncated={
-                view: _count_truncated(each, commit.views[view].truncated, cache.spec, spec)
-                for view, each in groups.items()
-            },
-        )
+        views: dict[View, SparseTargets] = {view: groups[view].targets for view in spec.views}
+        truncated: dict[View, int] = {
+            view: _count_truncated(groups[view], commit.views[view].truncated, cache.spec, spec)
+            for view in spec.views
+        }
+        writer.write_shard(shard, views, samples, truncated=truncated)
 
     done = spec.num_shards - len(pending)
     workers = min(_MAX_WORKERS, os.cpu_count() or 1)
@@ -220,7 +217,7 @@ def _masses(
         # The stored secondary mass is sharper than the sum of rounded probabilities.
         log_probs = _log_probs(targets, spec.group_temperature, spec)
     probs = np.exp(log_probs, dtype=np.float64)
-    total = np.bincount(samples, probs, minlength=len(targets))
+    total = np.bincount(samples, probs, minlength=len(targets)).astype(np.float64)
     # Sums over a shard stay below 2^24: in float64 their differences are good to 1e-8.
     running = np.concatenate([[0.0], np.cumsum(probs)])
     before = running[:-1] - running[targets.offsets[:-1]][samples]
