@@ -19,11 +19,13 @@ import numpy.typing as npt
 from gkd.storage.cache import Cache
 from gkd.storage.errors import ConfigError, SpecMismatchError
 from gkd.storage.layout import METADATA
+from gkd.storage.lock import WriteLock
 from gkd.storage.progress import progress
 from gkd.storage.retarget import shard_samples, software_versions
 from gkd.storage.spec import CacheSpec, DatasetSpec, DerivedSpec, View
-from gkd.storage.targets import SparseTargets, offsets_from_sizes
-from gkd.storage.writer import CacheWriter, ShardSamples
+from gkd.storage.target_arrays import concatenate, cut_out
+from gkd.storage.targets import SparseTargets
+from gkd.storage.writer import CacheWriter, ShardSamples, delete_leftovers
 
 # Fields in which caches that are merged may differ.
 _FREE = ("num_samples", "shard_samples", "dataset", "derived", "software")
@@ -34,31 +36,38 @@ def merge(caches: Sequence[Cache], out: Path) -> str:
     """Join finished caches into the cache ``out``, or go on with it; its id.
 
     Raises:
-        ConfigError: for fewer than two caches.
+        ConfigError: for fewer than two caches, or where another process writes ``out``.
         SpecMismatchError: where teacher, centres, classes or settings differ, where one image is
             in two of the caches, or where ``out`` holds another cache.
         CorruptShardError: where one of the caches is damaged.
     """
     spec = merged_spec(caches)
+    out = out.absolute()
     if not (out / METADATA).exists():
         _require_disjoint(caches)
-    writer = CacheWriter(out, spec)
-    pending = writer.pending()
-    source = _Source(caches)
-    with progress("merge", spec.num_shards, "shards", spec.num_shards - len(pending)) as advance:
-        for shard in pending:
-            pieces = list(source.pieces(spec.shard_rows(shard)))
-            views: dict[View, SparseTargets] = {
-                view: _join_targets([piece.targets[view] for piece in pieces])
-                for view in spec.views
-            }
-            truncated: dict[View, int] = {
-                view: sum(int(piece.truncated[view].sum()) for piece in pieces)
-                for view in spec.views
-            }
-            writer.write_shard(shard, views, _join_samples(pieces), truncated=truncated)
-            advance()
-    return writer.finish()
+    with WriteLock(out) as lock:
+        delete_leftovers(out)
+        writer = CacheWriter(out, spec, guard=lock.check)
+        pending = writer.pending()
+        source = _Source(caches)
+        done = spec.num_shards - len(pending)
+        with progress("merge", spec.num_shards, "shards", done) as advance:
+            for shard in pending:
+                _write_merged(source, writer, shard)
+                advance()
+        return writer.finish()
+
+
+def _write_merged(source: "_Source", writer: CacheWriter, shard: int) -> None:
+    spec = writer.spec
+    pieces = list(source.pieces(spec.shard_rows(shard)))
+    views: dict[View, SparseTargets] = {
+        view: concatenate([piece.targets[view] for piece in pieces]) for view in spec.views
+    }
+    truncated: dict[View, int] = {
+        view: sum(int(piece.truncated[view].sum()) for piece in pieces) for view in spec.views
+    }
+    writer.write_shard(shard, views, _join_samples(pieces), truncated=truncated)
 
 
 def merged_spec(caches: Sequence[Cache]) -> CacheSpec:
@@ -155,7 +164,7 @@ class _Piece:
     def cut(self, rows: slice) -> "_Piece":
         place = range(len(self.samples.keys))[rows]
         return _Piece(
-            {view: _slice(targets, place) for view, targets in self.targets.items()},
+            {view: cut_out(targets, place) for view, targets in self.targets.items()},
             {view: truncated[rows] for view, truncated in self.truncated.items()},
             ShardSamples(
                 self.samples.keys[rows],
@@ -222,30 +231,6 @@ def _truncated(targets: SparseTargets, spec: CacheSpec, count: int) -> npt.NDArr
     chosen = np.zeros(len(targets), bool)
     chosen[np.argsort(-outside, kind="stable")[:count]] = True
     return chosen
-
-
-def _slice(targets: SparseTargets, rows: range) -> SparseTargets:
-    offsets = targets.offsets[rows.start : rows.stop + 1]
-    entries = slice(offsets[0], offsets[-1])
-    place = slice(rows.start, rows.stop)
-    return SparseTargets(
-        offsets - offsets[0],
-        targets.indices[entries],
-        targets.log2_probs[entries],
-        targets.secondary[place],
-        None if targets.draws is None else targets.draws[place],
-        None if targets.draw_log2_probs is None else targets.draw_log2_probs[place],
-    )
-
-
-def _join_targets(parts: Sequence[SparseTargets]) -> SparseTargets:
-    def joined(name: str) -> Any:
-        values = [getattr(part, name) for part in parts]
-        return None if values[0] is None else np.concatenate(values)
-
-    names = ("indices", "log2_probs", "secondary", "draws", "draw_log2_probs")
-    sizes = np.concatenate([part.sizes for part in parts])
-    return SparseTargets(offsets_from_sizes(sizes), *map(joined, names))
 
 
 def _join_samples(pieces: Sequence[_Piece]) -> ShardSamples:

@@ -11,6 +11,7 @@ more by group_temperature / T at another): a group whose mass lies that near the
 differ by the classes in question from what the teacher would give.
 """
 
+import functools
 import os
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -24,18 +25,22 @@ import numpy.typing as npt
 from gkd.storage.cache import Cache, digests_of
 from gkd.storage.errors import ConfigError
 from gkd.storage.layout import Commit
+from gkd.storage.lock import WriteLock
 from gkd.storage.parallel import ordered_map
 from gkd.storage.progress import progress
 from gkd.storage.spec import CacheSpec, DerivedSpec, View
+from gkd.storage.target_arrays import concatenate, cut_out, in_blocks
 from gkd.storage.targets import (
     SparseTargets,
     at_temperature,
     decode_log_probs,
     offsets_from_sizes,
 )
-from gkd.storage.writer import CacheWriter, ShardSamples
+from gkd.storage.writer import CacheWriter, ShardSamples, delete_leftovers
 
 _MAX_WORKERS = 4
+# Entries worked on at once: a shard of large groups has tens of millions.
+_BLOCK_ENTRIES = 1 << 22
 
 
 def retarget(
@@ -52,7 +57,8 @@ def retarget(
     Settings that are not given stay as they are.
 
     Raises:
-        ConfigError: for settings that the stored groups cannot answer exactly, with the reason.
+        ConfigError: for settings that the stored groups cannot answer exactly, with the reason, or
+            where another process writes ``out``.
         SpecMismatchError: where ``out`` is a cache of other settings, or of another source.
         CorruptShardError: where ``cache`` is damaged.
     """
@@ -63,29 +69,34 @@ def retarget(
         temperatures=temperatures,
         group_temperature=group_temperature,
     )
-    writer = CacheWriter(out, spec)
-    pending = writer.pending()
+    out = out.absolute()
+    with WriteLock(out) as lock:
+        delete_leftovers(out)
+        writer = CacheWriter(out, spec, guard=lock.check)
+        pending = writer.pending()
+        done = spec.num_shards - len(pending)
+        workers = min(_MAX_WORKERS, os.cpu_count() or 1)
+        with progress("retarget", spec.num_shards, "shards", done) as advance:
+            for _ in ordered_map(
+                functools.partial(_derive, cache, writer), pending, workers=workers
+            ):
+                advance()
+        return writer.finish()
 
-    def derive(shard: int) -> None:
-        commit = cache.commit(shard)
-        samples = shard_samples(cache, shard, commit)
-        groups: dict[View, CutGroups] = {
-            view: cut_groups(cache.read_verified(shard, view), samples.labels, cache.spec, spec)
-            for view in spec.views
-        }
-        views: dict[View, SparseTargets] = {view: groups[view].targets for view in spec.views}
-        truncated: dict[View, int] = {
-            view: _count_truncated(groups[view], commit.views[view].truncated, cache.spec, spec)
-            for view in spec.views
-        }
-        writer.write_shard(shard, views, samples, truncated=truncated)
 
-    done = spec.num_shards - len(pending)
-    workers = min(_MAX_WORKERS, os.cpu_count() or 1)
-    with progress("retarget", spec.num_shards, "shards", done) as advance:
-        for _ in ordered_map(derive, pending, workers=workers):
-            advance()
-    return writer.finish()
+def _derive(cache: Cache, writer: CacheWriter, shard: int) -> None:
+    commit, spec = cache.commit(shard), writer.spec
+    samples = shard_samples(cache, shard, commit)
+    groups: dict[View, CutGroups] = {
+        view: cut_groups(cache.read_verified(shard, view), samples.labels, cache.spec, spec)
+        for view in spec.views
+    }
+    views: dict[View, SparseTargets] = {view: groups[view].targets for view in spec.views}
+    truncated: dict[View, int] = {
+        view: _count_truncated(groups[view], commit.views[view].truncated, cache.spec, spec)
+        for view in spec.views
+    }
+    writer.write_shard(shard, views, samples, truncated=truncated)
 
 
 def stricter_spec(
@@ -174,6 +185,21 @@ def cut_groups(
     targets: SparseTargets, labels: npt.NDArray[np.int64], old: CacheSpec, new: CacheSpec
 ) -> CutGroups:
     """Groups of ``old`` cut down to the settings of ``new``; ``labels`` int64 [n]."""
+    blocks = list(in_blocks(targets.offsets, _BLOCK_ENTRIES))
+    parts = [
+        _cut_block(cut_out(targets, rows), labels[rows.start : rows.stop], old, new)
+        for rows in blocks
+    ]
+    return CutGroups(
+        concatenate([part.targets for part in parts]),
+        np.concatenate([part.full_sizes for part in parts]),
+        np.concatenate([part.reached for part in parts]),
+    )
+
+
+def _cut_block(
+    targets: SparseTargets, labels: npt.NDArray[np.int64], old: CacheSpec, new: CacheSpec
+) -> CutGroups:
     sizes, starts = targets.sizes, targets.offsets[:-1]
     samples = np.repeat(np.arange(len(targets)), sizes)
     ranks = np.arange(len(samples)) - starts[samples]

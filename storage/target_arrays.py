@@ -135,3 +135,42 @@ def fill(
                 array[entries if name in _PACKED else rows] = getattr(targets, name)
 
     yield from ordered_map(copy, parts, workers=workers)
+
+
+def cut_out(targets: SparseTargets, rows: range) -> SparseTargets:
+    """Some consecutive samples of targets."""
+    offsets = targets.offsets[rows.start : rows.stop + 1]
+    entries = slice(offsets[0], offsets[-1])
+    place = slice(rows.start, rows.stop)
+    return SparseTargets(
+        offsets - offsets[0],
+        targets.indices[entries],
+        targets.log2_probs[entries],
+        targets.secondary[place],
+        None if targets.draws is None else targets.draws[place],
+        None if targets.draw_log2_probs is None else targets.draw_log2_probs[place],
+    )
+
+
+def concatenate(parts: Sequence[SparseTargets]) -> SparseTargets:
+    """Targets of the samples of all parts, one part after the other."""
+    if len(parts) == 1:
+        return parts[0]
+
+    def joined(name: str) -> Any:
+        values = [getattr(part, name) for part in parts]
+        return None if values[0] is None else np.concatenate(values)
+
+    sizes = np.concatenate([part.sizes for part in parts])
+    names = ("indices", "log2_probs", "secondary", "draws", "draw_log2_probs")
+    return SparseTargets(offsets_from_sizes(sizes), *map(joined, names))
+
+
+def in_blocks(offsets: npt.NDArray[np.int64], entries: int) -> Iterator[range]:
+    """Ranges of samples with about ``entries`` entries each, for offsets [n + 1]."""
+    start, n = 0, len(offsets) - 1
+    while start < n:
+        stop = int(np.searchsorted(offsets, offsets[start] + entries, side="right")) - 1
+        stop = max(start + 1, min(stop, n))
+        yield range(start, stop)
+        start = stop

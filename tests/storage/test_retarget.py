@@ -195,6 +195,7 @@ def test_the_loss_sees_the_same_probabilities_at_every_temperature(
     caps=st.tuples(st.integers(1, 12), st.integers(1, 12)),
     temperature=st.sampled_from([0.5, 2.0, 4.0]),
     stored=st.booleans(),
+    block_entries=st.sampled_from([1, 50, 10**6]),
 )
 def test_any_stricter_settings_give_the_teachers_groups(
     seed: int,
@@ -203,6 +204,7 @@ def test_any_stricter_settings_give_the_teachers_groups(
     caps: tuple[int, int],
     temperature: float,
     stored: bool,
+    block_entries: int,
 ) -> None:
     """Whether or not the masses at the group temperature are stored, labels anywhere."""
     temperatures = (1.0, temperature) if stored else (1.0, 3.0)
@@ -218,7 +220,9 @@ def test_any_stricter_settings_give_the_teachers_groups(
     rng = np.random.default_rng(seed)
     logits, labels = rng.normal(0, 3, (30, 12)), rng.integers(0, 12, 30)
     targets, _ = dense_targets(logits, labels, old)
-    got = cut_groups(targets, labels, old, new).targets
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("gkd.storage.retarget._BLOCK_ENTRIES", block_entries)
+        got = cut_groups(targets, labels, old, new).targets
     assert_is_of_the_teacher(got, logits, labels, new)
 
 
