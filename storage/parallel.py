@@ -1,5 +1,7 @@
 """Threads for work that lets go of the interpreter's lock: decoding, hashing, reading files."""
 
+import queue
+import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -30,6 +32,41 @@ def ordered_map(
         finally:
             for future in waiting:
                 future.cancel()
+
+
+def for_each(function: Callable[[T], object], items: Iterable[T], *, workers: int) -> None:
+    """Call ``function`` on all items, in any order, in ``workers`` threads.
+
+    The first exception is raised at once, and so is an interrupt: nothing waits for calls that
+    hang on a network. They end by themselves or with the process; no other call begins.
+    """
+    todo = deque(items)
+    ends: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
+    leave = threading.Event()
+
+    def work() -> None:
+        while not leave.is_set():
+            try:
+                item = todo.popleft()
+            except IndexError:
+                return
+            try:
+                function(item)
+            except BaseException as error:
+                ends.put(error)
+                return
+            ends.put(None)
+
+    calls = len(todo)
+    try:
+        for _ in range(min(workers, calls)):
+            threading.Thread(target=work, daemon=True).start()
+        for _ in range(calls):
+            error = ends.get()
+            if error is not None:
+                raise error
+    finally:
+        leave.set()
 
 
 def row_blocks(count: int, size: int = 256) -> Iterator[range]:

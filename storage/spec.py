@@ -97,7 +97,7 @@ class DrawsSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class DerivedSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How a cache was made from others without a teacher; ``caches`` are their ids, in order."""
 
-    operation: Literal["retarget", "merge"]
+    operation: Literal["retarget", "merge", "views"]
     caches: tuple[str, ...]
 
 
