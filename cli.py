@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import click
 import msgspec
@@ -14,6 +14,8 @@ from gkd.storage.errors import GkdError
 
 if TYPE_CHECKING:
     from gkd.pipeline.teacher import Embedder, Precision
+    from gkd.storage.spec import Preprocess
+    from gkd.storage.verify import Level
 
 NO_TARGETS = Path("-")
 GO_ON = "interrupted; run the same command again to go on"
@@ -81,10 +83,15 @@ arch_option = click.option(
 workers_option = click.option(
     "--workers",
     type=click.IntRange(min=1),
-    default=os.cpu_count() or 1,
-    show_default=True,
+    default=max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))),
+    show_default="cores of this rank",
     help="Threads that decode images.",
 )
+
+
+def _rank() -> int:
+    """This process's number among those that torchrun started."""
+    return int(os.environ.get("RANK", "0"))
 
 
 def _path() -> Any:
@@ -204,13 +211,43 @@ def targets_info(path: Path, as_json: bool) -> None:
 
 @targets.command("verify")
 @click.argument("path", metavar="TARGETS", type=_path())
-@click.option("--deep/--hashes", default=True, help="Decode all arrays too (default), or not.")
+@click.option("--quick", "level", flag_value="quick", help="Presence and sizes only.")
+@click.option("--deep", "level", flag_value="deep", help="Decode all arrays, check what they say.")
+@click.option("--against", type=_path(), metavar="RECORDS", help="Recompute a sample of these.")
+@click.option("--teacher", type=_path(), help="The teacher that recomputes.")
+@click.option("--arch", help="Its backbone; by default the one that TARGETS name.")
+@click.option("--centers", type=_path(), multiple=True, help="Its centres, unless class means.")
+@click.option("--sample", type=click.IntRange(min=1), default=256, show_default=True)
+@click.option("--seed", type=int, help="Draws the sample; by default another one each time.")
+@device_option
+@sort_option
 @as_json
-def targets_verify(path: Path, deep: bool, as_json: bool) -> None:
-    """Check every file of TARGETS and list every fault; exit 1 if there is one."""
+def targets_verify(
+    path: Path,
+    level: "Level | None",
+    against: Path | None,
+    teacher: Path | None,
+    arch: str | None,
+    centers: tuple[Path, ...],
+    sample: int,
+    seed: int | None,
+    device: str,
+    sort: Any,
+    as_json: bool,
+) -> None:
+    """Check every file of TARGETS and list every fault; exit 1 if there is one.
+
+    By default every byte is held against its hash. With --against RECORDS --teacher FILE a random
+    sample is computed again instead, and the largest differences are told.
+    """
     from gkd.storage.verify import verify
 
-    report = verify(path, deep=deep)
+    if (against is None) != (teacher is None) or (against and level):
+        raise click.UsageError("--against RECORDS and --teacher FILE go together, and alone")
+    if against and teacher:
+        _verify_against(path, against, teacher, arch, centers, sample, seed, device, sort, as_json)
+        return
+    report = verify(path, level=level or "hashes")
     if as_json:
         plain = msgspec.to_builtins(report, enc_hook=str)
         click.echo(json.dumps({**plain, "ok": report.ok}))
@@ -221,6 +258,47 @@ def targets_verify(path: Path, deep: bool, as_json: bool) -> None:
             f"{report.shards:,} shards, {report.files:,} files, {report.bytes:,} bytes, "
             f"{report.entries:,} entries, {len(report.faults):,} faults"
         )
+    if not report.ok:
+        raise SystemExit(1)
+
+
+def _verify_against(
+    path: Path,
+    source: Path,
+    teacher: Path,
+    arch: str | None,
+    centers: tuple[Path, ...],
+    sample: int,
+    seed: int | None,
+    device: str,
+    sort: Any,
+    as_json: bool,
+) -> None:
+    import secrets
+
+    from gkd.pipeline.against import load_named_centers, verify_against
+    from gkd.storage.cache import Cache
+    from gkd.storage.records import open_records
+
+    cache = Cache.open(path)
+    named = cache.spec
+    embedder = _embedder(
+        teacher,
+        arch=arch or named.teacher.arch,
+        preprocess=named.preprocess,
+        device=device,
+        precision=cast("Precision", named.precision),
+    )
+    report = verify_against(
+        cache,
+        open_records(source, sort=sort),
+        embedder,
+        load_named_centers(cache, centers),
+        sample=sample,
+        seed=secrets.randbits(32) if seed is None else seed,
+        workers=os.cpu_count() or 1,
+    )
+    _emit({**msgspec.to_builtins(report), "ok": report.ok}, as_json)
     if not report.ok:
         raise SystemExit(1)
 
@@ -253,16 +331,14 @@ def targets_stats(path: Path, plot: Path | None, as_json: bool) -> None:
 
 
 def _embedder(
-    path: Path, *, arch: str, preset: str, bgr: bool, device: str, precision: "Precision"
+    path: Path, *, arch: str, preprocess: "Preprocess", device: str, precision: "Precision"
 ) -> "Embedder":
     """Any model that a command takes: an ONNX file, weights, or a run of ``train-student``."""
     from gkd.pipeline.teacher import OnnxEmbedder, TorchEmbedder
     from gkd.storage.atomic import sha256_file
-    from gkd.storage.spec import preprocess_preset
     from gkd.trainer.backbones import load_backbone
     from gkd.trainer.checkpoint import chosen_checkpoint
 
-    preprocess = preprocess_preset(preset, bgr=bgr)
     if path.suffix == ".onnx":
         return OnnxEmbedder(path, preprocess, device=device)
     weights = chosen_checkpoint(path) if path.is_dir() else path
@@ -347,6 +423,7 @@ def cache_teacher(
     from gkd.pipeline.run import CLASS_MEAN, CacheSettings
     from gkd.pipeline.run import cache_teacher as run
     from gkd.storage.records import open_records
+    from gkd.storage.spec import preprocess_preset
 
     settings = CacheSettings(
         partition=PartitionSettings(
@@ -364,8 +441,9 @@ def cache_teacher(
         shard_samples=shard_samples,
     )
     records = open_records(source, sort=sort)
+    preprocess = preprocess_preset(preset, bgr=bgr)
     embedder = _embedder(
-        teacher, arch=arch, preset=preset, bgr=bgr, device=device, precision=precision
+        teacher, arch=arch, preprocess=preprocess, device=device, precision=precision
     )
     if centers == (CLASS_MEAN,):
         summary = run(records, out, embedder, CLASS_MEAN, settings)
@@ -374,7 +452,9 @@ def cache_teacher(
         array = load_centers(files, records.num_classes, embedder.embedding_dim)
         names = " ".join(file.name for file in files)
         summary = run(records, out, embedder, Centers(array, "file", names), settings)
-    _emit({**msgspec.to_builtins(summary), "images_per_second": summary.images_per_second}, as_json)
+    if _rank() == 0:
+        speed = {"images_per_second": summary.images_per_second}
+        _emit({**msgspec.to_builtins(summary), **speed}, as_json)
 
 
 @main.command("train-student")
@@ -443,10 +523,12 @@ def evaluate(
     """Verify MODEL on verification sets: a run folder, a checkpoint, weights or an ONNX file."""
     from rich.console import Console
 
+    from gkd.storage.spec import preprocess_preset
     from gkd.trainer.evaluation import evaluate, plot_roc, results_table
     from gkd.trainer.verification_set import load_verification_set
 
-    embed = _embedder(model, arch=arch, preset=preset, bgr=bgr, device=device, precision=precision)
+    preprocess = preprocess_preset(preset, bgr=bgr)
+    embed = _embedder(model, arch=arch, preprocess=preprocess, device=device, precision=precision)
     pairs = [load_verification_set(path) for path in sets]
     results = [evaluate(embed, each, batch_size=batch_size) for each in pairs]
     if plot:

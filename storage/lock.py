@@ -205,15 +205,11 @@ class WriteLock:
             try:
                 # Opened, not only looked at: a network file system asks its server then.
                 with path.open("rb") as file:
-                    touched = os.fstat(file.fileno()).st_mtime_ns
-                    holder = msgspec.json.decode(file.read(), type=Holder)
+                    content, touched = file.read(), os.fstat(file.fileno()).st_mtime_ns
             except FileNotFoundError:
                 continue
-            except msgspec.DecodeError:
-                # Just being written, or its writer was killed in that moment.
-                found.append((path, None, self._signs.state(path, touched)))
-                continue
-            if holder.machine == _machine():
+            holder = _decode(content)
+            if holder is not None and holder.machine == _machine():
                 found.append((path, holder, "alive" if _alive(holder) else "dead"))
             else:
                 found.append((path, holder, self._signs.state(path, touched)))
@@ -254,6 +250,14 @@ class WriteLock:
             self.folder.rmdir()
         except OSError:
             return  # others are there
+
+
+def _decode(content: bytes) -> Holder | None:
+    """None where it is just being written, or its writer was killed in that moment."""
+    try:
+        return msgspec.json.decode(content, type=Holder)
+    except msgspec.DecodeError:
+        return None
 
 
 def _machine() -> str:
