@@ -89,6 +89,33 @@ workers_option = click.option(
 )
 
 
+def _storage_options(
+    context: click.Context, parameter: click.Parameter, values: tuple[str, ...]
+) -> dict[str, Any]:
+    options = {}
+    for each in values:
+        key, equals, value = each.partition("=")
+        if not key or not equals:
+            raise click.BadParameter(f"expected KEY=VALUE, got {each!r}")
+        try:
+            options[key] = json.loads(value)
+        except ValueError:
+            options[key] = value
+    return options
+
+
+storage_option = click.option(
+    "--storage-option",
+    "options",
+    multiple=True,
+    metavar="KEY=VALUE",
+    callback=_storage_options,
+    help="Setting of the address's fsspec backend, as JSON or plain text, e.g. endpoint_url=http://"
+    "... of s3://. The backend's environment variables and configuration work too, and keep "
+    "secrets off the command line.",
+)
+
+
 def _rank() -> int:
     """This process's number among those that torchrun started."""
     return int(os.environ.get("RANK", "0"))
@@ -121,6 +148,27 @@ def _words(value: Any) -> str:
             return ", ".join(f"{name} {_words(each)}" for name, each in value.items()) or "none"
         case _:
             return " ".join(_words(each) for each in value)
+
+
+def _names(
+    context: click.Context, parameter: click.Parameter, value: str | None
+) -> tuple[str, ...] | None:
+    return None if value is None else tuple(value.split(","))
+
+
+def _shards(
+    context: click.Context, parameter: click.Parameter, value: str | None
+) -> tuple[int, ...] | None:
+    if value is None:
+        return None
+    shards: list[int] = []
+    for part in value.split(","):
+        first, dash, last = part.partition("-")
+        last = last if dash else first
+        if not first.isdecimal() or not last.isdecimal():
+            raise click.BadParameter(f"expected shards such as 0-9,12, got {value!r}")
+        shards += range(int(first), int(last) + 1)
+    return tuple(shards)
 
 
 # --------------------------------------------------------------------------- records
@@ -189,24 +237,29 @@ def targets() -> None:
 
 
 @targets.command("info")
-@click.argument("path", metavar="TARGETS", type=_path())
+@click.argument("place", metavar="TARGETS")
+@storage_option
 @as_json
-def targets_info(path: Path, as_json: bool) -> None:
-    """Say what made TARGETS and whether they are finished."""
+def targets_info(place: str, options: dict[str, Any], as_json: bool) -> None:
+    """Say what made TARGETS, a cache here or at an address, and whether they are finished."""
     from gkd.storage.cache import Cache, committed_shards
+    from gkd.storage.remote import Remote, is_address
+    from gkd.storage.remote_cache import RemoteCache
 
-    cache = Cache.open(path, complete=False)
-    committed = committed_shards(path)
-    state = {
-        "path": cache.path,
-        "id": cache.id if cache.manifest else "not finished",
-        "shards": cache.spec.num_shards,
-        "committed_shards": len(committed),
-        "skipped": {
-            k: why for shard in committed for k, why in cache.commit(shard).skipped.items()
-        },
-    }
-    _emit(state | msgspec.to_builtins(cache.spec), as_json)
+    if is_address(place):
+        remote = RemoteCache.open(Remote(place, options))
+        commits = remote.commits()
+        state = {"address": remote.remote.address, "id": remote.id, "shards": len(commits)}
+        state["bytes"] = remote.manifest.bytes
+        spec = remote.spec
+    else:
+        cache = Cache.open(place, complete=False)
+        commits = {shard: cache.commit(shard) for shard in committed_shards(cache.path)}
+        state = {"path": cache.path, "id": cache.id if cache.manifest else "not finished"}
+        state |= {"shards": cache.spec.num_shards, "committed_shards": len(commits)}
+        spec = cache.spec
+    skipped = {key: why for commit in commits.values() for key, why in commit.skipped.items()}
+    _emit(state | {"skipped": skipped} | msgspec.to_builtins(spec), as_json)
 
 
 @targets.command("verify")
@@ -304,17 +357,29 @@ def _verify_against(
 
 
 @targets.command("stats")
-@click.argument("path", metavar="TARGETS", type=_path())
+@click.argument("place", metavar="TARGETS")
 @click.option("--plot", type=_path(), help="Draw group sizes and masses into this PNG.")
+@storage_option
 @as_json
-def targets_stats(path: Path, plot: Path | None, as_json: bool) -> None:
-    """Describe group sizes, masses and bytes of TARGETS."""
-    from gkd.storage.cache import Cache
-    from gkd.storage.stats import plot_stats, stats
+def targets_stats(place: str, plot: Path | None, options: dict[str, Any], as_json: bool) -> None:
+    """Describe group sizes, masses and bytes of TARGETS, a cache here or at an address.
 
-    figures = stats(Cache.open(path))
-    if plot:
-        plot_stats(figures, plot)
+    At an address the arrays are left there: sizes and counts only.
+    """
+    from gkd.storage.cache import Cache
+    from gkd.storage.errors import ConfigError
+    from gkd.storage.remote import Remote, is_address
+    from gkd.storage.remote_cache import RemoteCache, remote_stats
+    from gkd.storage.stats import CacheStats, plot_stats, stats
+
+    if is_address(place):
+        if plot:
+            raise ConfigError(f"{place}: a plot needs the arrays; `gkd targets pull` it first")
+        figures: Any = remote_stats(RemoteCache.open(Remote(place, options)))
+    else:
+        figures = stats(Cache.open(place))
+        if plot:
+            plot_stats(figures, plot)
     if as_json:
         click.echo(msgspec.json.encode(figures, enc_hook=str).decode())
         return
@@ -322,9 +387,54 @@ def targets_stats(path: Path, plot: Path | None, as_json: bool) -> None:
     views = whole.pop("views")
     _emit(whole, False)
     for view in views:
-        del view["histogram"]
+        view.pop("histogram", None)
         click.echo()
         _emit(view, False)
+    if not isinstance(figures, CacheStats):
+        click.echo("\nQuantiles and masses need the arrays: `gkd targets pull` the cache for them.")
+
+
+@targets.command("push")
+@click.argument("path", metavar="TARGETS", type=_path())
+@click.argument("address")
+@click.option("--read-back", is_flag=True, help="Read every file back and compare its sha256.")
+@storage_option
+@as_json
+def targets_push(
+    path: Path, address: str, read_back: bool, options: dict[str, Any], as_json: bool
+) -> None:
+    """Send TARGETS to ADDRESS, or go on where an earlier push stopped.
+
+    ADDRESS is a folder or anything that fsspec opens: s3://, gs://, hf://, sftp://.
+    """
+    from gkd.storage.transfer import push
+
+    _emit(push(path, address, options=options, read_back=read_back), as_json)
+
+
+@targets.command("pull")
+@click.argument("address")
+@click.argument("path", metavar="TARGETS", type=_path())
+@click.option("--shards", callback=_shards, help="These only, e.g. 0-9,12: TARGETS stay partial.")
+@click.option("--views", callback=_names, help="original or flipped: TARGETS are a cache of it.")
+@storage_option
+@as_json
+def targets_pull(
+    address: str,
+    path: Path,
+    shards: tuple[int, ...] | None,
+    views: Any,
+    options: dict[str, Any],
+    as_json: bool,
+) -> None:
+    """Get the cache at ADDRESS into TARGETS, or go on where an earlier pull stopped.
+
+    Every file is held against its hash on arrival, and those that stand in TARGETS already too: a
+    pull into a damaged copy mends it.
+    """
+    from gkd.storage.transfer import pull
+
+    _emit(pull(address, path, shards=shards, views=views, options=options), as_json)
 
 
 # --------------------------------------------------------------------------- the two stages
@@ -360,10 +470,6 @@ def _numbers(context: click.Context, parameter: click.Parameter, value: str) -> 
         raise click.BadParameter(f"expected numbers such as 1,2,4, got {value!r}") from error
 
 
-def _names(context: click.Context, parameter: click.Parameter, value: str) -> tuple[str, ...]:
-    return tuple(value.split(","))
-
-
 @main.command("cache-teacher")
 @click.argument("source", metavar="RECORDS", type=_path())
 @click.argument("out", type=_path())
@@ -391,6 +497,8 @@ def _names(context: click.Context, parameter: click.Parameter, value: str) -> tu
 @workers_option
 @click.option("--shard-samples", type=int, help="Samples a shard; by default from --max-group.")
 @click.option("--skip-corrupt", is_flag=True, help="Leave unreadable records out, and say which.")
+@click.option("--licence", metavar="TEXT", help="Terms of the cache, for its README.md.")
+@click.option("--note", metavar="TEXT", help="Anything else its users should know, for README.md.")
 @sort_option
 @as_json
 def cache_teacher(
@@ -414,6 +522,8 @@ def cache_teacher(
     workers: int,
     shard_samples: int | None,
     skip_corrupt: bool,
+    licence: str | None,
+    note: str | None,
     sort: Any,
     as_json: bool,
 ) -> None:
@@ -439,6 +549,8 @@ def cache_teacher(
         workers=workers,
         skip_corrupt=skip_corrupt,
         shard_samples=shard_samples,
+        licence=licence,
+        note=note,
     )
     records = open_records(source, sort=sort)
     preprocess = preprocess_preset(preset, bgr=bgr)

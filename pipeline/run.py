@@ -30,6 +30,7 @@ from gkd.pipeline.shards import Background, PartitionedBatch, committing
 from gkd.pipeline.teacher import Embedder
 from gkd.storage import atomic, layout
 from gkd.storage.cache import Cache, committed_shards, read_spec
+from gkd.storage.card import write_card
 from gkd.storage.disk import disk_errors
 from gkd.storage.errors import ConfigError
 from gkd.storage.lock import WriteLock
@@ -49,6 +50,7 @@ SAMPLE_BYTES = 100  # of a view: a rough floor for the disk that a cache needs
 class CacheSettings:
     """How a cache is made; ``partition`` and ``views`` decide what it holds.
 
+    ``licence`` and ``note`` are words for the card of a cache that is not finished yet.
     ``shard_samples`` None chooses by ``auto_shard_samples``, ``class_chunk`` None by the device.
 
     Raises:
@@ -62,6 +64,8 @@ class CacheSettings:
     skip_corrupt: bool = False
     shard_samples: int | None = None
     class_chunk: int | None = None
+    licence: str | None = None
+    note: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "workers", "shard_samples", "class_chunk"):
@@ -222,6 +226,8 @@ class _Run:
         # One listing of a folder, where `writer.pending` would ask for thousands of files.
         every_shard = set(range(self.num_shards))
         self.lock.wait_for(lambda: every_shard.issubset(committed_shards(self.out)))
+        if not (self.out / layout.MANIFEST).exists():
+            write_card(self.out, licence=self.settings.licence, note=self.settings.note)
         writer.finish()
         # The others leave when they see the manifest; until then they may look into the store.
         self.lock.wait_until_alone()

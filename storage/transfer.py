@@ -20,7 +20,7 @@ from gkd.storage import atomic, layout
 from gkd.storage.cache import Cache, parse_spec, regular_file
 from gkd.storage.disk import disk_errors
 from gkd.storage.errors import ConfigError, CorruptShardError, SpecMismatchError
-from gkd.storage.layout import Commit, FileRecord, file_record
+from gkd.storage.layout import Commit, FileRecord, ViewRecord, file_record
 from gkd.storage.lock import WriteLock
 from gkd.storage.parallel import for_each
 from gkd.storage.progress import Advance, progress
@@ -302,8 +302,8 @@ def _chosen_shards(source: RemoteCache, shards: Sequence[int] | None) -> Sequenc
 
 def _with_views_of(spec: CacheSpec, commit: Commit) -> Commit:
     """The commit record that a cache of the spec's views alone has."""
-    views = {view: commit.views[view] for view in spec.views}
-    entries: dict[View, int] = {view: record.entries for view, record in views.items()}
+    views: dict[View, ViewRecord] = {view: commit.views[view] for view in spec.views}
+    entries: dict[View, int] = {view: views[view].entries for view in spec.views}
     files = {file: commit.files[file] for file in layout.shard_files(spec, commit.shard, entries)}
     return msgspec.structs.replace(commit, views=views, files=files)
 
