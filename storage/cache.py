@@ -99,8 +99,10 @@ class Cache:
             return cls(path, spec, None, "")
         content = regular_file(path, layout.MANIFEST).read_bytes()
         manifest = parse_manifest(content, path / layout.MANIFEST, spec)
-        for file, _ in layout.metadata_files(spec):
-            if manifest.files.get(file) != file_record(path / file):
+        files = [file for file, _ in layout.metadata_files(spec)]
+        files += [layout.CARD] if layout.CARD in manifest.files else []
+        for file in files:
+            if manifest.files.get(file) != file_record(regular_file(path, file)):
                 _corrupt(path / file, f"its size or sha256 is not the one in {layout.MANIFEST}")
         return cls(path, spec, manifest, hashlib.sha256(content).hexdigest())
 
