@@ -10,18 +10,27 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import msgspec
+import numpy as np
+import psutil  # type: ignore[import-untyped]
 import pytest
 import torch
 
+from gkd.pipeline.centers import Centers
+from gkd.pipeline.partition import PartitionSettings
+from gkd.pipeline.run import CacheSettings, cache_teacher
 from gkd.storage import layout
 from gkd.storage.cache import committed_shards
 from gkd.storage.lock import Holder, WriteLock
+from gkd.storage.records import open_records
+from gkd.storage.rows import Subset
 from gkd.storage.synthetic import draw_faces
+from gkd.storage.writer import CacheWriter
 from gkd.trainer.backbones import build_backbone
 from tests.paths import ROOT
-from tests.pipeline.faces import write_folder
+from tests.pipeline.faces import PixelEmbedder, write_folder
 from tests.pipeline.rounds import MOST_RANKS, contents
 
 
@@ -154,3 +163,40 @@ def test_interrupts_leave_whole_shards_and_say_how_to_go_on(
         assert not (out / layout.MANIFEST).exists()
     assert again().returncode == 0
     assert contents(out) == expected
+
+
+SHARDS = 28
+
+
+def test_a_slow_disk_slows_the_teacher_and_memory_stays_flat(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = open_records(folder)
+    records = Subset(one, np.tile(np.arange(len(one)), 2 * SHARDS))
+    # Groups as wide as the classes: a shard that is not let go weighs three megabytes.
+    records.num_classes = 8000
+    partition = PartitionSettings(group_temperature=50.0, threshold=1.0, max_group=8000)
+    settings = CacheSettings(
+        partition=partition, views=("original",), batch_size=35, workers=2, shard_samples=70
+    )
+    array = np.random.default_rng(1).normal(size=(8000, 16)).astype(np.float32)
+    array /= np.linalg.norm(array, axis=1, keepdims=True)
+    embedder = PixelEmbedder()
+    embedder.device = "accelerator"  # so that the teacher runs ahead in its own thread
+    write = CacheWriter.write_shard
+    ahead, memory = [], []
+
+    def write_slowly(writer: CacheWriter, shard: int, *args: Any, **kwargs: Any) -> None:
+        time.sleep(0.1)
+        write(writer, shard, *args, **kwargs)
+        ahead.append(embedder.images - 70 * (shard + 1))
+        memory.append(psutil.Process().memory_info().rss)
+
+    monkeypatch.setattr(CacheWriter, "write_shard", write_slowly)
+    chosen = Centers(array, "file", "random.npy")
+    cache_teacher(records, tmp_path / "c.gkd", embedder, chosen, settings)
+    assert len(memory) == SHARDS
+    # One shard waits, one is made, and of each bounded queue a few batches.
+    assert max(ahead) <= 2 * 70 + 6 * 35
+    warm, end = np.median(memory[6:14]), np.median(memory[-8:])
+    assert end - warm < 20e6, "the 14 shards in between weigh 47 MB"
