@@ -227,7 +227,8 @@ class _Run:
         every_shard = set(range(self.num_shards))
         self.lock.wait_for(lambda: every_shard.issubset(committed_shards(self.out)))
         if not (self.out / layout.MANIFEST).exists():
-            write_card(self.out, licence=self.settings.licence, note=self.settings.note)
+            with disk_errors(self.out):
+                write_card(self.out, licence=self.settings.licence, note=self.settings.note)
         writer.finish()
         # The others leave when they see the manifest; until then they may look into the store.
         self.lock.wait_until_alone()
