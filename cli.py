@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import click
 import msgspec
@@ -14,6 +14,8 @@ from gkd.storage.errors import GkdError
 
 if TYPE_CHECKING:
     from gkd.pipeline.teacher import Embedder, Precision
+    from gkd.storage.spec import Preprocess
+    from gkd.storage.verify import Level
 
 NO_TARGETS = Path("-")
 GO_ON = "interrupted; run the same command again to go on"
@@ -81,10 +83,42 @@ arch_option = click.option(
 workers_option = click.option(
     "--workers",
     type=click.IntRange(min=1),
-    default=os.cpu_count() or 1,
-    show_default=True,
+    default=max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))),
+    show_default="cores of this rank",
     help="Threads that decode images.",
 )
+
+
+def _storage_options(
+    context: click.Context, parameter: click.Parameter, values: tuple[str, ...]
+) -> dict[str, Any]:
+    options = {}
+    for each in values:
+        key, equals, value = each.partition("=")
+        if not key or not equals:
+            raise click.BadParameter(f"expected KEY=VALUE, got {each!r}")
+        try:
+            options[key] = json.loads(value)
+        except ValueError:
+            options[key] = value
+    return options
+
+
+storage_option = click.option(
+    "--storage-option",
+    "options",
+    multiple=True,
+    metavar="KEY=VALUE",
+    callback=_storage_options,
+    help="Setting of the address's fsspec backend, as JSON or plain text, e.g. endpoint_url=http://"
+    "... of s3://. The backend's environment variables and configuration work too, and keep "
+    "secrets off the command line.",
+)
+
+
+def _rank() -> int:
+    """This process's number among those that torchrun started."""
+    return int(os.environ.get("RANK", "0"))
 
 
 def _path() -> Any:
@@ -114,6 +148,27 @@ def _words(value: Any) -> str:
             return ", ".join(f"{name} {_words(each)}" for name, each in value.items()) or "none"
         case _:
             return " ".join(_words(each) for each in value)
+
+
+def _names(
+    context: click.Context, parameter: click.Parameter, value: str | None
+) -> tuple[str, ...] | None:
+    return None if value is None else tuple(value.split(","))
+
+
+def _shards(
+    context: click.Context, parameter: click.Parameter, value: str | None
+) -> tuple[int, ...] | None:
+    if value is None:
+        return None
+    shards: list[int] = []
+    for part in value.split(","):
+        first, dash, last = part.partition("-")
+        last = last if dash else first
+        if not first.isdecimal() or not last.isdecimal():
+            raise click.BadParameter(f"expected shards such as 0-9,12, got {value!r}")
+        shards += range(int(first), int(last) + 1)
+    return tuple(shards)
 
 
 # --------------------------------------------------------------------------- records
@@ -182,35 +237,70 @@ def targets() -> None:
 
 
 @targets.command("info")
-@click.argument("path", metavar="TARGETS", type=_path())
+@click.argument("place", metavar="TARGETS")
+@storage_option
 @as_json
-def targets_info(path: Path, as_json: bool) -> None:
-    """Say what made TARGETS and whether they are finished."""
+def targets_info(place: str, options: dict[str, Any], as_json: bool) -> None:
+    """Say what made TARGETS, a cache here or at an address, and whether they are finished."""
     from gkd.storage.cache import Cache, committed_shards
+    from gkd.storage.remote import Remote, is_address
+    from gkd.storage.remote_cache import RemoteCache
 
-    cache = Cache.open(path, complete=False)
-    committed = committed_shards(path)
-    state = {
-        "path": cache.path,
-        "id": cache.id if cache.manifest else "not finished",
-        "shards": cache.spec.num_shards,
-        "committed_shards": len(committed),
-        "skipped": {
-            k: why for shard in committed for k, why in cache.commit(shard).skipped.items()
-        },
-    }
-    _emit(state | msgspec.to_builtins(cache.spec), as_json)
+    if is_address(place):
+        remote = RemoteCache.open(Remote(place, options))
+        commits = remote.commits()
+        state = {"address": remote.remote.address, "id": remote.id, "shards": len(commits)}
+        state["bytes"] = remote.manifest.bytes
+        spec = remote.spec
+    else:
+        cache = Cache.open(place, complete=False)
+        commits = {shard: cache.commit(shard) for shard in committed_shards(cache.path)}
+        state = {"path": cache.path, "id": cache.id if cache.manifest else "not finished"}
+        state |= {"shards": cache.spec.num_shards, "committed_shards": len(commits)}
+        spec = cache.spec
+    skipped = {key: why for commit in commits.values() for key, why in commit.skipped.items()}
+    _emit(state | {"skipped": skipped} | msgspec.to_builtins(spec), as_json)
 
 
 @targets.command("verify")
 @click.argument("path", metavar="TARGETS", type=_path())
-@click.option("--deep/--hashes", default=True, help="Decode all arrays too (default), or not.")
+@click.option("--quick", "level", flag_value="quick", help="Presence and sizes only.")
+@click.option("--deep", "level", flag_value="deep", help="Decode all arrays, check what they say.")
+@click.option("--against", type=_path(), metavar="RECORDS", help="Recompute a sample of these.")
+@click.option("--teacher", type=_path(), help="The teacher that recomputes.")
+@click.option("--arch", help="Its backbone; by default the one that TARGETS name.")
+@click.option("--centers", type=_path(), multiple=True, help="Its centres, unless class means.")
+@click.option("--sample", type=click.IntRange(min=1), default=256, show_default=True)
+@click.option("--seed", type=int, help="Draws the sample; by default another one each time.")
+@device_option
+@sort_option
 @as_json
-def targets_verify(path: Path, deep: bool, as_json: bool) -> None:
-    """Check every file of TARGETS and list every fault; exit 1 if there is one."""
+def targets_verify(
+    path: Path,
+    level: "Level | None",
+    against: Path | None,
+    teacher: Path | None,
+    arch: str | None,
+    centers: tuple[Path, ...],
+    sample: int,
+    seed: int | None,
+    device: str,
+    sort: Any,
+    as_json: bool,
+) -> None:
+    """Check every file of TARGETS and list every fault; exit 1 if there is one.
+
+    By default every byte is held against its hash. With --against RECORDS --teacher FILE a random
+    sample is computed again instead, and the largest differences are told.
+    """
     from gkd.storage.verify import verify
 
-    report = verify(path, deep=deep)
+    if (against is None) != (teacher is None) or (against and level):
+        raise click.UsageError("--against RECORDS and --teacher FILE go together, and alone")
+    if against and teacher:
+        _verify_against(path, against, teacher, arch, centers, sample, seed, device, sort, as_json)
+        return
+    report = verify(path, level=level or "hashes")
     if as_json:
         plain = msgspec.to_builtins(report, enc_hook=str)
         click.echo(json.dumps({**plain, "ok": report.ok}))
@@ -225,18 +315,71 @@ def targets_verify(path: Path, deep: bool, as_json: bool) -> None:
         raise SystemExit(1)
 
 
-@targets.command("stats")
-@click.argument("path", metavar="TARGETS", type=_path())
-@click.option("--plot", type=_path(), help="Draw group sizes and masses into this PNG.")
-@as_json
-def targets_stats(path: Path, plot: Path | None, as_json: bool) -> None:
-    """Describe group sizes, masses and bytes of TARGETS."""
-    from gkd.storage.cache import Cache
-    from gkd.storage.stats import plot_stats, stats
+def _verify_against(
+    path: Path,
+    source: Path,
+    teacher: Path,
+    arch: str | None,
+    centers: tuple[Path, ...],
+    sample: int,
+    seed: int | None,
+    device: str,
+    sort: Any,
+    as_json: bool,
+) -> None:
+    import secrets
 
-    figures = stats(Cache.open(path))
-    if plot:
-        plot_stats(figures, plot)
+    from gkd.pipeline.against import load_named_centers, verify_against
+    from gkd.storage.cache import Cache
+    from gkd.storage.records import open_records
+
+    cache = Cache.open(path)
+    named = cache.spec
+    embedder = _embedder(
+        teacher,
+        arch=arch or named.teacher.arch,
+        preprocess=named.preprocess,
+        device=device,
+        precision=cast("Precision", named.precision),
+    )
+    report = verify_against(
+        cache,
+        open_records(source, sort=sort),
+        embedder,
+        load_named_centers(cache, centers),
+        sample=sample,
+        seed=secrets.randbits(32) if seed is None else seed,
+        workers=os.cpu_count() or 1,
+    )
+    _emit({**msgspec.to_builtins(report), "ok": report.ok}, as_json)
+    if not report.ok:
+        raise SystemExit(1)
+
+
+@targets.command("stats")
+@click.argument("place", metavar="TARGETS")
+@click.option("--plot", type=_path(), help="Draw group sizes and masses into this PNG.")
+@storage_option
+@as_json
+def targets_stats(place: str, plot: Path | None, options: dict[str, Any], as_json: bool) -> None:
+    """Describe group sizes, masses and bytes of TARGETS, a cache here or at an address.
+
+    At an address the arrays are left there: sizes and counts only.
+    """
+    from gkd.storage.cache import Cache
+    from gkd.storage.errors import ConfigError
+    from gkd.storage.remote import Remote, is_address
+    from gkd.storage.remote_cache import RemoteCache, remote_stats
+    from gkd.storage.stats import CacheStats, plot_stats, stats
+
+    if is_address(place):
+        if plot:
+            raise ConfigError(f"{place}: a plot needs the arrays; `gkd targets pull` it first")
+        figures: Any = remote_stats(RemoteCache.open(Remote(place, options)))
+    else:
+        figures = stats(Cache.open(place))
+        if plot:
+            plot_stats(figures, plot)
     if as_json:
         click.echo(msgspec.json.encode(figures, enc_hook=str).decode())
         return
@@ -244,25 +387,68 @@ def targets_stats(path: Path, plot: Path | None, as_json: bool) -> None:
     views = whole.pop("views")
     _emit(whole, False)
     for view in views:
-        del view["histogram"]
+        view.pop("histogram", None)
         click.echo()
         _emit(view, False)
+    if not isinstance(figures, CacheStats):
+        click.echo("\nQuantiles and masses need the arrays: `gkd targets pull` the cache for them.")
+
+
+@targets.command("push")
+@click.argument("path", metavar="TARGETS", type=_path())
+@click.argument("address")
+@click.option("--read-back", is_flag=True, help="Read every file back and compare its sha256.")
+@storage_option
+@as_json
+def targets_push(
+    path: Path, address: str, read_back: bool, options: dict[str, Any], as_json: bool
+) -> None:
+    """Send TARGETS to ADDRESS, or go on where an earlier push stopped.
+
+    ADDRESS is a folder or anything that fsspec opens: s3://, gs://, hf://, sftp://.
+    """
+    from gkd.storage.transfer import push
+
+    _emit(push(path, address, options=options, read_back=read_back), as_json)
+
+
+@targets.command("pull")
+@click.argument("address")
+@click.argument("path", metavar="TARGETS", type=_path())
+@click.option("--shards", callback=_shards, help="These only, e.g. 0-9,12: TARGETS stay partial.")
+@click.option("--views", callback=_names, help="original or flipped: TARGETS are a cache of it.")
+@storage_option
+@as_json
+def targets_pull(
+    address: str,
+    path: Path,
+    shards: tuple[int, ...] | None,
+    views: Any,
+    options: dict[str, Any],
+    as_json: bool,
+) -> None:
+    """Get the cache at ADDRESS into TARGETS, or go on where an earlier pull stopped.
+
+    Every file is held against its hash on arrival, and those that stand in TARGETS already too: a
+    pull into a damaged copy mends it.
+    """
+    from gkd.storage.transfer import pull
+
+    _emit(pull(address, path, shards=shards, views=views, options=options), as_json)
 
 
 # --------------------------------------------------------------------------- the two stages
 
 
 def _embedder(
-    path: Path, *, arch: str, preset: str, bgr: bool, device: str, precision: "Precision"
+    path: Path, *, arch: str, preprocess: "Preprocess", device: str, precision: "Precision"
 ) -> "Embedder":
     """Any model that a command takes: an ONNX file, weights, or a run of ``train-student``."""
     from gkd.pipeline.teacher import OnnxEmbedder, TorchEmbedder
     from gkd.storage.atomic import sha256_file
-    from gkd.storage.spec import preprocess_preset
     from gkd.trainer.backbones import load_backbone
     from gkd.trainer.checkpoint import chosen_checkpoint
 
-    preprocess = preprocess_preset(preset, bgr=bgr)
     if path.suffix == ".onnx":
         return OnnxEmbedder(path, preprocess, device=device)
     weights = chosen_checkpoint(path) if path.is_dir() else path
@@ -282,10 +468,6 @@ def _numbers(context: click.Context, parameter: click.Parameter, value: str) -> 
         return tuple(float(number) for number in value.split(","))
     except ValueError as error:
         raise click.BadParameter(f"expected numbers such as 1,2,4, got {value!r}") from error
-
-
-def _names(context: click.Context, parameter: click.Parameter, value: str) -> tuple[str, ...]:
-    return tuple(value.split(","))
 
 
 @main.command("cache-teacher")
@@ -315,6 +497,8 @@ def _names(context: click.Context, parameter: click.Parameter, value: str) -> tu
 @workers_option
 @click.option("--shard-samples", type=int, help="Samples a shard; by default from --max-group.")
 @click.option("--skip-corrupt", is_flag=True, help="Leave unreadable records out, and say which.")
+@click.option("--licence", metavar="TEXT", help="Terms of the cache, for its README.md.")
+@click.option("--note", metavar="TEXT", help="Anything else its users should know, for README.md.")
 @sort_option
 @as_json
 def cache_teacher(
@@ -338,6 +522,8 @@ def cache_teacher(
     workers: int,
     shard_samples: int | None,
     skip_corrupt: bool,
+    licence: str | None,
+    note: str | None,
     sort: Any,
     as_json: bool,
 ) -> None:
@@ -347,6 +533,7 @@ def cache_teacher(
     from gkd.pipeline.run import CLASS_MEAN, CacheSettings
     from gkd.pipeline.run import cache_teacher as run
     from gkd.storage.records import open_records
+    from gkd.storage.spec import preprocess_preset
 
     settings = CacheSettings(
         partition=PartitionSettings(
@@ -362,10 +549,13 @@ def cache_teacher(
         workers=workers,
         skip_corrupt=skip_corrupt,
         shard_samples=shard_samples,
+        licence=licence,
+        note=note,
     )
     records = open_records(source, sort=sort)
+    preprocess = preprocess_preset(preset, bgr=bgr)
     embedder = _embedder(
-        teacher, arch=arch, preset=preset, bgr=bgr, device=device, precision=precision
+        teacher, arch=arch, preprocess=preprocess, device=device, precision=precision
     )
     if centers == (CLASS_MEAN,):
         summary = run(records, out, embedder, CLASS_MEAN, settings)
@@ -374,7 +564,9 @@ def cache_teacher(
         array = load_centers(files, records.num_classes, embedder.embedding_dim)
         names = " ".join(file.name for file in files)
         summary = run(records, out, embedder, Centers(array, "file", names), settings)
-    _emit({**msgspec.to_builtins(summary), "images_per_second": summary.images_per_second}, as_json)
+    if _rank() == 0:
+        speed = {"images_per_second": summary.images_per_second}
+        _emit({**msgspec.to_builtins(summary), **speed}, as_json)
 
 
 @main.command("train-student")
@@ -443,10 +635,12 @@ def evaluate(
     """Verify MODEL on verification sets: a run folder, a checkpoint, weights or an ONNX file."""
     from rich.console import Console
 
+    from gkd.storage.spec import preprocess_preset
     from gkd.trainer.evaluation import evaluate, plot_roc, results_table
     from gkd.trainer.verification_set import load_verification_set
 
-    embed = _embedder(model, arch=arch, preset=preset, bgr=bgr, device=device, precision=precision)
+    preprocess = preprocess_preset(preset, bgr=bgr)
+    embed = _embedder(model, arch=arch, preprocess=preprocess, device=device, precision=precision)
     pairs = [load_verification_set(path) for path in sets]
     results = [evaluate(embed, each, batch_size=batch_size) for each in pairs]
     for result in results:

@@ -2,7 +2,9 @@
 
 import io
 import shutil
+import uuid
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import numpy.typing as npt
 
 from gkd.pipeline.teacher import FACE_SIZE, Embedder, faulty_rows
 from gkd.storage import atomic
+from gkd.storage.disk import disk_errors
 from gkd.storage.errors import ConfigError, CorruptRecordError, GkdError, SpecMismatchError
 from gkd.storage.images import DIGEST_BYTES, decode_face, digest
 from gkd.storage.parallel import ordered_map
@@ -55,6 +58,9 @@ def embed(
 ) -> Generator[EmbeddedBatch, None, None]:
     """Embeddings of batches of rows, in their order, decoded ahead by ``workers`` threads.
 
+    A teacher on a device of its own runs ahead of the consumer as well, in one more thread. All
+    queues are bounded: whoever takes slowly slows the decoding down.
+
     Raises:
         CorruptRecordError: at the first unreadable record, unless ``skip_corrupt``.
         GkdError: where the teacher's output has no direction, naming the record.
@@ -63,8 +69,16 @@ def embed(
     def decode_batch(rows: range) -> _Decoded:
         return _decode(records, rows, skip_corrupt)
 
-    for batch in ordered_map(decode_batch, batches, workers=workers):
-        yield _embed_decoded(records, batch, embedder, views)
+    def embed_batch(batch: _Decoded) -> EmbeddedBatch:
+        return _embed_decoded(records, batch, embedder, views)
+
+    with closing(ordered_map(decode_batch, batches, workers=workers)) as decoded:
+        if embedder.device == "cpu":
+            # The consumer computes on the same cores, and changes how many threads torch has.
+            yield from map(embed_batch, decoded)
+        else:
+            with closing(ordered_map(embed_batch, decoded, workers=1)) as embedded:
+                yield from embedded
 
 
 @dataclass(frozen=True)
@@ -173,8 +187,9 @@ class EmbeddingStore:
         self.folder, self.skip_corrupt = folder, skip_corrupt
         settings = folder / SETTINGS
         if not settings.exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            atomic.write_file(settings, msgspec.json.format(msgspec.json.encode(source)))
+            with disk_errors(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+                atomic.write_file(settings, msgspec.json.format(msgspec.json.encode(source)))
         _require_same(settings, source)
 
     def has(self, shard: int) -> bool:
@@ -195,7 +210,8 @@ class EmbeddingStore:
             skipped=skipped,
             **arrays,
         )
-        atomic.write_file(self._path(shard), buffer.getvalue())
+        with disk_errors(self.folder):
+            atomic.write_file(self._path(shard), buffer.getvalue())
 
     def load(self, shard: int, views: Sequence[View]) -> EmbeddedBatch:
         """The kept embeddings of a shard.
@@ -221,7 +237,10 @@ class EmbeddingStore:
 
     def remove(self) -> None:
         """Delete the folder."""
-        shutil.rmtree(self.folder)
+        # Renamed first: what an interruption leaves is no folder of embeddings without settings.
+        aside = self.folder.with_name(f".{self.folder.name}.{uuid.uuid4().hex}")
+        self.folder.rename(aside)
+        shutil.rmtree(aside)
 
     def _path(self, shard: int) -> Path:
         return self.folder / f"{shard:06d}.npz"

@@ -5,7 +5,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import closing
+from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -29,25 +29,28 @@ from gkd.pipeline.partition import Partition, PartitionSettings, partition
 from gkd.pipeline.shards import Background, PartitionedBatch, committing
 from gkd.pipeline.teacher import Embedder
 from gkd.storage import atomic, layout
-from gkd.storage.cache import Cache, read_spec
+from gkd.storage.cache import Cache, committed_shards, read_spec
+from gkd.storage.card import write_card
+from gkd.storage.disk import disk_errors
 from gkd.storage.errors import ConfigError
-from gkd.storage.progress import progress
+from gkd.storage.lock import WriteLock
+from gkd.storage.progress import Advance, progress
 from gkd.storage.rows import Records
 from gkd.storage.spec import VIEWS, CacheSpec, DatasetSpec, TeacherSpec, View
-from gkd.storage.writer import CacheWriter
+from gkd.storage.writer import CacheWriter, delete_leftovers
 
 CLASS_MEAN: Literal["class-mean"] = "class-mean"
 MOST_SHARD_SAMPLES = 65_536
 MOST_SHARD_BYTES = 256_000_000
 ENTRY_BYTES = 6
 SAMPLE_BYTES = 100  # of a view: a rough floor for the disk that a cache needs
-POLL_SECONDS = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
 class CacheSettings:
     """How a cache is made; ``partition`` and ``views`` decide what it holds.
 
+    ``licence`` and ``note`` are words for the card of a cache that is not finished yet.
     ``shard_samples`` None chooses by ``auto_shard_samples``, ``class_chunk`` None by the device.
 
     Raises:
@@ -61,6 +64,8 @@ class CacheSettings:
     skip_corrupt: bool = False
     shard_samples: int | None = None
     class_chunk: int | None = None
+    licence: str | None = None
+    note: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "workers", "shard_samples", "class_chunk"):
@@ -133,10 +138,12 @@ def cache_teacher(
     Shards are divided among ``world_size`` processes, by default those of torchrun; all of them
     return once the cache is finished. With class-mean centres the teacher runs first and its
     embeddings are kept beside ``out`` until the end. An interruption leaves whole shards only:
-    the same call goes on.
+    the same call goes on, with any number of processes, to the same bytes.
 
     Raises:
-        ConfigError: where records, teacher and centres do not fit, or the disk is too small.
+        ConfigError: where records, teacher and centres do not fit, where another run writes
+            ``out``, or the disk is too small, full or closed.
+        IncompleteCacheError: where another process of this run ended before its part was done.
         CorruptRecordError: at an unreadable record, unless ``settings.skip_corrupt``.
         SpecMismatchError: where ``out`` was begun with other settings, teacher or data.
         GkdError: where the teacher's output is unusable.
@@ -188,9 +195,18 @@ class _Run:
         )
         self.num_shards = -(-len(records) // self.shard_samples)
         self.images = 0
+        self.lock = WriteLock(self.out, rank, world_size)
 
     def make(self, centers: Centers | Literal["class-mean"]) -> CacheSummary:
         began = time.monotonic()
+        with self.lock:
+            if self.rank == 0:
+                for path in (self.out, centers_path(self.out), work_path(self.out)):
+                    delete_leftovers(path)
+            self._write(centers)
+        return _summary(self.out, self.images, time.monotonic() - began)
+
+    def _write(self, centers: Centers | Literal["class-mean"]) -> None:
         store: EmbeddingStore | None = None
         if centers == CLASS_MEAN:
             found = _finished_means(self.out)
@@ -200,15 +216,24 @@ class _Run:
         self._check_centers(centers)
         spec = self._spec(centers)
         self._check_disk(self.out, len(self.records) * len(spec.views) * SAMPLE_BYTES)
-        writer = CacheWriter(self.out, spec)
+        if self.rank:
+            self.lock.wait_for((self.out / layout.METADATA).exists)
+        writer = CacheWriter(self.out, spec, guard=self.lock.check)
         self._write_shards(writer, torch.from_numpy(centers.array), store)
-        if self.rank == 0:
-            _wait_for(lambda: not writer.pending())
-            writer.finish()
-            if store is not None:
-                store.remove()
-        _wait_for((self.out / layout.MANIFEST).exists)
-        return _summary(self.out, self.images, time.monotonic() - began)
+        if self.rank:
+            self.lock.wait_for((self.out / layout.MANIFEST).exists)
+            return
+        # One listing of a folder, where `writer.pending` would ask for thousands of files.
+        every_shard = set(range(self.num_shards))
+        self.lock.wait_for(lambda: every_shard.issubset(committed_shards(self.out)))
+        if not (self.out / layout.MANIFEST).exists():
+            with disk_errors(self.out):
+                write_card(self.out, licence=self.settings.licence, note=self.settings.note)
+        writer.finish()
+        # The others leave when they see the manifest; until then they may look into the store.
+        self.lock.wait_until_alone()
+        if store is not None:
+            store.remove()
 
     def _rows(self, shard: int) -> range:
         start = shard * self.shard_samples
@@ -273,14 +298,14 @@ class _Run:
         path = centers_path(self.out)
         ready = store.folder / "centers.npy"
         if self.rank == 0 and not ready.exists():
-            _wait_for(lambda: all(store.has(shard) for shard in range(self.num_shards)))
+            self.lock.wait_for(lambda: all(map(store.has, range(self.num_shards))))
             means = ClassMeans(self.records.num_classes, self.embedder.embedding_dim)
             for shard in range(self.num_shards):
                 batch = store.load(shard, VIEWS)
                 for view in VIEWS:
                     means.add(batch.embeddings[view], labels[batch.rows.start + batch.kept])
             _save_array(ready, means.finish())
-        _wait_for(ready.exists)
+        self.lock.wait_for(ready.exists)
         array = read_npy(ready)
         if self.rank == 0:
             _save_array(path, array)
@@ -298,7 +323,7 @@ class _Run:
         parts: list[EmbeddedBatch] = []
         with (
             Background() as background,
-            progress("run teacher", whole, "images", whole - rows) as advance,
+            self._progress("run teacher", whole, whole - rows) as advance,
             closing(self._live(missing, VIEWS)) as batches,
         ):
             for shard, batch in batches:
@@ -350,7 +375,7 @@ class _Run:
         what = "run teacher and partition" if store is None else "partition"
         with (
             Background() as background,
-            progress(what, whole, "images", whole - left) as advance,
+            self._progress(what, whole, whole - left) as advance,
             closing(self._batches(pending, store)) as batches,
         ):
             for shard, batch in batches:
@@ -360,6 +385,12 @@ class _Run:
                 if batch.rows.stop == self._rows(shard).stop:
                     background.start(committing(writer, shard, self.records, parts))
                     parts = []
+
+    def _progress(self, what: str, total: int, done: int) -> AbstractContextManager[Advance]:
+        """This process's part; ranks share a terminal and their parts are alike, so one shows."""
+        if self.world_size > 1:
+            what = f"{what}, rank {self.rank} of {self.world_size}"
+        return progress(what, total, "images", done, quiet_below=total + 1 if self.rank else 0)
 
     def _partition(self, batch: EmbeddedBatch, centers: torch.Tensor) -> PartitionedBatch:
         labels = torch.from_numpy(self.records.labels[batch.rows.start + batch.kept])
@@ -397,13 +428,8 @@ def _finished_means(out: Path) -> Centers | None:
 def _save_array(path: Path, array: npt.NDArray[np.float32]) -> None:
     buffer = io.BytesIO()
     np.save(buffer, array, allow_pickle=False)
-    atomic.write_file(path, buffer.getvalue())
-
-
-def _wait_for(done: Callable[[], bool]) -> None:
-    """Wait for what other processes of the run have still to do."""
-    while not done():
-        time.sleep(POLL_SECONDS)
+    with disk_errors(path):
+        atomic.write_file(path, buffer.getvalue())
 
 
 def _summary(out: Path, images: int, seconds: float) -> CacheSummary:

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -16,6 +17,7 @@ from gkd.storage.extras import require
 from gkd.storage.spec import Preprocess
 
 FACE_SIZE = 112
+CPU_BLOCK = 16
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -39,11 +41,14 @@ class Embedder(Protocol):
 def resolve_device(device: str) -> str:
     """``auto`` is ``cuda`` where a GPU is usable, else ``cpu``; other names as torch takes them.
 
+    Under torchrun ``cuda`` is the GPU of this rank's own number on its node.
+
     Raises:
         ConfigError: for a name that is no device, or a GPU that is not there.
     """
     if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = _own_gpu(device, torch.cuda.device_count())
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
@@ -53,6 +58,14 @@ def resolve_device(device: str) -> str:
             f"({reason}); use --device auto"
         ) from error
     return device
+
+
+def _own_gpu(device: str, gpus: int) -> str:
+    local_rank = os.environ.get("LOCAL_RANK")
+    if device != "cuda" or local_rank is None or not gpus:
+        return device
+    # More ranks than GPUs share them; where each rank is shown its own GPU only, that is number 0.
+    return f"cuda:{int(local_rank) % gpus}"
 
 
 def resolve_precision(precision: Precision, device: str) -> str:
@@ -68,6 +81,11 @@ def faulty_rows(embeddings: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:
     """Rows of [B, D] that have no direction: not finite, or zero."""
     lengths = np.linalg.norm(embeddings.astype(np.float64), axis=1)
     return np.flatnonzero(~(np.isfinite(lengths) & (lengths > 0)))
+
+
+def own_cores() -> int:
+    """Cores of this machine for one of the ranks that torchrun started on it."""
+    return max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 class TorchEmbedder:
@@ -99,9 +117,24 @@ class TorchEmbedder:
         self._module = module.to(memory_format=self._memory_format)  # type: ignore[call-overload]
         self.embedding_dim = _probe(self, name)
 
-    @torch.inference_mode()
     def __call__(self, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
         """Faces RGB uint8 [B, 112, 112, 3] to embeddings float32 [B, D]."""
+        if self.device != "cpu":
+            return self._embed(images)
+        # How many threads share a sum changes its last bits, and torchrun gives a rank fewer of
+        # them. So each image block is one thread's, and blocks do not depend on the threads.
+        threads = torch.get_num_threads()
+        blocks = [images[at : at + CPU_BLOCK] for at in range(0, len(images), CPU_BLOCK)]
+        try:
+            with ThreadPoolExecutor(
+                min(threads, len(blocks)), initializer=torch.set_num_threads, initargs=(1,)
+            ) as pool:
+                return np.concatenate(list(pool.map(self._embed, blocks)))
+        finally:
+            torch.set_num_threads(threads)  # a part of this setting is the process's
+
+    @torch.inference_mode()
+    def _embed(self, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
         pixels = torch.from_numpy(self.preprocess.apply(images))
         pixels = pixels.to(self.device, memory_format=self._memory_format)
         autocast = AUTOCAST.get(self.precision)
@@ -114,7 +147,7 @@ class OnnxEmbedder:
     """Any ONNX network with one image input [N, 3, 112, 112], run by onnxruntime.
 
     A fixed batch axis is served by padding; of several outputs the first is the embedding.
-    ``threads`` are onnxruntime's own, by default one a core.
+    ``threads`` are onnxruntime's own, by default one a core, which the ranks of a node share.
 
     Raises:
         ConfigError: where the file is missing, is no ONNX or has another input, where the
@@ -140,7 +173,7 @@ class OnnxEmbedder:
         self.preprocess = preprocess
         self.precision = "float32"
         self.device = _onnx_device(runtime, device)
-        self._session = _session(runtime, path, self.device, threads or os.cpu_count() or 1)
+        self._session = _session(runtime, path, self.device, threads or own_cores())
         self._input, self._fixed_batch, self._dtype = _image_input(self._session, path)
         self._output = self._session.get_outputs()[0].name
         self.embedding_dim = _probe(self, self.name)
@@ -193,14 +226,14 @@ def _checked(embeddings: npt.NDArray[Any], batch: int, name: str) -> npt.NDArray
 def _onnx_device(runtime: Any, device: str) -> str:
     usable = "CUDAExecutionProvider" in runtime.get_available_providers()
     if device == "auto":
-        return "cuda" if usable else "cpu"
+        device = "cuda" if usable else "cpu"
     if device != "cpu" and not (usable and device.startswith("cuda")):
         raise ConfigError(
             f"device: expected auto or cpu, got {device!r}, which this onnxruntime cannot use "
             f"(it has {', '.join(runtime.get_available_providers())}); install onnxruntime-gpu or "
             "use --device cpu"
         )
-    return device
+    return _own_gpu(device, torch.cuda.device_count())
 
 
 def _session(runtime: Any, path: Path, device: str, threads: int) -> Any:

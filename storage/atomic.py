@@ -3,6 +3,8 @@
 import hashlib
 import os
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -21,18 +23,26 @@ def sync_file(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def write_file(path: Path, content: bytes) -> None:
-    """Publish ``content`` at ``path``: written aside, synced, renamed, folder synced."""
+@contextmanager
+def written_aside(path: Path) -> Iterator[Path]:
+    """Give a place to write what is published at ``path`` at the end, unless an error ends it.
+
+    Synced, renamed, folder synced.
+    """
     aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        with aside.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        yield aside
+        sync_file(aside)
         aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)
     sync_folder(path.parent)
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Publish ``content`` at ``path``: written aside, synced, renamed, folder synced."""
+    with written_aside(path) as aside:
+        aside.write_bytes(content)
 
 
 def sha256_file(path: Path) -> str:

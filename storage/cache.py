@@ -21,7 +21,9 @@ from gkd.storage.spec import FORMAT, CacheSpec, View
 from gkd.storage.targets import SparseTargets, offsets_from_sizes
 
 DIGEST_BYTES = 16
-_MAX_METADATA_BYTES = 1 << 20
+MAX_METADATA_BYTES = 1 << 20
+# Where a file stands: of a cache on disk, or at an address (gkd.storage.remote).
+Place = Path | str
 _SAMPLES_SCHEMA = pa.schema(
     [
         ("row", pa.int64()),
@@ -89,16 +91,19 @@ class Cache:
         path = Path(path).absolute()
         spec = read_spec(path)
         for file, expected in layout.metadata_files(spec):
-            _require_metadata(path / file, _read_json(path, file), expected)
+            found = _decode(_read_metadata(path, file), Any, path / file)
+            _require_metadata(path / file, found, expected)
         if not (path / layout.MANIFEST).is_symlink() and not (path / layout.MANIFEST).exists():
             if complete:
                 raise IncompleteCacheError(_incomplete(path, spec))
             return cls(path, spec, None, "")
         content = regular_file(path, layout.MANIFEST).read_bytes()
-        manifest = _decode(content, Manifest, path / layout.MANIFEST)
-        if not layout.is_whole_manifest(content, manifest):
-            _corrupt(path / layout.MANIFEST, "its sha256 is not the one that it names")
-        _check_manifest(path, spec, manifest)
+        manifest = parse_manifest(content, path / layout.MANIFEST, spec)
+        files = [file for file, _ in layout.metadata_files(spec)]
+        files += [layout.CARD] if layout.CARD in manifest.files else []
+        for file in files:
+            if manifest.files.get(file) != file_record(regular_file(path, file)):
+                _corrupt(path / file, f"its size or sha256 is not the one in {layout.MANIFEST}")
         return cls(path, spec, manifest, hashlib.sha256(content).hexdigest())
 
     @property
@@ -162,6 +167,19 @@ class Cache:
                     f"class {rows[name].max()} where there are {self.spec.num_classes}",
                 )
         return SparseTargets(offsets_from_sizes(sizes), **rows)
+
+    def read_verified(self, shard: int, view: View) -> SparseTargets:
+        """``read_shard`` after all files of the view were held against their hashes.
+
+        Raises:
+            CorruptShardError: where a file is missing, damaged or says what cannot be.
+        """
+        commit = self.commit(shard)
+        for file in layout.view_files(self.spec, shard, view, commit.views[view].entries):
+            path = self.shard_file(shard, file, commit)
+            if atomic.sha256_file(path) != commit.files[file].sha256:
+                _corrupt(path, "its sha256 is not the one in its commit record")
+        return self.read_shard(shard, view)
 
     def _read_row(
         self, shard: int, array: ArrayLayout, commit: Commit, entries: int, count: int
@@ -262,19 +280,52 @@ def read_spec(path: Path) -> CacheSpec:
             + ("another folder" if path.is_dir() else "a file" if path.exists() else "nothing")
             + "; check the path"
         )
-    root = _read_json(path, layout.METADATA)
+    return parse_spec(_read_metadata(path, layout.METADATA), path / layout.METADATA)
+
+
+def parse_spec(content: bytes, place: Place) -> CacheSpec:
+    """The spec in the bytes of a root ``zarr.json``, which stands at ``place``.
+
+    Raises:
+        ConfigError: where it is no cache of a format that this version reads.
+        CorruptShardError: where it is one but its spec cannot be.
+    """
+    root = _decode(content, Any, place)
     attributes = root.get("attributes") if isinstance(root, dict) else None
+    cache = str(place).removesuffix(f"/{layout.METADATA}")
     if not isinstance(attributes, dict) or "format" not in attributes:
-        raise ConfigError(f"{path}: a Zarr store, but no cache of targets; check the path")
+        raise ConfigError(f"{cache}: a Zarr store, but no cache of targets; check the path")
     if attributes["format"] != FORMAT:
         raise ConfigError(
-            f"{path}: expected a cache of format {FORMAT}, got {attributes['format']!r}; "
+            f"{cache}: expected a cache of format {FORMAT}, got {attributes['format']!r}; "
             "update gkd to read it"
         )
     try:
         return msgspec.convert(attributes, CacheSpec)
     except msgspec.ValidationError as error:
-        _corrupt(path / layout.METADATA, f"its spec cannot be: {error}", error)
+        _corrupt(place, f"its spec cannot be: {error}", error)
+
+
+def parse_manifest(content: bytes, place: Place, spec: CacheSpec) -> Manifest:
+    """A manifest from its bytes, checked against the spec.
+
+    Raises:
+        CorruptShardError: where it is damaged or the manifest of another spec.
+    """
+    manifest: Manifest = _decode(content, Manifest, place)
+    if not layout.is_whole_manifest(content, manifest):
+        _corrupt(place, "its sha256 is not the one that it names")
+    if manifest.format != spec.format or manifest.spec != layout.spec_digest(spec):
+        _corrupt(place, f"the manifest of another spec than the one in {layout.METADATA}")
+    expected = [spec.shard_rows(shard) for shard in range(len(manifest.shards))]
+    if (
+        len(manifest.shards) != spec.num_shards
+        or manifest.num_samples != spec.num_samples
+        or any((r.start, r.stop) != s.rows for r, s in zip(expected, manifest.shards, strict=True))
+        or any(shard.entries.keys() != set(spec.views) for shard in manifest.shards)
+    ):
+        _corrupt(place, "its shards are not those of the spec")
+    return manifest
 
 
 def committed_shards(path: Path) -> list[int]:
@@ -289,7 +340,16 @@ def read_commit(path: Path, spec: CacheSpec, shard: int) -> Commit:
         CorruptShardError: where it is missing or not the record of this shard.
     """
     place = regular_file(path, layout.commit_file(shard))
-    commit: Commit = _decode(place.read_bytes(), Commit, place)
+    return parse_commit(place.read_bytes(), place, spec, shard)
+
+
+def parse_commit(content: bytes, place: Place, spec: CacheSpec, shard: int) -> Commit:
+    """A commit record from its bytes, checked against what the spec says the shard must have.
+
+    Raises:
+        CorruptShardError: where it is not the record of this shard.
+    """
+    commit: Commit = _decode(content, Commit, place)
     rows = spec.shard_rows(shard)
     if (commit.format, commit.shard, commit.rows) != (spec.format, shard, (rows.start, rows.stop)):
         _corrupt(place, f"not the record of shard {shard}, rows {rows.start} to {rows.stop - 1}")
@@ -306,23 +366,6 @@ def read_commit(path: Path, spec: CacheSpec, shard: int) -> Commit:
     return commit
 
 
-def _check_manifest(path: Path, spec: CacheSpec, manifest: Manifest) -> None:
-    place = path / layout.MANIFEST
-    for file, _ in layout.metadata_files(spec):
-        if manifest.files.get(file) != file_record(path / file):
-            _corrupt(path / file, f"its size or sha256 is not the one in {layout.MANIFEST}")
-    if manifest.format != spec.format or manifest.spec != layout.spec_digest(spec):
-        _corrupt(place, f"the manifest of another spec than the one in {layout.METADATA}")
-    expected = [spec.shard_rows(shard) for shard in range(len(manifest.shards))]
-    if (
-        len(manifest.shards) != spec.num_shards
-        or manifest.num_samples != spec.num_samples
-        or any((r.start, r.stop) != s.rows for r, s in zip(expected, manifest.shards, strict=True))
-        or any(shard.entries.keys() != set(spec.views) for shard in manifest.shards)
-    ):
-        _corrupt(place, "its shards are not those of the spec")
-
-
 def _require_metadata(path: Path, found: Any, expected: dict[str, Any]) -> None:
     if found == expected:
         return
@@ -333,31 +376,31 @@ def _require_metadata(path: Path, found: Any, expected: dict[str, Any]) -> None:
     _corrupt(path, f"expected an object, got {type(found).__name__}")
 
 
-def _read_json(root: Path, file: str) -> Any:
+def _read_metadata(root: Path, file: str) -> bytes:
     path = regular_file(root, file)
     size = path.stat().st_size
-    if size > _MAX_METADATA_BYTES:
+    if size > MAX_METADATA_BYTES:
         _corrupt(path, f"{size} bytes are too many for metadata")
-    return _decode(path.read_bytes(), Any, path)
+    return path.read_bytes()
 
 
-def _decode(content: bytes, kind: Any, path: Path) -> Any:
+def _decode(content: bytes, kind: Any, place: Place) -> Any:
     try:
         return msgspec.json.decode(content, type=kind)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
-        _corrupt(path, f"no such JSON as format 1 has there: {error}", error)
+        _corrupt(place, f"no such JSON as format 1 has there: {error}", error)
 
 
 def _incomplete(path: Path, spec: CacheSpec) -> str:
     written = len(committed_shards(path))
     return (
         f"{path}: {written} of {spec.num_shards} shards are written and {layout.MANIFEST} is not; "
-        "run the same `gkd cache-teacher` again to go on"
+        "run the same `gkd cache-teacher` or `gkd targets pull` again to go on"
     )
 
 
-def _corrupt(path: Path, what: str, cause: BaseException | None = None) -> NoReturn:
+def _corrupt(place: Place, what: str, cause: BaseException | None = None) -> NoReturn:
     raise CorruptShardError(
-        f"{path}: {what}; delete the cache and make or get it again, "
+        f"{place}: {what}; delete the cache and make or get it again, "
         "`gkd targets verify` lists every fault"
     ) from cause

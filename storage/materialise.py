@@ -1,10 +1,14 @@
 """Targets as memory-mapped files for training: made once per node, shared by all its processes."""
 
+import contextlib
+import fcntl
 import os
 import shutil
+import time
 import uuid
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+import weakref
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +19,18 @@ import numpy.typing as npt
 
 from gkd.storage import atomic, layout
 from gkd.storage.cache import Cache
-from gkd.storage.errors import ConfigError, CorruptShardError
+from gkd.storage.errors import ConfigError
 from gkd.storage.progress import progress
 from gkd.storage.spec import VIEWS, CacheSpec, View
-from gkd.storage.targets import SparseTargets, offsets_from_sizes
+from gkd.storage.target_arrays import TargetArrays, array_shapes, fill, lay_out
+from gkd.storage.targets import SparseTargets
 
 DESCRIPTION = "store.json"
+DIGESTS = "digests"
+LOCK = "lock"
+DAY = 86_400
 _WARM_BLOCK = 1 << 24
 _MAX_WORKERS = 8
-# Above this mean group size copying slices beats one gather of all entries (measured).
-_SLICE_ENTRIES = 256
 
 
 class _Description(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -37,26 +43,19 @@ class TargetStore:
     """Targets of all samples in memory-mapped files; made by ``materialise``.
 
     The rows of the views follow each other: sample i of the v-th view is row ``v * N + i``. Pickles
-    as its path, and a fork shares the maps.
-
-    offsets    int64   [V * N + 1]
-    indices    uint32  [E]
-    log2_probs uint16  [E]
-    secondary  float32 [V * N, t]
+    as its path, and a fork shares the maps. While one is open, ``collect`` leaves its files alone.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        in_use = os.open(path / DESCRIPTION, os.O_RDONLY)
+        weakref.finalize(self, os.close, in_use)
+        fcntl.flock(in_use, fcntl.LOCK_SH)
         description = msgspec.json.decode((path / DESCRIPTION).read_bytes(), type=_Description)
         self.spec = description.spec
         self.cache_id = description.cache_id
         self.views = description.views
-        self._offsets = self._map("offsets")
-        self._indices = self._map("indices")
-        self._log2_probs = self._map("log2_probs")
-        self._secondary = self._map("secondary")
-        self._draws = self._map("draws") if self.spec.draws else None
-        self._draw_log2_probs = self._map("draw_log2_probs") if self.spec.draws else None
+        self._arrays = TargetArrays.named(self.spec, self._map)
         n = self.spec.num_samples
         # First row of the original and of the flipped view.
         self._first_rows = np.array(
@@ -87,39 +86,11 @@ class TargetStore:
                 f"{self.path}: targets of the {' and '.join(self.views)} view only; train without "
                 "random flips, or cache again with --views original,flipped"
             )
-        places = first + rows
-        starts = _take(self._offsets, places)
-        offsets = offsets_from_sizes(_take(self._offsets, places + 1) - starts)
-        return SparseTargets(
-            offsets,
-            *self._entries(starts, offsets),
-            _take(self._secondary, places),
-            None if self._draws is None else _take(self._draws, places),
-            None if self._draw_log2_probs is None else _take(self._draw_log2_probs, places),
-        )
-
-    def _entries(
-        self, starts: npt.NDArray[np.int64], offsets: npt.NDArray[np.int64]
-    ) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.uint16]]:
-        if offsets[-1] > len(starts) * _SLICE_ENTRIES:
-            stops = starts + np.diff(offsets)
-            slices = [slice(*span) for span in zip(starts.tolist(), stops.tolist(), strict=True)]
-            return (
-                np.concatenate([self._indices[s] for s in slices]),
-                np.concatenate([self._log2_probs[s] for s in slices]),
-            )
-        places = np.repeat(starts - offsets[:-1], np.diff(offsets))
-        places += np.arange(offsets[-1])
-        return _take(self._indices, places), _take(self._log2_probs, places)
+        return self._arrays.take(first + rows)
 
     def _map(self, name: str) -> npt.NDArray[Any]:
         # A plain array on the map: slices of np.memmap itself are slow to make.
         return np.asarray(np.load(self.path / f"{name}.npy", mmap_mode="r"))
-
-
-def _take(array: npt.NDArray[Any], places: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
-    # The places are inside already; "clip" spares the copy that checking them again takes.
-    return array.take(places, axis=0, mode="clip")
 
 
 def materialise(
@@ -142,41 +113,51 @@ def materialise(
             f"{cache.path}: expected views {', '.join(chosen)}, the cache has "
             f"{', '.join(cache.spec.views)}; cache again with --views {','.join(chosen)}"
         )
-    home = (folder or _default_folder()).absolute() / cache.id
+    home = (folder or default_folder()).absolute() / cache.id
     home.mkdir(parents=True, exist_ok=True)
     target = home / "+".join(chosen)
-    with filelock.FileLock(home / "lock"):
+    with filelock.FileLock(home / LOCK):
         found = target.exists()
         if not found:
             # Nobody else is at work here, so what lies about was left by one that died.
             for leftover in home.glob(".*"):
                 shutil.rmtree(leftover)
             _build(cache, chosen, target)
+        store = TargetStore(target)
     if found:
+        touch(target / DESCRIPTION)
         _warm(target)
-    return TargetStore(target)
+    return store
 
 
-def _default_folder() -> Path:
+def default_folder() -> Path:
+    """``$GKD_CACHE_DIR``, or ``~/.cache/gkd``."""
     chosen = os.environ.get("GKD_CACHE_DIR")
     return Path(chosen) if chosen else Path.home() / ".cache" / "gkd"
 
 
+def touch(path: Path) -> None:
+    """Note that ``path`` was used now, where it is ours to note."""
+    with contextlib.suppress(PermissionError):
+        os.utime(path)
+
+
 def _build(cache: Cache, views: tuple[View, ...], target: Path) -> None:
-    sizes = _array_shapes(cache, views)
-    _require_space(
-        target.parent,
-        sum(dtype.itemsize * int(np.prod(shape)) for dtype, shape in sizes.values()),
-    )
+    shards = range(cache.spec.num_shards)
+    shapes = array_shapes(cache, shards, views)
+    needed = sum(dtype.itemsize * int(np.prod(shape)) for dtype, shape in shapes.values())
+    _require_space(target.parent, needed)
     aside = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
     aside.mkdir()
     try:
         arrays = {
             name: np.lib.format.open_memmap(aside / f"{name}.npy", "w+", dtype, shape)
-            for name, (dtype, shape) in sizes.items()
+            for name, (dtype, shape) in shapes.items()
         }
-        arrays["offsets"][0] = 0
-        _copy(cache, views, arrays)
+        parts = list(lay_out(cache, shards, views))
+        with progress("materialise", len(parts), "shards") as advance:
+            for _ in fill(cache, parts, arrays, workers=min(_MAX_WORKERS, os.cpu_count() or 1)):
+                advance()
         for array in arrays.values():
             array.flush()
         del arrays
@@ -189,78 +170,14 @@ def _build(cache: Cache, views: tuple[View, ...], target: Path) -> None:
         raise
 
 
-def _array_shapes(
-    cache: Cache, views: tuple[View, ...]
-) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
-    assert cache.manifest is not None
-    rows = cache.spec.num_samples * len(views)
-    entries = sum(shard.entries[view] for shard in cache.manifest.shards for view in views)
-    shapes: dict[str, tuple[np.dtype[Any], tuple[int, ...]]] = {
-        array.name: (array.dtype, (entries,) if array.packed else (rows, *array.shape[2:]))
-        for array in layout.arrays(cache.spec, views[0]).values()
-        if array.name != "sizes"
-    }
-    return {"offsets": (np.dtype(np.int64), (rows + 1,)), **shapes}
-
-
 def _require_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise ConfigError(
             f"{folder}: expected {needed / 1e9:,.2f} GB of free disk for the targets, got "
-            f"{free / 1e9:,.2f} GB; make room, or set GKD_CACHE_DIR to a larger disk"
+            f"{free / 1e9:,.2f} GB; make room, set GKD_CACHE_DIR to a larger disk, or read the "
+            "targets block by block with data.order=blocks"
         )
-
-
-def _copy(cache: Cache, views: tuple[View, ...], arrays: Mapping[str, npt.NDArray[Any]]) -> None:
-    """Copy every shard of every view to its place, threads side by side."""
-    assert cache.manifest is not None
-    jobs = []
-    first_entry = 0
-    with (
-        progress("materialise", len(views) * cache.spec.num_shards, "shards") as advance,
-        ThreadPoolExecutor(min(_MAX_WORKERS, os.cpu_count() or 1)) as pool,
-    ):
-        try:
-            for number, view in enumerate(views):
-                for shard, record in enumerate(cache.manifest.shards):
-                    first_row = number * cache.spec.num_samples + record.rows[0]
-                    jobs.append(
-                        pool.submit(_copy_shard, cache, view, shard, arrays, first_row, first_entry)
-                    )
-                    first_entry += record.entries[view]
-            for job in as_completed(jobs):
-                job.result()
-                advance()
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-def _copy_shard(
-    cache: Cache,
-    view: View,
-    shard: int,
-    arrays: Mapping[str, npt.NDArray[Any]],
-    first_row: int,
-    first_entry: int,
-) -> None:
-    commit = cache.commit(shard)
-    for file in layout.view_files(cache.spec, shard, view, commit.views[view].entries):
-        path = cache.shard_file(shard, file, commit)
-        if atomic.sha256_file(path) != commit.files[file].sha256:
-            raise CorruptShardError(
-                f"{path}: its sha256 is not the one in its commit record; get the cache again, "
-                "`gkd targets verify` lists every fault"
-            )
-    targets = cache.read_shard(shard, view)
-    rows = slice(first_row, first_row + len(targets))
-    entries = slice(first_entry, first_entry + len(targets.indices))
-    for name, array in arrays.items():
-        if name == "offsets":
-            array[first_row + 1 : rows.stop + 1] = targets.offsets[1:] + first_entry
-        else:
-            packed = name in ("indices", "log2_probs")
-            array[entries if packed else rows] = getattr(targets, name)
 
 
 def _warm(target: Path) -> None:
@@ -274,3 +191,72 @@ def _warm(target: Path) -> None:
         with path.open("rb", buffering=0) as file:
             while file.readinto(buffer):
                 pass
+
+
+@dataclass(frozen=True)
+class Collected:
+    """What ``collect`` found: ``removed`` says whether it is gone, or would be in a dry run.
+
+    days  since it was last used
+    why   it stays, or an empty string
+    """
+
+    path: Path
+    bytes: int
+    days: float
+    removed: bool
+    why: str
+
+
+def collect(
+    *, folder: Path | None = None, older_than: float = 0.0, dry_run: bool = False
+) -> list[Collected]:
+    """Remove what training left in ``folder`` and nobody uses: stores, half stores and digests.
+
+    What was used within the last ``older_than`` days stays, and what a process has open or is
+    making. Everything can be made again from its cache or its records.
+    """
+    folder = (folder or default_folder()).absolute()
+    now = time.time()
+    return [
+        _collect_one(path, older_than, now, dry_run=dry_run)
+        for path in sorted(_collectable(folder))
+    ]
+
+
+def _collectable(folder: Path) -> Iterator[Path]:
+    yield from (folder / DIGESTS).glob("*.npy")
+    for lock in folder.glob(f"*/{LOCK}"):
+        yield from (path for path in lock.parent.iterdir() if path.is_dir())
+
+
+def _collect_one(path: Path, older_than: float, now: float, *, dry_run: bool) -> Collected:
+    mark = path / DESCRIPTION if (path / DESCRIPTION).exists() else path
+    days = max(0.0, now - mark.stat().st_mtime) / DAY
+    files = list(path.rglob("*")) if path.is_dir() else [path]
+    size = sum(file.stat().st_size for file in files)
+    why = f"used within {older_than:g} days" if days < older_than else ""
+    if not why:
+        with _unused(path) as unused:
+            why = "" if unused else "in use"
+            if unused and not dry_run:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return Collected(path, size, days, not why, why)
+
+
+@contextlib.contextmanager
+def _unused(path: Path) -> Iterator[bool]:
+    """Whether no process makes, opens or has open what is at ``path``; none can meanwhile."""
+    if not path.is_dir():
+        yield True
+        return
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(filelock.FileLock(path.parent / LOCK, timeout=0))
+            if (path / DESCRIPTION).exists():
+                file = held.enter_context((path / DESCRIPTION).open("rb"))
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (filelock.Timeout, BlockingIOError):
+            yield False
+            return
+        yield True

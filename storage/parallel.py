@@ -1,7 +1,9 @@
 """Threads for work that lets go of the interpreter's lock: decoding, hashing, reading files."""
 
+import queue
+import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
@@ -10,7 +12,9 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-def ordered_map(function: Callable[[T], R], items: Iterable[T], *, workers: int) -> Iterator[R]:
+def ordered_map(
+    function: Callable[[T], R], items: Iterable[T], *, workers: int
+) -> Generator[R, None, None]:
     """``map`` over ``workers`` threads: results in the order of ``items``, few of them in memory.
 
     At most ``AHEAD * workers`` items are taken ahead of the consumer, so a slow consumer holds no
@@ -28,6 +32,41 @@ def ordered_map(function: Callable[[T], R], items: Iterable[T], *, workers: int)
         finally:
             for future in waiting:
                 future.cancel()
+
+
+def for_each(function: Callable[[T], object], items: Iterable[T], *, workers: int) -> None:
+    """Call ``function`` on all items, in any order, in ``workers`` threads.
+
+    The first exception is raised at once, and so is an interrupt: nothing waits for calls that
+    hang on a network. They end by themselves or with the process; no other call begins.
+    """
+    todo = deque(items)
+    ends: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
+    leave = threading.Event()
+
+    def work() -> None:
+        while not leave.is_set():
+            try:
+                item = todo.popleft()
+            except IndexError:
+                return
+            try:
+                function(item)
+            except BaseException as error:
+                ends.put(error)
+                return
+            ends.put(None)
+
+    calls = len(todo)
+    try:
+        for _ in range(min(workers, calls)):
+            threading.Thread(target=work, daemon=True).start()
+        for _ in range(calls):
+            error = ends.get()
+            if error is not None:
+                raise error
+    finally:
+        leave.set()
 
 
 def row_blocks(count: int, size: int = 256) -> Iterator[range]:

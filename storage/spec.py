@@ -94,9 +94,17 @@ class DrawsSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     source: Literal["primary", "all"]
 
 
+class DerivedSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How a cache was made from others without a teacher; ``caches`` are their ids, in order."""
+
+    operation: Literal["retarget", "merge", "views"]
+    caches: tuple[str, ...]
+
+
 class CacheSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Attributes of a cache's root group (format 1), see ``storage/FORMAT.md``.
 
+    ``derived`` is there only in a cache that was made from other caches.
     Two runs with equal specs, ``software`` aside, write equal bytes.
     """
 
@@ -117,6 +125,7 @@ class CacheSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     centers: CentersSpec
     dataset: DatasetSpec
     draws: DrawsSpec | None = None
+    derived: DerivedSpec | msgspec.UnsetType = msgspec.UNSET
     software: dict[str, str]
 
     def __post_init__(self) -> None:

@@ -2,9 +2,10 @@
 
 import errno
 import hashlib
+import re
 import shutil
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import pyarrow.parquet as pq
 
 from gkd.storage import atomic, layout
 from gkd.storage.cache import read_commit, read_spec
+from gkd.storage.disk import disk_errors
 from gkd.storage.errors import IncompleteCacheError, SpecMismatchError
 from gkd.storage.layout import ArrayLayout, Commit, ViewRecord, file_record
 from gkd.storage.spec import CacheSpec, View
@@ -45,18 +47,23 @@ class CacheWriter:
 
     Any number of processes may hold a writer on one path; each writes the shards that
     ``pending(rank, world_size)`` gives it. The commit record of a shard is its last file and the
-    only proof that it is there.
+    only proof that it is there. ``guard`` is called before anything of a shard is written and
+    again before it is committed; what it raises stops the writing.
 
     Raises:
         SpecMismatchError: where ``path`` holds a cache of another spec (``software`` aside).
-        ConfigError: where ``path`` is something else.
+        ConfigError: where ``path`` is something else, or cannot be written.
     """
 
-    def __init__(self, path: Path, spec: CacheSpec) -> None:
+    def __init__(
+        self, path: Path, spec: CacheSpec, *, guard: Callable[[], None] = lambda: None
+    ) -> None:
         self.path = path.absolute()
         self.spec = spec
+        self._guard = guard
         if not self.path.exists() or _is_empty_folder(self.path):
-            _create(self.path, spec)
+            with disk_errors(self.path):
+                _create(self.path, spec)
         _require_same_spec(self.path, read_spec(self.path), spec)
 
     def pending(self, rank: int = 0, world_size: int = 1) -> list[int]:
@@ -80,14 +87,34 @@ class CacheWriter:
 
         Raises:
             ValueError: where the arguments are not what the spec says, or the shard is committed.
+            ConfigError: where the disk is full or closed; nothing of the shard is left then.
         """
         if self._is_committed(shard):
             raise ValueError(f"shard {shard} is committed already")
         _check_samples(self.spec, shard, samples)
         for view in self.spec.views:
             _check_targets(self.spec, views[view], samples, view)
-        self._delete_leftovers(shard)
+        self._guard()
+        with disk_errors(self.path):
+            try:
+                self._delete_leftovers(shard)
+                commit = self._write_files(shard, views, samples, truncated)
+                self._guard()
+                atomic.write_file(self.path / layout.commit_file(shard), layout.encode_json(commit))
+            except OSError:
+                # A full disk has room again for others, and what is half is gone.
+                if not self._is_committed(shard):
+                    self._delete_leftovers(shard)
+                raise
 
+    def _write_files(
+        self,
+        shard: int,
+        views: Mapping[View, SparseTargets],
+        samples: ShardSamples,
+        truncated: Mapping[View, int],
+    ) -> Commit:
+        """Write all files of a shard but its commit record, which is returned."""
         for view in self.spec.views:
             for array in layout.arrays(self.spec, view).values():
                 _write_row(self.path, array, shard, views[view])
@@ -97,7 +124,7 @@ class CacheWriter:
         files = layout.shard_files(self.spec, shard, entries)
         _sync(self.path, files)
         rows = self.spec.shard_rows(shard)
-        commit = Commit(
+        return Commit(
             format=self.spec.format,
             shard=shard,
             rows=(rows.start, rows.stop),
@@ -107,13 +134,13 @@ class CacheWriter:
             skipped={samples.keys[i]: reason for i, reason in samples.skipped.items()},
             files={file: file_record(self.path / file) for file in files},
         )
-        atomic.write_file(self.path / layout.commit_file(shard), layout.encode_json(commit))
 
     def finish(self) -> str:
         """Publish the manifest once all shards are committed; the cache's id.
 
         Raises:
             IncompleteCacheError: where shards are missing.
+            ConfigError: where the disk is full or closed.
         """
         missing = self.pending()
         if missing:
@@ -136,7 +163,9 @@ class CacheWriter:
         content = layout.manifest_content(
             spec, {file: file_record(self.path / file) for file in files}, commits
         )
-        atomic.write_file(self.path / layout.MANIFEST, content)
+        with disk_errors(self.path):
+            _delete_asides(self.path, layout.MANIFEST)
+            atomic.write_file(self.path / layout.MANIFEST, content)
         return hashlib.sha256(content).hexdigest()
 
     def _is_committed(self, shard: int) -> bool:
@@ -147,6 +176,27 @@ class CacheWriter:
             for array in layout.arrays(self.spec, view).values():
                 shutil.rmtree(self.path / array.path / "c" / str(shard), ignore_errors=True)
         (self.path / layout.samples_file(shard)).unlink(missing_ok=True)
+        _delete_asides(self.path / "commits", Path(layout.commit_file(shard)).name)
+
+
+def delete_leftovers(path: Path) -> None:
+    """Delete what killed writers left beside the cache ``path`` on its way into place.
+
+    For a process that knows that no other one is creating the cache (``lock.WriteLock``).
+    """
+    with disk_errors(path.parent):
+        _delete_asides(path.parent, path.name)
+
+
+def _delete_asides(folder: Path, name: str) -> None:
+    """Delete files and folders that were to become ``folder / name``."""
+    aside = re.compile(rf"\.{re.escape(name)}\.[0-9a-f]{{32}}")
+    for path in folder.glob(".*"):
+        if aside.fullmatch(path.name):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
 
 
 def _is_empty_folder(path: Path) -> bool:

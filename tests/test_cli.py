@@ -152,6 +152,30 @@ def test_a_damaged_cache_is_told_by_file(home: Path, tmp_path: Path) -> None:
     assert "original/sizes/c/0/0: " in result.stdout
 
 
+def test_a_cache_is_recomputed_by_its_teacher(home: Path, targets: Path, tmp_path: Path) -> None:
+    against = ("--against", home / "faces", "--teacher", home / "teacher.pt", "--sample", 5)
+    report = json.loads(works("targets", "verify", targets, *against, "--json"))
+    assert report["ok"]
+    assert (report["images"], report["targets"], report["wrong"]) == (5, 10, 0)
+    assert report["found"]["log_probs"] < report["allowed"]["log_probs"]
+    assert "wrong         0" in works("targets", "verify", targets, *against)
+
+    torch.manual_seed(1)
+    other = build_backbone("iresnet18", embedding_dim=16, width=0.125, input_size=28)
+    torch.save(other.state_dict(), tmp_path / "other.pt")
+    wrong = ("--against", home / "faces", "--teacher", tmp_path / "other.pt")
+    assert "teacher's sha256" in fails("targets", "verify", targets, *wrong)
+    for half in (against[:2], against[2:4], (*against, "--deep")):
+        assert "go together" in fails("targets", "verify", targets, *half, code=2)
+
+
+@pytest.mark.parametrize("level", ["--quick", "--deep"])
+def test_a_cache_is_looked_at_more_or_less_closely(targets: Path, level: str) -> None:
+    report = json.loads(works("targets", "verify", targets, level, "--json"))
+    assert (report["level"], report["ok"]) == (level.removeprefix("--"), True)
+    assert json.loads(works("targets", "verify", targets, "--json"))["level"] == "hashes"
+
+
 def test_a_finished_cache_is_not_made_again(home: Path, targets: Path) -> None:
     teacher = ("--teacher", home / "teacher.pt", "--centers", "class-mean")
     again = json.loads(works("cache-teacher", home / "faces", targets, *teacher, "--json"))

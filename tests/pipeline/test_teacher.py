@@ -1,5 +1,6 @@
 """Teachers from ONNX files and torch modules, and what is refused of them."""
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from gkd.pipeline.teacher import (
     OnnxEmbedder,
     TorchEmbedder,
     faulty_rows,
+    own_cores,
     resolve_device,
     resolve_precision,
 )
@@ -181,6 +183,39 @@ def test_a_module_that_fails_or_gives_maps_is_refused() -> None:
         torch_embedder(nn.Identity())
     with pytest.raises(GkdError, match="means: the teacher fails on an image of 3 x 112 x 112: "):
         torch_embedder(nn.Linear(5, 5))
+
+
+def test_the_number_of_threads_does_not_change_a_bit() -> None:
+    torch.manual_seed(0)
+    # A sum over many inputs, which threads would share.
+    wide = nn.Sequential(nn.Conv2d(3, 8, 3, stride=4), nn.Flatten(), nn.Linear(8 * 28 * 28, 32))
+    embedder = torch_embedder(wide, device="cpu")
+    before = torch.get_num_threads()
+    try:
+        found = []
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            found.append(embedder(images(37)))
+            assert torch.get_num_threads() == threads
+        np.testing.assert_array_equal(found[0], found[1])
+        np.testing.assert_array_equal(found[0], found[2])
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_rank_of_torchrun_has_a_gpu_and_cores_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch, "empty", lambda *shape, device: None)
+    assert (resolve_device("auto"), own_cores()) == ("cuda", 16)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "6")
+    assert own_cores() == 2
+    for local_rank, expected in (("0", "cuda:0"), ("3", "cuda:3"), ("5", "cuda:1")):
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+        assert resolve_device("auto") == resolve_device("cuda") == expected
+    assert resolve_device("cuda:2") == "cuda:2"
+    assert resolve_device("cpu") == "cpu"
 
 
 def test_devices_that_are_not_there_are_refused() -> None:

@@ -1,15 +1,18 @@
 import multiprocessing
+import os
 import pickle
 import shutil
+import time
 from collections import namedtuple
 from pathlib import Path
 
+import filelock
 import numpy as np
 import pytest
 
 from gkd.storage.cache import Cache
 from gkd.storage.errors import ConfigError, CorruptShardError, IncompleteCacheError
-from gkd.storage.materialise import TargetStore, materialise
+from gkd.storage.materialise import DAY, Collected, TargetStore, collect, materialise
 from gkd.storage.spec import VIEWS, DrawsSpec
 from gkd.storage.targets import SparseTargets
 from gkd.storage.writer import CacheWriter
@@ -64,7 +67,7 @@ def assert_is(targets: SparseTargets, samples: list[list[np.ndarray]]) -> None:
 def test_lookup_gives_each_row_its_view(
     made: Cache, store: TargetStore, slice_entries: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gkd.storage.materialise._SLICE_ENTRIES", slice_entries)
+    monkeypatch.setattr("gkd.storage.target_arrays._SLICE_ENTRIES", slice_entries)
     rng = np.random.default_rng(0)
     rows = np.concatenate([rng.integers(0, 100, 60), [0, 99, 41, 41, 0]])
     flipped = np.concatenate([rng.random(60) < 0.5, [True, True, True, False, False]])
@@ -93,10 +96,10 @@ def test_rows_that_are_not_there_are_refused(store: TargetStore, rows: list[int]
 
 def test_a_store_is_found_again_by_the_id(made: Cache, tmp_path: Path) -> None:
     first = materialise(made, folder=tmp_path)
-    stamps = {file: file.stat().st_mtime_ns for file in first.path.iterdir()}
+    stamps = {file: file.stat().st_mtime_ns for file in first.path.glob("*.npy")}
     second = materialise(made, folder=tmp_path)
     assert second.path == first.path == tmp_path / made.id / "original+flipped"
-    assert {file: file.stat().st_mtime_ns for file in second.path.iterdir()} == stamps
+    assert {file: file.stat().st_mtime_ns for file in second.path.glob("*.npy")} == stamps
 
 
 def test_one_view_alone(made: Cache, tmp_path: Path) -> None:
@@ -180,3 +183,96 @@ def test_eight_processes_at_once_make_one_store(
     place = str(tmp_path / made.id / "original+flipped")
     total = float(expected.secondary.sum())
     assert found == [(place, expected.indices.tolist(), total)] * 8
+
+
+def aged(path: Path, days: float) -> Path:
+    then = time.time() - days * DAY
+    os.utime(path, (then, then))
+    return path
+
+
+@pytest.fixture
+def used(made: Cache, tmp_path: Path) -> Path:
+    """A folder with two stores, unused for 10 and for 1 days, a half one and digests."""
+    both = materialise(made, folder=tmp_path).path
+    one = materialise(made, folder=tmp_path, views=["flipped"]).path
+    aged(both / "store.json", 10)
+    aged(one / "store.json", 1)
+    half = both.with_name(".original.0123")
+    half.mkdir()
+    (half / "indices.npy").write_bytes(b"half")
+    aged(half, 3)
+    (tmp_path / "digests").mkdir()
+    (tmp_path / "digests" / "ab.npy").write_bytes(b"sixteen bytes...")
+    aged(tmp_path / "digests" / "ab.npy", 8)
+    (tmp_path / "notes.txt").write_text("not ours")
+    return tmp_path
+
+
+def states(found: list[Collected]) -> dict[str, tuple[bool, str]]:
+    return {each.path.name: (each.removed, each.why) for each in found}
+
+
+def test_collecting_removes_all_that_nobody_uses(made: Cache, used: Path) -> None:
+    found = collect(folder=used)
+    assert states(found) == dict.fromkeys(
+        ["original+flipped", "flipped", ".original.0123", "ab.npy"], (True, "")
+    )
+    assert {each.path.name: round(each.days) for each in found}["original+flipped"] == 10
+    assert {each.path.name: each.bytes for each in found}["ab.npy"] == 16
+    assert names(used / made.id) == ["lock"]
+    assert names(used) == sorted([made.id, "digests", "notes.txt"])
+    assert len(materialise(made, folder=used)) == 100
+
+
+def test_what_was_used_lately_stays(made: Cache, used: Path) -> None:
+    found = collect(folder=used, older_than=7)
+    assert states(found) == {
+        "original+flipped": (True, ""),
+        "flipped": (False, "used within 7 days"),
+        ".original.0123": (False, "used within 7 days"),
+        "ab.npy": (True, ""),
+    }
+    assert names(used / made.id) == [".original.0123", "flipped", "lock"]
+
+
+def test_a_dry_run_removes_nothing(made: Cache, used: Path) -> None:
+    assert all(each.removed for each in collect(folder=used, dry_run=True))
+    assert names(used / made.id) == [".original.0123", "flipped", "lock", "original+flipped"]
+
+
+def test_finding_a_store_again_counts_as_use(made: Cache, used: Path) -> None:
+    materialise(made, folder=used)
+    assert not states(collect(folder=used, older_than=7))["original+flipped"][0]
+
+
+def hold(
+    path: Path, opened: "multiprocessing.Queue[int]", done: "multiprocessing.Queue[int]"
+) -> None:
+    store = TargetStore(path)
+    opened.put(len(store))
+    done.get()
+
+
+def test_a_store_that_another_process_has_open_stays(made: Cache, used: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    opened, done = context.Queue(), context.Queue()
+    path = used / made.id / "flipped"
+    process = context.Process(target=hold, args=(path, opened, done))
+    process.start()
+    assert opened.get(timeout=120) == 100
+    assert states(collect(folder=used))["flipped"] == (False, "in use")
+    assert path.exists()
+    done.put(0)
+    process.join()
+    assert states(collect(folder=used))["flipped"] == (True, "")
+
+
+def test_a_store_that_is_being_made_stays(made: Cache, used: Path) -> None:
+    with filelock.FileLock(used / made.id / "lock"):
+        found = states(collect(folder=used))
+    assert found[".original.0123"] == (False, "in use")
+
+
+def test_no_folder_is_nothing_to_collect(tmp_path: Path) -> None:
+    assert collect(folder=tmp_path / "none") == []

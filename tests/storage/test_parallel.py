@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from gkd.storage.parallel import AHEAD, ordered_map, row_blocks
+from gkd.storage.parallel import AHEAD, for_each, ordered_map, row_blocks
 
 
 def test_results_come_in_order_from_several_threads() -> None:
@@ -41,6 +41,39 @@ def test_an_exception_is_raised_at_its_place() -> None:
     assert [next(results) for _ in range(3)] == [-1 / 3, -1 / 2, -1]
     with pytest.raises(ZeroDivisionError):
         next(results)
+
+
+def test_every_item_is_called_in_several_threads() -> None:
+    both = threading.Barrier(2, timeout=30)
+    called: list[int] = []
+
+    def call(number: int) -> None:
+        both.wait()  # passes only where two run at once
+        called.append(number)
+
+    for_each(call, range(40), workers=2)
+    assert sorted(called) == list(range(40))
+    for_each(call, [], workers=2)
+
+
+def test_an_exception_does_not_wait_for_calls_that_hang() -> None:
+    hangs, free = threading.Event(), threading.Event()
+    called: list[int] = []
+
+    def call(number: int) -> None:
+        called.append(number)
+        if number == 0:
+            hangs.set()
+            free.wait()
+        hangs.wait()
+        raise ValueError(number)
+
+    try:
+        with pytest.raises(ValueError, match="1"):
+            for_each(call, range(10), workers=2)
+        assert sorted(called) == [0, 1]
+    finally:
+        free.set()
 
 
 def test_blocks_cover_all_rows() -> None:

@@ -10,9 +10,10 @@ from gkd.storage import layout
 from gkd.storage.cache import Cache
 from gkd.storage.errors import ConfigError
 from gkd.storage.targets import SparseTargets
-from gkd.storage.verify import check_targets, verify
+from gkd.storage.verify import Level, check_targets, verify
 from gkd.storage.writer import CacheWriter
 from tests.caches import dense_targets, labels_of, make_cache, make_logits, make_spec, write_shard
+from tests.storage.flips import every_file, make_small_cache, unnoticed_flips
 from tests.tampering import flip_bit, rehash, rewrite_row
 
 
@@ -26,13 +27,10 @@ def path(made: Cache, tmp_path: Path) -> Path:
     return Path(shutil.copytree(made.path, tmp_path / "faces.gkd"))
 
 
-def every_file(path: Path) -> list[str]:
-    return sorted(str(file.relative_to(path)) for file in path.rglob("*") if file.is_file())
-
-
-@pytest.mark.parametrize("deep", [False, True])
-def test_a_whole_cache_has_no_fault(path: Path, deep: bool) -> None:
-    report = verify(path, deep=deep)
+@pytest.mark.parametrize("level", ["quick", "hashes", "deep"])
+def test_a_whole_cache_has_no_fault(path: Path, level: Level) -> None:
+    report = verify(path, level=level)
+    assert report.level == level
     assert report.ok
     assert report.faults == ()
     assert report.shards == 3
@@ -46,16 +44,22 @@ def test_a_whole_cache_has_no_fault(path: Path, deep: bool) -> None:
     )
 
 
-def test_any_flipped_bit_is_found_and_its_file_named(path: Path) -> None:
-    rng = np.random.default_rng(0)
-    for file in every_file(path):
-        for _ in range(4):
-            bit = int(rng.integers((path / file).stat().st_size * 8))
-            flip_bit(path / file, bit)
-            report = verify(path, deep=False, workers=1)
-            assert {fault.file for fault in report.faults} == {file}, (file, bit)
-            flip_bit(path / file, bit)
-    assert verify(path).ok
+@pytest.mark.parametrize("level", ["hashes", "deep"])
+def test_any_flipped_bit_is_found_its_file_named_and_training_refused(
+    tmp_path: Path, level: Level
+) -> None:
+    cache = make_small_cache(tmp_path / "faces.gkd")
+    flips = 60 if level == "hashes" else 30
+    assert len(every_file(cache)) < 60
+    assert unnoticed_flips(cache, tmp_path / "work", flips=flips, seed=0, level=level) == []
+
+
+def test_a_quick_look_reads_no_arrays(path: Path) -> None:
+    flip_bit(path / "original/sizes/c/0/0", 99)
+    flip_bit(path / "samples/000001.parquet", 99)
+    assert verify(path, level="quick").ok
+    flip_bit(path / "commits/000002.json", 99)
+    assert [fault.file for fault in verify(path, level="quick").faults] == ["commits/000002.json"]
 
 
 def test_any_missing_file_is_found_and_named(path: Path) -> None:
@@ -67,11 +71,12 @@ def test_any_missing_file_is_found_and_named(path: Path) -> None:
         (path / file).write_bytes(content)
 
 
-def test_any_cut_file_is_found_and_named(path: Path) -> None:
+@pytest.mark.parametrize("level", ["quick", "hashes"])
+def test_any_cut_file_is_found_and_named(path: Path, level: Level) -> None:
     for file in every_file(path):
         content = (path / file).read_bytes()
         (path / file).write_bytes(content[: len(content) // 2])
-        report = verify(path, deep=False, workers=1)
+        report = verify(path, level=level, workers=1)
         assert {fault.file for fault in report.faults} == {file}
         (path / file).write_bytes(content)
 
@@ -160,7 +165,7 @@ def test_lies_with_true_hashes_are_found_in_the_content(path: Path) -> None:
     secondary = cache.read_shard(1, "flipped").secondary.copy()
     secondary[5] = np.nan
     rewrite_row(cache, "flipped/secondary", 1, secondary)
-    assert verify(path, deep=False).ok
+    assert verify(path, level="hashes").ok
     found = {fault.file: fault.problem for fault in verify(path).faults}
     assert found["original/indices/c/0/0"] == "row 0: a class twice in a group"
     assert found["flipped/secondary/c/1/0/0"] == "row 45: a log mass above 0 or not a number"

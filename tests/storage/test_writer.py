@@ -1,7 +1,9 @@
+import errno
 import hashlib
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,12 +22,12 @@ from zarr.core.buffer import default_buffer_prototype
 from zarr.storage import MemoryStore
 
 from gkd.storage import layout
-from gkd.storage.cache import Cache
-from gkd.storage.errors import ConfigError, IncompleteCacheError, SpecMismatchError
+from gkd.storage.cache import Cache, committed_shards, read_commit
+from gkd.storage.errors import ConfigError, GkdError, IncompleteCacheError, SpecMismatchError
 from gkd.storage.spec import VIEWS, CacheSpec, DrawsSpec
 from gkd.storage.targets import SparseTargets, offsets_from_sizes
 from gkd.storage.verify import verify
-from gkd.storage.writer import CacheWriter, ShardSamples
+from gkd.storage.writer import CacheWriter, ShardSamples, delete_leftovers
 from tests.caches import (
     add_draws,
     dense_targets,
@@ -355,3 +357,120 @@ def test_killed_and_gone_on_with_gives_the_same_bytes(tmp_path: Path) -> None:
     left = {name: content for name, content in tree(path).items() if name not in on_the_way}
     assert left == tree(whole.path)
     assert Cache.open(path).id == whole.id
+
+
+def test_what_killed_writers_left_beside_a_cache_is_deleted(tmp_path: Path) -> None:
+    name = "0" * 32
+    for left in (f".c.{name}", f".other.{name}", ".c.lock", ".c.notes"):
+        (tmp_path / left / "samples").mkdir(parents=True)
+    (tmp_path / f".c.{'1' * 32}").write_text("half")
+    delete_leftovers(tmp_path / "c")
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".c.lock", ".c.notes", f".other.{name}"]
+
+
+def test_records_on_their_way_into_place_are_deleted(tmp_path: Path) -> None:
+    whole = make_cache(tmp_path / "whole")
+    writer = CacheWriter(tmp_path / "c", whole.spec)
+    for place in (writer.path / layout.commit_file(1), writer.path / layout.MANIFEST):
+        place.with_name(f".{place.name}.{'0' * 32}").write_text("half")
+    for shard in writer.pending():
+        write_shard(writer, shard)
+    writer.finish()
+    assert tree(writer.path) == tree(whole.path)
+
+
+def test_a_guard_stops_the_writing_before_anything_and_before_the_commit(tmp_path: Path) -> None:
+    calls = 0
+
+    def guard() -> None:
+        nonlocal calls
+        calls += 1
+        if calls in (1, 3):
+            raise GkdError("another is at work")
+
+    writer = CacheWriter(tmp_path / "c", make_spec(), guard=guard)
+    for written in (False, True):
+        with pytest.raises(GkdError, match="another is at work"):
+            write_shard(writer, 0)
+        assert writer.pending() == [0, 1, 2]
+        assert (writer.path / layout.samples_file(0)).exists() == written
+    write_shard(writer, 0)
+    assert writer.pending() == [1, 2]
+
+
+def fill_up(place: Path, limit: int | None) -> subprocess.CompletedProcess[str]:
+    """Write a cache in a process of its own, whose files may have ``limit`` bytes."""
+    code = (
+        "import resource, sys; from pathlib import Path\n"
+        "from gkd.storage.errors import ConfigError\n"
+        "from gkd.storage.writer import CacheWriter\n"
+        "from tests.caches import make_spec, write_shard\n"
+        "spec = make_spec(num_samples=4000, num_classes=100, shard_samples=1000)\n"
+        "writer = CacheWriter(Path(sys.argv[1]), spec)\n"
+        "write_shard(writer, 0)\n"
+        "limit = int(sys.argv[2])\n"
+        "if limit: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))\n"
+        "try:\n"
+        "    for shard in (1, 2, 3): write_shard(writer, shard)\n"
+        "except ConfigError as error: print(error)\n"
+    )
+    return subprocess.run(
+        [sys.executable, "-c", code, str(place), str(limit or 0)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+
+
+def require_whole_shards_only(path: Path, told: str) -> None:
+    assert "make room and run the same command again to go on" in told
+    spec = make_spec(num_samples=4000, num_classes=100, shard_samples=1000)
+    committed = committed_shards(path)
+    assert 0 in committed
+    assert len(committed) < 4
+    found = {name for name in tree(path) if "/c/" in name or name.startswith("samples/")}
+    assert found == {file for n in committed for file in read_commit(path, spec, n).files}
+
+
+def test_a_limit_on_files_ends_in_one_message_and_leaves_whole_shards(tmp_path: Path) -> None:
+    done = fill_up(tmp_path / "c", 4000)
+    assert "File too large" in done.stdout
+    require_whole_shards_only(tmp_path / "c", done.stdout)
+
+
+def test_a_full_disk_ends_in_one_message_and_leaves_whole_shards(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", str(disk)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("no right to mount a small disk here")
+    try:
+        done = fill_up(disk / "c", None)
+        assert "No space left on device" in done.stdout
+        require_whole_shards_only(disk / "c", done.stdout)
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES])
+def test_a_folder_that_may_not_be_written_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    def refuse(path: Path, *args: Any, **kwargs: Any) -> None:
+        raise OSError(code, os.strerror(code), str(path))
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(ConfigError, match=rf"cannot be written \({os.strerror(code)}\); choose a"):
+        CacheWriter(tmp_path / "c", make_spec())
+
+
+def test_other_errors_of_a_disk_pass_as_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path, *args: Any, **kwargs: Any) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(OSError, match="Input/output error"):
+        CacheWriter(tmp_path / "c", make_spec())

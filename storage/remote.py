@@ -1,0 +1,192 @@
+"""Files at any fsspec address: s3://, gs://, hf://, sftp://, a folder."""
+
+import errno
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import fsspec  # type: ignore[import-untyped]
+from fsspec.callbacks import Callback  # type: ignore[import-untyped]
+from fsspec.implementations.local import LocalFileSystem  # type: ignore[import-untyped]
+
+from gkd.storage import atomic
+from gkd.storage.disk import disk_errors
+from gkd.storage.errors import ConfigError, CorruptShardError, GkdError, IncompleteCacheError
+
+Advance = Callable[[int], None]
+_BLOCK_BYTES = 1 << 22
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def is_address(text: str) -> bool:
+    """Whether fsspec must open it: ``protocol://...``, not the path of a folder here."""
+    return "://" in text or "::" in text
+
+
+class Remote:
+    """A folder at an fsspec address; ``options`` go to its backend, over fsspec's own settings.
+
+    Any number of threads may use one. Its methods raise
+
+        ConfigError           the address, the credentials or the bucket do not work, a disk is full
+        IncompleteCacheError  the connection failed after the backend's own retries
+        CorruptShardError     a file has not the size that it should have
+    """
+
+    def __init__(self, address: str, options: Mapping[str, Any] | None = None) -> None:
+        self.address = address.rstrip("/")
+        try:
+            self._files, self._root = fsspec.url_to_fs(self.address, **(options or {}))
+        except ImportError as error:
+            raise ConfigError(
+                f"{address}: {error}; addresses of this protocol need that Python package, "
+                "install it with pip"
+            ) from error
+        except ValueError as error:
+            raise ConfigError(
+                f"{address}: {error}; expected the path of a folder, or an address such as "
+                "s3://bucket/faces.gkd, gs://, hf:// or sftp://"
+            ) from error
+        except Exception as error:
+            raise _explanation(self.address, error) from error
+        self.is_folder = isinstance(self._files, LocalFileSystem)
+
+    def place(self, file: str) -> str:
+        """The address of a file, for messages."""
+        return f"{self.address}/{file}"
+
+    def size(self, file: str) -> int | None:
+        """Bytes of a file, None where there is none."""
+        with self._explained(self.place(file)):
+            try:
+                return int(self._files.info(self._path(file))["size"])
+            except FileNotFoundError:
+                return None
+
+    def read(self, file: str, most_bytes: int) -> bytes | None:
+        """Content of a small file, None where there is none."""
+        size = self.size(file)
+        if not size:
+            return None if size is None else b""
+        if size > most_bytes:
+            raise CorruptShardError(
+                f"{self.place(file)}: expected at most {most_bytes:,} bytes, got {size:,}; "
+                "no cache has such a file, check the address"
+            )
+        with self._explained(self.place(file)):
+            return bytes(self._files.cat_file(self._path(file), start=0, end=size))
+
+    def fetch(self, file: str, to: Path, size: int, advance: Advance) -> None:
+        """Copy a file of ``size`` bytes to ``to``, telling ``advance`` of bytes as they come."""
+        callback = _Bytes(advance, size, self.place(file))
+        with self._explained(self.place(file), to):
+            self._files.get_file(self._path(file), str(to), callback=callback)
+        callback.finish()
+
+    def send(self, content: Path, file: str, advance: Advance) -> None:
+        """Copy a local file there; what an interruption leaves never has the file's size."""
+        size = content.stat().st_size
+        callback = _Bytes(advance, size, self.place(file))
+        with self._explained(self.place(file), content):
+            if self.is_folder:
+                _write_local(Path(self._path(file)), content.read_bytes())
+            else:
+                self._files.put_file(str(content), self._path(file), callback=callback)
+        callback.finish()
+
+    def write(self, file: str, content: bytes) -> None:
+        """Write a small file."""
+        with self._explained(self.place(file)):
+            if self.is_folder:
+                _write_local(Path(self._path(file)), content)
+            else:
+                self._files.pipe_file(self._path(file), content)
+
+    def sha256(self, file: str) -> str:
+        """Hex sha256 of a file, which is read back for it."""
+        digest = hashlib.sha256()
+        with (
+            self._explained(self.place(file)),
+            self._files.open(self._path(file), "rb") as stream,
+        ):
+            while block := stream.read(_BLOCK_BYTES):
+                digest.update(block)
+        return digest.hexdigest()
+
+    def _path(self, file: str) -> str:
+        return f"{self._root}/{file}"
+
+    @contextmanager
+    def _explained(self, place: str, local: Path | None = None) -> Iterator[None]:
+        """Turn the errors of any backend, which have no common base, into ours.
+
+        Errors of the disk and of the file ``local`` pass: they are not the backend's.
+        """
+        try:
+            yield
+        except GkdError:
+            raise
+        except OSError as error:
+            if error.errno in _DISK_FULL or (local and error.filename == str(local)):
+                raise
+            raise _explanation(place, error) from error
+        except Exception as error:
+            raise _explanation(place, error) from error
+
+
+class _Bytes(Callback):  # type: ignore[misc]
+    """Passes a backend's counts of bytes on, and stops a file that is longer than it should be."""
+
+    def __init__(self, advance: Advance, size: int, place: str) -> None:
+        super().__init__()
+        self._advance, self._size, self._place = advance, size, place
+        self._done = 0
+
+    def relative_update(self, inc: int = 1) -> None:
+        self._done += inc
+        if self._done > self._size:
+            raise CorruptShardError(
+                f"{self._place}: expected {self._size:,} bytes, got more; the cache there is "
+                "damaged, ask its owner to push it again"
+            )
+        self._advance(inc)
+
+    def absolute_update(self, value: int) -> None:
+        self.relative_update(value - self._done)
+
+    def finish(self) -> None:
+        """Count what the backend did not tell of."""
+        self._advance(self._size - self._done)
+
+
+def _write_local(path: Path, content: bytes) -> None:
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        atomic.write_file(path, content)
+
+
+def _explanation(place: str, error: Exception) -> GkdError:
+    """What a backend's error means to a user."""
+    name = type(error).__name__
+    if isinstance(error, PermissionError) or "Credentials" in name or "Authentication" in name:
+        return ConfigError(
+            f"{place}: access refused ({error}); give the credentials of this address in the "
+            "environment (for s3:// AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY), in the settings "
+            "of its backend, or with --storage-option, then run the same command again"
+        )
+    if isinstance(error, FileNotFoundError):
+        return ConfigError(
+            f"{place}: not there ({error}); see whether its bucket and folder still exist, then "
+            "run the same command again: what was copied stays"
+        )
+    if isinstance(error, TypeError):
+        return ConfigError(
+            f"{place}: {error}; give --storage-option only as this address's Python package, an "
+            "fsspec file system, knows them"
+        )
+    return IncompleteCacheError(
+        f"{place}: {name}: {error}; check address and network, then run the same command again "
+        "to go on: what was copied stays"
+    )

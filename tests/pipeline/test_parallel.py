@@ -1,0 +1,202 @@
+"""Many processes on one cache: killed, interrupted, refused, started again."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import psutil  # type: ignore[import-untyped]
+import pytest
+import torch
+
+from gkd.pipeline.centers import Centers
+from gkd.pipeline.partition import PartitionSettings
+from gkd.pipeline.run import CacheSettings, cache_teacher
+from gkd.storage import layout
+from gkd.storage.cache import committed_shards
+from gkd.storage.lock import Holder, WriteLock
+from gkd.storage.records import open_records
+from gkd.storage.rows import Subset
+from gkd.storage.synthetic import draw_faces
+from gkd.storage.writer import CacheWriter
+from gkd.trainer.backbones import build_backbone
+from tests.paths import ROOT
+from tests.pipeline.faces import PixelEmbedder, write_folder
+from tests.pipeline.rounds import MOST_RANKS, contents
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_folder(tmp_path_factory.mktemp("faces") / "set")
+
+
+def test_ten_rounds_of_kills_give_the_bytes_of_an_unbroken_run(
+    folder: Path, tmp_path: Path
+) -> None:
+    code = "from tests.pipeline.rounds import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(folder), str(tmp_path), "10", "0"],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    tally = json.loads(done.stdout)
+    assert tally["wrong"] == []
+    assert tally["kills"] >= 10
+    assert set(tally["worlds"]) == set(range(1, MOST_RANKS + 1))
+    assert tally["resumed"] >= 2
+
+
+def torchrun(*arguments: object, restarts: int = 0) -> list[str]:
+    """The command line of two ranks on this machine."""
+    ranks = ("--nproc-per-node", "2", "--standalone", "--max-restarts", str(restarts))
+    command = [sys.executable, "-m", "torch.distributed.run", *ranks]
+    return [*command, "-m", *map(str, arguments)]
+
+
+def holders(out: Path) -> dict[int, Holder]:
+    """The processes that write a cache now, by rank."""
+    found = {}
+    for path in WriteLock(out).folder.glob("*.json"):
+        with suppress(FileNotFoundError, msgspec.DecodeError):
+            holder = msgspec.json.decode(path.read_bytes(), type=Holder)
+            found[holder.rank] = holder
+    return found
+
+
+def has_more_shards(out: Path, than: int) -> bool:
+    return len(committed_shards(out)) > than
+
+
+def wait_for(done: Callable[[], object], process: subprocess.Popen[str]) -> None:
+    while not done():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory: pytest.TempPathFactory) -> list[object]:
+    """A command that makes a cache of 60 shards, but for the place where."""
+    home = tmp_path_factory.mktemp("home")
+    draw_faces(home / "faces", identities=range(20), images_each=6, seed=0, workers=1)
+    torch.manual_seed(0)
+    teacher = build_backbone("iresnet18", embedding_dim=16, width=0.125, input_size=28)
+    torch.save(teacher.state_dict(), home / "teacher.pt")
+    options = ("--teacher", home / "teacher.pt", "--centers", "class-mean", "--json")
+    sizes = ("--shard-samples", 2, "--batch-size", 2, "--max-group", 8, "--workers", 1)
+    return ["gkd.cli", "cache-teacher", *options, *sizes, home / "faces"]
+
+
+@pytest.fixture(scope="module")
+def expected(command: list[object], tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    out = tmp_path_factory.mktemp("whole") / "faces.gkd"
+    run = [sys.executable, "-m", *map(str, command), str(out)]
+    subprocess.run(run, cwd=ROOT, env=environment(), check=True, capture_output=True)
+    return contents(out)
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def test_torchrun_starts_again_and_finishes_when_a_rank_is_killed(
+    command: list[object], expected: dict[str, bytes], tmp_path: Path
+) -> None:
+    out = tmp_path / "faces.gkd"
+    with subprocess.Popen(
+        torchrun(*command, out, restarts=1),
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        wait_for(lambda: committed_shards(out), process)
+        os.kill(holders(out)[1].pid, signal.SIGKILL)
+        left = len(committed_shards(out))
+        assert left < 60
+        printed, told = process.communicate(timeout=240)
+    assert process.returncode == 0, told
+    assert json.loads(printed)["samples"] == 120, "rank 0 alone tells the result"
+    assert contents(out) == expected
+
+
+def test_interrupts_leave_whole_shards_and_say_how_to_go_on(
+    command: list[object], expected: dict[str, bytes], tmp_path: Path
+) -> None:
+    out = tmp_path / "faces.gkd"
+    run = [sys.executable, "-m", *map(str, command), str(out)]
+
+    def again() -> subprocess.CompletedProcess[str]:
+        return subprocess.run(run, cwd=ROOT, env=environment(), capture_output=True, text=True)
+
+    for sent in (signal.SIGTERM, signal.SIGINT):
+        before = len(committed_shards(out))
+        with subprocess.Popen(
+            run, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True
+        ) as process:
+            wait_for(partial(has_more_shards, out, before), process)
+            if sent == signal.SIGTERM:
+                process.send_signal(signal.SIGSTOP)  # so that it is surely there, as others see
+                second = again()
+                assert second.returncode == 1
+                told = "another run is writing it: rank 0 of 1, process"
+                assert f"{out}: {told} {process.pid} on " in second.stderr
+                assert second.stderr.startswith("Error: ")
+                process.send_signal(signal.SIGCONT)
+            process.send_signal(sent)
+            _, told = process.communicate(timeout=60)
+        assert process.returncode == 1
+        assert "run the same command again to go on" in told
+        assert not holders(out)
+        assert not (out / layout.MANIFEST).exists()
+    assert again().returncode == 0
+    assert contents(out) == expected
+
+
+SHARDS = 28
+
+
+def test_a_slow_disk_slows_the_teacher_and_memory_stays_flat(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = open_records(folder)
+    records = Subset(one, np.tile(np.arange(len(one)), 2 * SHARDS))
+    # Groups as wide as the classes: a shard that is not let go weighs three megabytes.
+    records.num_classes = 8000
+    partition = PartitionSettings(group_temperature=50.0, threshold=1.0, max_group=8000)
+    settings = CacheSettings(
+        partition=partition, views=("original",), batch_size=35, workers=2, shard_samples=70
+    )
+    array = np.random.default_rng(1).normal(size=(8000, 16)).astype(np.float32)
+    array /= np.linalg.norm(array, axis=1, keepdims=True)
+    embedder = PixelEmbedder()
+    embedder.device = "accelerator"  # so that the teacher runs ahead in its own thread
+    write = CacheWriter.write_shard
+    ahead, memory = [], []
+
+    def write_slowly(writer: CacheWriter, shard: int, *args: Any, **kwargs: Any) -> None:
+        time.sleep(0.1)
+        write(writer, shard, *args, **kwargs)
+        ahead.append(embedder.images - 70 * (shard + 1))
+        memory.append(psutil.Process().memory_info().rss)
+
+    monkeypatch.setattr(CacheWriter, "write_shard", write_slowly)
+    chosen = Centers(array, "file", "random.npy")
+    cache_teacher(records, tmp_path / "c.gkd", embedder, chosen, settings)
+    assert len(memory) == SHARDS
+    # One shard waits, one is made, and of each bounded queue a few batches.
+    assert max(ahead) <= 2 * 70 + 6 * 35
+    warm, end = np.median(memory[6:14]), np.median(memory[-8:])
+    assert end - warm < 20e6, "the 14 shards in between weigh 47 MB"

@@ -1,0 +1,98 @@
+"""The card says what made a cache, follows from it alone, and is covered by the manifest."""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from gkd.storage import layout
+from gkd.storage.cache import Cache, read_commit
+from gkd.storage.card import card_text, write_card
+from gkd.storage.spec import CentersSpec, DerivedSpec, DrawsSpec, TeacherSpec
+from gkd.storage.verify import verify
+from gkd.storage.writer import CacheWriter
+from tests.caches import make_spec, write_shard
+
+
+@dataclass(frozen=True)
+class Made:
+    path: Path
+    text: str
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    writer = CacheWriter(tmp_path_factory.mktemp("made") / "c.gkd", make_spec())
+    for shard in range(3):
+        write_shard(writer, shard, skipped={41: "no image"})
+    write_card(writer.path, licence="CC BY-NC 4.0", note="Made for the reading group.")
+    writer.finish()
+    return Made(writer.path, (writer.path / layout.CARD).read_text())
+
+
+def test_a_card_says_what_made_the_cache(made: Made) -> None:
+    cache = Cache.open(made.path)
+    assert cache.manifest is not None
+    mean = cache.manifest.entries["flipped"] / 99
+    for words in (
+        "# What `teacher.onnx` says of `faces`\n",
+        "\nMade for the reading group.\n",
+        "- Targets of 99 images of 50 identities; 1 more could not be read and have no targets\n",
+        f"- View flipped: {mean:.1f} identities an image on average, at most 20, where "
+        f"{cache.manifest.truncated['flipped']} groups were cut\n",
+        "embeddings of length 128; sha256 of its weights `" + "1" * 64 + "`\n",
+        "- Its input: pixels as `arcface` has them, RGB; arithmetic in float32\n",
+        "- Centres of the identities: the mean of each identity's embeddings; sha256 `2222",
+        "- Data: `faces`, 100 images of 50 identities, fingerprint `3333",
+        "with 0.9 of the probability at temperature 2, and the label\n",
+        "- Temperatures that a student may be trained at: 1, 2, 4\n",
+        "## Terms\n\nCC BY-NC 4.0\n",
+        "    gkd targets pull ADDRESS faces.gkd\n    gkd train-student RECORDS faces.gkd RUN\n",
+    ):
+        assert words in made.text
+
+
+def test_a_card_is_covered_by_the_manifest(made: Made) -> None:
+    cache = Cache.open(made.path)
+    assert cache.manifest is not None
+    assert cache.manifest.files[layout.CARD] == layout.file_record(made.path / layout.CARD)
+    assert verify(made.path).ok
+
+
+def test_the_bytes_follow_from_the_cache_alone(made: Made, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(made.path, tmp_path / "elsewhere.gkd"))
+    (copy / f".{layout.CARD}.{'0' * 32}").write_text("what a killed writer left")
+    write_card(copy, licence="CC BY-NC 4.0", note="Made for the reading group.")
+    assert (copy / layout.CARD).read_text() == made.text
+    assert not list(copy.glob(".*"))
+
+
+def test_without_words_of_its_maker_a_card_says_so(made: Made) -> None:
+    spec = make_spec()
+    commits = [read_commit(made.path, spec, shard) for shard in range(3)]
+    assert "## Terms\n\nNo licence was stated. Ask whoever" in card_text(spec, commits)
+
+
+def test_other_ways_of_making_a_cache_are_told(made: Made) -> None:
+    spec = msgspec.structs.replace(
+        make_spec(draws=DrawsSpec(16, 4.0, "all")),
+        centers=CentersSpec("file", "rank_0.pt", "2" * 64),
+        derived=DerivedSpec("retarget", ("4" * 64,)),
+    )
+    text = card_text(spec, [read_commit(made.path, make_spec(), shard) for shard in range(3)])
+    assert "- Centres of the identities: `rank_0.pt`; sha256" in text
+    assert "- And 16 identities an image drawn with replacement at temperature 4\n" in text
+    assert "- Made without the teacher, by retarget, from `4444" in text
+
+
+def test_names_are_no_markdown_and_no_shell(made: Made) -> None:
+    spec = msgspec.structs.replace(
+        make_spec(),
+        teacher=TeacherSpec("a`b\n# c", "onnx", "1" * 64, 128),
+        dataset=msgspec.structs.replace(make_spec().dataset, name="my faces; rm *"),
+    )
+    text = card_text(spec, [read_commit(made.path, make_spec(), shard) for shard in range(3)])
+    assert text.startswith("# What `a b # c` says of `my faces; rm *`\n")
+    assert "gkd targets pull ADDRESS my-faces--rm--.gkd\n" in text

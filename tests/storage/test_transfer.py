@@ -1,0 +1,610 @@
+"""Caches sent to folders and to a real S3 server and got from there, whatever happens."""
+
+import dataclasses
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+
+from gkd.storage import layout
+from gkd.storage.cache import Cache, committed_shards
+from gkd.storage.errors import (
+    ConfigError,
+    CorruptShardError,
+    GkdError,
+    IncompleteCacheError,
+    SpecMismatchError,
+)
+from gkd.storage.lock import WriteLock
+from gkd.storage.remote import Remote
+from gkd.storage.remote_cache import WORKERS, RemoteCache, remote_stats
+from gkd.storage.spec import DerivedSpec
+from gkd.storage.stats import stats
+from gkd.storage.transfer import CLAIM, pull, push
+from gkd.storage.verify import verify
+from gkd.storage.writer import CacheWriter
+from tests.caches import make_cache, make_spec, write_shard
+from tests.s3 import S3Server, s3_server
+from tests.tampering import edit_json, flip_bit, rehash
+
+ADDRESS = "s3://faces/team/cache.gkd"
+NO_SHARD_FILES = 13 + WORKERS  # eleven zarr.json, a card, a claim; and on their way into place
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Cache:
+    """A cache of three shards with a card and skipped samples."""
+    path = tmp_path_factory.mktemp("made") / "cache.gkd"
+    writer = CacheWriter(path, make_spec())
+    for shard in range(3):
+        write_shard(writer, shard, skipped={41: "no image"})
+    (path / layout.CARD).write_text("# Faces\n")
+    writer.finish()
+    return Cache.open(path)
+
+
+@pytest.fixture
+def folder(cache: Cache, tmp_path: Path) -> Path:
+    """A copy of the cache, as an address."""
+    return Path(shutil.copytree(cache.path, tmp_path / "shared" / "cache.gkd"))
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[S3Server]:
+    with s3_server(tmp_path / "s3") as server:
+        yield server
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    return {
+        str(file.relative_to(path)): file.read_bytes()
+        for file in path.rglob("*")
+        if file.is_file() and file.name != CLAIM
+    }
+
+
+def test_a_cache_goes_to_a_folder_and_back(cache: Cache, tmp_path: Path) -> None:
+    there, back = tmp_path / "there.gkd", tmp_path / "back.gkd"
+    sent = push(cache.path, str(there))
+    assert contents(there) == contents(cache.path)
+    files = len(contents(cache.path)) - 1  # the manifest
+    assert (sent.id, sent.whole, sent.files, sent.copied_files) == (cache.id, True, files, files)
+    assert cache.manifest is not None
+    assert sent.bytes == sent.copied_bytes == cache.manifest.bytes
+    assert Cache.open(there).id == cache.id
+
+    got = pull(f"file://{there}", back)
+    assert contents(back) == contents(cache.path)
+    assert got.id == cache.id
+    assert verify(back).ok
+
+
+def test_what_stands_is_not_copied_again(cache: Cache, tmp_path: Path) -> None:
+    there, back = tmp_path / "there.gkd", tmp_path / "back.gkd"
+    push(cache.path, str(there))
+    assert push(cache.path, str(there)).copied_files == 0
+    (there / "samples/000001.parquet").unlink()
+    again = push(cache.path, str(there))
+    size = (cache.path / "samples/000001.parquet").stat().st_size
+    assert (again.copied_files, again.copied_bytes) == (1, size)
+
+    pull(str(there), back)
+    assert pull(str(there), back).copied_files == 0
+
+
+def test_a_pull_mends_a_damaged_copy(cache: Cache, folder: Path, tmp_path: Path) -> None:
+    back = tmp_path / "back.gkd"
+    pull(str(folder), back)
+    flip_bit(back / "original/sizes/c/0/0", 40)
+    (back / "flipped/indices/c/2/0").unlink()
+    flip_bit(back / "commits/000001.json", 300)
+    flip_bit(back / layout.CARD, 3)
+    flip_bit(back / "original/indices/zarr.json", 90)
+    assert len(verify(back).faults) == 5
+    assert pull(str(folder), back).copied_files == 2
+    assert contents(back) == contents(cache.path)
+
+
+def test_a_damaged_file_is_not_sent(cache: Cache, folder: Path, tmp_path: Path) -> None:
+    flip_bit(folder / "original/sizes/c/0/0", 40)
+    with pytest.raises(CorruptShardError, match=r"original/sizes/c/0/0: .* so it is not sent"):
+        push(folder, str(tmp_path / "there"))
+    assert not (tmp_path / "there" / layout.MANIFEST).exists()
+    with pytest.raises(IncompleteCacheError, match="whose push is not finished"):
+        pull(str(tmp_path / "there"), tmp_path / "back")
+    push(cache.path, str(tmp_path / "there"))
+    assert contents(tmp_path / "there") == contents(cache.path)
+
+
+@pytest.mark.parametrize("file", ["original/sizes/c/0/0", "samples/000002.parquet"])
+def test_damage_on_the_way_is_found_on_arrival(folder: Path, tmp_path: Path, file: str) -> None:
+    flip_bit(folder / file, 40)
+    back = tmp_path / "back.gkd"
+    with pytest.raises(CorruptShardError, match=rf"{file}: what came is not what its commit"):
+        pull(str(folder), back)
+    assert not (back / file).exists()
+    with pytest.raises(IncompleteCacheError, match="`gkd targets pull` again"):
+        Cache.open(back)
+
+
+def test_a_longer_or_missing_file_is_found(folder: Path, tmp_path: Path) -> None:
+    place = folder / "original/sizes/c/0/0"
+    place.write_bytes(place.read_bytes() + b"more")
+    with pytest.raises(CorruptShardError, match=r"original/sizes/c/0/0: what came is not"):
+        pull(str(folder), tmp_path / "back")
+    place.unlink()
+    with pytest.raises(ConfigError, match=r"original/sizes/c/0/0: not there"):
+        pull(str(folder), tmp_path / "back")
+
+
+def test_a_manifest_cannot_name_files_to_send(cache: Cache, folder: Path, tmp_path: Path) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text("key")
+    manifest = msgspec.json.decode((folder / layout.MANIFEST).read_bytes(), type=layout.Manifest)
+    files = manifest.files | {"../../secret": layout.file_record(secret)}
+    commits = [
+        (cache.commit(k), layout.file_record(folder / layout.commit_file(k))) for k in range(3)
+    ]
+    (folder / layout.MANIFEST).write_bytes(layout.manifest_content(cache.spec, files, commits))
+    push(folder, str(tmp_path / "other" / "there" / "cache.gkd"))
+    assert not list((tmp_path / "other").rglob("secret"))
+
+
+def test_an_unfinished_cache_is_not_sent(tmp_path: Path) -> None:
+    writer = CacheWriter(tmp_path / "c", make_spec())
+    write_shard(writer, 0)
+    with pytest.raises(IncompleteCacheError, match="1 of 3 shards"):
+        push(writer.path, str(tmp_path / "there"))
+    assert not (tmp_path / "there").exists()
+
+
+# ------------------------------------------------------------------------ other caches
+
+
+def test_an_address_with_another_cache_is_left_alone(cache: Cache, tmp_path: Path) -> None:
+    other = make_cache(tmp_path / "other", seed=1)
+    push(other.path, str(tmp_path / "there"))
+    with pytest.raises(SpecMismatchError, match=f"holds another cache, with id {other.id}"):
+        push(cache.path, str(tmp_path / "there"))
+    assert contents(tmp_path / "there") == contents(other.path)
+
+
+def test_a_push_that_another_cache_began_is_left_alone(cache: Cache, tmp_path: Path) -> None:
+    """The same spec and sizes, other bytes: a mixture would pass for the second cache."""
+    other = make_cache(tmp_path / "other", seed=1)
+    push(other.path, str(tmp_path / "there"))
+    (tmp_path / "there" / layout.MANIFEST).unlink()
+    with pytest.raises(SpecMismatchError, match=f"one of the cache {other.id} begun there"):
+        push(cache.path, str(tmp_path / "there"))
+
+
+def test_a_cache_being_written_is_no_place_for_a_push(cache: Cache, tmp_path: Path) -> None:
+    writer = CacheWriter(tmp_path / "c", make_spec())
+    write_shard(writer, 0)
+    before = contents(writer.path)
+    with pytest.raises(SpecMismatchError, match="unfinished cache that no push put there"):
+        push(cache.path, str(writer.path))
+    assert contents(writer.path) == before
+
+
+def test_a_pull_leaves_other_caches_alone(folder: Path, tmp_path: Path) -> None:
+    other_settings = make_cache(tmp_path / "settings", max_group=10)
+    with pytest.raises(SpecMismatchError, match="holds another cache"):
+        pull(str(folder), other_settings.path)
+    other_teacher = make_cache(tmp_path / "teacher", seed=1)
+    with pytest.raises(SpecMismatchError, match=r"manifest\.json: of another cache, or damaged"):
+        pull(str(folder), other_teacher.path)
+    (other_teacher.path / layout.MANIFEST).unlink()
+    with pytest.raises(SpecMismatchError, match=r"commits/000000\.json: of another cache"):
+        pull(str(folder), other_teacher.path)
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter1.tex").write_text("...")
+    for place in (tmp_path / "thesis", tmp_path / "thesis" / "chapter1.tex"):
+        with pytest.raises(ConfigError, match="expected a folder for the cache"):
+            pull(str(folder), place)
+    assert [p.name for p in (tmp_path / "thesis").iterdir()] == ["chapter1.tex"]
+
+
+def test_two_runs_do_not_write_one_folder(folder: Path, tmp_path: Path) -> None:
+    # Another run as this machine knows one: a process that lives.
+    script = (
+        "import sys; from pathlib import Path; from gkd.storage.lock import WriteLock\n"
+        "with WriteLock(Path(sys.argv[1])):\n    print('in', flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", script, str(tmp_path / "back")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"in\n"
+        with pytest.raises(ConfigError, match=f"another run is writing it: .*process {other.pid}"):
+            pull(str(folder), tmp_path / "back")
+        assert other.stdin is not None
+        other.stdin.close()
+        other.wait()
+    assert pull(str(folder), tmp_path / "back").whole
+    with WriteLock(tmp_path / "back"):
+        pass
+
+
+# ------------------------------------------------------------------------ parts
+
+
+def test_some_shards_are_an_unfinished_cache(cache: Cache, folder: Path, tmp_path: Path) -> None:
+    back = tmp_path / "back.gkd"
+    got = pull(str(folder), back, shards=[2, 0])
+    assert (got.whole, got.id) == (False, None)
+    assert committed_shards(back) == [0, 2]
+    with pytest.raises(IncompleteCacheError, match="2 of 3 shards are written"):
+        Cache.open(back)
+    part = Cache.open(back, complete=False)
+    np.testing.assert_array_equal(
+        part.read_shard(2, "flipped").indices, cache.read_shard(2, "flipped").indices
+    )
+    with pytest.raises(CorruptShardError, match=r"commits/000001\.json: missing"):
+        part.read_shard(1, "flipped")
+
+    rest = pull(str(folder), back)
+    assert rest.whole
+    assert rest.copied_files == 9  # the arrays and the table of shard 1
+    assert contents(back) == contents(cache.path)
+
+
+def test_one_view_is_a_cache_of_its_own(cache: Cache, folder: Path, tmp_path: Path) -> None:
+    back = tmp_path / "back.gkd"
+    got = pull(str(folder), back, views=["flipped"])
+    assert verify(back).ok
+    flipped = Cache.open(back)
+    assert got.id == flipped.id != cache.id
+    assert flipped.spec.views == ("flipped",)
+    assert flipped.spec.derived == DerivedSpec("views", (cache.id,))
+    for shard in range(3):
+        for field in ("offsets", "indices", "log2_probs", "secondary"):
+            np.testing.assert_array_equal(
+                getattr(flipped.read_shard(shard, "flipped"), field),
+                getattr(cache.read_shard(shard, "flipped"), field),
+            )
+    assert f"the flipped view of the cache {cache.id} alone" in (back / "README.md").read_text()
+    assert not (back / "original").exists()
+
+    # The same for everybody, and finished in parts too.
+    pull(str(folder), tmp_path / "again", views=["flipped"], shards=[1])
+    pull(str(folder), tmp_path / "again", views=["flipped"])
+    assert contents(tmp_path / "again") == contents(back)
+    with pytest.raises(SpecMismatchError, match="or other views of it"):
+        pull(str(folder), back)
+
+
+def test_parts_that_are_not_there_are_refused(folder: Path, tmp_path: Path) -> None:
+    one_view = make_cache(tmp_path / "one", views=("original",))
+    with pytest.raises(ConfigError, match="shards: expected some of 0 to 2, got 3, 7"):
+        pull(str(folder), tmp_path / "back", shards=[0, 3, 7])
+    with pytest.raises(ConfigError, match="got none"):
+        pull(str(folder), tmp_path / "back", shards=[])
+    with pytest.raises(ConfigError, match="views: expected some of original, got flipped"):
+        pull(str(one_view.path), tmp_path / "back", views=["flipped"])
+    with pytest.raises(ConfigError, match="views: expected some of original, flipped, got flopped"):
+        pull(str(folder), tmp_path / "back", views=["flopped"])  # type: ignore[list-item]
+    assert not (tmp_path / "back").exists()
+
+
+# ------------------------------------------------------------------------ hostile addresses
+
+
+def lie_about_the_codec(path: Path) -> None:
+    edit_json(path / "original/indices/zarr.json", lambda m: m["codecs"].append({"name": "pickle"}))
+    rehash(path)
+
+
+def lie_about_the_shards(path: Path) -> None:
+    edit_json(path / layout.MANIFEST, lambda m: m["shards"].pop())
+
+
+def leave_the_folder(path: Path) -> None:
+    commit = path / "commits/000001.json"
+    text = commit.read_text().replace("samples/000001.parquet", "../../000001.parquet")
+    commit.write_text(text)
+
+
+def have_another_spec(path: Path) -> None:
+    edit_json(path / "zarr.json", lambda m: m["attributes"].update(max_group=0))
+
+
+def be_of_the_future(path: Path) -> None:
+    edit_json(path / "zarr.json", lambda m: m["attributes"].update(format=2))
+
+
+def be_no_cache(path: Path) -> None:
+    (path / "zarr.json").write_text("[" * 100_000)
+
+
+def be_huge(path: Path) -> None:
+    (path / "zarr.json").write_bytes(bytes(2_000_000))
+
+
+@pytest.mark.parametrize(
+    ("lie", "message"),
+    [
+        (lie_about_the_codec, r"manifest\.json: original/indices/zarr\.json is not what the spec"),
+        (lie_about_the_shards, r"manifest\.json: its sha256 is not the one that it names"),
+        (leave_the_folder, r"commits/000001\.json: its sha256 is not the one in manifest"),
+        (have_another_spec, r"zarr\.json: its spec cannot be: .*max_group: expected 1 to 65535"),
+        (be_of_the_future, r"expected a cache of format 1, got 2; update gkd"),
+        (be_no_cache, r"zarr\.json: no such JSON"),
+        (be_huge, r"zarr\.json: expected at most 1,048,576 bytes, got 2,000,000"),
+    ],
+)
+def test_a_lying_cache_is_refused_before_anything_is_written(
+    folder: Path, tmp_path: Path, lie: Callable[[Path], None], message: str
+) -> None:
+    lie(folder)
+    with pytest.raises(GkdError, match=message):
+        pull(str(folder), tmp_path / "back")
+    assert [p.name for p in tmp_path.iterdir()] == ["shared"]
+
+
+def test_a_commit_record_cannot_name_files(folder: Path, tmp_path: Path) -> None:
+    """Even where all hashes fit: names come from the spec, never from the address."""
+    leave_the_folder(folder)
+    record = layout.file_record(folder / "commits/000001.json")
+    manifest = msgspec.json.decode((folder / layout.MANIFEST).read_bytes(), type=layout.Manifest)
+    commits = []
+    for shard, entry in enumerate(manifest.shards):
+        place = folder / layout.commit_file(shard)
+        commit = msgspec.json.decode(place.read_bytes(), type=layout.Commit)
+        found = record if shard == 1 else layout.FileRecord(place.stat().st_size, entry.commit)
+        commits.append((commit, found))
+    spec = RemoteCache.open(Remote(str(folder))).spec
+    (folder / layout.MANIFEST).write_bytes(layout.manifest_content(spec, manifest.files, commits))
+    with pytest.raises(CorruptShardError, match=r"000001\.json: its list of files is not that of"):
+        pull(str(folder), tmp_path / "back")
+    assert [p.name for p in tmp_path.iterdir()] == ["shared"]
+
+
+def test_a_link_in_the_target_is_not_written_through(
+    cache: Cache, folder: Path, tmp_path: Path
+) -> None:
+    pull(str(folder), tmp_path / "back")
+    place = tmp_path / "back" / "original/sizes/c/0/0"
+    outside = tmp_path / "outside"
+    place.rename(outside)
+    place.symlink_to(outside)
+    pull(str(folder), tmp_path / "back")
+    assert not place.is_symlink()
+    assert contents(tmp_path / "back") == contents(cache.path)
+
+
+# ------------------------------------------------------------------------ addresses
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("nowhere://faces", "nowhere://faces: Protocol not known: nowhere; expected the path of"),
+        ("s3://faces", "unexpected keyword argument 'secrett'; give --storage-option only as"),
+    ],
+)
+def test_a_wrong_address_is_explained(tmp_path: Path, address: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        pull(address, tmp_path / "back", options={"secrett": "x"})
+
+
+def test_a_missing_backend_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    with pytest.raises(ConfigError, match=r"gs://faces/c\.gkd: .*gcsfs.*; addresses of this"):
+        pull("gs://faces/c.gkd", tmp_path / "back")
+
+
+def test_figures_need_no_array(cache: Cache, folder: Path) -> None:
+    for shard in range(3):
+        for view in cache.spec.views:
+            for file in layout.view_files(cache.spec, shard, view, 1):
+                (folder / file).unlink()
+        (folder / layout.samples_file(shard)).unlink()
+    told, measured = remote_stats(RemoteCache.open(Remote(str(folder)))), stats(cache)
+    for field in ("id", "num_samples", "num_classes", "bytes", "bytes_per_sample"):
+        assert getattr(told, field) == getattr(measured, field)
+    for found, exact in zip(told.views, measured.views, strict=True):
+        for each in dataclasses.fields(found):
+            assert getattr(found, each.name) == getattr(exact, each.name), each.name
+
+
+# ------------------------------------------------------------------------ a real S3 server
+
+
+def test_a_cache_goes_to_s3_and_back(cache: Cache, server: S3Server, tmp_path: Path) -> None:
+    sent = push(cache.path, ADDRESS)
+    assert sent.copied_files == sent.files
+    assert contents(server.buckets / "faces/team/cache.gkd") == contents(cache.path)
+    assert push(cache.path, f"{ADDRESS}/", read_back=True).copied_files == 0
+    assert pull(ADDRESS, tmp_path / "back").id == cache.id
+    assert contents(tmp_path / "back") == contents(cache.path)
+    pull(ADDRESS, tmp_path / "part", shards=[1], views=["original"])
+    assert committed_shards(tmp_path / "part") == [1]
+    assert remote_stats(RemoteCache.open(Remote(ADDRESS))).id == cache.id
+
+
+def test_read_back_finds_and_mends_what_the_size_does_not_tell(
+    cache: Cache, server: S3Server, tmp_path: Path
+) -> None:
+    push(cache.path, ADDRESS)
+    server.kill()
+    flip_bit(server.buckets / "faces/team/cache.gkd/original/sizes/c/0/0", 40)
+    server.start()
+    assert push(cache.path, ADDRESS).copied_files == 0
+    with pytest.raises(CorruptShardError, match=r"s3://.*/sizes/c/0/0: what came is not .*read-b"):
+        pull(ADDRESS, tmp_path / "back")
+    assert push(cache.path, ADDRESS, read_back=True).copied_files == 1
+    pull(ADDRESS, tmp_path / "back")
+    assert contents(tmp_path / "back") == contents(cache.path)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("AWS_SECRET_ACCESS_KEY", "wrongsecretkey123"), ("AWS_ACCESS_KEY_ID", "wrongaccesskey123")],
+)
+def test_a_wrong_key_is_explained(
+    cache: Cache,
+    server: S3Server,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    value: str,
+) -> None:
+    monkeypatch.setenv(name, value)
+    refused = rf"{ADDRESS}/\S+: access refused .*AWS_SECRET_ACCESS_KEY"
+    with pytest.raises(ConfigError, match=refused):
+        push(cache.path, ADDRESS)
+    with pytest.raises(ConfigError, match=refused):
+        pull(ADDRESS, tmp_path / "back")
+    assert not (tmp_path / "back").exists()
+
+
+def test_keys_and_endpoint_are_options_too(
+    cache: Cache, server: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = dict(server.environment)
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL"):
+        monkeypatch.delenv(name)
+    options = {
+        "key": given["AWS_ACCESS_KEY_ID"],
+        "secret": given["AWS_SECRET_ACCESS_KEY"],
+        "endpoint_url": server.endpoint,
+    }
+    assert push(cache.path, ADDRESS, options=options).whole
+
+
+def test_a_vanished_bucket_is_explained(cache: Cache, server: S3Server, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"s3://voices/c\.gkd/\S+: not there .*bucket does not"):
+        push(cache.path, "s3://voices/c.gkd")
+    with pytest.raises(ConfigError, match=r"s3://voices/c\.gkd: expected a cache of targets, got"):
+        pull("s3://voices/c.gkd", tmp_path / "back")
+
+
+def test_a_cache_that_vanishes_midway_is_explained(
+    cache: Cache, server: S3Server, tmp_path: Path
+) -> None:
+    push(cache.path, ADDRESS)
+    source = RemoteCache.open(Remote(ADDRESS))
+    server.kill()
+    shutil.rmtree(server.buckets / "faces")
+    server.start()
+    with pytest.raises(CorruptShardError, match=r"commits/00000\d\.json: missing; ask the cache's"):
+        source.commits()
+    with pytest.raises(ConfigError, match=r"sizes/c/0/0: not there .*bucket does not exist"):
+        source.remote.fetch("original/sizes/c/0/0", tmp_path / "x", 1, lambda amount: None)
+
+
+def run(*arguments: object) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-m", "gkd.cli", "targets", *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> Cache:
+    """A cache of twenty shards, so that there is a middle to be interrupted in."""
+    path = tmp_path_factory.mktemp("made") / "many.gkd"
+    return make_cache(path, num_samples=200, shard_samples=10)
+
+
+def wait_for_files(folder: Path, count: int, process: "subprocess.Popen[str]") -> None:
+    while process.poll() is None and sum(p.is_file() for p in folder.rglob("*")) < count:
+        time.sleep(0.005)
+
+
+@pytest.mark.parametrize("direction", ["push", "pull"])
+def test_three_kills_leave_the_same_bytes(
+    many: Cache, server: S3Server, tmp_path: Path, direction: str
+) -> None:
+    rng = random.Random(0)
+    back, there = tmp_path / "back.gkd", server.buckets / "faces/team/cache.gkd"
+    arguments: tuple[object, ...] = ("push", many.path, ADDRESS)
+    if direction == "pull":
+        push(many.path, ADDRESS)
+        arguments = ("pull", ADDRESS, back)
+    target = there if direction == "push" else back
+    # Of 180 files of shards; not near the end, so that the process is there when it is killed.
+    marks = sorted(rng.sample(range(NO_SHARD_FILES, 130), 3))
+    for mark in marks:
+        process = run(*arguments)
+        wait_for_files(target, mark, process)
+        process.kill()
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+        if direction == "push":
+            with pytest.raises(GkdError, match=r"push is not finished|nothing with a zarr\.json"):
+                pull(ADDRESS, tmp_path / "half")
+        else:
+            with pytest.raises(IncompleteCacheError, match="0 of 20 shards are written"):
+                Cache.open(back)
+    process = run(*arguments, "--json")
+    out, err = process.communicate()
+    assert process.returncode == 0, err
+    summary = json.loads(out)
+    assert 0 < summary["copied_files"] <= summary["files"] - (marks[-1] - NO_SHARD_FILES)
+    assert summary["id"] == many.id
+    pull(ADDRESS, back)
+    assert contents(back) == contents(many.path)
+
+
+@pytest.mark.parametrize("direction", ["push", "pull"])
+def test_a_server_that_dies_midway_is_one_message(
+    many: Cache, server: S3Server, tmp_path: Path, direction: str
+) -> None:
+    back, there = tmp_path / "back.gkd", server.buckets / "faces/team/cache.gkd"
+    arguments: tuple[object, ...] = ("push", many.path, ADDRESS)
+    if direction == "pull":
+        push(many.path, ADDRESS)
+        arguments = ("pull", ADDRESS, back)
+    target = there if direction == "push" else back
+    process = run(*arguments)
+    wait_for_files(target, 80, process)
+    server.kill()
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 1
+    (message,) = [line for line in err.splitlines() if line.startswith("Error: ")]
+    assert f"{ADDRESS}/" in message
+    assert "run the same command again to go on: what was copied stays" in message
+    assert "Traceback" not in err
+    assert not (target / layout.MANIFEST).exists()
+
+    server.start()
+    process = run(*arguments, "--json")
+    out, err = process.communicate()
+    assert process.returncode == 0, err
+    assert json.loads(out)["copied_files"] < json.loads(out)["files"]
+    pull(ADDRESS, back)
+    assert contents(back) == contents(many.path)
+
+
+def test_an_interrupted_pull_says_how_to_go_on(
+    many: Cache, server: S3Server, tmp_path: Path
+) -> None:
+    push(many.path, ADDRESS)
+    process = run("pull", ADDRESS, tmp_path / "back")
+    wait_for_files(tmp_path / "back", 80, process)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "interrupted; run the same command again to go on" in err
+    assert "Traceback" not in err
+    assert pull(ADDRESS, tmp_path / "back").id == many.id
+
+
+def test_the_server_is_gone_after_its_tests(tmp_path: Path) -> None:
+    with s3_server(tmp_path / "s3") as server:
+        assert server._process is not None
+        pid = server._process.pid
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
