@@ -5,7 +5,7 @@ import io
 
 import numpy as np
 import numpy.typing as npt
-import simplejpeg  # type: ignore[import-untyped]
+import simplejpeg
 from PIL import Image
 
 from gkd.storage.errors import CorruptRecordError

@@ -7,9 +7,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import fsspec  # type: ignore[import-untyped]
-from fsspec.callbacks import Callback  # type: ignore[import-untyped]
-from fsspec.implementations.local import LocalFileSystem  # type: ignore[import-untyped]
+import fsspec
+from fsspec.callbacks import Callback
+from fsspec.implementations.local import LocalFileSystem
 
 from gkd.storage import atomic
 from gkd.storage.disk import disk_errors

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import simplejpeg  # type: ignore[import-untyped]
+import simplejpeg
 
 from gkd.storage.faces import draw_face
 from gkd.storage.people import Conditions, Identity

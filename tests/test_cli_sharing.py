@@ -8,7 +8,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
-from gkd.cli import main  # noqa: TID251
+from gkd.cli import main
 from gkd.storage.cache import Cache
 from gkd.storage.verify import verify
 from gkd.trainer.backbones import build_backbone

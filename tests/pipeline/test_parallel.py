@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 import numpy as np
-import psutil  # type: ignore[import-untyped]
+import psutil
 import pytest
 import torch
 

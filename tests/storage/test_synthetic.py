@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import simplejpeg  # type: ignore[import-untyped]
+import simplejpeg
 
 from gkd.storage.synthetic import draw_faces, draw_pairs, synthetic_image
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-import simplejpeg  # type: ignore[import-untyped]
+import simplejpeg
 import torch
 
 from gkd.pipeline.partition import PartitionSettings, partition_logits
