@@ -51,6 +51,12 @@ def main() -> None:
 
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+licence_option = click.option(
+    "--licence", metavar="TEXT", help="Terms of the cache, for its README.md."
+)
+note_option = click.option(
+    "--note", metavar="TEXT", help="Anything else its users should know, for README.md."
+)
 sort_option = click.option(
     "--sort",
     type=click.Choice(["natural", "plain"]),
@@ -453,6 +459,8 @@ def targets_pull(
 @click.option("--max-group", type=int, help="At most that of IN, or more where no group was cut.")
 @click.option("--temperatures", callback=_numbers, help="Some of those of IN, such as 2,4.")
 @click.option("--group-temperature", type=float, help="That of IN; no other can be answered.")
+@licence_option
+@note_option
 def targets_retarget(path: Path, out: Path, **settings: Any) -> None:
     """Derive a stricter cache OUT from IN without the teacher, or go on with it.
 
@@ -467,12 +475,17 @@ def targets_retarget(path: Path, out: Path, **settings: Any) -> None:
 @targets.command("merge")
 @click.argument("out", type=_path())
 @click.argument("paths", metavar="IN...", type=_path(), nargs=-1, required=True)
-def targets_merge(out: Path, paths: tuple[Path, ...]) -> None:
+@licence_option
+@note_option
+def targets_merge(
+    out: Path, paths: tuple[Path, ...], licence: str | None, note: str | None
+) -> None:
     """Join caches IN... of disjoint records, one teacher and equal settings into OUT."""
     from gkd.storage.cache import Cache
     from gkd.storage.merge import merge
 
-    click.echo(f"{out}: {merge([Cache.open(path) for path in paths], out)}")
+    id = merge([Cache.open(path) for path in paths], out, licence=licence, note=note)
+    click.echo(f"{out}: {id}")
 
 
 @targets.command("gc")
@@ -550,8 +563,8 @@ def _embedder(
 @workers_option
 @click.option("--shard-samples", type=int, help="Samples a shard; by default from --max-group.")
 @click.option("--skip-corrupt", is_flag=True, help="Leave unreadable records out, and say which.")
-@click.option("--licence", metavar="TEXT", help="Terms of the cache, for its README.md.")
-@click.option("--note", metavar="TEXT", help="Anything else its users should know, for README.md.")
+@licence_option
+@note_option
 @sort_option
 @as_json
 def cache_teacher(

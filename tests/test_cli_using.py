@@ -76,10 +76,16 @@ def materialised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_a_retargeted_cache_is_that_of_a_fresh_run(home: Path, tmp_path: Path) -> None:
     options = ("--threshold", 0.8, "--max-group", 3, "--temperatures", "4,2")
-    told = works("targets", "retarget", home / "targets.gkd", tmp_path / "derived.gkd", *options)
+    terms = ("--licence", "As that of faces.", "--note", "For small students.")
+    derived_path = tmp_path / "derived.gkd"
+    told = works("targets", "retarget", home / "targets.gkd", derived_path, *options, *terms)
     fresh = Cache.open(cache_teacher(home, home / "faces", tmp_path / "fresh.gkd", *options))
-    derived = Cache.open(tmp_path / "derived.gkd")
+    derived = Cache.open(derived_path)
     assert derived.id in told
+    card = (derived_path / "README.md").read_text()
+    assert "As that of faces." in card
+    assert "For small students." in card
+    assert f"by retarget, from `{Cache.open(home / 'targets.gkd').id}`" in card
     assert "0 faults" in works("targets", "verify", derived.path)
     assert derived.spec.temperatures == fresh.spec.temperatures == (4.0, 2.0)
     for shard in range(4):
@@ -124,6 +130,7 @@ def test_caches_of_parts_are_merged_and_train(home: Path, tmp_path: Path) -> Non
     merged = Cache.open(tmp_path / "all.gkd")
     assert merged.id in told
     assert merged.spec.num_samples == 32
+    assert "by merge, from" in (merged.path / "README.md").read_text()
     assert "0 faults" in works("targets", "verify", merged.path)
     reference = Cache.open(home / "targets.gkd")
     for shard in range(4):
