@@ -51,6 +51,12 @@ def main() -> None:
 
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+licence_option = click.option(
+    "--licence", metavar="TEXT", help="Terms of the cache, for its README.md."
+)
+note_option = click.option(
+    "--note", metavar="TEXT", help="Anything else its users should know, for README.md."
+)
 sort_option = click.option(
     "--sort",
     type=click.Choice(["natural", "plain"]),
@@ -148,6 +154,15 @@ def _words(value: Any) -> str:
             return ", ".join(f"{name} {_words(each)}" for name, each in value.items()) or "none"
         case _:
             return " ".join(_words(each) for each in value)
+
+
+def _numbers(
+    context: click.Context, parameter: click.Parameter, value: str | None
+) -> tuple[float, ...] | None:
+    try:
+        return tuple(float(number) for number in value.split(",")) if value is not None else None
+    except ValueError as error:
+        raise click.BadParameter(f"expected numbers such as 1,2,4, got {value!r}") from error
 
 
 def _names(
@@ -437,6 +452,64 @@ def targets_pull(
     _emit(pull(address, path, shards=shards, views=views, options=options), as_json)
 
 
+@targets.command("retarget")
+@click.argument("path", metavar="IN", type=_path())
+@click.argument("out", type=_path())
+@click.option("--threshold", type=float, help="At most that of IN.")
+@click.option("--max-group", type=int, help="At most that of IN, or more where no group was cut.")
+@click.option("--temperatures", callback=_numbers, help="Some of those of IN, such as 2,4.")
+@click.option("--group-temperature", type=float, help="That of IN; no other can be answered.")
+@licence_option
+@note_option
+def targets_retarget(path: Path, out: Path, **settings: Any) -> None:
+    """Derive a stricter cache OUT from IN without the teacher, or go on with it.
+
+    What is not given stays as in IN. What IN cannot answer exactly is refused with the reason.
+    """
+    from gkd.storage.cache import Cache
+    from gkd.storage.retarget import retarget
+
+    click.echo(f"{out}: {retarget(Cache.open(path), out, **settings)}")
+
+
+@targets.command("merge")
+@click.argument("out", type=_path())
+@click.argument("paths", metavar="IN...", type=_path(), nargs=-1, required=True)
+@licence_option
+@note_option
+def targets_merge(
+    out: Path, paths: tuple[Path, ...], licence: str | None, note: str | None
+) -> None:
+    """Join caches IN... of disjoint records, one teacher and equal settings into OUT."""
+    from gkd.storage.cache import Cache
+    from gkd.storage.merge import merge
+
+    id = merge([Cache.open(path) for path in paths], out, licence=licence, note=note)
+    click.echo(f"{out}: {id}")
+
+
+@targets.command("gc")
+@click.option("--older-than", type=click.FloatRange(min=0), default=0.0, metavar="DAYS")
+@click.option("--dry-run", is_flag=True, help="Say what would go, and remove nothing.")
+@as_json
+def targets_gc(older_than: float, dry_run: bool, as_json: bool) -> None:
+    """Remove what trainings left in GKD_CACHE_DIR and no process has open.
+
+    These are targets made ready for reading and digests of images; both are made again as needed.
+    """
+    from gkd.storage.materialise import collect
+
+    found = collect(older_than=older_than, dry_run=dry_run)
+    if as_json:
+        click.echo(json.dumps(msgspec.to_builtins(found, enc_hook=str)))
+        return
+    for each in found:
+        did = f"stays, {each.why}" if each.why else "would go" if dry_run else "removed"
+        click.echo(f"{each.path}: {did}; {each.bytes:,} bytes, used {each.days:.1f} days ago")
+    freed = sum(each.bytes for each in found if each.removed)
+    click.echo(f"{freed:,} bytes {'would be ' if dry_run else ''}freed")
+
+
 # --------------------------------------------------------------------------- the two stages
 
 
@@ -461,13 +534,6 @@ def _embedder(
         device=device,
         precision=precision,
     )
-
-
-def _numbers(context: click.Context, parameter: click.Parameter, value: str) -> tuple[float, ...]:
-    try:
-        return tuple(float(number) for number in value.split(","))
-    except ValueError as error:
-        raise click.BadParameter(f"expected numbers such as 1,2,4, got {value!r}") from error
 
 
 @main.command("cache-teacher")
@@ -497,8 +563,8 @@ def _numbers(context: click.Context, parameter: click.Parameter, value: str) -> 
 @workers_option
 @click.option("--shard-samples", type=int, help="Samples a shard; by default from --max-group.")
 @click.option("--skip-corrupt", is_flag=True, help="Leave unreadable records out, and say which.")
-@click.option("--licence", metavar="TEXT", help="Terms of the cache, for its README.md.")
-@click.option("--note", metavar="TEXT", help="Anything else its users should know, for README.md.")
+@licence_option
+@note_option
 @sort_option
 @as_json
 def cache_teacher(
@@ -577,6 +643,7 @@ def cache_teacher(
 @click.option("--set", "settings", multiple=True, metavar="SECTION.KEY=VALUE", help="One setting.")
 @click.option("--student", help="Backbone, the same as --set student.name=...")
 @click.option("--without-kd", is_flag=True, help="The same run with cross-entropy alone.")
+@click.option("--drop-unmatched", is_flag=True, help="Leave out images that TARGETS do not know.")
 @sort_option
 def train_student(
     source: Path,
@@ -586,6 +653,7 @@ def train_student(
     settings: tuple[str, ...],
     student: str | None,
     without_kd: bool,
+    drop_unmatched: bool,
     sort: Any,
 ) -> None:
     """Train a student on RECORDS from TARGETS into the run folder OUT, or go on with it.
@@ -605,7 +673,19 @@ def train_student(
     joined = None
     if path != NO_TARGETS:
         # Without distillation as well: both runs leave out what the cache left out.
-        records, joined = join_targets(records, Cache.open(path), workers=os.cpu_count() or 1)
+        records, joined = join_targets(
+            records,
+            Cache.open(path),
+            workers=os.cpu_count() or 1,
+            drop_unmatched=drop_unmatched,
+            # Blocks need nothing made ready, and so they do where no target is read.
+            order=run.data.order if run.kd.enabled else "blocks",
+        )
+        if joined.unmatched:
+            told = (
+                f"{joined.unmatched:,} images without targets are left out, {len(records):,} stay"
+            )
+            click.echo(told, err=True)
     _emit(train(run, records, joined, out, command=["gkd", *sys.argv[1:]]), False)
 
 

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -95,6 +95,22 @@ class ImageFolder(Records):
                 f"got {len(content)}; the folder changed under a running command: run it again"
             )
         return memoryview(content)
+
+    def stamps(self) -> Iterator[tuple[str, os.stat_result]]:
+        """Key of every image, and what the system says now of its file.
+
+        Raises:
+            CorruptRecordError: where a file is gone.
+        """
+        root = os.fspath(self.path)
+        for row in range(len(self)):
+            key = self.key(row)
+            try:
+                yield key, os.stat(f"{root}/{key}")  # noqa: PTH116
+            except OSError as error:
+                raise CorruptRecordError(
+                    f"{self.where(row)}: {error.strerror}; put it back or run the command again"
+                ) from error
 
 
 def natural_key(name: str) -> tuple[list[str | int], str]:

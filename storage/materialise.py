@@ -225,7 +225,8 @@ def collect(
 
 
 def _collectable(folder: Path) -> Iterator[Path]:
-    yield from (folder / DIGESTS).glob("*.npy")
+    if (folder / DIGESTS).is_dir():
+        yield from (folder / DIGESTS).iterdir()
     for lock in folder.glob(f"*/{LOCK}"):
         yield from (path for path in lock.parent.iterdir() if path.is_dir())
 

@@ -17,8 +17,9 @@ import numpy as np
 import numpy.typing as npt
 
 from gkd.storage.cache import Cache
+from gkd.storage.card import write_card
 from gkd.storage.errors import ConfigError, SpecMismatchError
-from gkd.storage.layout import METADATA
+from gkd.storage.layout import MANIFEST, METADATA
 from gkd.storage.lock import WriteLock
 from gkd.storage.progress import progress
 from gkd.storage.retarget import shard_samples, software_versions
@@ -32,8 +33,12 @@ _FREE = ("num_samples", "shard_samples", "dataset", "derived", "software")
 _EXAMPLES = 3
 
 
-def merge(caches: Sequence[Cache], out: Path) -> str:
+def merge(
+    caches: Sequence[Cache], out: Path, *, licence: str | None = None, note: str | None = None
+) -> str:
     """Join finished caches into the cache ``out``, or go on with it; its id.
+
+    ``licence`` and ``note`` are words for the card.
 
     Raises:
         ConfigError: for fewer than two caches, or where another process writes ``out``.
@@ -55,6 +60,8 @@ def merge(caches: Sequence[Cache], out: Path) -> str:
             for shard in pending:
                 _write_merged(source, writer, shard)
                 advance()
+        if not (out / MANIFEST).exists():
+            write_card(out, licence=licence, note=note)
         return writer.finish()
 
 

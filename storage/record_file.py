@@ -1,5 +1,7 @@
 """MXNet record packs as rows of images: InsightFace's layout and im2rec's."""
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -82,6 +84,18 @@ class RecordFile(Records):
         if self.labels.item(row) < 0:
             raise self._label_fault(row)
         return body
+
+    def stamps(self) -> Iterator[tuple[str, os.stat_result]]:
+        """Name of the pack and of its index, and what the system says now of each.
+
+        Raises:
+            CorruptRecordError: where a file is gone.
+        """
+        for path in [self.path, self.path.with_suffix(".idx")][: 1 + self.indexed]:
+            try:
+                yield path.name, path.stat()
+            except OSError as error:
+                raise CorruptRecordError(f"{path}: {error.strerror}; put it back") from error
 
     def _label_fault(self, row: int) -> CorruptRecordError:
         (label, *_) = self._reader.read(int(self._offsets[row])).labels

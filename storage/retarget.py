@@ -23,8 +23,9 @@ import numpy as np
 import numpy.typing as npt
 
 from gkd.storage.cache import Cache, digests_of
+from gkd.storage.card import write_card
 from gkd.storage.errors import ConfigError
-from gkd.storage.layout import Commit
+from gkd.storage.layout import MANIFEST, Commit
 from gkd.storage.lock import WriteLock
 from gkd.storage.parallel import ordered_map
 from gkd.storage.progress import progress
@@ -51,10 +52,12 @@ def retarget(
     max_group: int | None = None,
     temperatures: tuple[float, ...] | None = None,
     group_temperature: float | None = None,
+    licence: str | None = None,
+    note: str | None = None,
 ) -> str:
     """Derive the cache ``out`` with stricter settings, or go on with it; its id.
 
-    Settings that are not given stay as they are.
+    Settings that are not given stay as they are; ``licence`` and ``note`` are words for the card.
 
     Raises:
         ConfigError: for settings that the stored groups cannot answer exactly, with the reason, or
@@ -81,6 +84,8 @@ def retarget(
                 functools.partial(_derive, cache, writer), pending, workers=workers
             ):
                 advance()
+        if not (out / MANIFEST).exists():
+            write_card(out, licence=licence, note=note)
         return writer.finish()
 
 

@@ -1,12 +1,19 @@
 """What every source of images offers: rows of a label and an encoded image."""
 
+import contextlib
 import hashlib
+import io
+import os
+import time
+import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from gkd.storage import atomic
 from gkd.storage.errors import CorruptRecordError
 from gkd.storage.images import DIGEST_BYTES, decode_face, digest
 from gkd.storage.parallel import ordered_map, row_blocks
@@ -14,6 +21,9 @@ from gkd.storage.progress import progress
 from gkd.storage.spec import LabelOrder
 
 QUIET_ROWS = 100_000
+# Less is hashed again as fast as it is looked for.
+LEAST_KEPT_BYTES = 1 << 28
+SETTLED_SECONDS = 2.0
 
 
 class Records(Protocol):
@@ -61,6 +71,14 @@ class Records(Protocol):
         """
         return decode_face(self.encoded(row), self.where(row))
 
+    def stamps(self) -> Iterator[tuple[str, os.stat_result]]:
+        """Name of every file that the images come from, and what the system says now of it.
+
+        Raises:
+            CorruptRecordError: where a file is gone.
+        """
+        ...
+
     @property
     def fingerprint(self) -> str:
         """Hex sha256 of labels and encoded sizes (int64, little-endian) in row order."""
@@ -70,12 +88,18 @@ class Records(Protocol):
 
 
 class Subset(Records):
-    """Some rows of other records, int64 [M], as records of their own."""
+    """Some rows of other records, int64 [M], as records of their own.
 
-    def __init__(self, records: Records, rows: npt.NDArray[np.int64]) -> None:
+    There may be more classes than the records know, without images.
+    """
+
+    def __init__(
+        self, records: Records, rows: npt.NDArray[np.int64], num_classes: int | None = None
+    ) -> None:
         self.records, self.rows = records, rows
         self.path, self.name = records.path, records.name
-        self.label_order, self.num_classes = records.label_order, records.num_classes
+        self.label_order = records.label_order
+        self.num_classes = records.num_classes if num_classes is None else num_classes
         self.labels, self.sizes = records.labels[rows], records.sizes[rows]
 
     def key(self, row: int) -> str:
@@ -93,6 +117,57 @@ class Subset(Records):
             CorruptRecordError: where it cannot be read.
         """
         return self.records.encoded(int(self.rows[row]))
+
+    def stamps(self) -> Iterator[tuple[str, os.stat_result]]:
+        """Name of every file behind the records, and what the system says now of it."""
+        return self.records.stamps()
+
+
+def kept_digests(records: Records, folder: Path, *, workers: int) -> npt.NDArray[np.uint8]:
+    """``digests``, kept in ``folder`` for the next time where the data set is large.
+
+    They are found again as long as path, labels and the size and time of change of every file are
+    the same. Files that changed within the last ``SETTLED_SECONDS`` are hashed and not kept:
+    another change within one tick of the file system's clock could not be told.
+    """
+    if records.sizes.sum() < LEAST_KEPT_BYTES:
+        return digests(records, workers=workers)
+    path, newest = _kept_path(records, folder)
+    found = _read_kept(path, len(records))
+    if found is not None:
+        return found
+    made = digests(records, workers=workers)
+    if time.time() - newest >= SETTLED_SECONDS and _kept_path(records, folder)[0] == path:
+        folder.mkdir(parents=True, exist_ok=True)
+        buffer = io.BytesIO()
+        np.savez(buffer, digests=made)
+        atomic.write_file(path, buffer.getvalue())
+    return made
+
+
+def _kept_path(records: Records, folder: Path) -> tuple[Path, float]:
+    """Where the digests of records as they are now would be kept, and when a file last changed."""
+    hashed = hashlib.sha256(f"{records.path}\n{records.fingerprint}\n".encode())
+    newest = 0.0
+    for name, stamp in records.stamps():
+        hashed.update(f"{name}\0{stamp.st_size} {stamp.st_mtime_ns}\n".encode())
+        newest = max(newest, stamp.st_mtime)
+    return folder / f"{hashed.hexdigest()}.npz", newest
+
+
+def _read_kept(path: Path, count: int) -> npt.NDArray[np.uint8] | None:
+    """Kept digests, or None where there are none that are whole."""
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+            kept: npt.NDArray[np.uint8] = archive["digests"]
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return None
+    if kept.shape != (count, DIGEST_BYTES) or kept.dtype != np.uint8:
+        return None
+    # When it was last used decides when it is collected.
+    with contextlib.suppress(PermissionError):
+        os.utime(path)
+    return kept
 
 
 def digests(records: Records, *, workers: int) -> npt.NDArray[np.uint8]:

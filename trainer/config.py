@@ -30,10 +30,17 @@ class DataConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     flip     mirror half of the images at random; each takes the targets of the view it shows
     workers  processes that decode and look targets up, at most one a core; 0 does it in the
              training process
+    order    full: each epoch is one permutation, targets come from memory-mapped files;
+             blocks: shards are read from the cache in random order, ``block_shards`` of them at a
+             time, and shuffled within, for nodes without the disk. Where records stand sorted by
+             identity, a block has the identities of its shards only. Without distillation full
+    block_shards  shards of the cache in a block; two blocks are in memory
     """
 
     flip: bool = True
     workers: CountOrNone = 4
+    order: Literal["full", "blocks"] = "full"
+    block_shards: Count = 4
 
 
 class StudentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -3,13 +3,21 @@
 The training process plans batches (which rows, which of them mirrored); workers decode, mirror
 and look targets up a whole batch at a time. A plan depends on seed, epoch and place alone, so
 any number of workers gives the same batches, and a resumed run plans on from its step.
+
+Targets come from memory-mapped files in any order, or, where the disk has no room for these, from
+the cache's shards: then an epoch goes through blocks of shards in random order and through the
+images of a block in random order, and the training process looks targets up, so that each shard
+is read once an epoch and a few are in memory.
 """
 
+import functools
 import os
 import signal
 from collections.abc import Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -17,59 +25,111 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from gkd.storage.blocks import Block, ShardStore
 from gkd.storage.cache import Cache
 from gkd.storage.errors import ConfigError, GkdError
 from gkd.storage.join import SKIPPED, join
-from gkd.storage.materialise import TargetStore, materialise
-from gkd.storage.records import Records, digests
-from gkd.storage.rows import Subset
+from gkd.storage.materialise import DIGESTS, TargetStore, default_folder, materialise
+from gkd.storage.records import Records
+from gkd.storage.rows import Subset, kept_digests
 from gkd.storage.spec import CacheSpec
-from gkd.storage.targets import at_temperature
+from gkd.storage.target_arrays import concatenate
+from gkd.storage.targets import SparseTargets, at_temperature
 from gkd.trainer.losses import GroupTargets
 
 PREFETCH = 4
 # Streams of random numbers drawn from one seed.
-_ORDER, _FLIPS = 0, 1
+_ORDER, _FLIPS, _SHARDS = 0, 1, 2
+Order = Literal["full", "blocks"]
 
 
 @dataclass(frozen=True)
 class JoinedTargets:
-    """A cache's targets, and the row of the cache for each image of the records, int64 [N]."""
+    """A cache's targets for the images and in the class numbers of some records.
 
-    store: TargetStore
+    store        of all targets of the cache
+    rows         int64 [N], row of the cache for each image
+    num_classes  of records and cache together
+    classes      uint32 [C], number in the records of each class of the cache; None: the same
+    unmatched    images that the cache does not know and that were left out
+    """
+
+    store: TargetStore | ShardStore
     rows: npt.NDArray[np.int64]
+    num_classes: int
+    classes: npt.NDArray[np.uint32] | None = None
+    unmatched: int = 0
 
     @property
     def spec(self) -> CacheSpec:
         """What the cache is."""
         return self.store.spec
 
+    def lookup(self, plan: "BatchPlan") -> SparseTargets:
+        """Targets of a batch in the class numbers of the records."""
+        targets = plan.targets
+        if targets is None:
+            assert isinstance(self.store, TargetStore)
+            targets = self.store.lookup(self.rows[plan.rows], plan.flipped)
+        if self.classes is None:
+            return targets
+        draws = None if targets.draws is None else self.classes[targets.draws]
+        return replace(targets, indices=self.classes[targets.indices], draws=draws)
+
+    def blocks(self, size: int) -> "Blocks":
+        """Blocks of ``size`` shards of the cache, for reading in their order."""
+        return Blocks(self.rows // self.spec.shard_samples, size)
+
 
 def join_targets(
-    records: Records, cache: Cache, *, workers: int, folder: Path | None = None
+    records: Records,
+    cache: Cache,
+    *,
+    workers: int,
+    folder: Path | None = None,
+    drop_unmatched: bool = False,
+    order: Order = "full",
 ) -> tuple[Records, JoinedTargets]:
-    """Match images with the cache by their content, and materialise its targets on this node.
+    """Match images with the cache by their content, and make its targets ready on this node.
 
-    Returns the records without those that the cache skipped, and their targets.
+    Returns the records without those that the cache skipped or, with ``drop_unmatched``, does not
+    know, and their targets: materialised, or to be read from the cache where ``order`` is blocks.
+    The records have as many classes as they and the cache together.
 
     Raises:
-        SpecMismatchError: where images are not the cache's, or class numbers differ.
+        SpecMismatchError: where images are not the cache's, or class numbers cannot be mapped.
         CorruptRecordError: where a record cannot be read.
         CorruptShardError: where the cache is damaged.
     """
-    rows = join(records, cache, digests=digests(records, workers=workers))
-    used = np.flatnonzero(rows != SKIPPED)
-    if len(used) < len(rows):
-        records = Subset(records, used)
-    return records, JoinedTargets(materialise(cache, folder=folder), rows[used])
+    home = folder or default_folder()
+    digests = kept_digests(records, home / DIGESTS, workers=workers)
+    found = join(records, cache, digests=digests, drop_unmatched=drop_unmatched)
+    used = np.flatnonzero(found.rows != SKIPPED)
+    if len(used) < len(records) or found.num_classes != records.num_classes:
+        records = Subset(records, used, found.num_classes)
+    return records, JoinedTargets(
+        ShardStore(cache) if order == "blocks" else materialise(cache, folder=home),
+        found.rows[used],
+        found.num_classes,
+        found.classes,
+        found.unmatched,
+    )
 
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """Rows of the records, int64 [B], and which of them to mirror, bool [B]."""
+    """One batch before it is made.
+
+    rows     int64 [B], of the records
+    flipped  bool [B], which of them to mirror
+    blocks   int64 [B], ascending: number in the whole training of each row's block; None without
+    targets  what was looked up already, in the class numbers of the cache
+    """
 
     rows: npt.NDArray[np.int64]
     flipped: npt.NDArray[np.bool_]
+    blocks: npt.NDArray[np.int64] | None = None
+    targets: SparseTargets | None = None
 
 
 @dataclass(frozen=True)
@@ -106,11 +166,30 @@ class Batch:
         )
 
 
+@dataclass(frozen=True, eq=False)
+class Blocks:
+    """Shards of the cache in which the images' targets stand, int64 [N]; ``size`` make a block."""
+
+    shards: npt.NDArray[np.int64]
+    size: int
+
+    @functools.cached_property
+    def occurring(self) -> npt.NDArray[np.int64]:
+        """Shards that any of the images is in, ascending."""
+        return np.flatnonzero(np.bincount(self.shards))
+
+    def composition(self, rng: np.random.Generator) -> list[npt.NDArray[np.int64]]:
+        """The shards of each block of an epoch; the last block may have fewer."""
+        shuffled = rng.permutation(self.occurring)
+        return [shuffled[at : at + self.size] for at in range(0, len(shuffled), self.size)]
+
+
 @dataclass(frozen=True)
 class Plans(Sampler[BatchPlan]):
     """The batches of a training from step ``start`` to its end, one epoch after the other.
 
-    Each epoch is a new permutation of all ``num_images``, less an incomplete last batch.
+    Each epoch is a new permutation of all ``num_images``, less an incomplete last batch; with
+    ``blocks`` one that goes through block after block.
     """
 
     num_images: int
@@ -119,6 +198,7 @@ class Plans(Sampler[BatchPlan]):
     seed: int
     flip: bool
     start: int = 0
+    blocks: Blocks | None = None
 
     @property
     def steps_per_epoch(self) -> int:
@@ -142,17 +222,91 @@ class Plans(Sampler[BatchPlan]):
         while step < self.total_steps:
             epoch, first = divmod(step, self.steps_per_epoch)
             order = self._rng(epoch, _ORDER).permutation(self.num_images)
+            blocks = self._blocks(epoch)
+            if blocks is not None:
+                order = order[np.argsort(blocks[order], kind="stable")]
             flipped = np.zeros(self.num_images, bool)
             if self.flip:
                 flipped = self._rng(epoch, _FLIPS).random(self.num_images) < 0.5
             for place in range(first, self.steps_per_epoch):
                 rows = order[place * self.batch_size : (place + 1) * self.batch_size]
-                yield BatchPlan(rows, flipped[rows])
+                yield BatchPlan(rows, flipped[rows], None if blocks is None else blocks[rows])
             step = (epoch + 1) * self.steps_per_epoch
+
+    def block_shards(self, number: int) -> list[int] | None:
+        """The shards of a block by its number in the whole training; None after the last."""
+        assert self.blocks is not None
+        epoch, place = divmod(number, self._blocks_per_epoch())
+        if epoch >= self.epochs:
+            return None
+        shards: list[int] = self.blocks.composition(self._rng(epoch, _SHARDS))[place].tolist()
+        return shards
+
+    def _blocks_per_epoch(self) -> int:
+        assert self.blocks is not None
+        return -(-len(self.blocks.occurring) // self.blocks.size)
+
+    def _blocks(self, epoch: int) -> npt.NDArray[np.int64] | None:
+        """Number of each image's block in the whole training, int64 [N]."""
+        if self.blocks is None:
+            return None
+        composition = self.blocks.composition(self._rng(epoch, _SHARDS))
+        numbers = np.zeros(int(self.blocks.shards.max()) + 1, np.int64)
+        for place, shards in enumerate(composition):
+            numbers[shards] = epoch * len(composition) + place
+        return numbers[self.blocks.shards]
 
     def _rng(self, epoch: int, stream: int) -> np.random.Generator:
         # Numpy's seeds are blind to trailing zeros: the last word is never 0.
         return np.random.default_rng([self.seed, epoch, stream + 1])
+
+
+@dataclass(frozen=True)
+class _WithTargets(Sampler["BatchPlan | GkdError | OSError"]):
+    """Plans with their targets, read block by block by a thread that is one block ahead.
+
+    Hands an error over as its last value: raised inside the loader, it would keep the loader alive,
+    and that its workers.
+    """
+
+    plans: Plans
+    store: ShardStore
+    rows: npt.NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.plans)
+
+    def __iter__(self) -> Iterator[BatchPlan | GkdError | OSError]:
+        try:
+            yield from self._plans()
+        except (GkdError, OSError) as error:
+            yield error
+
+    def _plans(self) -> Iterator[BatchPlan]:
+        loaded: dict[int, Future[Block]] = {}
+        with ThreadPoolExecutor(1, "read blocks") as pool:
+            try:
+                for plan in self.plans:
+                    assert plan.blocks is not None
+                    first, last = int(plan.blocks[0]), int(plan.blocks[-1])
+                    for number in [number for number in loaded if number < first]:
+                        del loaded[number]
+                    for number in range(first, max(first + 1, last) + 1):
+                        shards = self.plans.block_shards(number) if number not in loaded else None
+                        if shards is not None:
+                            loaded[number] = pool.submit(self.store.load, shards)
+                    yield replace(plan, targets=self._lookup(plan, plan.blocks, loaded))
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+    def _lookup(
+        self, plan: BatchPlan, blocks: npt.NDArray[np.int64], loaded: dict[int, Future[Block]]
+    ) -> SparseTargets:
+        parts = []
+        for number in np.unique(blocks).tolist():
+            rows, flipped = plan.rows[blocks == number], plan.flipped[blocks == number]
+            parts.append(loaded[number].result().lookup(self.rows[rows], flipped))
+        return concatenate(parts)
 
 
 class FaceBatches(Dataset[Batch]):
@@ -184,9 +338,8 @@ class FaceBatches(Dataset[Batch]):
         if self.targets is None:
             return None
         spec = self.targets.spec
-        sparse = self.targets.store.lookup(self.targets.rows[plan.rows], plan.flipped)
         batch = at_temperature(
-            sparse,
+            self.targets.lookup(plan),
             self.temperature,
             group_temperature=spec.group_temperature,
             temperatures=spec.temperatures,
@@ -234,7 +387,7 @@ def check_data(
 
 
 def load_batches(
-    dataset: FaceBatches, plans: Sampler[BatchPlan], *, workers: int, pin: bool
+    dataset: FaceBatches, plans: Plans, *, workers: int, pin: bool
 ) -> Generator[Batch, None, None]:
     """Batches by their plans, in order, made ahead by ``workers`` processes (0: here, when asked).
 
@@ -244,10 +397,13 @@ def load_batches(
         GkdError: what a worker met, as it was raised there.
     """
     workers = min(workers, _usable_cores())
-    loader: DataLoader[Batch | GkdError] = DataLoader(
+    sampler: Sampler[Any] = plans
+    if dataset.targets is not None and isinstance(dataset.targets.store, ShardStore):
+        sampler = _WithTargets(plans, dataset.targets.store, dataset.targets.rows)
+    loader: DataLoader[Batch | GkdError | OSError] = DataLoader(
         _Carrying(dataset),
         batch_size=None,
-        sampler=plans,
+        sampler=sampler,
         num_workers=workers,
         pin_memory=pin,
         prefetch_factor=PREFETCH if workers else None,
@@ -256,18 +412,20 @@ def load_batches(
         generator=torch.Generator(),
     )
     for item in loader:
-        if isinstance(item, GkdError):
+        if not isinstance(item, Batch):
             raise item
         yield item
 
 
-class _Carrying(Dataset[Batch | GkdError]):
+class _Carrying(Dataset[Batch | GkdError | OSError]):
     """Hands errors over as values: the loader's own way wraps them in the worker's traceback."""
 
     def __init__(self, dataset: FaceBatches) -> None:
         self.dataset = dataset
 
-    def __getitem__(self, plan: BatchPlan) -> Batch | GkdError:
+    def __getitem__(self, plan: BatchPlan | GkdError | OSError) -> Batch | GkdError | OSError:
+        if not isinstance(plan, BatchPlan):
+            return plan
         try:
             return self.dataset[plan]
         except GkdError as error:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from gkd.storage.atomic import write_file
+from gkd.storage.blocks import ShardStore
 from gkd.storage.errors import ConfigError, GkdError, SpecMismatchError
 from gkd.storage.progress import progress
 from gkd.storage.records import Records
@@ -244,11 +245,16 @@ def _targets_in_use(
             "kd.enabled: no targets were given; name a cache of targets, or train without "
             "distillation (--without-kd)"
         )
-    if len(targets.rows) != len(records) or targets.spec.num_classes != records.num_classes:
+    if len(targets.rows) != len(records) or targets.num_classes != records.num_classes:
         raise SpecMismatchError(
             f"{records.path} has {len(records)} images of {records.num_classes} classes, the "
-            f"targets are joined for {len(targets.rows)} images of {targets.spec.num_classes}; "
+            f"targets are joined for {len(targets.rows)} images of {targets.num_classes}; "
             "join the records with the cache that was made from them"
+        )
+    if isinstance(targets.store, ShardStore) and config.data.order != "blocks":
+        raise ConfigError(
+            "data.order: the targets were joined to be read in blocks; set data.order=blocks, or "
+            "join them to be read in full"
         )
     return targets
 

@@ -67,6 +67,11 @@ class RunState:
             config.train.epochs,
             config.train.seed,
             config.data.flip,
+            blocks=(
+                targets.blocks(config.data.block_shards)
+                if targets and config.data.order == "blocks"
+                else None
+            ),
         )
         parameters = [p for p in (*model.parameters(), *head.parameters()) if p.requires_grad]
         optimizer = make_optimizer(config.optimizer, parameters)

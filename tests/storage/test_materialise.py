@@ -203,8 +203,8 @@ def used(made: Cache, tmp_path: Path) -> Path:
     (half / "indices.npy").write_bytes(b"half")
     aged(half, 3)
     (tmp_path / "digests").mkdir()
-    (tmp_path / "digests" / "ab.npy").write_bytes(b"sixteen bytes...")
-    aged(tmp_path / "digests" / "ab.npy", 8)
+    (tmp_path / "digests" / "ab.npz").write_bytes(b"sixteen bytes...")
+    aged(tmp_path / "digests" / "ab.npz", 8)
     (tmp_path / "notes.txt").write_text("not ours")
     return tmp_path
 
@@ -216,10 +216,10 @@ def states(found: list[Collected]) -> dict[str, tuple[bool, str]]:
 def test_collecting_removes_all_that_nobody_uses(made: Cache, used: Path) -> None:
     found = collect(folder=used)
     assert states(found) == dict.fromkeys(
-        ["original+flipped", "flipped", ".original.0123", "ab.npy"], (True, "")
+        ["original+flipped", "flipped", ".original.0123", "ab.npz"], (True, "")
     )
     assert {each.path.name: round(each.days) for each in found}["original+flipped"] == 10
-    assert {each.path.name: each.bytes for each in found}["ab.npy"] == 16
+    assert {each.path.name: each.bytes for each in found}["ab.npz"] == 16
     assert names(used / made.id) == ["lock"]
     assert names(used) == sorted([made.id, "digests", "notes.txt"])
     assert len(materialise(made, folder=used)) == 100
@@ -231,7 +231,7 @@ def test_what_was_used_lately_stays(made: Cache, used: Path) -> None:
         "original+flipped": (True, ""),
         "flipped": (False, "used within 7 days"),
         ".original.0123": (False, "used within 7 days"),
-        "ab.npy": (True, ""),
+        "ab.npz": (True, ""),
     }
     assert names(used / made.id) == [".original.0123", "flipped", "lock"]
 

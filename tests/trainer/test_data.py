@@ -1,25 +1,37 @@
 """Batches: each image once an epoch, its own view's targets, whatever the workers."""
 
+import gc
 import shutil
+import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from gkd.storage.blocks import Block, ShardStore
 from gkd.storage.cache import Cache
-from gkd.storage.errors import ConfigError, CorruptRecordError, SpecMismatchError
-from gkd.storage.records import open_records
+from gkd.storage.errors import (
+    ConfigError,
+    CorruptRecordError,
+    CorruptShardError,
+    SpecMismatchError,
+)
+from gkd.storage.records import Records, open_records
 from gkd.trainer.data import (
     Batch,
     BatchPlan,
     FaceBatches,
+    JoinedTargets,
+    Order,
     Plans,
     check_data,
     join_targets,
     load_batches,
 )
 from tests.reference import log_softmax
+from tests.tampering import flip_bit
 from tests.trainer.faces import SETTINGS, load, teacher_logits, write_cache
 
 PLANS = Plans(num_images=42, batch_size=8, epochs=3, seed=1, flip=True)
@@ -93,16 +105,154 @@ def test_images_show_the_view_whose_targets_they_carry(faces: Path) -> None:
             assert np.exp(log_p[group]).sum() >= SETTINGS.threshold
 
 
+def in_blocks(faces: Path, plans: Plans, workers: int = 0) -> list[Batch]:
+    records, targets = load_blocks(faces)
+    dataset = FaceBatches(records, targets, temperature=4.0)
+    return list(load_batches(dataset, plans, workers=workers, pin=False))
+
+
+def load_blocks(faces: Path) -> tuple[Records, JoinedTargets]:
+    records, cache = open_records(faces / "faces"), Cache.open(faces / "targets.gkd")
+    return join_targets(records, cache, workers=1, folder=faces / "none", order="blocks")
+
+
+def block_plans(faces: Path, size: int = 1) -> Plans:
+    """Three shards of 16, 16 and 10 images; batches of 8 lie in two or three of them."""
+    return replace(PLANS, blocks=load_blocks(faces)[1].blocks(size))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_blocks_are_gone_through_one_after_the_other(faces: Path, size: int) -> None:
+    plans = list(block_plans(faces, size))
+    assert len(plans) == 15
+    composition = set()
+    for epoch in (plans[:5], plans[5:10], plans[10:]):
+        rows = np.concatenate([plan.rows for plan in epoch])
+        assert len(set(rows.tolist())) == 40
+        blocks = np.concatenate([plan.blocks for plan in epoch if plan.blocks is not None])
+        assert (np.diff(blocks) >= 0).all()
+        shards = [tuple(np.unique(rows[blocks == b] // 16)) for b in np.unique(blocks)]
+        assert sum(map(len, shards)) == 3
+        assert {len(block) for block in shards[:-1]} <= {size}
+        composition.add(tuple(shards))
+        inside = rows[blocks == blocks[0]]
+        assert not np.array_equal(inside, np.sort(inside))
+    assert len(composition) > 1 or size == 3
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("step", [0, 3, 8])
+def test_blocks_give_the_targets_that_the_whole_store_gives(
+    faces: Path, workers: int, size: int, step: int
+) -> None:
+    plans = block_plans(faces, size).starting_at(step)
+    got = in_blocks(faces, plans, workers)
+    assert len(got) == 15 - step
+    assert_same_batches(got, batches(faces, plans))
+    assert not (faces / "none").exists()
+
+
+def test_two_blocks_at_most_are_in_memory(faces: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    alive: weakref.WeakSet[Block] = weakref.WeakSet()
+    most = []
+    load = ShardStore.load
+
+    def counted(self: ShardStore, shards: list[int]) -> Block:
+        gc.collect()
+        most.append(len(alive))
+        block = load(self, shards)
+        alive.add(block)
+        return block
+
+    monkeypatch.setattr(ShardStore, "load", counted)
+    plans = replace(block_plans(faces), batch_size=5, epochs=2)
+    assert len(in_blocks(faces, plans)) == 16
+    assert len(most) == 6
+    assert max(most) <= 2
+
+
+def test_damage_met_in_a_block_is_named(faces: Path, tmp_path: Path) -> None:
+    shutil.copytree(faces / "targets.gkd", tmp_path / "targets.gkd")
+    flip_bit(tmp_path / "targets.gkd/original/indices/c/1/0", 77)
+    (tmp_path / "faces").symlink_to(faces / "faces")
+    with pytest.raises(CorruptShardError, match="original/indices/c/1/0: its sha256 is not"):
+        in_blocks(tmp_path, block_plans(faces), workers=2)
+
+
+def renumbered(faces: Path, home: Path, names: dict[int, str]) -> Path:
+    """The same people under other names, so in another order; those without one are left out."""
+    for old, new in names.items():
+        shutil.copytree(faces / "faces" / f"person_{old}", home / "faces" / new)
+    (home / "targets.gkd").symlink_to(faces / "targets.gkd")
+    return home
+
+
+PERMUTED = {0: "e", 1: "a", 2: "f", 3: "b", 4: "d", 5: "c"}
+FILTERED = {0: "e", 2: "f", 3: "b", 5: "c"}
+
+
+@pytest.mark.parametrize("order", ["full", "blocks"])
+@pytest.mark.parametrize("names", [PERMUTED, FILTERED])
+def test_targets_come_in_the_numbers_of_the_records(
+    faces: Path, tmp_path: Path, names: dict[int, str], order: Order
+) -> None:
+    """Against the dense teacher, whose classes are the cache's."""
+    home = renumbered(faces, tmp_path, names)
+    records, targets = join_targets(
+        open_records(home / "faces"),
+        Cache.open(home / "targets.gkd"),
+        workers=1,
+        folder=tmp_path,
+        order=order,
+    )
+    assert records.num_classes == targets.num_classes == 6
+    by_name = sorted(names.items(), key=lambda pair: pair[1])
+    old_classes = [old for old, _ in by_name]
+    old_classes += [old for old in range(6) if old not in names]
+    logits = teacher_logits(open_records(faces / "faces"), "original")[targets.rows]
+    log_p = log_softmax(logits[:, old_classes].astype(np.float64) / 4.0)
+    plans = Plans(
+        len(records), 7, 1, 0, flip=False, blocks=targets.blocks(2) if order == "blocks" else None
+    )
+    dataset = FaceBatches(records, targets, temperature=4.0)
+    for batch in load_batches(dataset, plans, workers=0, pin=False):
+        assert batch.targets is not None
+        entries = batch.targets
+        rows = batch.rows[entries.rows].numpy()
+        expected = log_p[rows, entries.indices.numpy()]
+        np.testing.assert_allclose(entries.log_probs.numpy(), expected, atol=6e-4)
+        for place, label in enumerate(batch.labels.tolist()):
+            assert label in entries.indices[entries.rows == place].tolist()
+
+
+def test_unknown_people_are_left_out_on_request(faces: Path, tmp_path: Path) -> None:
+    home = renumbered(faces, tmp_path, {0: "a", 1: "b"})
+    shutil.copytree(faces / "faces/person_2", home / "faces/new")
+    for number, path in enumerate((home / "faces/new").iterdir()):
+        path.write_bytes(path.read_bytes() + bytes([number]))
+    records, cache = open_records(home / "faces"), Cache.open(home / "targets.gkd")
+    with pytest.raises(SpecMismatchError, match=r"7 of 21 images .*--drop-unmatched"):
+        join_targets(records, cache, workers=1, folder=tmp_path)
+    kept, targets = join_targets(records, cache, workers=1, folder=tmp_path, drop_unmatched=True)
+    assert (len(kept), targets.unmatched) == (14, 7)
+    assert kept.labels.tolist() == [0] * 7 + [1] * 7
+
+
+def assert_same_batches(got: list[Batch], expected: list[Batch]) -> None:
+    for ours, theirs in zip(got, expected, strict=True):
+        for name in ("images", "labels", "rows"):
+            assert torch.equal(getattr(ours, name), getattr(theirs, name))
+        assert ours.targets is not None
+        assert theirs.targets is not None
+        for name, value in vars(theirs.targets).items():
+            assert torch.equal(getattr(ours.targets, name), value)
+
+
 @pytest.mark.parametrize("workers", [1, 3])
 def test_any_number_of_workers_gives_the_same_batches(faces: Path, workers: int) -> None:
     plans = PLANS.starting_at(8)
-    for got, want in zip(batches(faces, plans, workers), batches(faces, plans), strict=True):
-        for name in ("images", "labels", "rows"):
-            assert torch.equal(getattr(got, name), getattr(want, name))
-        assert got.targets is not None
-        assert want.targets is not None
-        for name, value in vars(want.targets).items():
-            assert torch.equal(getattr(got.targets, name), value)
+    assert_same_batches(batches(faces, plans, workers), batches(faces, plans))
 
 
 def test_without_targets_batches_have_none(faces: Path) -> None:
