@@ -9,7 +9,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
-from gkd.cli import main  # noqa: TID251
+from gkd.cli import main
 from gkd.storage.cache import Cache
 from gkd.storage.recordio import RecordWriter, encode_record
 from gkd.storage.records import Records, open_records

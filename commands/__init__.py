@@ -1,0 +1,1 @@
+"""The commands of ``gkd``, one module a subject; ``gkd.cli`` puts them together."""

@@ -1,0 +1,63 @@
+"""``gkd records``: look at, check and make record packs."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from gkd.commands.shared import PATH, as_json, emit, sort_option, workers_option
+
+
+@click.group()
+def records() -> None:
+    """Look at, check and make record packs."""
+
+
+@records.command("info")
+@click.argument("source", metavar="RECORDS", type=PATH)
+@sort_option
+@as_json
+def records_info(source: Path, sort: Any, as_json: bool) -> None:
+    """Say what RECORDS hold: a folder with train.rec, a .rec file or an image folder."""
+    from gkd.storage.records import open_records
+    from gkd.storage.records_check import records_info
+
+    emit(records_info(open_records(source, sort=sort)), as_json)
+
+
+@records.command("verify")
+@click.argument("source", metavar="RECORDS", type=PATH)
+@sort_option
+@workers_option
+@as_json
+def records_verify(source: Path, sort: Any, workers: int, as_json: bool) -> None:
+    """Read and decode every image of RECORDS and list every fault; exit 1 if there is one."""
+    from gkd.storage.records import open_records
+    from gkd.storage.records_check import verify_records
+
+    report = verify_records(open_records(source, sort=sort), workers=workers)
+    faults = [str(fault) for fault in report.faults]
+    if as_json:
+        counts = {"images": report.images, "identities": report.identities}
+        click.echo(json.dumps({**counts, "faults": faults}))
+    else:
+        for fault in faults:
+            click.echo(fault)
+        click.echo(
+            f"{report.images:,} images, {report.identities:,} identities, {len(faults):,} faults"
+        )
+    if faults:
+        raise SystemExit(1)
+
+
+@records.command("pack")
+@click.argument("folder", type=PATH)
+@click.argument("out", type=PATH)
+@sort_option
+@workers_option
+def records_pack(folder: Path, out: Path, sort: Any, workers: int) -> None:
+    """Pack an image FOLDER, one folder an identity, into OUT/train.rec in InsightFace's layout."""
+    from gkd.storage.packing import pack
+
+    emit(pack(folder, out, sort=sort, workers=workers), False)

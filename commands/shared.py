@@ -1,0 +1,173 @@
+"""What commands share: options, how values are read from words, and how results are printed."""
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+import msgspec
+
+if TYPE_CHECKING:
+    from gkd.pipeline.teacher import Embedder, Precision
+    from gkd.storage.spec import Preprocess
+
+PATH: Any = click.Path(path_type=Path)
+
+as_json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+licence_option = click.option(
+    "--licence", metavar="TEXT", help="Terms of the cache, for its README.md."
+)
+note_option = click.option(
+    "--note", metavar="TEXT", help="Anything else its users should know, for README.md."
+)
+sort_option = click.option(
+    "--sort",
+    type=click.Choice(["natural", "plain"]),
+    default="natural",
+    show_default=True,
+    help="Order of an image folder's identities: 2 before 10, or by bytes.",
+)
+preprocess_option = click.option(
+    "--preprocess",
+    "preset",
+    type=click.Choice(["arcface", "imagenet", "raw"]),
+    default="arcface",
+    show_default=True,
+    help="(x/255 - 0.5)/0.5, ImageNet's mean and deviation, or raw 0..255.",
+)
+bgr_option = click.option("--bgr", is_flag=True, help="The network takes BGR, not RGB.")
+device_option = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda")
+precision_option = click.option(
+    "--precision",
+    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+    default="auto",
+    show_default=True,
+)
+arch_option = click.option(
+    "--arch",
+    default="auto",
+    show_default=True,
+    help="Backbone of a .pt, .pth or .safetensors file, e.g. iresnet50; auto for .onnx.",
+)
+workers_option = click.option(
+    "--workers",
+    type=click.IntRange(min=1),
+    default=max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))),
+    show_default="cores of this rank",
+    help="Threads that decode images.",
+)
+
+
+def parse_storage_options(
+    context: click.Context, parameter: click.Parameter, values: tuple[str, ...]
+) -> dict[str, Any]:
+    """``KEY=VALUE`` settings; a value is JSON, or else plain text."""
+    options = {}
+    for each in values:
+        key, equals, value = each.partition("=")
+        if not key or not equals:
+            raise click.BadParameter(f"expected KEY=VALUE, got {each!r}")
+        try:
+            options[key] = json.loads(value)
+        except ValueError:
+            options[key] = value
+    return options
+
+
+storage_option = click.option(
+    "--storage-option",
+    "options",
+    multiple=True,
+    metavar="KEY=VALUE",
+    callback=parse_storage_options,
+    help="Setting of the address's fsspec backend, as JSON or plain text, e.g. endpoint_url=http://"
+    "... of s3://. The backend's environment variables and configuration work too, and keep "
+    "secrets off the command line.",
+)
+
+
+def rank() -> int:
+    """This process's number among those that torchrun started."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def emit(value: Any, as_json: bool) -> None:
+    """Print a result: one JSON object, or a line a field."""
+    fields = msgspec.to_builtins(value, str_keys=True, enc_hook=str)
+    if as_json:
+        click.echo(json.dumps(fields))
+        return
+    width = max(len(name) for name in fields)
+    for name, each in fields.items():
+        click.echo(f"{name.replace('_', ' '):{width}}  {_words(each)}")
+
+
+def _words(value: Any) -> str:
+    match value:
+        case bool() | str() | None:
+            return str(value)
+        case int():
+            return f"{value:,}"
+        case float():
+            return f"{value:,.4g}"
+        case dict():
+            return ", ".join(f"{name} {_words(each)}" for name, each in value.items()) or "none"
+        case _:
+            return " ".join(_words(each) for each in value)
+
+
+def parse_numbers(
+    context: click.Context, parameter: click.Parameter, value: str | None
+) -> tuple[float, ...] | None:
+    """Numbers such as ``1,2,4``."""
+    try:
+        return tuple(float(number) for number in value.split(",")) if value is not None else None
+    except ValueError as error:
+        raise click.BadParameter(f"expected numbers such as 1,2,4, got {value!r}") from error
+
+
+def parse_names(
+    context: click.Context, parameter: click.Parameter, value: str | None
+) -> tuple[str, ...] | None:
+    """Names with commas between them."""
+    return None if value is None else tuple(value.split(","))
+
+
+def parse_shards(
+    context: click.Context, parameter: click.Parameter, value: str | None
+) -> tuple[int, ...] | None:
+    """Shards such as ``0-9,12``."""
+    if value is None:
+        return None
+    shards: list[int] = []
+    for part in value.split(","):
+        first, dash, last = part.partition("-")
+        last = last if dash else first
+        if not first.isdecimal() or not last.isdecimal():
+            raise click.BadParameter(f"expected shards such as 0-9,12, got {value!r}")
+        shards += range(int(first), int(last) + 1)
+    return tuple(shards)
+
+
+def build_embedder(
+    path: Path, *, arch: str, preprocess: "Preprocess", device: str, precision: "Precision"
+) -> "Embedder":
+    """Any model that a command takes: an ONNX file, weights, or a run of ``train-student``."""
+    from gkd.pipeline.teacher import OnnxEmbedder, TorchEmbedder
+    from gkd.storage.atomic import sha256_file
+    from gkd.trainer.backbones import load_backbone
+    from gkd.trainer.checkpoint import chosen_checkpoint
+
+    if path.suffix == ".onnx":
+        return OnnxEmbedder(path, preprocess, device=device)
+    weights = chosen_checkpoint(path) if path.is_dir() else path
+    return TorchEmbedder(
+        load_backbone(arch, weights),
+        name=path.name if path.is_dir() else path.stem,
+        arch=arch,
+        sha256=sha256_file(weights),
+        preprocess=preprocess,
+        device=device,
+        precision=precision,
+    )

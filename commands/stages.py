@@ -1,0 +1,186 @@
+"""The two stages: ``gkd cache-teacher`` and ``gkd train-student``."""
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+import msgspec
+
+from gkd.commands.shared import (
+    PATH,
+    arch_option,
+    as_json,
+    bgr_option,
+    build_embedder,
+    device_option,
+    emit,
+    licence_option,
+    note_option,
+    parse_names,
+    parse_numbers,
+    precision_option,
+    preprocess_option,
+    rank,
+    sort_option,
+    workers_option,
+)
+
+if TYPE_CHECKING:
+    from gkd.pipeline.teacher import Precision
+
+NO_TARGETS = Path("-")
+
+
+@click.command("cache-teacher")
+@click.argument("source", metavar="RECORDS", type=PATH)
+@click.argument("out", type=PATH)
+@click.option("--teacher", type=PATH, required=True, help="ONNX file, weights or run folder.")
+@arch_option
+@click.option(
+    "--centers",
+    required=True,
+    multiple=True,
+    metavar="FILE|class-mean",
+    help="Class centres [C, D]; several files are joined; or the mean of each class.",
+)
+@click.option("--threshold", type=float, default=0.93, show_default=True)
+@click.option("--group-temperature", type=float, default=2.0, show_default=True)
+@click.option("--temperatures", callback=parse_numbers, default="1,2,4", show_default=True)
+@click.option("--max-group", type=int, default=4096, show_default=True)
+@click.option("--scale", type=float, default=64.0, show_default=True)
+@click.option("--margin", type=float, default=0.4, show_default=True)
+@click.option("--views", callback=parse_names, default="original,flipped", show_default=True)
+@preprocess_option
+@bgr_option
+@click.option("--batch-size", type=int, default=128, show_default=True)
+@device_option
+@precision_option
+@workers_option
+@click.option("--shard-samples", type=int, help="Samples a shard; by default from --max-group.")
+@click.option("--skip-corrupt", is_flag=True, help="Leave unreadable records out, and say which.")
+@licence_option
+@note_option
+@sort_option
+@as_json
+def cache_teacher(
+    source: Path,
+    out: Path,
+    teacher: Path,
+    arch: str,
+    centers: tuple[str, ...],
+    threshold: float,
+    group_temperature: float,
+    temperatures: tuple[float, ...],
+    max_group: int,
+    scale: float,
+    margin: float,
+    views: Any,
+    preset: str,
+    bgr: bool,
+    batch_size: int,
+    device: str,
+    precision: "Precision",
+    workers: int,
+    shard_samples: int | None,
+    skip_corrupt: bool,
+    licence: str | None,
+    note: str | None,
+    sort: Any,
+    as_json: bool,
+) -> None:
+    """Run the teacher over RECORDS once and store its primary groups in OUT, or go on with it."""
+    from gkd.pipeline.centers import Centers, load_centers
+    from gkd.pipeline.partition import PartitionSettings
+    from gkd.pipeline.run import CLASS_MEAN, CacheSettings
+    from gkd.pipeline.run import cache_teacher as run
+    from gkd.storage.records import open_records
+    from gkd.storage.spec import preprocess_preset
+
+    settings = CacheSettings(
+        partition=PartitionSettings(
+            threshold=threshold,
+            group_temperature=group_temperature,
+            temperatures=temperatures,
+            max_group=max_group,
+            scale=scale,
+            margin=margin,
+        ),
+        views=views,
+        batch_size=batch_size,
+        workers=workers,
+        skip_corrupt=skip_corrupt,
+        shard_samples=shard_samples,
+        licence=licence,
+        note=note,
+    )
+    records = open_records(source, sort=sort)
+    preprocess = preprocess_preset(preset, bgr=bgr)
+    embedder = build_embedder(
+        teacher, arch=arch, preprocess=preprocess, device=device, precision=precision
+    )
+    if centers == (CLASS_MEAN,):
+        summary = run(records, out, embedder, CLASS_MEAN, settings)
+    else:
+        files = [Path(file) for file in centers]
+        array = load_centers(files, records.num_classes, embedder.embedding_dim)
+        names = " ".join(file.name for file in files)
+        summary = run(records, out, embedder, Centers(array, "file", names), settings)
+    if rank() == 0:
+        speed = {"images_per_second": summary.images_per_second}
+        emit({**msgspec.to_builtins(summary), **speed}, as_json)
+
+
+@click.command("train-student")
+@click.argument("source", metavar="RECORDS", type=PATH)
+@click.argument("path", metavar="TARGETS", type=PATH)
+@click.argument("out", type=PATH)
+@click.option("--config", type=PATH, help="Settings of the run, a TOML file with sections.")
+@click.option("--set", "settings", multiple=True, metavar="SECTION.KEY=VALUE", help="One setting.")
+@click.option("--student", help="Backbone, the same as --set student.name=...")
+@click.option("--without-kd", is_flag=True, help="The same run with cross-entropy alone.")
+@click.option("--drop-unmatched", is_flag=True, help="Leave out images that TARGETS do not know.")
+@sort_option
+def train_student(
+    source: Path,
+    path: Path,
+    out: Path,
+    config: Path | None,
+    settings: tuple[str, ...],
+    student: str | None,
+    without_kd: bool,
+    drop_unmatched: bool,
+    sort: Any,
+) -> None:
+    """Train a student on RECORDS from TARGETS into the run folder OUT, or go on with it.
+
+    Where there are no TARGETS, write - for them, with --without-kd.
+    """
+    from gkd.storage.cache import Cache
+    from gkd.storage.records import open_records
+    from gkd.trainer.config import load_config
+    from gkd.trainer.data import join_targets
+    from gkd.trainer.loop import train
+
+    chosen = [f"student.name={student}"] if student else []
+    chosen += ["kd.enabled=false"] if without_kd else []
+    run = load_config(config, [*settings, *chosen])
+    records = open_records(source, sort=sort)
+    joined = None
+    if path != NO_TARGETS:
+        # Without distillation as well: both runs leave out what the cache left out.
+        records, joined = join_targets(
+            records,
+            Cache.open(path),
+            workers=os.cpu_count() or 1,
+            drop_unmatched=drop_unmatched,
+            # Blocks need nothing made ready, and so they do where no target is read.
+            order=run.data.order if run.kd.enabled else "blocks",
+        )
+        if joined.unmatched:
+            told = (
+                f"{joined.unmatched:,} images without targets are left out, {len(records):,} stay"
+            )
+            click.echo(told, err=True)
+    emit(train(run, records, joined, out, command=["gkd", *sys.argv[1:]]), False)

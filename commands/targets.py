@@ -1,0 +1,296 @@
+"""``gkd targets``: look at, check, share and derive caches."""
+
+import json
+import os
+import secrets
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import click
+import msgspec
+
+from gkd.commands.shared import (
+    PATH,
+    as_json,
+    build_embedder,
+    device_option,
+    emit,
+    licence_option,
+    note_option,
+    parse_names,
+    parse_numbers,
+    parse_shards,
+    sort_option,
+    storage_option,
+)
+
+if TYPE_CHECKING:
+    from gkd.pipeline.teacher import Precision
+    from gkd.storage.verify import Level
+
+
+@click.group()
+def targets() -> None:
+    """Look at and check caches of targets."""
+
+
+@targets.command("info")
+@click.argument("place", metavar="TARGETS")
+@storage_option
+@as_json
+def targets_info(place: str, options: dict[str, Any], as_json: bool) -> None:
+    """Say what made TARGETS, a cache here or at an address, and whether they are finished."""
+    from gkd.storage.cache import Cache, committed_shards
+    from gkd.storage.remote import Remote, is_address
+    from gkd.storage.remote_cache import RemoteCache
+
+    if is_address(place):
+        remote = RemoteCache.open(Remote(place, options))
+        commits = remote.commits()
+        state = {"address": remote.remote.address, "id": remote.id, "shards": len(commits)}
+        state["bytes"] = remote.manifest.bytes
+        spec = remote.spec
+    else:
+        cache = Cache.open(place, complete=False)
+        commits = {shard: cache.commit(shard) for shard in committed_shards(cache.path)}
+        state = {"path": cache.path, "id": cache.id if cache.manifest else "not finished"}
+        state |= {"shards": cache.spec.num_shards, "committed_shards": len(commits)}
+        spec = cache.spec
+    skipped = {key: why for commit in commits.values() for key, why in commit.skipped.items()}
+    emit(state | {"skipped": skipped} | msgspec.to_builtins(spec), as_json)
+
+
+@targets.command("verify")
+@click.argument("path", metavar="TARGETS", type=PATH)
+@click.option("--quick", "level", flag_value="quick", help="Presence and sizes only.")
+@click.option("--deep", "level", flag_value="deep", help="Decode all arrays, check what they say.")
+@click.option("--against", type=PATH, metavar="RECORDS", help="Recompute a sample of these.")
+@click.option("--teacher", type=PATH, help="The teacher that recomputes.")
+@click.option("--arch", help="Its backbone; by default the one that TARGETS name.")
+@click.option("--centers", type=PATH, multiple=True, help="Its centres, unless class means.")
+@click.option("--sample", type=click.IntRange(min=1), default=256, show_default=True)
+@click.option("--seed", type=int, help="Draws the sample; by default another one each time.")
+@device_option
+@sort_option
+@as_json
+def targets_verify(
+    path: Path,
+    level: "Level | None",
+    against: Path | None,
+    teacher: Path | None,
+    arch: str | None,
+    centers: tuple[Path, ...],
+    sample: int,
+    seed: int | None,
+    device: str,
+    sort: Any,
+    as_json: bool,
+) -> None:
+    """Check every file of TARGETS and list every fault; exit 1 if there is one.
+
+    By default every byte is held against its hash. With --against RECORDS --teacher FILE a random
+    sample is computed again instead, and the largest differences are told.
+    """
+    from gkd.storage.verify import verify
+
+    if (against is None) != (teacher is None) or (against and level):
+        raise click.UsageError("--against RECORDS and --teacher FILE go together, and alone")
+    if against and teacher:
+        _verify_against(path, against, teacher, arch, centers, sample, seed, device, sort, as_json)
+        return
+    report = verify(path, level=level or "hashes")
+    if as_json:
+        plain = msgspec.to_builtins(report, enc_hook=str)
+        click.echo(json.dumps({**plain, "ok": report.ok}))
+    else:
+        for fault in report.faults:
+            click.echo(str(fault))
+        click.echo(
+            f"{report.shards:,} shards, {report.files:,} files, {report.bytes:,} bytes, "
+            f"{report.entries:,} entries, {len(report.faults):,} faults"
+        )
+    if not report.ok:
+        raise SystemExit(1)
+
+
+def _verify_against(
+    path: Path,
+    source: Path,
+    teacher: Path,
+    arch: str | None,
+    centers: tuple[Path, ...],
+    sample: int,
+    seed: int | None,
+    device: str,
+    sort: Any,
+    as_json: bool,
+) -> None:
+
+    from gkd.pipeline.against import load_named_centers, verify_against
+    from gkd.storage.cache import Cache
+    from gkd.storage.records import open_records
+
+    cache = Cache.open(path)
+    named = cache.spec
+    embedder = build_embedder(
+        teacher,
+        arch=arch or named.teacher.arch,
+        preprocess=named.preprocess,
+        device=device,
+        precision=cast("Precision", named.precision),
+    )
+    report = verify_against(
+        cache,
+        open_records(source, sort=sort),
+        embedder,
+        load_named_centers(cache, centers),
+        sample=sample,
+        seed=secrets.randbits(32) if seed is None else seed,
+        workers=os.cpu_count() or 1,
+    )
+    emit({**msgspec.to_builtins(report), "ok": report.ok}, as_json)
+    if not report.ok:
+        raise SystemExit(1)
+
+
+@targets.command("stats")
+@click.argument("place", metavar="TARGETS")
+@click.option("--plot", type=PATH, help="Draw group sizes and masses into this PNG.")
+@storage_option
+@as_json
+def targets_stats(place: str, plot: Path | None, options: dict[str, Any], as_json: bool) -> None:
+    """Describe group sizes, masses and bytes of TARGETS, a cache here or at an address.
+
+    At an address the arrays are left there: sizes and counts only.
+    """
+    from gkd.storage.cache import Cache
+    from gkd.storage.errors import ConfigError
+    from gkd.storage.remote import Remote, is_address
+    from gkd.storage.remote_cache import RemoteCache, remote_stats
+    from gkd.storage.stats import CacheStats, plot_stats, stats
+
+    if is_address(place):
+        if plot:
+            raise ConfigError(f"{place}: a plot needs the arrays; `gkd targets pull` it first")
+        figures: Any = remote_stats(RemoteCache.open(Remote(place, options)))
+    else:
+        figures = stats(Cache.open(place))
+        if plot:
+            plot_stats(figures, plot)
+    if as_json:
+        click.echo(msgspec.json.encode(figures, enc_hook=str).decode())
+        return
+    whole = msgspec.to_builtins(figures, enc_hook=str)
+    views = whole.pop("views")
+    emit(whole, False)
+    for view in views:
+        view.pop("histogram", None)
+        click.echo()
+        emit(view, False)
+    if not isinstance(figures, CacheStats):
+        click.echo("\nQuantiles and masses need the arrays: `gkd targets pull` the cache for them.")
+
+
+@targets.command("push")
+@click.argument("path", metavar="TARGETS", type=PATH)
+@click.argument("address")
+@click.option("--read-back", is_flag=True, help="Read every file back and compare its sha256.")
+@storage_option
+@as_json
+def targets_push(
+    path: Path, address: str, read_back: bool, options: dict[str, Any], as_json: bool
+) -> None:
+    """Send TARGETS to ADDRESS, or go on where an earlier push stopped.
+
+    ADDRESS is a folder or anything that fsspec opens: s3://, gs://, hf://, sftp://.
+    """
+    from gkd.storage.transfer import push
+
+    emit(push(path, address, options=options, read_back=read_back), as_json)
+
+
+@targets.command("pull")
+@click.argument("address")
+@click.argument("path", metavar="TARGETS", type=PATH)
+@click.option(
+    "--shards", callback=parse_shards, help="These only, e.g. 0-9,12: TARGETS stay partial."
+)
+@click.option(
+    "--views", callback=parse_names, help="original or flipped: TARGETS are a cache of it."
+)
+@storage_option
+@as_json
+def targets_pull(
+    address: str,
+    path: Path,
+    shards: tuple[int, ...] | None,
+    views: Any,
+    options: dict[str, Any],
+    as_json: bool,
+) -> None:
+    """Get the cache at ADDRESS into TARGETS, or go on where an earlier pull stopped.
+
+    Every file is held against its hash on arrival, and those that stand in TARGETS already too: a
+    pull into a damaged copy mends it.
+    """
+    from gkd.storage.transfer import pull
+
+    emit(pull(address, path, shards=shards, views=views, options=options), as_json)
+
+
+@targets.command("retarget")
+@click.argument("path", metavar="IN", type=PATH)
+@click.argument("out", type=PATH)
+@click.option("--threshold", type=float, help="At most that of IN.")
+@click.option("--max-group", type=int, help="At most that of IN, or more where no group was cut.")
+@click.option("--temperatures", callback=parse_numbers, help="Some of those of IN, such as 2,4.")
+@click.option("--group-temperature", type=float, help="That of IN; no other can be answered.")
+@licence_option
+@note_option
+def targets_retarget(path: Path, out: Path, **settings: Any) -> None:
+    """Derive a stricter cache OUT from IN without the teacher, or go on with it.
+
+    What is not given stays as in IN. What IN cannot answer exactly is refused with the reason.
+    """
+    from gkd.storage.cache import Cache
+    from gkd.storage.retarget import retarget
+
+    click.echo(f"{out}: {retarget(Cache.open(path), out, **settings)}")
+
+
+@targets.command("merge")
+@click.argument("out", type=PATH)
+@click.argument("paths", metavar="IN...", type=PATH, nargs=-1, required=True)
+@licence_option
+@note_option
+def targets_merge(
+    out: Path, paths: tuple[Path, ...], licence: str | None, note: str | None
+) -> None:
+    """Join caches IN... of disjoint records, one teacher and equal settings into OUT."""
+    from gkd.storage.cache import Cache
+    from gkd.storage.merge import merge
+
+    id = merge([Cache.open(path) for path in paths], out, licence=licence, note=note)
+    click.echo(f"{out}: {id}")
+
+
+@targets.command("gc")
+@click.option("--older-than", type=click.FloatRange(min=0), default=0.0, metavar="DAYS")
+@click.option("--dry-run", is_flag=True, help="Say what would go, and remove nothing.")
+@as_json
+def targets_gc(older_than: float, dry_run: bool, as_json: bool) -> None:
+    """Remove what trainings left in GKD_CACHE_DIR and no process has open.
+
+    These are targets made ready for reading and digests of images; both are made again as needed.
+    """
+    from gkd.storage.materialise import collect
+
+    found = collect(older_than=older_than, dry_run=dry_run)
+    if as_json:
+        click.echo(json.dumps(msgspec.to_builtins(found, enc_hook=str)))
+        return
+    for each in found:
+        did = f"stays, {each.why}" if each.why else "would go" if dry_run else "removed"
+        click.echo(f"{each.path}: {did}; {each.bytes:,} bytes, used {each.days:.1f} days ago")
+    freed = sum(each.bytes for each in found if each.removed)
+    click.echo(f"{freed:,} bytes {'would be ' if dry_run else ''}freed")
