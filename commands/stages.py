@@ -175,12 +175,12 @@ def train_student(
             Cache.open(path),
             workers=os.cpu_count() or 1,
             drop_unmatched=drop_unmatched,
-            # Blocks need nothing made ready, and so they do where no target is read.
+            # Where no target is read, none need be made ready.
             order=run.data.order if run.kd.enabled else "blocks",
         )
         if joined.unmatched:
-            told = (
-                f"{joined.unmatched:,} images without targets are left out, {len(records):,} stay"
+            click.echo(
+                f"{joined.unmatched:,} images without targets are left out, {len(records):,} stay",
+                err=True,
             )
-            click.echo(told, err=True)
     emit(train(run, records, joined, out, command=["gkd", *sys.argv[1:]]), False)
