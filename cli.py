@@ -26,6 +26,8 @@ class Commands(click.Group):
             raise click.ClickException(str(error)) from error
         except KeyboardInterrupt as error:
             raise click.ClickException(GO_ON) from error
+        except BrokenPipeError:  # click's to handle: nobody reads on
+            raise
         except OSError as error:
             place = f"{error.filename}: " if error.filename else ""
             raise click.ClickException(f"{place}{error.strerror or error}") from error

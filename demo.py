@@ -6,6 +6,7 @@ alone and with the cached targets. Each is then judged on people that none of th
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -176,7 +177,7 @@ def _sets(*settings: str) -> tuple[str, ...]:
 def _gkd(*arguments: object, capture: bool = False) -> str:
     """Run one of gkd's commands as a user would; its output, where captured."""
     words = [str(argument) for argument in arguments]
-    print("$ gkd", " ".join(words), flush=True)
+    print("$ gkd", shlex.join(words), flush=True)
     done = subprocess.run(
         [sys.executable, "-m", "gkd.cli", *words],
         stdout=subprocess.PIPE if capture else None,
