@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -264,6 +265,22 @@ def test_a_mistake_ends_in_one_message(
     told = fails(*arguments)
     assert told.startswith("Error: ")
     assert message in told
+
+
+def test_weights_and_checkpoints_that_are_cut_off_are_named(
+    home: Path, run: Path, targets: Path, tmp_path: Path
+) -> None:
+    cut = tmp_path / "teacher.pt"
+    cut.write_bytes((home / "teacher.pt").read_bytes()[:5000])
+    told = fails("evaluate", cut, home / "others.bin")
+    assert "teacher.pt: cannot be read as weights" in told
+    assert "cut off after 5,000 bytes" in told
+    shutil.copytree(run, tmp_path / "run")
+    last = tmp_path / "run" / "checkpoints" / "last.pt"
+    last.write_bytes(last.read_bytes()[:5000])
+    sets = ("--set", f"evaluation.sets=['{home / 'others.bin'}']")
+    told = fails("train-student", home / "faces", targets, tmp_path / "run", *TINY, *sets)
+    assert "last.pt: cannot be read as weights" in told
 
 
 @pytest.mark.parametrize(

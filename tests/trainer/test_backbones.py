@@ -1,6 +1,8 @@
 """Backbones: published key names and sizes, files of every kind, messages."""
 
+import errno
 import pickle
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,9 @@ from torch import nn
 
 from gkd.storage.errors import ConfigError
 from gkd.trainer.backbones import build_backbone, load_backbone
+from gkd.trainer.torch_files import read_torch_file
 
+EXPECTED = "expected a file that torch.save wrote, of tensors only"
 NORM = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 
 
@@ -192,9 +196,48 @@ def test_no_code_of_a_file_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     torch.save({"conv1.weight": Payload()}, "w.pt")
     Path("plain.pt").write_bytes(pickle.dumps(Payload()))
     for name in ("w.pt", "plain.pt"):
-        with pytest.raises(ConfigError, match="only files of tensors are read"):
+        with pytest.raises(ConfigError, match="none that would run code") as error:
             load_backbone("auto", Path(name))
+        # torch's own advice is to run the code.
+        assert "weights_only" not in str(error.value)
     assert not Path("ran").exists()
+
+
+def test_what_a_refused_file_names_is_told(tmp_path: Path) -> None:
+    torch.save(build_backbone("iresnet18", width=1 / 16, embedding_dim=8), tmp_path / "whole.pt")
+    with pytest.raises(ConfigError, match=r"one that names gkd\.trainer.*\.IResNet; .*state_dict"):
+        load_backbone("auto", tmp_path / "whole.pt")
+
+
+@pytest.mark.parametrize("share", [0.01, 0.2, 0.5, 0.9, 0.99])
+def test_weights_that_are_cut_off_are_named(share: float, tmp_path: Path) -> None:
+    path = tmp_path / "w.pt"
+    state = build_backbone("iresnet18", width=1 / 16, embedding_dim=8).state_dict()
+    torch.save(state, path)
+    size = int(path.stat().st_size * share)
+    path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(ConfigError) as error:
+        load_backbone("auto", path)
+    assert f"w.pt: cannot be read as weights: {EXPECTED}" in str(error.value)
+    assert f"got one that is cut off after {size:,} bytes; get it again" in str(error.value)
+
+
+def test_another_archive_is_named(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "w.pt", "w") as archive:
+        archive.writestr("readme.txt", "no tensors")
+    with pytest.raises(ConfigError, match="got another zip archive, or a damaged one"):
+        load_backbone("auto", tmp_path / "w.pt")
+
+
+def test_a_file_that_may_not_be_read_is_not_called_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(path: Path, **_: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(torch, "load", refused)
+    with pytest.raises(PermissionError):
+        read_torch_file(tmp_path / "w.pt")
 
 
 @pytest.mark.parametrize("name", ["w.pt", "w.safetensors"])
