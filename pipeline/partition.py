@@ -60,21 +60,30 @@ class PartitionSettings:
     margin: float = 0.4
 
     def __post_init__(self) -> None:
-        _check("threshold", self.threshold, 0 <= self.threshold <= 1, "from 0 to 1")
-        _check("group_temperature", self.group_temperature, self.group_temperature > 0, "above 0")
-        positive = len(self.temperatures) > 0 and all(t > 0 for t in self.temperatures)
-        _check("temperatures", self.temperatures, positive, "one or more numbers above 0")
+        _check("--threshold", self.threshold, 0 <= self.threshold <= 1, "from 0 to 1")
+        positive = "a finite number above 0"
+        temperature = self.group_temperature
+        _check("--group-temperature", temperature, _is_positive(temperature), positive)
+        temperatures = ",".join(f"{t:g}" for t in self.temperatures) or "none"
+        fits = len(self.temperatures) > 0 and all(map(_is_positive, self.temperatures))
+        _check("--temperatures", temperatures, fits, "one or more finite numbers above 0")
         distinct = len(set(self.temperatures)) == len(self.temperatures)
-        _check("temperatures", self.temperatures, distinct, "each of them once")
+        _check("--temperatures", temperatures, distinct, "each number once")
         fits = 1 <= self.max_group <= MAX_GROUP_LIMIT
-        _check("max_group", self.max_group, fits, f"from 1 to {MAX_GROUP_LIMIT:,}")
-        _check("scale", self.scale, 0 < self.scale < math.inf, "above 0")
-        _check("margin", self.margin, math.isfinite(self.margin), "a finite number")
+        _check("--max-group", self.max_group, fits, f"a number from 1 to {MAX_GROUP_LIMIT:,}")
+        _check("--scale", self.scale, _is_positive(self.scale), positive)
+        _check("--margin", self.margin, math.isfinite(self.margin), "a finite number")
 
 
-def _check(name: str, value: object, holds: bool, expected: str) -> None:
+def _is_positive(number: float) -> bool:
+    return math.isfinite(number) and number > 0
+
+
+def _check(option: str, value: object, holds: bool, expected: str) -> None:
     if not holds:
-        raise ConfigError(f"{name}: expected {expected}, got {value}")
+        raise ConfigError(
+            f"{option}: expected {expected}, got {value}; correct it, or leave it at its default"
+        )
 
 
 @dataclass(frozen=True)

@@ -36,13 +36,20 @@ from gkd.storage.errors import ConfigError
 from gkd.storage.lock import WriteLock
 from gkd.storage.progress import Advance, progress
 from gkd.storage.rows import Records
-from gkd.storage.spec import VIEWS, CacheSpec, DatasetSpec, TeacherSpec, View
-from gkd.storage.writer import CacheWriter, delete_leftovers
+from gkd.storage.spec import VIEWS, CacheSpec, CentersSpec, DatasetSpec, TeacherSpec, View
+from gkd.storage.writer import CacheWriter, delete_leftovers, require_writable
 
 CLASS_MEAN: Literal["class-mean"] = "class-mean"
 MOST_SHARD_SAMPLES = 65_536
 MOST_SHARD_BYTES = 256_000_000
 ENTRY_BYTES = 6
+# Counts among the settings, by the names that users type.
+OPTIONS = {
+    "batch_size": "--batch-size",
+    "workers": "--workers",
+    "shard_samples": "--shard-samples",
+    "class_chunk": "class_chunk",
+}
 SAMPLE_BYTES = 100  # of a view: a rough floor for the disk that a cache needs
 
 
@@ -68,13 +75,16 @@ class CacheSettings:
     note: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "workers", "shard_samples", "class_chunk"):
+        for name in OPTIONS:
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ConfigError(f"{name}: expected 1 or more, got {value}")
+                raise ConfigError(
+                    f"{OPTIONS[name]}: expected 1 or more, got {value}; give another number"
+                )
         if not self.views or self.views != tuple(v for v in VIEWS if v in self.views):
             raise ConfigError(
-                f"views: expected original, flipped or both in this order, got {self.views}"
+                "--views: expected original, flipped or both in this order, got "
+                f"{','.join(self.views) or 'none'}; give --views original,flipped"
             )
 
 
@@ -209,12 +219,15 @@ class _Run:
     def _write(self, centers: Centers | Literal["class-mean"]) -> None:
         store: EmbeddingStore | None = None
         if centers == CLASS_MEAN:
+            # What the writer would refuse only after the teacher has seen every image.
+            placeholder = self._spec(CentersSpec(CLASS_MEAN, CLASS_MEAN, sha256=""))
+            require_writable(self.out, placeholder, unknown=["centers.sha256"])
             found = _finished_means(self.out)
             if found is None or work_path(self.out).exists():
                 store = self._store()
             centers = found or self._class_means(store or self._store())
         self._check_centers(centers)
-        spec = self._spec(centers)
+        spec = self._spec(centers.spec)
         self._check_disk(self.out, len(self.records) * len(spec.views) * SAMPLE_BYTES)
         if self.rank:
             self.lock.wait_for((self.out / layout.METADATA).exists)
@@ -257,7 +270,7 @@ class _Run:
                 f"on the disk of {folder}; make room or choose another place"
             )
 
-    def _spec(self, centers: Centers) -> CacheSpec:
+    def _spec(self, centers: CentersSpec) -> CacheSpec:
         config = self.settings.partition
         packages = ["gkd", "torch", "numpy", "zarr"]
         packages += ["onnxruntime"] if self.embedder.arch == "onnx" else []
@@ -275,7 +288,7 @@ class _Run:
             preprocess=self.embedder.preprocess,
             precision=self.embedder.precision,
             teacher=self.teacher,
-            centers=centers.spec,
+            centers=centers,
             dataset=self.dataset,
             software={package: version(package) for package in packages},
         )

@@ -5,7 +5,7 @@ import hashlib
 import re
 import shutil
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,7 +61,7 @@ class CacheWriter:
         self.path = path.absolute()
         self.spec = spec
         self._guard = guard
-        if not self.path.exists() or _is_empty_folder(self.path):
+        if _is_free(self.path):
             with disk_errors(self.path):
                 _create(self.path, spec)
         _require_same_spec(self.path, read_spec(self.path), spec)
@@ -179,6 +179,20 @@ class CacheWriter:
         _delete_asides(self.path / "commits", Path(layout.commit_file(shard)).name)
 
 
+def require_writable(path: Path, spec: CacheSpec, *, unknown: Collection[str] = ()) -> None:
+    """Refuse what ``CacheWriter`` would refuse at ``path``, creating nothing.
+
+    For a caller with long work ahead of its writer; fields of the spec in ``unknown``, such as
+    ``centers.sha256``, are not known yet and not compared.
+
+    Raises:
+        SpecMismatchError: where ``path`` holds a cache of another spec.
+        ConfigError: where ``path`` is something else.
+    """
+    if not _is_free(path):
+        _require_same_spec(path, read_spec(path), spec, unknown)
+
+
 def delete_leftovers(path: Path) -> None:
     """Delete what killed writers left beside the cache ``path`` on its way into place.
 
@@ -199,8 +213,9 @@ def _delete_asides(folder: Path, name: str) -> None:
                 path.unlink()
 
 
-def _is_empty_folder(path: Path) -> bool:
-    return path.is_dir() and not any(path.iterdir())
+def _is_free(path: Path) -> bool:
+    """Whether nothing stands there but perhaps an empty folder."""
+    return not path.exists() or (path.is_dir() and not any(path.iterdir()))
 
 
 def _create(path: Path, spec: CacheSpec) -> None:
@@ -224,11 +239,13 @@ def _create(path: Path, spec: CacheSpec) -> None:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def _require_same_spec(path: Path, stored: CacheSpec, wanted: CacheSpec) -> None:
+def _require_same_spec(
+    path: Path, stored: CacheSpec, wanted: CacheSpec, unknown: Collection[str] = ()
+) -> None:
     theirs, ours = (_flat_fields(msgspec.to_builtins(spec)) for spec in (stored, wanted))
     differences = [
         f"  {field}: the cache has {theirs.get(field)!r}, this run {ours.get(field)!r}"
-        for field in sorted(theirs.keys() | ours.keys())
+        for field in sorted((theirs.keys() | ours.keys()) - set(unknown))
         if theirs.get(field) != ours.get(field)
     ]
     if differences:

@@ -1,5 +1,6 @@
 """Groups from chunked logits against softmax, full sort and cumulative sum in float64."""
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -294,15 +295,21 @@ def test_an_empty_batch_is_an_empty_partition() -> None:
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("threshold", 1.5, "threshold: expected from 0 to 1, got 1.5"),
-        ("threshold", float("nan"), "threshold: expected from 0 to 1, got nan"),
-        ("group_temperature", 0.0, "group_temperature: expected above 0, got 0.0"),
-        ("temperatures", (), r"temperatures: expected one or more numbers above 0, got \(\)"),
-        ("temperatures", (1.0, 1.0), r"temperatures: expected each of them once, got \(1.0, 1.0\)"),
-        ("max_group", 0, "max_group: expected from 1 to 65,535, got 0"),
-        ("max_group", 70000, "max_group: expected from 1 to 65,535, got 70000"),
-        ("scale", -1.0, "scale: expected above 0, got -1.0"),
-        ("margin", float("inf"), "margin: expected a finite number, got inf"),
+        ("threshold", 1.5, r"--threshold: expected from 0 to 1, got 1\.5; correct it"),
+        ("threshold", float("nan"), "--threshold: expected from 0 to 1, got nan"),
+        ("group_temperature", 0.0, r"--group-temperature: expected a finite .* above 0, got 0\.0"),
+        (
+            "group_temperature",
+            math.inf,
+            "--group-temperature: expected a finite .* above 0, got inf",
+        ),
+        ("temperatures", (), "--temperatures: expected one or more finite .* above 0, got none;"),
+        ("temperatures", (1.0, math.inf), "--temperatures: expected one or more .*, got 1,inf;"),
+        ("temperatures", (1.0, 1.0), "--temperatures: expected each number once, got 1,1;"),
+        ("max_group", 0, "--max-group: expected a number from 1 to 65,535, got 0;"),
+        ("max_group", 70000, "--max-group: expected a number from 1 to 65,535, got 70000;"),
+        ("scale", -1.0, r"--scale: expected a finite number above 0, got -1\.0;"),
+        ("margin", math.inf, "--margin: expected a finite number, got inf"),
     ],
 )
 def test_settings_outside_their_range_are_refused(name: str, value: object, message: str) -> None:

@@ -1,6 +1,7 @@
 """Caches of small records: content, resuming, world sizes, damaged records and every refusal."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -329,6 +330,38 @@ def test_corrupt_records_are_left_out_on_request(tmp_path: Path, class_mean: boo
     assert not list(verify(out).faults)
 
 
+@pytest.mark.parametrize(
+    ("place", "change", "message"),
+    [
+        ("file", {}, r"cache\.gkd: expected a cache of targets .*, got a file; check the path"),
+        ("folder", {}, r"cache\.gkd: expected a cache of targets .*, got another folder"),
+        (
+            "cache",
+            {},
+            r"(?s)made with other settings:.*centers\.kind: .* 'file', this run 'class-m",
+        ),
+        ("", {"shard_samples": 99_999_999}, r"shard_samples: expected 1 to 2\^24, got 99999999"),
+    ],
+)
+def test_class_means_refuse_what_cannot_be_written_before_the_teacher_runs(
+    folder: Path, tmp_path: Path, place: str, change: dict[str, Any], message: str
+) -> None:
+    out = tmp_path / "cache.gkd"
+    if place == "cache":
+        make(folder, out)
+    elif place == "folder":
+        (out / "photos").mkdir(parents=True)
+    elif place == "file":
+        out.write_bytes(b"mine")
+    before = sorted(tmp_path.rglob("*"))
+    embedder = PixelEmbedder()
+    settings = replace(SETTINGS, **change)
+    with pytest.raises(GkdError, match=message):
+        make(folder, out, class_mean=True, embedder=embedder, settings=settings)
+    assert embedder.images == 0
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf, 0.0])
 def test_embeddings_without_direction_are_refused(
     folder: Path, tmp_path: Path, value: float
@@ -362,6 +395,7 @@ def test_kept_embeddings_of_another_teacher_are_refused(folder: Path, tmp_path: 
         patch.setattr(CacheWriter, "write_shard", _failing(0))
         with pytest.raises(OSError, match="the disk is gone"):
             make(folder, out, class_mean=True)
+    shutil.rmtree(out)  # as where the run was killed before it
     other = PixelEmbedder()
     other.sha256 = "1" * 64
     message = r"(?s)keeps embeddings of another run.*teacher: kept .*delete .*cache\.gkd\.work"
@@ -423,11 +457,11 @@ class _Usage:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"batch_size": 0}, "batch_size: expected 1 or more, got 0"),
-        ({"workers": 0}, "workers: expected 1 or more, got 0"),
-        ({"shard_samples": 0}, "shard_samples: expected 1 or more, got 0"),
-        ({"views": ("flipped", "original")}, "views: expected original, flipped or both"),
-        ({"views": ()}, "views: expected original, flipped or both"),
+        ({"batch_size": 0}, "--batch-size: expected 1 or more, got 0; give another number"),
+        ({"workers": 0}, "--workers: expected 1 or more, got 0;"),
+        ({"shard_samples": 0}, "--shard-samples: expected 1 or more, got 0;"),
+        ({"views": ("flipped", "original")}, "--views: expected .*, got flipped,original; give"),
+        ({"views": ()}, "--views: expected original, flipped or both .*, got none;"),
     ],
 )
 def test_settings_outside_their_range_are_refused(change: dict[str, Any], message: str) -> None:
