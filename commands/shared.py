@@ -162,10 +162,11 @@ def build_embedder(
     if path.suffix == ".onnx":
         return OnnxEmbedder(path, preprocess, device=device)
     weights = chosen_checkpoint(path) if path.is_dir() else path
+    backbone = load_backbone(arch, weights)
     return TorchEmbedder(
-        load_backbone(arch, weights),
+        backbone.module,
         name=path.name if path.is_dir() else path.stem,
-        arch=arch,
+        arch=backbone.name,
         sha256=sha256_file(weights),
         preprocess=preprocess,
         device=device,

@@ -185,6 +185,15 @@ def test_a_finished_cache_is_not_made_again(home: Path, targets: Path) -> None:
     assert "threshold: the cache has 0.93, this run 0.5" in other
 
 
+def test_a_cache_names_the_backbone_that_was_recognised(home: Path, targets: Path) -> None:
+    info = json.loads(works("targets", "info", targets, "--json"))
+    assert info["teacher"]["arch"] == "iresnet18"
+    teacher = ("--teacher", home / "teacher.pt", "--centers", "class-mean")
+    named = ("--arch", "iresnet18", "--json")
+    again = json.loads(works("cache-teacher", home / "faces", targets, *teacher, *named))
+    assert again["images"] == 0
+
+
 def test_centres_come_from_files(home: Path, targets: Path, tmp_path: Path) -> None:
     teacher = ("--teacher", home / "teacher.pt", "--arch", "iresnet18")
     centers = ("--centers", targets.with_name("targets.centers.npy"))

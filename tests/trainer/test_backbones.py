@@ -145,9 +145,10 @@ def test_saved_weights_load_whatever_their_size(
         case "safetensors":
             save_file(backbone.state_dict(), path)
     loaded = load_backbone("auto" if asked == "auto" else name, path)
+    assert loaded.name == name
     images = torch.rand(2, 3, 112, 112)
     with torch.no_grad():
-        torch.testing.assert_close(loaded(images), backbone(images), rtol=0, atol=0)
+        torch.testing.assert_close(loaded.module(images), backbone(images), rtol=0, atol=0)
 
 
 def test_missing_counters_are_no_fault(tmp_path: Path) -> None:

@@ -1,6 +1,13 @@
 """Student and teacher networks by name: built, or loaded from the files that people hold."""
 
 from gkd.trainer.backbones.build import BACKBONES, build_backbone, default_width
-from gkd.trainer.backbones.load import load_backbone, read_state_dict
+from gkd.trainer.backbones.load import LoadedBackbone, load_backbone, read_state_dict
 
-__all__ = ["BACKBONES", "build_backbone", "default_width", "load_backbone", "read_state_dict"]
+__all__ = [
+    "BACKBONES",
+    "LoadedBackbone",
+    "build_backbone",
+    "default_width",
+    "load_backbone",
+    "read_state_dict",
+]

@@ -4,7 +4,7 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import safetensors
 import safetensors.torch
@@ -21,8 +21,15 @@ NESTS = ("state_dict", "state_dict_backbone", "backbone", "model")
 SHOWN = 5
 
 
-def load_backbone(name: str, path: Path) -> nn.Module:
-    """A backbone in eval mode with the weights of a ``.pt``/``.pth`` or ``.safetensors`` file.
+class LoadedBackbone(NamedTuple):
+    """A backbone in eval mode, float [B, 3, 112, 112] to [B, D], and its name in ``BACKBONES``."""
+
+    name: str
+    module: nn.Module
+
+
+def load_backbone(name: str, path: Path) -> LoadedBackbone:
+    """A backbone with the weights of a ``.pt``/``.pth`` or ``.safetensors`` file.
 
     ``name`` is one of ``BACKBONES``, or ``auto`` to tell it from the keys. Width, embedding
     dimension and input size are told from shapes. Keys may carry ``module.`` and may be nested
@@ -39,7 +46,7 @@ def load_backbone(name: str, path: Path) -> nn.Module:
     backbone = _sized_for(name, state, path)
     _check_fit(backbone.state_dict(), state, name, path)
     backbone.load_state_dict(state, strict=False)
-    return backbone.eval()
+    return LoadedBackbone(name, backbone.eval())
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
