@@ -21,6 +21,13 @@ NonNegative = Annotated[float, Meta(ge=0)]
 Fraction = Annotated[float, Meta(ge=0, le=1)]
 Count = Annotated[int, Meta(ge=1)]
 CountOrNone = Annotated[int, Meta(ge=0)]
+# Far beyond any network that people train: a slip of the hand is told, not allocated.
+EmbeddingDim = Annotated[int, Meta(ge=1, le=8192)]
+Width = Annotated[float, Meta(gt=0, le=16)]
+# BatchNorm over the batch needs two images.
+BatchSize = Annotated[int, Meta(ge=2)]
+# What torch and numpy both take.
+Seed = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 BackboneName = Literal["iresnet18", "iresnet34", "iresnet50", "iresnet100", "mobilefacenet"]
 
 
@@ -53,8 +60,8 @@ class StudentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """
 
     name: BackboneName = "mobilefacenet"
-    width: Positive | None = None
-    embedding_dim: Count = 512
+    width: Width | None = None
+    embedding_dim: EmbeddingDim = 512
     input_size: Literal[112, 56, 28] = 112
 
 
@@ -145,7 +152,7 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """``[train]``.
 
     epochs         times that each image is seen; the last incomplete batch of an epoch is dropped
-    batch_size     images a step
+    batch_size     images a step, at least 2
     device         auto (cuda where there is one), cpu or cuda
     precision      of the backbone: float32, bfloat16, float16, or auto (bfloat16 on a GPU that has
                    it, else float32); the class layer is always float32
@@ -155,10 +162,10 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """
 
     epochs: Count = 20
-    batch_size: Count = 128
+    batch_size: BatchSize = 128
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    seed: CountOrNone = 0
+    seed: Seed = 0
     log_every: Count = 50
     channels_last: bool = True
 
@@ -302,15 +309,21 @@ def _nearest(name: str, known: Iterable[str]) -> str:
 
 
 def _explain(message: str, content: Mapping[str, Any], origins: Mapping[str, str]) -> str:
-    """Msgspec's "Expected `int` >= 1 - at `$.train.epochs`" with place and value."""
+    """Msgspec's "Expected `int` >= 1 - at `$.train.epochs`" with place and value.
+
+    A place in a list is ``$.schedule.milestones[1]``.
+    """
     expected, _, place = message.partition(" - at `$.")
-    key = place.rstrip("`").partition("[")[0]
+    place = place.rstrip("`")
+    key, _, element = place.partition("[")
     section, _, name = key.partition(".")
     value = content[section][name]
+    if element:
+        value = value[int(element.rstrip("]"))]
     expected = expected.partition(", got")[0].replace("`", "").replace("Expected", "expected")
     if expected.startswith("Invalid enum"):
         expected = f"expected one of {', '.join(map(repr, _choices(section, name)))}"
-    return f"{origins[key]}: {key}: {expected}, got {value!r}"
+    return f"{origins[key]}: {place}: {expected}, got {value!r}"
 
 
 def _choices(section: str, name: str) -> tuple[Any, ...]:

@@ -2,7 +2,9 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from gkd.storage.errors import ConfigError
 from gkd.trainer.config import RunConfig, differences, load_config, to_toml
@@ -72,14 +74,21 @@ def test_heads_mean_their_margins(overrides: list[str], margin: Margin) -> None:
         ("train.epoch=3", "--set: unknown key train.epoch; did you mean train.epochs?"),
         ("traim.epochs=3", "--set: unknown section [traim]; did you mean train?"),
         ("train.epochs=0", "--set: train.epochs: expected int >= 1, got 0"),
-        ("train.batch_size=0", "--set: train.batch_size: expected int >= 1, got 0"),
+        ("train.batch_size=0", "--set: train.batch_size: expected int >= 2, got 0"),
+        ("train.batch_size=1", "--set: train.batch_size: expected int >= 2, got 1"),
+        ("train.seed=9223372036854775808", "train.seed: expected int <= 9223372036854775807, got"),
+        ("train.seed=18446744073709551616", "train.seed: expected int <= 9223372036854775807, got"),
+        ("train.seed=-1", "--set: train.seed: expected int >= 0, got -1"),
+        ("student.embedding_dim=1000000000000", "expected int <= 8192, got 1000000000000"),
+        ("student.width=1e9", "--set: student.width: expected float <= 16.0, got 1000000000.0"),
+        ('schedule.milestones=[1,"a"]', "schedule.milestones[1]: expected float, got 'a'"),
         ("train.epochs=ten", "--set: train.epochs: expected int, got 'ten'"),
         ("kd.temperature=0", "--set: kd.temperature: expected float > 0.0, got 0"),
         ("kd.ramp=1.5", "--set: kd.ramp: expected float <= 1.0, got 1.5"),
         ("optimizer.nesterov=1", "--set: optimizer.nesterov: expected bool, got 1"),
         ("student.input_size=57", "expected one of 112, 56, 28, got 57"),
         ("head.kind=sphere", "expected one of 'cosface', 'arcface', 'combined', got 'sphere'"),
-        ("evaluation.sets=[1]", "--set: evaluation.sets: expected str, got [1]"),
+        ("evaluation.sets=[1]", "--set: evaluation.sets[0]: expected str, got 1"),
         ("epochs=3", "--set epochs=3: expected section.key=value, e.g. train.epochs=10"),
         ("train.epochs", "--set train.epochs: expected section.key=value"),
         ("head.m2=0.5", "head.m2: only head.kind combined takes it; cosface takes head.margin"),
@@ -127,6 +136,12 @@ def test_the_origin_of_a_bad_value_is_where_it_was_last_set(tmp_path: Path) -> N
 def test_an_absent_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"gone\.toml: cannot be read \(No such file"):
         load_config(tmp_path / "gone.toml")
+
+
+def test_the_greatest_seed_is_taken_by_torch_and_numpy() -> None:
+    seed = load_config(None, ["train.seed=9223372036854775807"]).train.seed
+    assert torch.Generator().manual_seed(seed).initial_seed() == seed
+    np.random.default_rng([seed, 0])
 
 
 def test_differences_name_the_keys_that_change_weights() -> None:
