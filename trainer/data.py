@@ -373,6 +373,11 @@ def check_data(
         )
     if targets is None:
         return
+    if "original" not in targets.store.views:
+        raise ConfigError(
+            "the cache holds targets of the flipped view only, and every training shows images as "
+            "they are; cache again with --views original,flipped"
+        )
     if flip and "flipped" not in targets.store.views:
         raise ConfigError(
             "data.flip: the cache holds targets of the original view only; set data.flip=false, "

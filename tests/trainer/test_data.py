@@ -30,9 +30,10 @@ from gkd.trainer.data import (
     join_targets,
     load_batches,
 )
+from gkd.trainer.loop import train
 from tests.reference import log_softmax
 from tests.tampering import flip_bit
-from tests.trainer.faces import SETTINGS, load, teacher_logits, write_cache
+from tests.trainer.faces import SETTINGS, load, small_config, teacher_logits, write_cache
 
 PLANS = Plans(num_images=42, batch_size=8, epochs=3, seed=1, flip=True)
 
@@ -285,6 +286,20 @@ def test_a_cache_of_one_view_forbids_flips(faces: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"data\.flip: .* set data\.flip=false"):
         check_data(records, targets, batch_size=8, flip=True, temperature=4.0)
     check_data(records, targets, batch_size=8, flip=False, temperature=4.0)
+
+
+@pytest.mark.parametrize("flip", ["true", "false"])
+def test_a_cache_without_the_original_view_is_refused(
+    faces: Path, tmp_path: Path, flip: str
+) -> None:
+    records = open_records(faces / "faces")
+    write_cache(tmp_path / "mirror.gkd", records, ["flipped"])
+    cache = Cache.open(tmp_path / "mirror.gkd")
+    _, targets = join_targets(records, cache, workers=1, folder=tmp_path)
+    config = small_config(f"data.flip={flip}")
+    with pytest.raises(ConfigError, match=r"flipped view only, .*--views original,flipped"):
+        train(config, records, targets, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_temperature_that_was_not_stored_is_refused(faces: Path) -> None:
