@@ -1,5 +1,6 @@
 """Face verification as the field does it: accuracy over ten folds, TAR at FAR, ROC."""
 
+import io
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -13,6 +14,7 @@ import torch
 from rich.table import Table
 from torch import nn
 
+from gkd.storage import atomic
 from gkd.storage.errors import ConfigError
 from gkd.storage.extras import require
 from gkd.storage.progress import progress
@@ -262,16 +264,14 @@ def results_table(results: Sequence[VerificationResult]) -> Table:
     return table
 
 
-def plot_roc(results: Sequence[VerificationResult], png: Path) -> None:
-    """Draw the ROC of each result, FAR in logarithmic scale.
+def plot_roc(results: Sequence[VerificationResult], out: Path) -> None:
+    """Draw the ROC of each result into a PNG, FAR in logarithmic scale.
 
     Raises:
         ConfigError: where matplotlib is not installed.
     """
-    require("matplotlib", "plot")
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 4.5), layout="constrained")
+    figure_module = require("matplotlib.figure", "plot")
+    figure = figure_module.Figure(figsize=(6, 4.5), layout="constrained")
     axes = figure.add_subplot()
     for result in results:
         # One impostor pair is the least FAR that the set can show.
@@ -281,4 +281,6 @@ def plot_roc(results: Sequence[VerificationResult], png: Path) -> None:
     axes.set(xscale="log", xlabel="false accept rate", ylabel="true accept rate", ylim=(0, 1.01))
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
-    figure.savefig(png, dpi=150)
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=150)
+    atomic.write_file(out, image.getvalue())

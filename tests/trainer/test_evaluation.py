@@ -267,12 +267,14 @@ def test_plot_is_an_image(tmp_path: Path) -> None:
         score(rng.normal(np.where(issame, 1, mean), 0.4).clip(0, 4), issame, name=f"set {mean}")
         for mean in (1.5, 2.5)
     ]
-    plot_roc(results, tmp_path / "roc.png")
-    assert (tmp_path / "roc.png").read_bytes().startswith(b"\x89PNG")
+    for name in ("roc.png", "roc.xyz", "roc"):
+        plot_roc(results, tmp_path / name)
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    assert len(list(tmp_path.iterdir())) == 3
 
 
 def test_plot_names_the_missing_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
     with pytest.raises(ConfigError, match=r"pip install 'gkd\[plot\]'"):
         plot_roc([], tmp_path / "roc.png")
 
