@@ -68,9 +68,18 @@ def load_student(path: Path) -> Student:
 
 
 def chosen_checkpoint(run: Path) -> Path:
-    """The checkpoint that stands for a run folder: its best, else its last."""
-    best = run / FOLDER / BEST
-    return best if best.exists() else run / FOLDER / LAST
+    """The checkpoint that stands for a run folder: its best, else its last.
+
+    Raises:
+        ConfigError: where the folder has neither.
+    """
+    for name in (BEST, LAST):
+        if (run / FOLDER / name).exists():
+            return run / FOLDER / name
+    raise ConfigError(
+        f"{run}: expected the folder of a run of `gkd train-student`, found no {FOLDER}/{LAST} in "
+        "it; give such a folder, or the weights file itself"
+    )
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:

@@ -111,7 +111,11 @@ def test_files_of_something_else_are_named(tmp_path: Path) -> None:
     torch.save({"conv1.weight": torch.zeros(1)}, tmp_path / "x.pt")
     with pytest.raises(ConfigError, match=r"x\.pt: not a checkpoint of gkd's format 1"):
         load_student(tmp_path / "x.pt")
-    with pytest.raises(ConfigError, match=r"last\.pt: expected a checkpoint, found none"):
+    with pytest.raises(ConfigError, match=r"gone\.pt: expected a checkpoint, found none"):
+        load_student(tmp_path / "gone.pt")
+    with pytest.raises(
+        ConfigError, match=r"expected the folder of a run .* no checkpoints.last\.pt"
+    ):
         load_student(tmp_path)
 
 
