@@ -15,6 +15,7 @@ from gkd.commands.shared import (
     device_option,
     precision_option,
     preprocess_option,
+    require_plot,
 )
 
 if TYPE_CHECKING:
@@ -51,6 +52,8 @@ def evaluate(
     from gkd.trainer.evaluation import evaluate, plot_roc, results_table
     from gkd.trainer.verification_set import load_verification_set
 
+    if plot:
+        require_plot(plot)
     preprocess = preprocess_preset(preset, bgr=bgr)
     embed = build_embedder(
         model, arch=arch, preprocess=preprocess, device=device, precision=precision
@@ -75,7 +78,8 @@ def evaluate(
 @click.command("export")
 @click.argument("run", type=PATH)
 @click.argument("out", metavar="OUT.onnx", type=PATH)
-def export(run: Path, out: Path) -> None:
+@as_json
+def export(run: Path, out: Path, as_json: bool) -> None:
     """Write the student of RUN, a run folder or a checkpoint, as ONNX with any batch size."""
     from gkd.storage.spec import preprocess_preset
     from gkd.trainer.checkpoint import load_student
@@ -84,7 +88,11 @@ def export(run: Path, out: Path) -> None:
     student = load_student(run)
     name = student.config.student.name
     export_onnx(student.backbone, out, preprocess=preprocess_preset("arcface"), name=name)
-    click.echo(f"{out}: {out.stat().st_size:,} bytes, checked against torch")
+    size = out.stat().st_size
+    if as_json:
+        click.echo(json.dumps({"path": str(out), "bytes": size, "name": name}))
+    else:
+        click.echo(f"{out}: {size:,} bytes, checked against torch")
 
 
 @click.command("demo")

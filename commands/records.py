@@ -56,8 +56,9 @@ def records_verify(source: Path, sort: Any, workers: int, as_json: bool) -> None
 @click.argument("out", type=PATH)
 @sort_option
 @workers_option
-def records_pack(folder: Path, out: Path, sort: Any, workers: int) -> None:
+@as_json
+def records_pack(folder: Path, out: Path, sort: Any, workers: int, as_json: bool) -> None:
     """Pack an image FOLDER, one folder an identity, into OUT/train.rec in InsightFace's layout."""
     from gkd.storage.packing import pack
 
-    emit(pack(folder, out, sort=sort, workers=workers), False)
+    emit(pack(folder, out, sort=sort, workers=workers), as_json)

@@ -150,6 +150,24 @@ def parse_shards(
     return tuple(shards)
 
 
+def require_plot(path: Path) -> None:
+    """Refuse a plot that could not be written, before the work that it is to show.
+
+    Raises:
+        ConfigError: naming the folder that is not there, or the extra that draws.
+    """
+    from gkd.storage.errors import ConfigError
+    from gkd.storage.extras import require
+
+    if path.is_dir():
+        raise ConfigError(f"--plot {path}: expected a PNG file to write, got a folder; name a file")
+    if not path.parent.is_dir():
+        raise ConfigError(
+            f"--plot {path}: there is no folder {path.parent}; make it, or write elsewhere"
+        )
+    require("matplotlib.figure", "plot")
+
+
 def build_embedder(
     path: Path, *, arch: str, preprocess: "Preprocess", device: str, precision: "Precision"
 ) -> "Embedder":

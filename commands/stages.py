@@ -95,9 +95,15 @@ def cache_teacher(
     from gkd.pipeline.partition import PartitionSettings
     from gkd.pipeline.run import CLASS_MEAN, CacheSettings
     from gkd.pipeline.run import cache_teacher as run
+    from gkd.storage.errors import ConfigError
     from gkd.storage.records import open_records
     from gkd.storage.spec import preprocess_preset
 
+    if CLASS_MEAN in centers and len(centers) > 1:
+        raise ConfigError(
+            f"--centers: expected either {CLASS_MEAN} alone or files, got {' '.join(centers)}; "
+            "give one or the other"
+        )
     settings = CacheSettings(
         partition=PartitionSettings(
             threshold=threshold,
@@ -120,7 +126,7 @@ def cache_teacher(
     embedder = build_embedder(
         teacher, arch=arch, preprocess=preprocess, device=device, precision=precision
     )
-    if centers == (CLASS_MEAN,):
+    if CLASS_MEAN in centers:
         summary = run(records, out, embedder, CLASS_MEAN, settings)
     else:
         files = [Path(file) for file in centers]
@@ -142,6 +148,7 @@ def cache_teacher(
 @click.option("--without-kd", is_flag=True, help="The same run with cross-entropy alone.")
 @click.option("--drop-unmatched", is_flag=True, help="Leave out images that TARGETS do not know.")
 @sort_option
+@as_json
 def train_student(
     source: Path,
     path: Path,
@@ -152,6 +159,7 @@ def train_student(
     without_kd: bool,
     drop_unmatched: bool,
     sort: Any,
+    as_json: bool,
 ) -> None:
     """Train a student on RECORDS from TARGETS into the run folder OUT, or go on with it.
 
@@ -183,4 +191,4 @@ def train_student(
                 f"{joined.unmatched:,} images without targets are left out, {len(records):,} stay",
                 err=True,
             )
-    emit(train(run, records, joined, out, command=["gkd", *sys.argv[1:]]), False)
+    emit(train(run, records, joined, out, command=["gkd", *sys.argv[1:]]), as_json)

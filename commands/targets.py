@@ -20,6 +20,7 @@ from gkd.commands.shared import (
     parse_names,
     parse_numbers,
     parse_shards,
+    require_plot,
     sort_option,
     storage_option,
 )
@@ -106,8 +107,8 @@ def targets_verify(
         for fault in report.faults:
             click.echo(str(fault))
         click.echo(
-            f"{report.shards:,} shards, {report.files:,} files, {report.bytes:,} bytes, "
-            f"{report.entries:,} entries, {len(report.faults):,} faults"
+            f"{report.shards:,} shards of {report.files:,} files, {report.bytes:,} bytes in "
+            f"shards, {report.entries:,} entries, {len(report.faults):,} faults"
         )
     if not report.ok:
         raise SystemExit(1)
@@ -169,6 +170,8 @@ def targets_stats(place: str, plot: Path | None, options: dict[str, Any], as_jso
     from gkd.storage.remote_cache import RemoteCache, remote_stats
     from gkd.storage.stats import CacheStats, plot_stats, stats
 
+    if plot:
+        require_plot(plot)
     if is_address(place):
         if plot:
             raise ConfigError(f"{place}: a plot needs the arrays; `gkd targets pull` it first")

@@ -101,7 +101,8 @@ def test_help_needs_no_heavy_import() -> None:
 
 
 def test_records_are_packed_described_and_verified(home: Path, tmp_path: Path) -> None:
-    works("records", "pack", home / "faces", tmp_path / "pack")
+    packed = json.loads(works("records", "pack", home / "faces", tmp_path / "pack", "--json"))
+    assert (packed["images"], packed["identities"]) == (32, 8)
     info = json.loads(works("records", "info", tmp_path / "pack", "--json"))
     assert (info["images"], info["identities"], info["layout"]) == (32, 8, "insightface")
     assert "32" in works("records", "info", tmp_path / "pack")
@@ -134,7 +135,9 @@ def test_a_cache_is_described_verified_and_drawn(targets: Path, tmp_path: Path) 
     assert info["centers"]["kind"] == "class-mean"
     assert targets.with_name("targets.centers.npy").exists()
     assert "group temperature  2" in works("targets", "info", targets)
-    assert ", 0 faults" in works("targets", "verify", targets)
+    told = works("targets", "verify", targets)
+    assert "bytes in shards" in told
+    assert ", 0 faults" in told
     assert json.loads(works("targets", "verify", targets, "--json"))["ok"]
     figures = json.loads(works("targets", "stats", targets, "--json"))
     assert [view["view"] for view in figures["views"]] == ["original", "flipped"]
@@ -219,7 +222,7 @@ def test_corrupt_records_end_a_run_or_are_left_out(
     assert summary["skipped"] == 1
     skipped = json.loads(works("targets", "info", out, "--json"))["skipped"]
     assert list(skipped) == ["4"]
-    assert "train.rec, key 4, offset" in skipped["4"]
+    assert "expected an encoded image" in skipped["4"]
     assert ", 0 faults" in works("targets", "verify", out)
     for flag in ((), ("--without-kd",)):
         works("train-student", pack, out, tmp_path / f"run{len(flag)}", *TINY, *flag)
@@ -232,7 +235,8 @@ def test_a_student_is_judged_exported_and_judged_again(
     table = works("evaluate", run, home / "others.bin", "--plot", tmp_path / "roc.png")
     assert f"{result['accuracy']:.2%}".rstrip("%") in table
     assert (tmp_path / "roc.png").read_bytes().startswith(b"\x89PNG")
-    works("export", run, tmp_path / "student.onnx")
+    exported = json.loads(works("export", run, tmp_path / "student.onnx", "--json"))
+    assert exported["bytes"] == (tmp_path / "student.onnx").stat().st_size
     (again,) = json.loads(
         works("evaluate", tmp_path / "student.onnx", home / "others.bin", "--json")
     )
@@ -243,6 +247,8 @@ def test_a_finished_run_is_not_trained_again(home: Path, targets: Path, run: Pat
     weights = (run / "checkpoints" / "last.pt").read_bytes()
     sets = ("--set", f"evaluation.sets=['{home / 'others.bin'}']")
     assert "steps" in works("train-student", home / "faces", targets, run, *TINY, *sets)
+    again = works("train-student", home / "faces", targets, run, *TINY, *sets, "--json")
+    assert json.loads(again)["steps"] == 8
     assert (run / "checkpoints" / "last.pt").read_bytes() == weights
 
 
@@ -265,6 +271,10 @@ def test_a_run_without_distillation_needs_no_targets(home: Path, tmp_path: Path)
         (("evaluate", "teacher.pt", "teacher.pt"), "teacher.pt"),
         (("evaluate", "teacher.pt", "others.bin", "--arch", "iresnet50"), "fit iresnet50"),
         (("export", "nowhere", "out.onnx"), "nowhere"),
+        (("export", "faces", "out.onnx"), "faces: expected the folder of a run"),
+        (("evaluate", "teacher.pt", "others.bin", "--plot", "no/x.png"), "there is no folder no"),
+        (("evaluate", "teacher.pt", "others.bin", "--plot", "faces"), "got a folder; name a file"),
+        (("targets", "stats", "targets.gkd", "--plot", "no/x.png"), "there is no folder no"),
     ],
 )
 def test_a_mistake_ends_in_one_message(
@@ -300,6 +310,7 @@ def test_weights_and_checkpoints_that_are_cut_off_are_named(
         (("--centers", "nothing.npy"), "nothing.npy"),
         (("--device", "abacus"), "device: expected auto, cpu"),
         (("--teacher", "nothing.onnx"), "nothing.onnx"),
+        (("--teacher", "."), ".: expected the folder of a run of `gkd train-student`"),
     ],
 )
 def test_a_wrong_option_of_cache_teacher_is_explained(
@@ -315,6 +326,20 @@ def test_a_wrong_option_of_cache_teacher_is_explained(
     )
     assert message in told
     assert not (home / "out.gkd").exists()
+
+
+def test_centres_are_class_means_or_files(home: Path) -> None:
+    both = ("--centers", "class-mean", "--centers", "x.npy", "--teacher", home / "teacher.pt")
+    told = fails("cache-teacher", home / "faces", home / "out.gkd", *both)
+    assert "--centers: expected either class-mean alone or files, got class-mean x.npy" in told
+
+
+def test_a_plot_that_cannot_be_drawn_is_told_before_the_work(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    told = fails("evaluate", "no.pt", home / "others.bin", "--plot", tmp_path / "x.png")
+    assert "pip install 'gkd[plot]'" in told
 
 
 def test_wrong_usage_is_exit_code_2(home: Path) -> None:
