@@ -32,7 +32,7 @@ class EmbeddedBatch:
     kept        int64 [m]  places within ``rows`` of those that have embeddings
     embeddings  view -> float32 [m, D], of any length
     digests     uint8 [n, 16]  of the encoded images, zeros where skipped
-    skipped     place within ``rows`` -> why it has no embedding
+    skipped     place within ``rows`` -> why it has no embedding, without file and key
     """
 
     rows: range
@@ -104,7 +104,8 @@ def _decode(records: Records, rows: range, skip_corrupt: bool) -> _Decoded:
                     f"{error}; `gkd records verify` lists all such records, and --skip-corrupt "
                     "leaves them out"
                 ) from error
-            skipped[place] = str(error)
+            # Without the place: the cache's bytes must not follow the folder of the records.
+            skipped[place] = str(error).removeprefix(f"{records.where(row)}: ")
         else:
             digests[place] = np.frombuffer(digest(encoded), np.uint8)
     kept = np.setdiff1d(np.arange(len(rows)), list(skipped))
@@ -229,9 +230,10 @@ class EmbeddingStore:
                 skipped=msgspec.json.decode(arrays["skipped"].tobytes(), type=dict[int, str]),
             )
         if batch.skipped and not self.skip_corrupt:
+            place, reason = next(iter(batch.skipped.items()))
             raise CorruptRecordError(
-                f"{next(iter(batch.skipped.values()))}; an earlier run left it out by "
-                "--skip-corrupt: give that again to go on"
+                f"{self._path(shard)}: row {start + place} of the records: {reason}; an earlier "
+                "run left it out by --skip-corrupt: give that again to go on"
             )
         return batch
 

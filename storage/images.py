@@ -6,7 +6,7 @@ import io
 import numpy as np
 import numpy.typing as npt
 import simplejpeg
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from gkd.storage.errors import CorruptRecordError
 
@@ -44,7 +44,7 @@ def decode(encoded: bytes | memoryview) -> npt.NDArray[np.uint8]:
     except Exception as error:
         raise CorruptRecordError(
             f"expected an encoded image, got {len(encoded)} bytes starting "
-            f"{bytes(encoded[:8]).hex() or 'nowhere'} ({_first_line(error)})"
+            f"{bytes(encoded[:8]).hex() or 'nowhere'} ({_reason(error)})"
         ) from error
 
 
@@ -52,19 +52,17 @@ def decode_face(encoded: bytes | memoryview, where: str) -> npt.NDArray[np.uint8
     """Pixels of an aligned face, RGB uint8 [112, 112, 3].
 
     Raises:
-        CorruptRecordError: naming the place, where the image does not decode or has another size.
+        CorruptRecordError: naming the place, where the image does not decode or has another size;
+            what to do is the caller's to add.
     """
     try:
         pixels = decode(encoded)
     except CorruptRecordError as error:
-        raise CorruptRecordError(
-            f"{where}: {error}; write this image again or leave it out"
-        ) from error
+        raise CorruptRecordError(f"{where}: {error}") from error
     if pixels.shape != FACE_SHAPE:
         height, width, _ = pixels.shape
         raise CorruptRecordError(
-            f"{where}: expected an aligned face of 112x112 pixels, got {width}x{height}; "
-            "align it, or leave it out"
+            f"{where}: expected an aligned face of 112x112 pixels, got {width}x{height}"
         )
     return pixels
 
@@ -94,5 +92,7 @@ def _check_pixels(width: int, height: int) -> None:
         )
 
 
-def _first_line(error: Exception) -> str:
+def _reason(error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):
+        return f"none of {', '.join(PILLOW_FORMATS)}"  # its own words hold an address in memory
     return (str(error).splitlines() or [type(error).__name__])[0]

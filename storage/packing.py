@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from gkd.storage.atomic import sync_file, sync_folder
-from gkd.storage.errors import ConfigError
+from gkd.storage.errors import ConfigError, CorruptRecordError
 from gkd.storage.folders import ImageFolder, Sort
 from gkd.storage.images import FACE_SHAPE, decode_face
 from gkd.storage.parallel import ordered_map, row_blocks
@@ -75,7 +75,12 @@ def _write_records(records: ImageFolder, writer: RecordWriter, workers: int) -> 
     def checked(rows: range) -> list[memoryview]:
         images = [records.encoded(row) for row in rows]
         for row, encoded in zip(rows, images, strict=True):
-            decode_face(encoded, records.where(row))
+            try:
+                decode_face(encoded, records.where(row))
+            except CorruptRecordError as error:
+                raise CorruptRecordError(
+                    f"{error}; align or write this image again, or leave it out"
+                ) from error
         return images
 
     writer.write(0, encode_record([count + 1, count + 1 + classes], b"", id=0))

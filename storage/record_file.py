@@ -105,8 +105,7 @@ class RecordFile(Records):
             expected = f"a class from 0 to {self._property - 1}"
             remedy = "correct the first line of the property file if it belongs to another pack"
         return CorruptRecordError(
-            f"{self.where(row)}: expected {expected}, got label {label:g}; "
-            f"{remedy}, or leave such records out with --skip-corrupt"
+            f"{self.where(row)}: expected {expected}, got label {label:g}; {remedy}"
         )
 
 

@@ -35,7 +35,6 @@ MAX_LENGTH = (1 << LENGTH_BITS) - 1
 WHOLE, FIRST, MIDDLE, LAST = range(4)
 QUIET_BYTES = 1 << 30
 TOLD_BYTES = 1 << 25
-REMEDY = "`gkd records verify` lists every fault, --skip-corrupt leaves such records out"
 
 _MAGIC_BYTES = struct.pack("<I", MAGIC)
 _FRAME = struct.Struct("<II")
@@ -267,7 +266,7 @@ class RecordReader:
         return self.size
 
     def _fault(self, offset: int, key: object, reason: str) -> CorruptRecordError:
-        return CorruptRecordError(f"{self.where(offset, key)}: {reason}; {REMEDY}")
+        return CorruptRecordError(f"{self.where(offset, key)}: {reason}")
 
 
 def _reopen(path: Path, size: int) -> RecordReader:

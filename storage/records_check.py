@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from gkd.storage.errors import CorruptRecordError
-from gkd.storage.images import decode
+from gkd.storage.images import decode, decode_face
 from gkd.storage.parallel import ordered_map, row_blocks
 from gkd.storage.progress import progress
 from gkd.storage.record_file import RecordFile
@@ -90,7 +90,7 @@ def verify_records(records: Records, *, workers: int) -> RecordsReport:
         found = []
         for row in rows:
             try:
-                records.image(row)
+                decode_face(records.encoded(row), records.where(row))
             except CorruptRecordError as error:
                 found.append(error)
         return found

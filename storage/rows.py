@@ -59,7 +59,8 @@ class Records(Protocol):
         """The encoded image, without a copy where it stands in one piece.
 
         Raises:
-            CorruptRecordError: naming file, key and offset, what was expected and what was got.
+            CorruptRecordError: naming file, key and offset, what was expected and what was got;
+                its text starts with ``where`` and a colon.
         """
         ...
 
@@ -69,7 +70,13 @@ class Records(Protocol):
         Raises:
             CorruptRecordError: as ``encoded`` does, and for no image or one of another size.
         """
-        return decode_face(self.encoded(row), self.where(row))
+        try:
+            return decode_face(self.encoded(row), self.where(row))
+        except CorruptRecordError as error:
+            raise CorruptRecordError(
+                f"{error}; write this record again or leave it out: `gkd records verify` lists all "
+                "such records"
+            ) from error
 
     def stamps(self) -> Iterator[tuple[str, os.stat_result]]:
         """Name of every file that the images come from, and what the system says now of it.

@@ -37,6 +37,7 @@ from gkd.storage.writer import CacheWriter
 from tests.paths import ROOT, SHARED_DATA, needs_shared_data
 from tests.pipeline.faces import SETTINGS, PixelEmbedder, centers, make, write_folder
 from tests.reference import dense_group, dense_secondary, log_sum_exp
+from tests.storage.packs import insightface_records, jpeg, payload, write_pack
 
 
 @pytest.fixture(scope="module")
@@ -307,9 +308,48 @@ def damaged(tmp_path: Path) -> Path:
 
 
 def test_a_corrupt_record_ends_the_run(tmp_path: Path) -> None:
-    message = r"(?s)1\.png.*--skip-corrupt leaves them out"
+    message = (
+        r"1\.png: expected an encoded image, got 8 bytes [^;]*; `gkd records verify` lists all "
+        r"such records, and --skip-corrupt leaves them out$"
+    )
     with pytest.raises(CorruptRecordError, match=message):
         make(damaged(tmp_path), tmp_path / "cache.gkd")
+
+
+def test_caches_of_damaged_records_do_not_depend_on_their_folder(tmp_path: Path) -> None:
+    records = insightface_records([2, 2, 2])
+    records[2] = payload(0, b"no image")
+    records[4] = payload(1, jpeg(4, (100, 112)))
+    ids, reasons = [], []
+    for copy in ("here", "there"):
+        pack = write_pack(tmp_path / copy / "set", records, classes=3)
+        content = bytearray(pack.read_bytes())
+        content[40] ^= 1  # the magic of key 1, after the 40 bytes of key 0
+        pack.write_bytes(content)
+        out = tmp_path / copy / "cache.gkd"
+        ids.append(make(pack, out, settings=replace(SETTINGS, skip_corrupt=True)).cache_id)
+        reasons.append(Cache.open(out).commit(0).skipped)
+    assert ids[0] == ids[1]
+    assert reasons[0] == reasons[1]
+    assert reasons[0]["1"].startswith("expected magic 0xced7230a, got ")
+    assert reasons[0]["4"] == "expected an aligned face of 112x112 pixels, got 100x112"
+    assert reasons[0]["2"] == (
+        "expected an encoded image, got 8 bytes starting 6e6f20696d616765 (none of JPEG, PNG, BMP, "
+        "WEBP)"
+    )
+
+
+def test_going_on_without_skip_corrupt_is_refused(tmp_path: Path) -> None:
+    folder, out = damaged(tmp_path), tmp_path / "cache.gkd"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CacheWriter, "write_shard", _failing(0))
+        with pytest.raises(OSError, match="the disk is gone"):
+            make(folder, out, class_mean=True, settings=replace(SETTINGS, skip_corrupt=True))
+    message = (
+        r"000001\.npz: row 11 of the records: expected an enc.*--skip-corrupt: give that again"
+    )
+    with pytest.raises(CorruptRecordError, match=message):
+        make(folder, out, class_mean=True)
 
 
 @pytest.mark.parametrize("class_mean", [False, True])
@@ -325,7 +365,7 @@ def test_corrupt_records_are_left_out_on_request(tmp_path: Path, class_mean: boo
     np.testing.assert_array_equal(targets.secondary[1], 0)
     (key,) = cache.commit(1).skipped
     assert key == "id2/1.png"
-    assert "expected an encoded image" in cache.commit(1).skipped[key]
+    assert cache.commit(1).skipped[key].startswith("expected an encoded image")
     assert not cache.samples().present[11]
     assert not list(verify(out).faults)
 

@@ -86,7 +86,10 @@ def jpeg_claiming(width: int, height: int) -> bytes:
     ("content", "message"),
     [
         (b"", r"expected an encoded image, got 0 bytes starting nowhere"),
-        (b"no image at all", r"got 15 bytes starting 6e6f20696d616765 \(cannot identify image"),
+        (
+            b"no image at all",
+            r"got 15 bytes starting 6e6f20696d616765 \(none of JPEG, PNG, BMP, WEBP\)$",
+        ),
         (jpeg(0)[:400], r"expected an encoded image, got 400 bytes starting ffd8ffe0"),
         (jpeg(0)[:-200], r"expected an encoded image, .* starting ffd8ffe0"),
         (encoded(noise(), "PNG")[:-300], r"expected an encoded image, .* starting 89504e47"),
@@ -109,7 +112,7 @@ def test_what_is_no_image_is_refused(content: bytes, message: str) -> None:
 def test_a_face_is_told_by_its_place() -> None:
     assert decode_face(jpeg(3), "here").shape == (112, 112, 3)
     with pytest.raises(
-        CorruptRecordError, match=r"^here: expected an aligned face of 112x112 pixels, got 96x112;"
+        CorruptRecordError, match=r"^here: expected an aligned face of 112x112 pixels, got 96x112$"
     ):
         decode_face(jpeg(3, (96, 112)), "here")
     with pytest.raises(CorruptRecordError, match=r"^here: expected an encoded image, got 4 bytes"):

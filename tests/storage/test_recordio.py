@@ -172,8 +172,7 @@ def test_damage_is_told_with_its_place(
 ) -> None:
     reader = rec(tmp_path, content)
     place = rf"some\.rec, key 17, offset {offset}: "
-    remedy = r"; `gkd records verify` lists every fault, --skip-corrupt leaves such records out$"
-    with pytest.raises(CorruptRecordError, match=place + ".*" + message + ".*" + remedy):
+    with pytest.raises(CorruptRecordError, match=place + ".*" + message):
         reader.read(offset, 17)
     headers = reader.headers(np.array([offset]))
     assert headers.sizes.tolist() == headers.flags.tolist() == [-1]
