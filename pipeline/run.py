@@ -169,6 +169,11 @@ def _check_labels(records: Records) -> None:
     if not len(records):
         raise ConfigError(f"{records.path}: expected images, got none")
     highest = int(records.labels.max())
+    if highest < 0:
+        raise ConfigError(
+            f"{records.path}: none of {len(records):,} records could be read; `gkd records verify` "
+            "says what is wrong with each"
+        )
     if highest >= records.num_classes:
         raise ConfigError(
             f"{records.path}: labels go up to {highest:,}, but there are {records.num_classes:,} "
@@ -306,6 +311,13 @@ class _Run:
     def _class_means(self, store: EmbeddingStore) -> Centers:
         """Centres from the embeddings of all shards, which are computed where they are missing."""
         labels = self.records.labels
+        # Counted by class, the classes of a wrong `property` would fill any memory.
+        if self.records.num_classes > len(labels):
+            raise ConfigError(
+                f"class-mean centres: {self.records.num_classes:,} classes, but only "
+                f"{len(labels):,} images, so that some class has none; give the teacher's own "
+                "centres by --centers FILE, or correct the first line of `property`"
+            )
         require_images(np.bincount(labels[labels >= 0], minlength=self.records.num_classes))
         self._keep_embeddings(store)
         path = centers_path(self.out)

@@ -16,6 +16,10 @@ from gkd.storage.rows import QUIET_ROWS, Records
 Layout = Literal["insightface", "im2rec"]
 # Classes are stored as uint32 in a cache.
 MAX_CLASSES = 2**32
+# More classes than this, and than so many an image, no labels prove: a part of a large data set
+# numbers far fewer, and one damaged label would cost gigabytes for classes that are not there.
+MOST_UNPROVED_CLASSES = 1_000_000
+MOST_CLASSES_AN_IMAGE = 16
 # From here on a float32 label cannot name every class.
 EXACT_FLOAT32 = 2**24
 HEADER_BLOCK = 1 << 18
@@ -30,9 +34,15 @@ class RecordFile(Records):
     In the layout of InsightFace, key 0 and one record an identity hold two labels and no image;
     they are left out. In that of im2rec every record is an image. Which it is, the records say.
     ``num_classes`` comes from the first line of ``property`` where that file stands beside, else
-    it is the largest label + 1. Labels are float32: classes from 2^24 on may be rounded.
+    it is the largest label + 1, unless that is far more than so many images prove. Labels are
+    float32: classes from 2^24 on may be rounded.
 
     A record whose header cannot be read, or whose label is no class, stays a row with label -1.
+
+    Raises:
+        ConfigError: where there is no image, ``property`` cannot be read, or the largest label
+            is that of no data set of this size.
+        CorruptRecordError: where the index cannot be read.
     """
 
     def __init__(self, path: Path) -> None:
@@ -63,7 +73,7 @@ class RecordFile(Records):
         self._property = read_property(self.path.with_name("property"))
         bound = MAX_CLASSES if self._property is None else self._property
         self.labels = _classes(headers.labels[images], self.sizes, bound)
-        self.num_classes = bound if self._property is not None else int(self.labels.max()) + 1
+        self.num_classes = self._labelled_classes() if self._property is None else self._property
 
     def key(self, row: int) -> str:
         """The record's key in the index, or its number in the file."""
@@ -96,6 +106,18 @@ class RecordFile(Records):
                 yield path.name, path.stat()
             except OSError as error:
                 raise CorruptRecordError(f"{path}: {error.strerror}; put it back") from error
+
+    def _labelled_classes(self) -> int:
+        row = int(self.labels.argmax())
+        classes = int(self.labels[row]) + 1
+        most = max(MOST_UNPROVED_CLASSES, MOST_CLASSES_AN_IMAGE * len(self))
+        if classes > most:
+            raise ConfigError(
+                f"{self.where(row)}: expected a label below {most:,} among {len(self):,} images, "
+                f"got {classes - 1:,}; correct this record, or if there are so many identities say "
+                "so in a file named property beside the pack, with the line IDENTITIES,112,112"
+            )
+        return classes
 
     def _label_fault(self, row: int) -> CorruptRecordError:
         (label, *_) = self._reader.read(int(self._offsets[row])).labels

@@ -471,6 +471,25 @@ def test_no_images_are_refused(folder: Path, tmp_path: Path) -> None:
         cache_teacher(records, tmp_path / "c.gkd", PixelEmbedder(), centers(7), SETTINGS)
 
 
+def test_records_of_which_none_can_be_read_are_refused(tmp_path: Path) -> None:
+    pack = write_pack(tmp_path, {key: payload(-1, jpeg(key)) for key in range(3)})
+    settings = replace(SETTINGS, skip_corrupt=True)
+    message = (
+        r"train\.rec: none of 3 records could be read; `gkd records verify` says what is wrong"
+    )
+    with pytest.raises(ConfigError, match=message):
+        make(pack, tmp_path / "cache.gkd", class_mean=True, settings=settings)
+
+
+def test_class_means_of_more_classes_than_images_are_refused(tmp_path: Path) -> None:
+    pack = write_pack(tmp_path, {0: payload(3e9, jpeg(0))}, classes=2**32)
+    embedder = PixelEmbedder()
+    message = "class-mean centres: 4,294,967,296 classes, but only 1 images, .*--centers FILE, or"
+    with pytest.raises(ConfigError, match=message):
+        make(pack, tmp_path / "cache.gkd", class_mean=True, embedder=embedder)
+    assert embedder.images == 0
+
+
 def test_class_means_of_classes_without_images_are_refused_at_once(
     folder: Path, tmp_path: Path
 ) -> None:

@@ -156,8 +156,23 @@ def test_labels_that_are_no_class_are_faults(tmp_path: Path, label: float) -> No
 
 def test_labels_are_float32(tmp_path: Path) -> None:
     packed = {0: payload(2**24 - 1, b"a"), 1: payload(42_474_558, b"b")}
-    records = open_records(write_pack(tmp_path, packed))
+    records = open_records(write_pack(tmp_path, packed, classes=42_474_561))
     assert records.labels.tolist() == [2**24 - 1, 42_474_560]
+
+
+def test_a_label_that_no_data_set_of_this_size_has_is_refused(tmp_path: Path) -> None:
+    pack = write_pack(tmp_path, {0: payload(7, b"a"), 1: payload(3e9, b"b")})
+    message = (
+        r"key 1, offset 36: expected a label below 1,000,000 among 2 images, got 3,000,000,000; "
+        r"correct this record, or .* a file named property .* IDENTITIES,112,112$"
+    )
+    with pytest.raises(ConfigError, match=message):
+        open_records(pack)
+    (tmp_path / "property").write_text("3000000001,112,112\n")
+    assert open_records(pack).num_classes == 3_000_000_001
+    (tmp_path / "property").unlink()
+    largest = write_pack(tmp_path, {0: payload(7, b"a"), 1: payload(999_999, b"b")})
+    assert open_records(largest).num_classes == 1_000_000
 
 
 def test_a_header_that_is_rounded_still_counts(tmp_path: Path) -> None:
