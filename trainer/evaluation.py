@@ -3,7 +3,6 @@
 import io
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from gkd.storage.errors import ConfigError
 from gkd.storage.extras import require
 from gkd.storage.progress import progress
 from gkd.storage.spec import Preprocess
+from gkd.trainer.devices import DTYPES
 from gkd.trainer.verification_set import FOLDS, VerificationSet
 
 # RGB uint8 [B, 112, 112, 3] -> embeddings float32 [B, D], not normalised
@@ -27,7 +27,6 @@ Embed = Callable[[npt.NDArray[np.uint8]], npt.NDArray[np.float32]]
 FARS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 THRESHOLDS = np.arange(0, 4, 0.01)
 DECODE_THREADS = 2
-AUTOCAST = {"float32": None, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -84,9 +83,9 @@ def module_embed(
     is left alone: put it into eval mode before. ``precision`` is float32, float16 or
     bfloat16 (autocast).
     """
-    if precision not in AUTOCAST:
-        raise ConfigError(f"precision: expected float32, float16 or bfloat16, got {precision!r}")
-    low_precision = AUTOCAST[precision]
+    if precision not in DTYPES:
+        raise ConfigError(f"precision: expected {', '.join(DTYPES)}, got {precision!r}")
+    dtype = DTYPES[precision]
     mean = torch.tensor(preprocess.mean, device=device).view(3, 1, 1)
     std = torch.tensor(preprocess.std, device=device).view(3, 1, 1)
 
@@ -94,9 +93,7 @@ def module_embed(
         pixels = torch.from_numpy(images).to(device).permute(0, 3, 1, 2)
         if preprocess.bgr:
             pixels = pixels.flip(1)
-        autocast = (
-            torch.autocast(device.type, dtype=low_precision) if low_precision else nullcontext()
-        )
+        autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
         with torch.inference_mode(), autocast:
             embeddings = module(((pixels.float() - mean) / std).contiguous())
         return np.asarray(embeddings.float().cpu().numpy(), np.float32)

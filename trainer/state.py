@@ -9,16 +9,16 @@ import msgspec
 import torch
 from torch import nn
 
-from gkd.storage.errors import ConfigError, GkdError
+from gkd.storage.errors import GkdError
 from gkd.storage.records import Records
 from gkd.trainer.checkpoint import Identity, require_same_run, student_backbone
 from gkd.trainer.config import RunConfig
 from gkd.trainer.data import Batch, JoinedTargets, Plans
+from gkd.trainer.devices import choose_device, choose_dtype
 from gkd.trainer.heads import MarginHead
 from gkd.trainer.losses import GkdLoss, gkd_loss
 from gkd.trainer.schedules import kd_ramp, make_optimizer, make_scheduler
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SHOWN_KEYS = 5
 
 
@@ -175,31 +175,3 @@ class RunState:
             f"{keys} of {records.path}; go on from the last checkpoint with a lower optimizer.lr "
             "in another folder, or look at these images"
         )
-
-
-def choose_device(name: str) -> torch.device:
-    """``cpu``, ``cuda``, or ``auto`` for a GPU where there is one.
-
-    Raises:
-        ConfigError: where a GPU is asked for and there is none.
-    """
-    found = torch.cuda.is_available()
-    if name == "cuda" and not found:
-        raise ConfigError("train.device: torch finds no GPU; set train.device=cpu")
-    return torch.device("cuda" if name == "cuda" or (name == "auto" and found) else "cpu")
-
-
-def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """What the backbone computes in.
-
-    Raises:
-        ConfigError: for float16 without a GPU.
-    """
-    if precision == "auto":
-        low = device.type == "cuda" and torch.cuda.is_bf16_supported()
-        return torch.bfloat16 if low else torch.float32
-    if precision == "float16" and device.type == "cpu":
-        raise ConfigError(
-            "train.precision: float16 needs a GPU; set train.precision=float32 or bfloat16"
-        )
-    return DTYPES[precision]

@@ -19,10 +19,9 @@ import numpy.typing as npt
 
 from gkd.storage.atomic import write_file
 from gkd.storage.errors import ConfigError, CorruptRecordError
-from gkd.storage.images import decode
+from gkd.storage.images import FACE_SHAPE, decode
 
 FOLDS = 10
-IMAGE_SHAPE = (112, 112, 3)
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ class VerificationSet:
             raise CorruptRecordError(
                 f"{where}: {error}; get the file again or leave this verification set out"
             ) from error
-        if pixels.shape != IMAGE_SHAPE:
+        if pixels.shape != FACE_SHAPE:
             raise CorruptRecordError(
                 f"{where}: expected an aligned face of 112x112 RGB, got {pixels.shape[1]}x"
                 f"{pixels.shape[0]}; write the set again from aligned faces"

@@ -237,7 +237,7 @@ def test_module_embed_casts_where_asked() -> None:
     assert low.dtype == np.float32
     assert 0 < np.abs(low - full).max() < 0.05
     with pytest.raises(
-        ConfigError, match="precision: expected float32, float16 or bfloat16, got 'int8'"
+        ConfigError, match="precision: expected float32, bfloat16, float16, got 'int8'"
     ):
         module_embed(linear, preprocess, torch.device("cpu"), "int8")
 

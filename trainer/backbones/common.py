@@ -5,8 +5,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gkd.storage.errors import ConfigError
+from gkd.storage.images import FACE_SHAPE
 
-IMAGE_SIZE = 112
+FACE_SIZE = FACE_SHAPE[0]
 INPUT_SIZES = (112, 56, 28)
 
 
@@ -21,9 +22,9 @@ class InputPool(nn.Module):
         if input_size not in INPUT_SIZES:
             raise ConfigError(
                 f"student.input_size: expected one of {', '.join(map(str, INPUT_SIZES))}, got "
-                f"{input_size}: {IMAGE_SIZE}x{IMAGE_SIZE} images are pooled by a whole factor"
+                f"{input_size}: {FACE_SIZE}x{FACE_SIZE} images are pooled by a whole factor"
             )
-        self.factor = IMAGE_SIZE // input_size
+        self.factor = FACE_SIZE // input_size
 
     def forward(self, images: Tensor) -> Tensor:
         """Float [B, C, 112, 112] to [B, C, input_size, input_size]."""
