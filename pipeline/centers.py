@@ -2,6 +2,7 @@
 
 import hashlib
 import pickle
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -203,14 +204,22 @@ def read_npy(path: Path) -> npt.NDArray[Any]:
 
 def _read_torch(path: Path) -> Any:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            # torch warns of pickle protocols that it does not expect, then reads or refuses them.
+            warnings.simplefilter("ignore", UserWarning)
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
+        # Not in torch's words: they advise to load without the guard against foreign code.
         raise ConfigError(
-            f"{path}: holds more than tensors and plain containers, and loading it could run code; "
-            "save the centres alone, as a tensor or .npy"
+            f"{path}: holds more than tensors and plain containers, so that loading it could run "
+            "code, or is no torch file; save the centres alone, as a tensor or .npy"
         ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise ConfigError(f"{path}: expected a torch file, got {error}") from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        reason = (str(error).strip() or "a file that is cut off").splitlines()[0].split(". ")[0]
+        raise ConfigError(
+            f"{path}: expected a torch file, got one that cannot be read ({reason}); get it "
+            "again, or save the centres as .npy"
+        ) from error
 
 
 def _tensors(prefix: str, value: Any) -> Iterator[tuple[str, torch.Tensor]]:

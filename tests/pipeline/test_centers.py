@@ -1,5 +1,6 @@
 """Class centres from files of every kind, and as means; every refusal reads its message."""
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,12 @@ def test_too_many_centres_name_the_padding(tmp_path: Path) -> None:
         ("c.npy", np.arange(9), r"c\.npy: expected a \.npy array of floats, got int64"),
         ("c.npy", np.array([{}]), r"c\.npy: expected a \.npy array of numbers, got .*allow_pickle"),
         ("c.npy", RAW[:, :5], r"one matrix of centres \[C, 8\] .* got 0: an array \[12, 5\]"),
-        ("c.pt", b"x", r"c\.pt: "),
+        ("c.pt", b"x", r"c\.pt: holds more than tensors .*, or is no torch file; save the centres"),
+        (
+            "c.pt",
+            b"",
+            r"c\.pt: expected a torch file, got one that cannot be read \(\w.*\); get it again",
+        ),
         ("c.pt", {"x": Path("p")}, r"c\.pt: holds more than tensors .*could run code"),
         (
             "c.pt",
@@ -109,6 +115,31 @@ def test_unusable_files_are_refused(tmp_path: Path, name: str, content: Any, mes
     else:
         save(path, content)
     with pytest.raises(ConfigError, match=message):
+        load_centers(path, C, D)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.005, 0.1, 0.5, 0.9999])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_torch_file_that_is_cut_off_is_refused(
+    tmp_path: Path, share: float, zipped: bool
+) -> None:
+    path = tmp_path / "c.pt"
+    torch.save(torch.ones(5000, D), path, _use_new_zipfile_serialization=zipped)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(share * len(content))])
+    with pytest.raises(
+        ConfigError, match=r"c\.pt: .*\w.*; (get it again|save the centres)"
+    ) as told:
+        load_centers(path, C, D)
+    assert "weights_only" not in str(told.value)
+    assert "()" not in str(told.value)
+
+
+@pytest.mark.parametrize("protocol", [3, 4, 5])
+def test_other_pickle_protocols_raise_no_warning(tmp_path: Path, protocol: int) -> None:
+    path = tmp_path / "c.pt"
+    torch.save(torch.from_numpy(RAW), path, pickle_protocol=protocol)
+    with contextlib.suppress(ConfigError):  # a UserWarning is an error in tests
         load_centers(path, C, D)
 
 
