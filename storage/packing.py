@@ -12,9 +12,11 @@ from gkd.storage.atomic import sync_file, sync_folder
 from gkd.storage.errors import ConfigError, CorruptRecordError
 from gkd.storage.folders import ImageFolder, Sort
 from gkd.storage.images import FACE_SHAPE, decode_face
+from gkd.storage.lock import WriteLock
 from gkd.storage.parallel import ordered_map, row_blocks
 from gkd.storage.progress import progress
 from gkd.storage.recordio import RecordWriter, encode_record
+from gkd.storage.writer import delete_leftovers
 
 
 @dataclass(frozen=True)
@@ -36,11 +38,13 @@ def pack(folder: Path, out: Path, *, sort: Sort = "natural", workers: int = 1) -
         property              C,112,112
 
     Files are copied byte for byte, never encoded again; ``workers`` threads decode them to see
-    that each is an aligned face. ``out`` appears when all is written. Key 0 counts in float32, as
+    that each is an aligned face. ``out`` appears when all is written; what a killed run of the
+    same name left beside it is deleted. Key 0 counts in float32, as
     the layout wants: beyond 2^24 images it is rounded, and readers count by the index.
 
     Raises:
-        ConfigError: where ``out`` exists, or ``folder`` is no image folder.
+        ConfigError: where ``out`` exists or another run is writing it, or ``folder`` is no image
+            folder.
         CorruptRecordError: for the first file that is no image of 112x112 pixels.
     """
     if out.exists():
@@ -51,6 +55,15 @@ def pack(folder: Path, out: Path, *, sort: Sort = "natural", workers: int = 1) -
         )
     records = ImageFolder(folder, sort=sort)
     out.parent.mkdir(parents=True, exist_ok=True)
+    with WriteLock(out):
+        delete_leftovers(out)
+        _write_pack(records, out, workers)
+    sync_folder(out.parent)
+    size = sum(file.stat().st_size for file in out.iterdir())
+    return Packed(out, len(records), records.num_classes, size)
+
+
+def _write_pack(records: ImageFolder, out: Path, workers: int) -> None:
     aside = out.with_name(f".{out.name}.{uuid.uuid4().hex}")
     aside.mkdir()
     try:
@@ -64,9 +77,6 @@ def pack(folder: Path, out: Path, *, sort: Sort = "natural", workers: int = 1) -
         aside.rename(out)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    sync_folder(out.parent)
-    size = sum(file.stat().st_size for file in out.iterdir())
-    return Packed(out, len(records), records.num_classes, size)
 
 
 def _write_records(records: ImageFolder, writer: RecordWriter, workers: int) -> None:

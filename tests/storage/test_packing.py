@@ -1,9 +1,11 @@
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from gkd.storage.errors import ConfigError, CorruptRecordError
+from gkd.storage.lock import WriteLock
 from gkd.storage.packing import Packed, pack
 from gkd.storage.record_file import RecordFile
 from gkd.storage.recordio import RecordReader, read_index
@@ -88,6 +90,29 @@ def test_what_is_no_face_stops_packing_and_leaves_nothing(
     with pytest.raises(CorruptRecordError, match=message):
         pack(folder, tmp_path / "pack", workers=2)
     assert [entry.name for entry in tmp_path.iterdir()] == ["faces"]
+
+
+def test_what_a_killed_run_left_is_deleted_by_the_next(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "faces", FILES)
+    for name in ("pack", "other"):
+        (tmp_path / f".{name}.{'0' * 32}").mkdir()
+        (tmp_path / f".{name}.{'0' * 32}" / "train.rec").write_bytes(b"half")
+    pack(folder, tmp_path / "pack")
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == [
+        f".other.{'0' * 32}",
+        "faces",
+        "pack",
+    ]
+
+
+def test_two_runs_do_not_write_one_pack(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "faces", FILES)
+    with (
+        WriteLock(tmp_path / "pack"),
+        pytest.raises(ConfigError, match=f"pack: .*process {os.getpid()} "),
+    ):
+        pack(folder, tmp_path / "pack")
+    assert not (tmp_path / "pack").exists()
 
 
 def test_an_existing_output_is_kept(tmp_path: Path) -> None:
