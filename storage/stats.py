@@ -11,6 +11,8 @@ import numpy.typing as npt
 
 from gkd.storage import atomic, layout
 from gkd.storage.cache import Cache
+from gkd.storage.disk import disk_errors
+from gkd.storage.errors import ConfigError
 from gkd.storage.extras import require
 from gkd.storage.progress import progress
 from gkd.storage.spec import View
@@ -104,7 +106,7 @@ def plot_stats(stats: CacheStats, out: Path) -> None:
     """Draw group sizes and secondary masses of every view into a PNG.
 
     Raises:
-        ConfigError: where matplotlib is not installed.
+        ConfigError: where matplotlib is not installed, or ``out`` cannot be written.
     """
     figure_module = require("matplotlib.figure", "plot")
     figure = figure_module.Figure(figsize=(10, 4), layout="constrained")
@@ -115,7 +117,14 @@ def plot_stats(stats: CacheStats, out: Path) -> None:
     figure.suptitle(f"{stats.path.name}: {stats.num_samples:,} samples, {cost}")
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=120)
-    atomic.write_file(out, image.getvalue())
+    if not out.parent.is_dir() or out.is_dir():
+        raise ConfigError(
+            f"{out}: expected the name of a file in a folder that is there, got "
+            + ("a folder" if out.is_dir() else "one in no folder")
+            + "; choose another name"
+        )
+    with disk_errors(out):
+        atomic.write_file(out, image.getvalue())
 
 
 class _Counts:

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from gkd.storage.cache import Cache
-from gkd.storage.errors import IncompleteCacheError
+from gkd.storage.errors import ConfigError, IncompleteCacheError
 from gkd.storage.spec import VIEWS
 from gkd.storage.stats import QUANTILES, plot_stats, stats
 from gkd.storage.writer import CacheWriter
@@ -85,3 +85,16 @@ def test_the_plot_is_a_picture(tmp_path: Path, num_classes: int) -> None:
     with Image.open(tmp_path / "plot.png") as picture:
         assert picture.format == "PNG"
         assert len(np.unique(np.asarray(picture.convert("L")))) > 10
+
+
+def test_a_plot_that_cannot_be_written_is_told_by_its_own_name(
+    cache: Cache, tmp_path: Path
+) -> None:
+    found = stats(cache)
+    nowhere = tmp_path / "gone" / "plot.png"
+    with pytest.raises(
+        ConfigError, match=rf"^{nowhere}: expected .*, got one in no folder; choose"
+    ):
+        plot_stats(found, nowhere)
+    with pytest.raises(ConfigError, match=rf"^{tmp_path}: expected .*, got a folder; choose"):
+        plot_stats(found, tmp_path)
