@@ -1,6 +1,7 @@
 """Dense float64 twins of what gkd computes sparsely, for tests."""
 
 from dataclasses import dataclass
+from typing import TypedDict, Unpack
 
 import numpy as np
 import numpy.typing as npt
@@ -40,14 +41,9 @@ def dense_terms(teacher: Array, student: Array, group: npt.NDArray[np.bool_]) ->
     Masses and the distributions within group and tail come from logsumexps of their own logits.
     """
 
-    def lse(logits: Array) -> float:
-        if not len(logits):
-            return -np.inf
-        return float(logits.max() + np.log(np.exp(logits - logits.max()).sum()))
-
     log_p, log_q = log_softmax(teacher), log_softmax(student)
-    log_mass_p = np.array([lse(log_p[group]), lse(log_p[~group])])
-    log_mass_q = np.array([lse(log_q[group]), lse(log_q[~group])])
+    log_mass_p = np.array([log_sum_exp(log_p[group]), log_sum_exp(log_p[~group])])
+    log_mass_q = np.array([log_sum_exp(log_q[group]), log_sum_exp(log_q[~group])])
 
     def within(part: npt.NDArray[np.bool_]) -> float:
         if not part.any():
@@ -64,25 +60,31 @@ def dense_terms(teacher: Array, student: Array, group: npt.NDArray[np.bool_]) ->
     )
 
 
+class LossWeights(TypedDict):
+    """What weighs the terms of the loss of DESIGN section 2."""
+
+    temperature: float
+    w_binary: float
+    w_primary: float
+    ramp: float
+
+
 def dense_gkd_loss(
     student: Array,
     labels: npt.NDArray[np.int64],
     teacher: Array,
     groups: npt.NDArray[np.bool_],
-    *,
-    temperature: float,
-    w_binary: float,
-    w_primary: float,
-    ramp: float,
+    **weights: Unpack[LossWeights],
 ) -> float:
     """The loss of DESIGN section 2 from dense logits [B, C] and groups [B, C]; no group, no KD."""
+    temperature = weights["temperature"]
     total = 0.0
     for z, label, t, group in zip(student, labels, teacher, groups, strict=True):
         total -= log_softmax(z)[label]
         if group.any():
             terms = dense_terms(t / temperature, z / temperature, group)
-            kd = w_binary * terms.binary + w_primary * terms.primary
-            total += ramp * temperature**2 * kd
+            kd = weights["w_binary"] * terms.binary + weights["w_primary"] * terms.primary
+            total += weights["ramp"] * temperature**2 * kd
     return float(total / len(labels))
 
 
@@ -91,16 +93,13 @@ def dense_gkd_gradient(
     labels: npt.NDArray[np.int64],
     teacher: Array,
     groups: npt.NDArray[np.bool_],
-    *,
-    temperature: float,
-    w_binary: float,
-    w_primary: float,
-    ramp: float,
+    **weights: Unpack[LossWeights],
 ) -> Array:
     """The gradient of ``dense_gkd_loss`` by the student's logits [B, C], in closed form.
 
     A test holds it against finite differences of the loss.
     """
+    temperature = weights["temperature"]
     gradient = np.exp(log_softmax(student))
     gradient[np.arange(len(labels)), labels] -= 1.0
     for i, group in enumerate(groups):
@@ -110,13 +109,13 @@ def dense_gkd_gradient(
         p, q = np.exp(log_softmax(t)), np.exp(log_softmax(z))
         by_u = np.zeros_like(q)
         inner_p, inner_q = np.exp(log_softmax(t[group])), np.exp(log_softmax(z[group]))
-        by_u[group] = w_primary * (inner_q - inner_p)
+        by_u[group] = weights["w_primary"] * (inner_q - inner_p)
         if not group.all():
             # (1-a) - (1-b): the same as b - a, and exact where a and b are nearly 1.
             surplus = p[~group].sum() - q[~group].sum()
-            by_u[group] += w_binary * surplus * inner_q
-            by_u[~group] -= w_binary * surplus * np.exp(log_softmax(z[~group]))
-        gradient[i] += ramp * temperature * by_u
+            by_u[group] += weights["w_binary"] * surplus * inner_q
+            by_u[~group] -= weights["w_binary"] * surplus * np.exp(log_softmax(z[~group]))
+        gradient[i] += weights["ramp"] * temperature * by_u
     return gradient / len(labels)
 
 
