@@ -23,7 +23,7 @@ Count = Annotated[int, Meta(ge=1)]
 CountOrNone = Annotated[int, Meta(ge=0)]
 # Far beyond any network that people train: a slip of the hand is told, not allocated.
 EmbeddingDim = Annotated[int, Meta(ge=1, le=8192)]
-Width = Annotated[float, Meta(gt=0, le=16)]
+Width = Annotated[float, Meta(gt=0, le=8)]
 # BatchNorm over the batch needs two images.
 BatchSize = Annotated[int, Meta(ge=2)]
 # What torch and numpy both take.

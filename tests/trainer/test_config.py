@@ -80,7 +80,7 @@ def test_heads_mean_their_margins(overrides: list[str], margin: Margin) -> None:
         ("train.seed=18446744073709551616", "train.seed: expected int <= 9223372036854775807, got"),
         ("train.seed=-1", "--set: train.seed: expected int >= 0, got -1"),
         ("student.embedding_dim=1000000000000", "expected int <= 8192, got 1000000000000"),
-        ("student.width=1e9", "--set: student.width: expected float <= 16.0, got 1000000000.0"),
+        ("student.width=1e9", "--set: student.width: expected float <= 8.0, got 1000000000.0"),
         ('schedule.milestones=[1,"a"]', "schedule.milestones[1]: expected float, got 'a'"),
         ("train.epochs=ten", "--set: train.epochs: expected int, got 'ten'"),
         ("kd.temperature=0", "--set: kd.temperature: expected float > 0.0, got 0"),
