@@ -61,7 +61,7 @@ def dense_terms(teacher: Array, student: Array, group: npt.NDArray[np.bool_]) ->
 
 
 class LossWeights(TypedDict):
-    """What weighs the terms of the loss of DESIGN section 2."""
+    """What weighs the terms of the grouped loss (see gkd.trainer.losses)."""
 
     temperature: float
     w_binary: float
@@ -76,7 +76,7 @@ def dense_gkd_loss(
     groups: npt.NDArray[np.bool_],
     **weights: Unpack[LossWeights],
 ) -> float:
-    """The loss of DESIGN section 2 from dense logits [B, C] and groups [B, C]; no group, no KD."""
+    """The grouped loss from dense logits [B, C] and groups [B, C]; no group, no KD."""
     temperature = weights["temperature"]
     total = 0.0
     for z, label, t, group in zip(student, labels, teacher, groups, strict=True):

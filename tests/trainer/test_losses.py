@@ -109,7 +109,8 @@ def test_twins_gradient_is_the_slope_of_its_loss(problem: Problem) -> None:
         for sign in (1, -1):
             moved = student.copy()
             moved[at] += sign * step
-            sides.append(dense_gkd_loss(**{**problem, "student": moved}))
+            beside: dict[str, Any] = {**problem, "student": moved}
+            sides.append(dense_gkd_loss(**beside))
         slope[at] = (sides[0] - sides[1]) / (2 * step)
     gradient = dense_gkd_gradient(**problem)
     np.testing.assert_allclose(gradient, slope, rtol=1e-5, atol=1e-5)
