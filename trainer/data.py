@@ -24,6 +24,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from gkd.storage.blocks import Block, ShardStore
 from gkd.storage.cache import Cache
@@ -405,8 +406,8 @@ def load_batches(
     sampler: Sampler[Any] = plans
     if dataset.targets is not None and isinstance(dataset.targets.store, ShardStore):
         sampler = _WithTargets(plans, dataset.targets.store, dataset.targets.rows)
-    loader: DataLoader[Batch | GkdError | OSError] = DataLoader(
-        _Carrying(dataset),
+    loader: DataLoader[_Made] = DataLoader(
+        _Carrying(dataset, pack=workers > 0),
         batch_size=None,
         sampler=sampler,
         num_workers=workers,
@@ -416,25 +417,84 @@ def load_batches(
         # Without its own, the loader draws a number from the generator that resuming restores.
         generator=torch.Generator(),
     )
-    for item in loader:
-        if not isinstance(item, Batch):
-            raise item
-        yield item
+    made = iter(loader)
+    try:
+        for item in made:
+            match item:
+                case Batch():
+                    yield item
+                case _Packed():
+                    yield item.batch()
+                case error:
+                    raise error
+    finally:
+        # Not left to the garbage collector: a traceback may hold the loader, and workers that live
+        # on, deaf to SIGTERM as they are, would block the interpreter's end.
+        if isinstance(made, _MultiProcessingDataLoaderIter):
+            made._shutdown_workers()
 
 
-class _Carrying(Dataset[Batch | GkdError | OSError]):
+@dataclass(frozen=True)
+class _Packed:
+    """A batch on its way out of a worker, in two tensors.
+
+    Each tensor that goes to another process costs a file in shared memory, which for small ones is
+    far more than their bytes. ``rest`` holds all but the images, ``fields`` says what: a name, and
+    type and length of its tensor.
+    """
+
+    images: Tensor
+    rest: Tensor
+    fields: tuple[tuple[str, torch.dtype, int], ...]
+
+    @classmethod
+    def of(cls, batch: Batch) -> "_Packed":
+        """Labels, rows and targets in one tensor."""
+        named = {"labels": batch.labels, "rows": batch.rows}
+        if batch.targets is not None:
+            named |= {f"targets.{name}": value for name, value in vars(batch.targets).items()}
+        # The longest type first, so that each stands where its type may stand.
+        fields = sorted(named.items(), key=lambda field: -field[1].itemsize)
+        return cls(
+            batch.images,
+            torch.cat([value.contiguous().view(torch.uint8) for _, value in fields]),
+            tuple((name, value.dtype, len(value)) for name, value in fields),
+        )
+
+    def pin_memory(self) -> "_Packed":
+        """The same in pinned memory; the name is the data loader's."""
+        return _Packed(self.images.pin_memory(), self.rest.pin_memory(), self.fields)
+
+    def batch(self) -> Batch:
+        """The batch, over the same memory."""
+        values: dict[str, Tensor] = {}
+        targets: dict[str, Tensor] = {}
+        begin = 0
+        for name, dtype, length in self.fields:
+            end = begin + length * dtype.itemsize
+            inside = name.removeprefix("targets.")
+            (values if inside == name else targets)[inside] = self.rest[begin:end].view(dtype)
+            begin = end
+        return Batch(self.images, **values, targets=GroupTargets(**targets) if targets else None)
+
+
+_Made = Batch | _Packed | GkdError | OSError
+
+
+class _Carrying(Dataset[_Made]):
     """Hands errors over as values: the loader's own way wraps them in the worker's traceback."""
 
-    def __init__(self, dataset: FaceBatches) -> None:
-        self.dataset = dataset
+    def __init__(self, dataset: FaceBatches, *, pack: bool) -> None:
+        self.dataset, self.pack = dataset, pack
 
-    def __getitem__(self, plan: BatchPlan | GkdError | OSError) -> Batch | GkdError | OSError:
+    def __getitem__(self, plan: BatchPlan | GkdError | OSError) -> _Made:
         if not isinstance(plan, BatchPlan):
             return plan
         try:
-            return self.dataset[plan]
+            batch = self.dataset[plan]
         except GkdError as error:
             return error
+        return _Packed.of(batch) if self.pack else batch
 
 
 def _usable_cores() -> int:

@@ -1,6 +1,7 @@
 """Batches: each image once an epoch, its own view's targets, whatever the workers."""
 
 import gc
+import multiprocessing
 import shutil
 import weakref
 from dataclasses import replace
@@ -276,6 +277,21 @@ def test_a_corrupt_image_is_named_without_a_workers_traceback(
         list(load_batches(dataset, plans, workers=workers, pin=False))
     assert "person_2/3.jpg" in str(error.value)
     assert "Traceback" not in str(error.value)
+
+
+def test_a_bug_in_a_worker_leaves_no_worker_behind(
+    faces: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the traceback lives: workers that do would block the interpreter's end."""
+
+    def fail(self: FaceBatches, plan: BatchPlan) -> Batch:
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr(FaceBatches, "__getitem__", fail)
+    with pytest.raises(ZeroDivisionError, match="a bug") as error:
+        batches(faces, PLANS, workers=2)
+    assert error.tb is not None
+    assert multiprocessing.active_children() == []
 
 
 def test_a_cache_of_one_view_forbids_flips(faces: Path, tmp_path: Path) -> None:
