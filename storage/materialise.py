@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import os
+import re
 import shutil
 import time
 import uuid
@@ -31,6 +32,11 @@ LOCK = "lock"
 DAY = 86_400
 _WARM_BLOCK = 1 << 24
 _MAX_WORKERS = 8
+# The folder may be shared with strangers, so only what bears exactly these names is ours.
+_HOME = re.compile(r"[0-9a-f]{64}")
+_STORE = re.compile("|".join(re.escape(name) for name in (*VIEWS, "+".join(VIEWS))))
+_ASIDE = re.compile(rf"\.({_STORE.pattern})\.[0-9a-f]{{32}}")
+_DIGESTS_FILE = re.compile(r"[0-9a-f]{64}\.npz|\.[0-9a-f]{64}\.npz\.[0-9a-f]{32}")
 
 
 class _Description(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -120,7 +126,7 @@ def materialise(
         found = target.exists()
         if not found:
             # Nobody else is at work here, so what lies about was left by one that died.
-            for leftover in home.glob(".*"):
+            for leftover in filter(_is_aside, list(home.iterdir())):
                 shutil.rmtree(leftover)
             _build(cache, chosen, target)
         store = TargetStore(target)
@@ -147,7 +153,7 @@ def _build(cache: Cache, views: tuple[View, ...], target: Path) -> None:
     shapes = array_shapes(cache, shards, views)
     needed = sum(dtype.itemsize * int(np.prod(shape)) for dtype, shape in shapes.values())
     _require_space(target.parent, needed)
-    aside = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
+    aside = _aside(target)
     aside.mkdir()
     try:
         arrays = {
@@ -168,6 +174,27 @@ def _build(cache: Cache, views: tuple[View, ...], target: Path) -> None:
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
+
+
+def _aside(store: Path) -> Path:
+    """A new name beside a store, for one that is being made or removed."""
+    return store.with_name(f".{store.name}.{uuid.uuid4().hex}")
+
+
+def _is_aside(path: Path) -> bool:
+    return bool(_ASIDE.fullmatch(path.name)) and _is_real_folder(path)
+
+
+def _is_store(path: Path) -> bool:
+    return (
+        bool(_STORE.fullmatch(path.name))
+        and _is_real_folder(path)
+        and (path / DESCRIPTION).is_file()
+    )
+
+
+def _is_real_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
 
 
 def _require_space(folder: Path, needed: int) -> None:
@@ -214,7 +241,8 @@ def collect(
     """Remove what training left in ``folder`` and nobody uses: stores, half stores and digests.
 
     What was used within the last ``older_than`` days stays, and what a process has open or is
-    making. Everything can be made again from its cache or its records.
+    making. Everything can be made again from its cache or its records. Anything in ``folder`` that
+    does not have the place and the name of such a store or file is somebody else's and stays.
     """
     folder = (folder or default_folder()).absolute()
     now = time.time()
@@ -225,10 +253,12 @@ def collect(
 
 
 def _collectable(folder: Path) -> Iterator[Path]:
-    if (folder / DIGESTS).is_dir():
-        yield from (folder / DIGESTS).iterdir()
-    for lock in folder.glob(f"*/{LOCK}"):
-        yield from (path for path in lock.parent.iterdir() if path.is_dir())
+    for path in (folder / DIGESTS).glob("*"):
+        if _DIGESTS_FILE.fullmatch(path.name) and path.is_file():
+            yield path
+    for home in folder.glob("*"):
+        if _HOME.fullmatch(home.name) and _is_real_folder(home):
+            yield from (path for path in home.iterdir() if _is_store(path) or _is_aside(path))
 
 
 def _collect_one(path: Path, older_than: float, now: float, *, dry_run: bool) -> Collected:
@@ -241,8 +271,18 @@ def _collect_one(path: Path, older_than: float, now: float, *, dry_run: bool) ->
         with _unused(path) as unused:
             why = "" if unused else "in use"
             if unused and not dry_run:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                _remove(path)
     return Collected(path, size, days, not why, why)
+
+
+def _remove(path: Path) -> None:
+    if not path.is_dir():
+        path.unlink()
+        return
+    if not _is_aside(path):
+        # Half removed it must not look like a store any more.
+        path = path.rename(_aside(path))
+    shutil.rmtree(path)
 
 
 @contextlib.contextmanager

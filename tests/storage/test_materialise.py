@@ -19,6 +19,10 @@ from gkd.storage.writer import CacheWriter
 from tests.caches import make_cache, make_spec
 from tests.tampering import flip_bit
 
+# Names as a killed process and the kept digests of a data set have them.
+HALF = f".original.{'0123' * 8}"
+DIGESTS_FILE = f"{'ab' * 32}.npz"
+
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Cache:
@@ -150,7 +154,7 @@ def test_an_unfinished_cache_is_refused(tmp_path: Path) -> None:
 
 
 def test_what_a_killed_process_left_is_cleared(made: Cache, tmp_path: Path) -> None:
-    leftover = tmp_path / made.id / ".original+flipped.0123"
+    leftover = tmp_path / made.id / f".original+flipped.{'0' * 32}"
     leftover.mkdir(parents=True)
     (leftover / "indices.npy").write_bytes(b"half")
     materialise(made, folder=tmp_path)
@@ -198,13 +202,13 @@ def used(made: Cache, tmp_path: Path) -> Path:
     one = materialise(made, folder=tmp_path, views=["flipped"]).path
     aged(both / "store.json", 10)
     aged(one / "store.json", 1)
-    half = both.with_name(".original.0123")
+    half = both.with_name(HALF)
     half.mkdir()
     (half / "indices.npy").write_bytes(b"half")
     aged(half, 3)
     (tmp_path / "digests").mkdir()
-    (tmp_path / "digests" / "ab.npz").write_bytes(b"sixteen bytes...")
-    aged(tmp_path / "digests" / "ab.npz", 8)
+    (tmp_path / "digests" / DIGESTS_FILE).write_bytes(b"sixteen bytes...")
+    aged(tmp_path / "digests" / DIGESTS_FILE, 8)
     (tmp_path / "notes.txt").write_text("not ours")
     return tmp_path
 
@@ -216,13 +220,61 @@ def states(found: list[Collected]) -> dict[str, tuple[bool, str]]:
 def test_collecting_removes_all_that_nobody_uses(made: Cache, used: Path) -> None:
     found = collect(folder=used)
     assert states(found) == dict.fromkeys(
-        ["original+flipped", "flipped", ".original.0123", "ab.npz"], (True, "")
+        ["original+flipped", "flipped", HALF, DIGESTS_FILE], (True, "")
     )
     assert {each.path.name: round(each.days) for each in found}["original+flipped"] == 10
-    assert {each.path.name: each.bytes for each in found}["ab.npz"] == 16
+    assert {each.path.name: each.bytes for each in found}[DIGESTS_FILE] == 16
     assert names(used / made.id) == ["lock"]
     assert names(used) == sorted([made.id, "digests", "notes.txt"])
     assert len(materialise(made, folder=used)) == 100
+
+
+def test_collecting_leaves_what_strangers_keep_beside(made: Cache, used: Path) -> None:
+    home = used / made.id
+    strange = [
+        used / "project" / "lock",
+        used / "project" / "src" / "main.py",
+        used / "project" / "original" / "store.json",
+        used / "digests" / "precious" / "a.npz",
+        used / "digests" / ("cd" * 32 + ".npz") / "a.npz",
+        used / "digests" / "notes.npz",
+        used / "digests" / (DIGESTS_FILE + ".old"),
+        home / "mine" / "store.json",
+        home / "flipped+original" / "store.json",
+        home / ".git" / "config",
+        home / ".original.0123" / "a.npy",
+        used / ("cd" * 32) / "original" / "photo.jpg",
+    ]
+    for file in strange:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("precious")
+    (home / f".flipped.{'0' * 32}").symlink_to(used / "project")
+    (used / ("ef" * 32)).symlink_to(home)
+    shutil.rmtree(home / "original+flipped")
+    materialise(made, folder=used)  # clears what killed processes left, and nothing else
+    assert {each.path.name for each in collect(folder=used)} == {
+        "original+flipped",
+        "flipped",
+        DIGESTS_FILE,
+    }
+    assert [file for file in strange if not file.exists()] == []
+    assert (home / f".flipped.{'0' * 32}").is_symlink()
+
+
+def test_a_removal_that_is_broken_off_leaves_no_store(
+    made: Cache, used: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(path: Path) -> None:
+        (path / "store.json").unlink(missing_ok=True)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "rmtree", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            collect(folder=used, older_than=9)
+    assert "original+flipped" not in names(used / made.id)
+    assert collect(folder=used)
+    assert names(used / made.id) == ["lock"]
 
 
 def test_what_was_used_lately_stays(made: Cache, used: Path) -> None:
@@ -230,15 +282,15 @@ def test_what_was_used_lately_stays(made: Cache, used: Path) -> None:
     assert states(found) == {
         "original+flipped": (True, ""),
         "flipped": (False, "used within 7 days"),
-        ".original.0123": (False, "used within 7 days"),
-        "ab.npz": (True, ""),
+        HALF: (False, "used within 7 days"),
+        DIGESTS_FILE: (True, ""),
     }
-    assert names(used / made.id) == [".original.0123", "flipped", "lock"]
+    assert names(used / made.id) == [HALF, "flipped", "lock"]
 
 
 def test_a_dry_run_removes_nothing(made: Cache, used: Path) -> None:
     assert all(each.removed for each in collect(folder=used, dry_run=True))
-    assert names(used / made.id) == [".original.0123", "flipped", "lock", "original+flipped"]
+    assert names(used / made.id) == [HALF, "flipped", "lock", "original+flipped"]
 
 
 def test_finding_a_store_again_counts_as_use(made: Cache, used: Path) -> None:
@@ -271,7 +323,7 @@ def test_a_store_that_another_process_has_open_stays(made: Cache, used: Path) ->
 def test_a_store_that_is_being_made_stays(made: Cache, used: Path) -> None:
     with filelock.FileLock(used / made.id / "lock"):
         found = states(collect(folder=used))
-    assert found[".original.0123"] == (False, "in use")
+    assert found[HALF] == (False, "in use")
 
 
 def test_no_folder_is_nothing_to_collect(tmp_path: Path) -> None:
