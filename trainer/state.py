@@ -13,9 +13,10 @@ from gkd.storage.errors import ConfigError, GkdError
 from gkd.storage.records import Records
 from gkd.trainer.checkpoint import Identity, require_same_run, student_backbone
 from gkd.trainer.config import RunConfig
-from gkd.trainer.data import Batch, JoinedTargets, Plans
+from gkd.trainer.data import Batch, JoinedTargets
 from gkd.trainer.heads import MarginHead
 from gkd.trainer.losses import GkdLoss, gkd_loss
+from gkd.trainer.plans import Plans
 from gkd.trainer.schedules import kd_ramp, make_optimizer, make_scheduler
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

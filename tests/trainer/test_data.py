@@ -22,15 +22,14 @@ from gkd.storage.errors import (
 from gkd.storage.records import Records, open_records
 from gkd.trainer.data import (
     Batch,
-    BatchPlan,
     FaceBatches,
     JoinedTargets,
     Order,
-    Plans,
     check_data,
     join_targets,
     load_batches,
 )
+from gkd.trainer.plans import BatchPlan, Plans
 from tests.reference import log_softmax
 from tests.tampering import flip_bit
 from tests.trainer.faces import SETTINGS, load, teacher_logits, write_cache
