@@ -241,9 +241,12 @@ class _Run:
         if self.rank:
             self.lock.wait_for((self.out / layout.MANIFEST).exists)
             return
-        # One listing of a folder, where `writer.pending` would ask for thousands of files.
+        # Listed until all are there, and only then read: a damaged record may be another rank's
+        # to make again, and reading thousands at every look would be slow.
         every_shard = set(range(self.num_shards))
-        self.lock.wait_for(lambda: every_shard.issubset(committed_shards(self.out)))
+        self.lock.wait_for(
+            lambda: every_shard.issubset(committed_shards(self.out)) and not writer.pending()
+        )
         if not (self.out / layout.MANIFEST).exists():
             with disk_errors(self.out):
                 write_card(self.out, licence=self.settings.licence, note=self.settings.note)

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from gkd.storage import atomic, layout
 from gkd.storage.cache import read_commit, read_spec
 from gkd.storage.disk import disk_errors
-from gkd.storage.errors import IncompleteCacheError, SpecMismatchError
+from gkd.storage.errors import CorruptShardError, IncompleteCacheError, SpecMismatchError
 from gkd.storage.layout import ArrayLayout, Commit, ViewRecord, file_record
 from gkd.storage.spec import CacheSpec, View
 from gkd.storage.targets import SparseTargets
@@ -67,7 +67,10 @@ class CacheWriter:
         _require_same_spec(self.path, read_spec(self.path), spec)
 
     def pending(self, rank: int = 0, world_size: int = 1) -> list[int]:
-        """Shards that ``rank`` has still to write, ascending."""
+        """Shards that ``rank`` has still to write, ascending.
+
+        One whose commit record is damaged is to be written again.
+        """
         # By number, not by place in the list of what is left: ranks list at different times.
         return [
             shard
@@ -169,7 +172,13 @@ class CacheWriter:
         return hashlib.sha256(content).hexdigest()
 
     def _is_committed(self, shard: int) -> bool:
-        return (self.path / layout.commit_file(shard)).exists()
+        if not (self.path / layout.commit_file(shard)).exists():
+            return False
+        try:
+            read_commit(self.path, self.spec, shard)
+        except CorruptShardError:
+            return False
+        return True
 
     def _delete_leftovers(self, shard: int) -> None:
         for view in self.spec.views:

@@ -13,10 +13,15 @@ from gkd.storage.errors import GkdError
 from gkd.storage.records import Records
 from gkd.trainer.checkpoint import Identity, require_same_run, student_backbone
 from gkd.trainer.config import RunConfig
+<<<<<<< HEAD
 from gkd.trainer.data import Batch, JoinedTargets, Plans
 from gkd.trainer.devices import choose_device, choose_dtype
+=======
+from gkd.trainer.data import Batch, JoinedTargets
+>>>>>>> cache-sharing
 from gkd.trainer.heads import MarginHead
 from gkd.trainer.losses import GkdLoss, gkd_loss
+from gkd.trainer.plans import Plans
 from gkd.trainer.schedules import kd_ramp, make_optimizer, make_scheduler
 
 SHOWN_KEYS = 5

@@ -155,6 +155,27 @@ def test_a_finished_cache_has_nothing_pending(tmp_path: Path) -> None:
         write_shard(writer, 1)
 
 
+@pytest.mark.parametrize("left", [b"", b'{"format": 1, "shard"', b"{}", b"\xff"])
+def test_a_shard_whose_commit_record_is_damaged_is_written_again(
+    tmp_path: Path, left: bytes
+) -> None:
+    cache = make_cache(tmp_path / "c")
+    (cache.path / "commits" / "000001.json").write_bytes(left)
+    writer = CacheWriter(cache.path, cache.spec)
+    assert writer.pending() == [1]
+    with pytest.raises(IncompleteCacheError, match=r"1 of 3 shards .* first is 1"):
+        writer.finish()
+    write_shard(writer, 1)
+    assert writer.finish() == cache.id
+
+
+def test_the_record_of_another_shard_is_no_commit(tmp_path: Path) -> None:
+    cache = make_cache(tmp_path / "c")
+    commits = cache.path / "commits"
+    (commits / "000000.json").write_bytes((commits / "000001.json").read_bytes())
+    assert CacheWriter(cache.path, cache.spec).pending() == [0]
+
+
 def test_other_settings_are_refused_field_by_field(tmp_path: Path) -> None:
     spec = make_spec(threshold=0.9)
     CacheWriter(tmp_path / "c", spec)

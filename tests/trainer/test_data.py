@@ -22,16 +22,18 @@ from gkd.storage.errors import (
 from gkd.storage.records import Records, open_records
 from gkd.trainer.data import (
     Batch,
-    BatchPlan,
     FaceBatches,
     JoinedTargets,
     Order,
-    Plans,
     check_data,
     join_targets,
     load_batches,
 )
+<<<<<<< HEAD
 from gkd.trainer.loop import train
+=======
+from gkd.trainer.plans import BatchPlan, Plans
+>>>>>>> cache-sharing
 from tests.reference import log_softmax
 from tests.tampering import flip_bit
 from tests.trainer.faces import SETTINGS, load, small_config, teacher_logits, write_cache

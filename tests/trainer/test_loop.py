@@ -24,9 +24,10 @@ from gkd.storage.targets import TargetBatch
 from gkd.trainer import loop
 from gkd.trainer.checkpoint import load_student, read_checkpoint
 from gkd.trainer.config import load_config
-from gkd.trainer.data import BatchPlan, FaceBatches
+from gkd.trainer.data import FaceBatches
 from gkd.trainer.loop import train
 from gkd.trainer.losses import GroupTargets
+from gkd.trainer.plans import BatchPlan
 from tests.paths import ROOT
 from tests.reference import log_softmax
 from tests.trainer.faces import SETTINGS, load, run, small_config, teacher_logits
