@@ -63,8 +63,8 @@ def targets_info(place: str, options: dict[str, Any], as_json: bool) -> None:
 
 @targets.command("verify")
 @click.argument("path", metavar="TARGETS", type=PATH)
-@click.option("--quick", "level", flag_value="quick", help="Presence and sizes only.")
-@click.option("--deep", "level", flag_value="deep", help="Decode all arrays, check what they say.")
+@click.option("--quick", is_flag=True, help="Presence and sizes only.")
+@click.option("--deep", is_flag=True, help="Decode all arrays, check what they say.")
 @click.option("--against", type=PATH, metavar="RECORDS", help="Recompute a sample of these.")
 @click.option("--teacher", type=PATH, help="The teacher that recomputes.")
 @click.option("--arch", help="Its backbone; by default the one that TARGETS name.")
@@ -76,7 +76,8 @@ def targets_info(place: str, options: dict[str, Any], as_json: bool) -> None:
 @as_json
 def targets_verify(
     path: Path,
-    level: "Level | None",
+    quick: bool,
+    deep: bool,
     against: Path | None,
     teacher: Path | None,
     arch: str | None,
@@ -94,12 +95,15 @@ def targets_verify(
     """
     from gkd.storage.verify import verify
 
-    if (against is None) != (teacher is None) or (against and level):
+    if quick and deep:
+        raise click.UsageError("--quick and --deep exclude each other; give one of them")
+    if (against is None) != (teacher is None) or (against and (quick or deep)):
         raise click.UsageError("--against RECORDS and --teacher FILE go together, and alone")
     if against and teacher:
         _verify_against(path, against, teacher, arch, centers, sample, seed, device, sort, as_json)
         return
-    report = verify(path, level=level or "hashes")
+    level: Level = "quick" if quick else "deep" if deep else "hashes"
+    report = verify(path, level=level)
     if as_json:
         plain = msgspec.to_builtins(report, enc_hook=str)
         click.echo(json.dumps({**plain, "ok": report.ok}))

@@ -400,7 +400,16 @@ def _incomplete(path: Path, spec: CacheSpec) -> str:
 
 
 def _corrupt(place: Place, what: str, cause: BaseException | None = None) -> NoReturn:
-    raise CorruptShardError(
-        f"{place}: {what}; delete the cache and make or get it again, "
-        "`gkd targets verify` lists every fault"
-    ) from cause
+    raise CorruptShardError(f"{place}: {what}", _remedy(place)) from cause
+
+
+def _remedy(place: Place) -> str:
+    if isinstance(place, str):
+        return "push the cache there again from a whole copy"
+    pull = "get it again into the same folder with `gkd targets pull`, which mends it, or "
+    if place.name == layout.METADATA:
+        return pull + "make it again in another folder"
+    records = f"this shard's commit record and {layout.MANIFEST}"
+    if place.name in (layout.MANIFEST, layout.CARD):
+        records = layout.MANIFEST
+    return pull + f"delete {records} and run the same `gkd cache-teacher` again"

@@ -30,7 +30,18 @@ class CorruptRecordError(CorruptDataError):
 
 
 class CorruptShardError(CorruptDataError):
-    """A file of a target cache that is missing, damaged or lies about its content."""
+    """A file of a target cache that is missing, damaged or lies about its content.
+
+    ``fault`` is the message without what to do next, for lists of many.
+    """
+
+    def __init__(self, fault: str, remedy: str = "") -> None:
+        super().__init__(fault, remedy)
+        self.fault = fault
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        return f"{self.fault}; {self.remedy}" if self.remedy else self.fault
 
 
 class SpecMismatchError(GkdError):

@@ -88,7 +88,8 @@ def verify(path: str | Path, *, level: Level = "deep", workers: int | None = Non
     except (ConfigError, CorruptShardError) as error:
         if isinstance(error, ConfigError) and not (path / layout.MANIFEST).exists():
             raise
-        fault = Fault(layout.METADATA, f"{error} (nothing else could be checked)")
+        problem = _problem(error, path / layout.METADATA)
+        fault = Fault(layout.METADATA, f"{problem} (nothing else could be checked)")
         return VerifyReport(path, level, 0, 0, 0, 0, (fault,))
 
     manifest, faults = _read_manifest(path, spec)
@@ -137,12 +138,15 @@ def _verify_shards(
 
 def _read_manifest(path: Path, spec: CacheSpec) -> tuple[Manifest | None, list[Fault]]:
     """The manifest where it is whole, and what is wrong with it."""
+    if not os.path.lexists(path / layout.MANIFEST):
+        done = f"{len(committed_shards(path))} of {spec.num_shards} shards are written"
+        again = "run the same `gkd cache-teacher` or `gkd targets pull` again to go on"
+        return None, [Fault(layout.MANIFEST, f"not finished: {done}; {again}")]
     try:
         content = regular_file(path, layout.MANIFEST).read_bytes()
         manifest = msgspec.json.decode(content, type=Manifest)
     except CorruptShardError as error:
-        done = f"{len(committed_shards(path))} of {spec.num_shards} shards are written"
-        return None, [Fault(layout.MANIFEST, f"{error} ({done})")]
+        return None, [Fault(layout.MANIFEST, _problem(error, path / layout.MANIFEST))]
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         return None, [Fault(layout.MANIFEST, f"damaged: {error}")]
     if not layout.is_whole_manifest(content, manifest):
@@ -167,6 +171,12 @@ def _metadata_faults(path: Path, spec: CacheSpec, manifest: Manifest | None) -> 
         yield Fault(layout.MANIFEST, "its files are not those of the spec")
 
 
+def _problem(error: ConfigError | CorruptShardError, place: Path) -> str:
+    """An error as a line of the report, which names the file itself and has no remedy."""
+    fault = error.fault if isinstance(error, CorruptShardError) else str(error)
+    return fault.removeprefix(f"{place}: ")
+
+
 def _file_fault(
     path: Path, file: str, expected: FileRecord | None, *, hashed: bool = True
 ) -> Fault | None:
@@ -180,7 +190,7 @@ def _file_fault(
             return None
         sha256 = atomic.sha256_file(place)
     except CorruptShardError as error:
-        return Fault(file, str(error))
+        return Fault(file, _problem(error, path / file))
     except OSError as error:
         return Fault(file, f"cannot be read ({error})")
     if sha256 == expected.sha256:
@@ -196,7 +206,9 @@ def _verify_shard(
         commit = read_commit(cache.path, cache.spec, shard)
         commit_record = file_record(cache.path / commit_path)
     except CorruptShardError as error:
-        return _ShardReport(1, 0, 0, (Fault(commit_path, str(error)),))
+        return _ShardReport(
+            1, 0, 0, (Fault(commit_path, _problem(error, cache.path / commit_path)),)
+        )
     if manifest and manifest.shards[shard].commit != commit_record.sha256:
         fault = Fault(commit_path, f"damaged: its sha256 is not the one in {layout.MANIFEST}")
         return _ShardReport(1, commit_record.bytes, 0, (fault,))
@@ -241,7 +253,8 @@ def _content_faults(cache: Cache, shard: int, commit: Commit, damaged: set[str])
             targets = cache.read_shard(shard, view)
         except CorruptShardError as error:
             named = [file for file in files if str(cache.path / file) in str(error)]
-            yield Fault(named[0] if named else layout.commit_file(shard), str(error))
+            file = named[0] if named else layout.commit_file(shard)
+            yield Fault(file, _problem(error, cache.path / file))
             continue
         problems = check_targets(cache.spec, targets, table["label"].to_numpy(), present)
         for name, sample, problem in problems:

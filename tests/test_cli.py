@@ -145,6 +145,12 @@ def test_a_cache_is_described_verified_and_drawn(targets: Path, tmp_path: Path) 
     assert (tmp_path / "s.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_check_is_quick_or_deep(targets: Path) -> None:
+    result = gkd("targets", "verify", targets, "--quick", "--deep")
+    assert result.exit_code == 2
+    assert "--quick and --deep exclude each other" in result.stderr
+
+
 def test_a_damaged_cache_is_told_by_file(home: Path, tmp_path: Path) -> None:
     out = tmp_path / "targets.gkd"
     teacher = ("--teacher", home / "teacher.pt", "--centers", "class-mean")

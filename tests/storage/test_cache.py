@@ -1,3 +1,4 @@
+import pickle
 import shutil
 import struct
 from collections.abc import Callable
@@ -103,6 +104,29 @@ def test_an_unfinished_cache_opens_only_on_request(tmp_path: Path) -> None:
         cache.read_shard(0, "original")
     with pytest.raises(IncompleteCacheError, match="1 of 3 shards"):
         _ = cache.id
+
+
+@pytest.mark.parametrize(
+    ("file", "remedy"),
+    [
+        (
+            "original/sizes/c/0/0",
+            "delete this shard's commit record and manifest.json and run the same "
+            "`gkd cache-teacher` again",
+        ),
+        ("manifest.json", "or delete manifest.json and run the same `gkd cache-teacher` again"),
+        ("original/sizes/zarr.json", "or make it again in another folder"),
+    ],
+)
+def test_damage_says_how_it_is_mended(cache: Cache, file: str, remedy: str) -> None:
+    (cache.path / file).write_bytes(b"{")
+    with pytest.raises(CorruptShardError) as caught:
+        Cache.open(cache.path).read_shard(0, "original")
+    message = str(caught.value)
+    assert message.startswith(f"{cache.path / file}: ")
+    assert "get it again into the same folder with `gkd targets pull`" in message
+    assert message.endswith(remedy)
+    assert str(pickle.loads(pickle.dumps(caught.value))) == message
 
 
 def test_another_format_asks_for_another_version(cache: Cache) -> None:

@@ -139,7 +139,23 @@ def test_an_unfinished_cache_says_how_far_it_is(tmp_path: Path) -> None:
     write_shard(writer, 2)
     (fault,) = verify(writer.path).faults
     assert fault.file == layout.MANIFEST
-    assert "1 of 3 shards are written" in fault.problem
+    assert fault.problem == (
+        "not finished: 1 of 3 shards are written; "
+        "run the same `gkd cache-teacher` or `gkd targets pull` again to go on"
+    )
+
+
+@pytest.mark.parametrize("level", ["quick", "hashes", "deep"])
+def test_a_fault_names_its_file_once_and_no_remedy(path: Path, level: Level) -> None:
+    (path / "original/sizes/c/0/0").unlink()
+    (path / "commits/000001.json").write_bytes(b"{")
+    (path / "original/sizes/zarr.json").unlink()
+    faults = verify(path, level=level).faults
+    assert len(faults) == 3
+    for fault in faults:
+        assert str(path) not in str(fault)
+        assert str(fault).count(fault.file) == 1
+        assert "again" not in str(fault)
 
 
 def test_what_is_no_cache_is_refused(tmp_path: Path) -> None:
