@@ -13,12 +13,8 @@ from gkd.storage.errors import GkdError
 from gkd.storage.records import Records
 from gkd.trainer.checkpoint import Identity, require_same_run, student_backbone
 from gkd.trainer.config import RunConfig
-<<<<<<< HEAD
-from gkd.trainer.data import Batch, JoinedTargets, Plans
-from gkd.trainer.devices import choose_device, choose_dtype
-=======
 from gkd.trainer.data import Batch, JoinedTargets
->>>>>>> cache-sharing
+from gkd.trainer.devices import choose_device, choose_dtype
 from gkd.trainer.heads import MarginHead
 from gkd.trainer.losses import GkdLoss, gkd_loss
 from gkd.trainer.plans import Plans

@@ -29,11 +29,8 @@ from gkd.trainer.data import (
     join_targets,
     load_batches,
 )
-<<<<<<< HEAD
 from gkd.trainer.loop import train
-=======
 from gkd.trainer.plans import BatchPlan, Plans
->>>>>>> cache-sharing
 from tests.reference import log_softmax
 from tests.tampering import flip_bit
 from tests.trainer.faces import SETTINGS, load, small_config, teacher_logits, write_cache
