@@ -1,5 +1,6 @@
 """The command line: the only place where pipeline and trainer meet."""
 
+import logging
 import os
 import signal
 from typing import Any
@@ -42,6 +43,8 @@ def _interrupt(signum: int, frame: object) -> None:
 def main() -> None:
     """Cache a face-recognition teacher once, distil any number of students from it."""
     signal.signal(signal.SIGTERM, _interrupt)
+    # A backend's lost connection has been told by the call that failed; its tasks would repeat it.
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     # Read when torch is loaded: threads that spin while they wait take the decoders' cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
