@@ -143,8 +143,8 @@ def load_named_centers(cache: Cache, files: Sequence[Path]) -> Centers:
     if not files and not (spec.centers.kind == CLASS_MEAN and beside.exists()):
         raise ConfigError(
             f"{cache.path}: expected its centres ({spec.centers.kind}: {spec.centers.name}), got "
-            f"none, and there is no {beside}; the cache's makers keep that file: give it by "
-            "--centers FILE"
+            f"none, and there is no {beside}; it does not travel with "
+            "the cache: ask its makers for that file and give it by --centers FILE"
         )
     array = load_centers(files or [beside], spec.num_classes, spec.teacher.embedding_dim)
     return Centers(array, spec.centers.kind, spec.centers.name)

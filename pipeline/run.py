@@ -57,7 +57,7 @@ SAMPLE_BYTES = 100  # of a view: a rough floor for the disk that a cache needs
 class CacheSettings:
     """How a cache is made; ``partition`` and ``views`` decide what it holds.
 
-    ``licence`` and ``note`` are words for the card of a cache that is not finished yet.
+    ``licence`` and ``note`` are words for the card.
     ``shard_samples`` None chooses by ``auto_shard_samples``, ``class_chunk`` None by the device.
 
     Raises:
@@ -247,9 +247,8 @@ class _Run:
         self.lock.wait_for(
             lambda: every_shard.issubset(committed_shards(self.out)) and not writer.pending()
         )
-        if not (self.out / layout.MANIFEST).exists():
-            with disk_errors(self.out):
-                write_card(self.out, licence=self.settings.licence, note=self.settings.note)
+        with disk_errors(self.out):
+            write_card(self.out, licence=self.settings.licence, note=self.settings.note)
         writer.finish()
         # The others leave when they see the manifest; until then they may look into the store.
         self.lock.wait_until_alone()

@@ -1,12 +1,13 @@
 """The card of a cache: ``README.md``, what a person should know before training on it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import msgspec
 
 from gkd.storage import atomic, layout
 from gkd.storage.cache import read_commit, read_spec
+from gkd.storage.errors import ConfigError
 from gkd.storage.layout import Commit
 from gkd.storage.spec import CacheSpec
 
@@ -18,17 +19,32 @@ _NO_LICENCE = (
 def write_card(path: Path, *, licence: str | None = None, note: str | None = None) -> None:
     """Write the card of a cache whose shards are all committed; its manifest covers it then.
 
-    The bytes follow from the cache and the arguments alone.
+    The bytes follow from the cache and the arguments alone. The card of a finished cache stays.
 
     Raises:
+        ConfigError: where the cache is finished and its card has not these words.
         CorruptShardError: where a commit record is missing or damaged.
     """
+    if (path / layout.MANIFEST).exists():
+        _require_words(path / layout.CARD, {"--licence": licence, "--note": note})
+        return
     spec = read_spec(path)
     commits = [read_commit(path, spec, shard) for shard in range(spec.num_shards)]
     text = card_text(spec, commits, licence=licence, note=note)
     for leftover in path.glob(f".{layout.CARD}.*"):
         leftover.unlink()
     atomic.write_file(path / layout.CARD, text.encode())
+
+
+def _require_words(card: Path, words: Mapping[str, str | None]) -> None:
+    text = card.read_text() if card.exists() else ""
+    for option, given in words.items():
+        if given and given.strip() not in text:
+            raise ConfigError(
+                f"{card}: the cache is finished and its id covers this card, which has other words "
+                f"than {option} gives; run the same command without {option}, or make the cache "
+                "anew elsewhere"
+            )
 
 
 def card_text(

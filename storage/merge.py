@@ -7,6 +7,7 @@ key is the number of its cache, from 1, a slash and the key there.
 import functools
 import hashlib
 import itertools
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ import numpy.typing as npt
 from gkd.storage.cache import Cache
 from gkd.storage.card import write_card
 from gkd.storage.errors import ConfigError, SpecMismatchError
-from gkd.storage.layout import MANIFEST, METADATA
+from gkd.storage.layout import METADATA
 from gkd.storage.lock import WriteLock
 from gkd.storage.progress import progress
 from gkd.storage.retarget import shard_samples, software_versions
@@ -60,8 +61,7 @@ def merge(
             for shard in pending:
                 _write_merged(source, writer, shard)
                 advance()
-        if not (out / MANIFEST).exists():
-            write_card(out, licence=licence, note=note)
+        write_card(out, licence=licence, note=note)
         return writer.finish()
 
 
@@ -83,12 +83,18 @@ def merged_spec(caches: Sequence[Cache]) -> CacheSpec:
     The fingerprint of its data set is the sha256 of the caches' fingerprints, one after the other.
 
     Raises:
-        ConfigError: for fewer than two caches.
+        ConfigError: for fewer than two caches, or one of them twice.
         SpecMismatchError: naming the first fields that differ.
     """
     if len(caches) < 2:
         raise ConfigError(f"expected two or more caches to merge, got {len(caches)}")
     first = caches[0]
+    for cache, times in Counter(cache.id for cache in caches).items():
+        if times > 1:
+            paths = ", ".join(str(each.path) for each in caches if each.id == cache)
+            raise ConfigError(
+                f"{paths}: the same cache {times} times; give each part of the data once"
+            )
     for other in caches[1:]:
         _require_same_settings(first, other)
     datasets = [cache.spec.dataset for cache in caches]

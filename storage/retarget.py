@@ -25,7 +25,7 @@ import numpy.typing as npt
 from gkd.storage.cache import Cache, digests_of
 from gkd.storage.card import write_card
 from gkd.storage.errors import ConfigError
-from gkd.storage.layout import MANIFEST, Commit
+from gkd.storage.layout import Commit
 from gkd.storage.lock import WriteLock
 from gkd.storage.parallel import ordered_map
 from gkd.storage.progress import progress
@@ -84,8 +84,7 @@ def retarget(
                 functools.partial(_derive, cache, writer), pending, workers=workers
             ):
                 advance()
-        if not (out / MANIFEST).exists():
-            write_card(out, licence=licence, note=note)
+        write_card(out, licence=licence, note=note)
         return writer.finish()
 
 

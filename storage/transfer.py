@@ -33,6 +33,7 @@ CLAIM = ".cache-id"
 _MAX_CLAIM_BYTES = 100
 _ASIDE = re.compile(r"\..+\.[0-9a-f]{32}")
 _MEGABYTE = 1_000_000
+_NAMED = 3  # wrong shards listed in a message
 
 
 @dataclass(frozen=True)
@@ -295,9 +296,14 @@ def _chosen_shards(source: RemoteCache, shards: Sequence[int] | None) -> Sequenc
     if wrong or not shards:
         raise ConfigError(
             f"{source.remote.address}: shards: expected some of 0 to "
-            f"{source.spec.num_shards - 1}, got {', '.join(map(str, wrong)) or 'none'}"
+            f"{source.spec.num_shards - 1}, got {_named(wrong)}"
         )
     return sorted(set(shards))
+
+
+def _named(shards: Sequence[int]) -> str:
+    more = f" and {len(shards) - _NAMED:,} more" if len(shards) > _NAMED else ""
+    return (", ".join(map(str, shards[:_NAMED])) or "none") + more
 
 
 def _with_views_of(spec: CacheSpec, commit: Commit) -> Commit:

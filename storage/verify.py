@@ -77,7 +77,8 @@ def verify(path: str | Path, *, level: Level = "deep", workers: int | None = Non
     deep    every array is decoded too and its meaning checked (``check_targets``), and the tables
             of samples: finds what a writer did wrong, or somebody who made the hashes fit again
 
-    Threads go over the shards; each holds one view of one shard.
+    Threads go over the shards; each holds one view of one shard. Where all else is right, files
+    that are no part of the cache are faults as well.
 
     Raises:
         ConfigError: where ``path`` is no cache at all. Anything else is a fault of the report.
@@ -103,6 +104,8 @@ def verify(path: str | Path, *, level: Level = "deep", workers: int | None = Non
     cache = Cache(path, spec, None, "")
     reports = list(_verify_shards(cache, manifest, shards, level, workers))
     faults += [fault for report in reports for fault in report.faults]
+    if manifest and not faults:
+        faults += _stray_faults(cache, manifest)
     return VerifyReport(
         path=path,
         level=level,
@@ -169,6 +172,21 @@ def _metadata_faults(path: Path, spec: CacheSpec, manifest: Manifest | None) -> 
             yield Fault(file, "not the metadata that the spec asks for")
     if manifest and known.keys() - {layout.CARD} != expected.keys():
         yield Fault(layout.MANIFEST, "its files are not those of the spec")
+
+
+def _stray_faults(cache: Cache, manifest: Manifest) -> Iterator[Fault]:
+    """Files that the manifest does not vouch for; hidden ones are nobody's data."""
+    known = {layout.MANIFEST, *manifest.files}
+    for shard in range(cache.spec.num_shards):
+        known |= {layout.commit_file(shard), *cache.commit(shard).files}
+    for place in cache.path.rglob("*"):
+        file = place.relative_to(cache.path)
+        if file.as_posix() in known or any(part.startswith(".") for part in file.parts):
+            continue
+        if place.is_symlink() or not place.is_dir():
+            yield Fault(
+                file.as_posix(), "no part of the cache, but a Zarr reader may take it for one"
+            )
 
 
 def _problem(error: ConfigError | CorruptShardError, place: Path) -> str:

@@ -149,5 +149,8 @@ def test_a_cache_is_made_with_a_card(tmp_path: Path) -> None:
     assert verify(tmp_path / "faces.gkd").ok
 
     # What is finished stays as it is.
-    assert json.loads(works(*make, "--note", "Other words"))["cache_id"] == made["cache_id"]
+    assert json.loads(works(*make, "--note", "Noise, no faces."))["cache_id"] == made["cache_id"]
+    assert "README.md: the cache is finished and its id covers this card" in fails(
+        *make, "--note", "Other words"
+    )
     assert (tmp_path / "faces.gkd" / "README.md").read_text() == card

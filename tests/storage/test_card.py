@@ -63,6 +63,7 @@ def test_a_card_is_covered_by_the_manifest(made: Made) -> None:
 
 def test_the_bytes_follow_from_the_cache_alone(made: Made, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(made.path, tmp_path / "elsewhere.gkd"))
+    (copy / layout.MANIFEST).unlink()
     (copy / f".{layout.CARD}.{'0' * 32}").write_text("what a killed writer left")
     write_card(copy, licence="CC BY-NC 4.0", note="Made for the reading group.")
     assert (copy / layout.CARD).read_text() == made.text

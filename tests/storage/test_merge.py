@@ -209,3 +209,8 @@ def test_an_image_in_two_caches_is_refused(
 def test_one_cache_alone_is_nothing_to_merge(parts: list[Cache], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="expected two or more caches to merge, got 1"):
         merge(parts[:1], tmp_path / "out")
+
+
+def test_the_same_cache_twice_is_refused(parts: list[Cache], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="the same cache 2 times; give each part"):
+        merge([parts[0], parts[1], parts[0]], tmp_path / "out")

@@ -290,6 +290,8 @@ def test_parts_that_are_not_there_are_refused(folder: Path, tmp_path: Path) -> N
     one_view = make_cache(tmp_path / "one", views=("original",))
     with pytest.raises(ConfigError, match="shards: expected some of 0 to 2, got 3, 7"):
         pull(str(folder), tmp_path / "back", shards=[0, 3, 7])
+    with pytest.raises(ConfigError, match="got 3, 4, 5 and 95 more"):
+        pull(str(folder), tmp_path / "back", shards=range(101))
     with pytest.raises(ConfigError, match="got none"):
         pull(str(folder), tmp_path / "back", shards=[])
     with pytest.raises(ConfigError, match="views: expected some of original, got flipped"):

@@ -124,6 +124,16 @@ def test_a_link_is_a_fault(path: Path, tmp_path: Path) -> None:
     assert "a symbolic link" in fault.problem
 
 
+def test_a_file_that_is_no_part_of_the_cache_is_found(path: Path) -> None:
+    (path / ".DS_Store").write_bytes(b"nobody's data")
+    assert verify(path).ok
+    # Where a Zarr reader would look for one more shard.
+    shutil.copy(path / "original/sizes/c/0/0", path / "original/sizes/c/3")
+    (fault,) = verify(path, level="quick").faults
+    assert fault.file == "original/sizes/c/3"
+    assert "no part of the cache" in fault.problem
+
+
 def test_a_card_is_vouched_for(tmp_path: Path) -> None:
     writer = CacheWriter(tmp_path / "c", make_spec(num_samples=3))
     (writer.path / layout.CARD).write_text("# Faces")
