@@ -3,23 +3,34 @@
 import os
 import shutil
 import uuid
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
 import torch
-from torch import nn
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import (
+    HuggingFaceStorageReader,
+    HuggingFaceStorageWriter,
+)
+from torch.distributed.tensor import DTensor
 
 from gkd.storage import atomic
 from gkd.storage.errors import ConfigError, SpecMismatchError
 from gkd.trainer.backbones import build_backbone
 from gkd.trainer.config import RunConfig, StudentConfig, differences
+from gkd.trainer.ranks import Ranks
 from gkd.trainer.torch_files import read_torch_file
 
 FORMAT = 1
 FOLDER = "checkpoints"
 LAST, BEST = "last.pt", "best.pt"
+CENTERS = "centers"
 
 
 class Identity(NamedTuple):
@@ -114,9 +125,27 @@ def write_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
     atomic.sync_folder(path.parent)
 
 
-def publish(folder: Path, content: Mapping[str, Any], *, step: int, best: bool, keep: int) -> None:
-    """Write ``last.pt``; where ``best``, ``best.pt`` too; keep the ``keep`` newest before it."""
-    write_checkpoint(folder / LAST, content)
+def publish(
+    folder: Path,
+    content: Mapping[str, Any],
+    centers: Mapping[str, Tensor],
+    ranks: Ranks,
+    *,
+    step: int,
+    best: bool,
+    keep: int,
+) -> None:
+    """Write ``last.pt``; where ``best``, ``best.pt`` too; keep the ``keep`` newest before it.
+
+    Each rank writes its class centres into a folder of their own first, so that what stands is
+    whole at any instant; ``last.pt`` is of another ``step``. Centres of older checkpoints that are
+    not kept are deleted.
+    """
+    _write_centers(folder / f"{CENTERS}_{step:09d}", centers, ranks)
+    if not ranks.first:
+        return
+    named = {"centers": {"folder": f"{CENTERS}_{step:09d}", "tensors": list(centers)}}
+    write_checkpoint(folder / LAST, {**content, **named})
     names = [BEST] if best else []
     names += [f"step_{step:09d}.pt"] if keep else []
     for name in names:
@@ -124,7 +153,59 @@ def publish(folder: Path, content: Mapping[str, Any], *, step: int, best: bool, 
     if keep:
         for old in sorted(folder.glob("step_*.pt"))[: -(keep + 1)]:
             old.unlink()
+    steps = {f"{step:09d}", *(path.stem.removeprefix("step_") for path in folder.glob("step_*.pt"))}
+    for old in folder.glob(f"{CENTERS}_*"):
+        if old.name.removeprefix(f"{CENTERS}_") not in steps:
+            shutil.rmtree(old)
     atomic.sync_folder(folder)
+
+
+def _write_centers(folder: Path, centers: Mapping[str, Tensor], ranks: Ranks) -> None:
+    if ranks.first:
+        if folder.exists():  # of a run that was killed before it named them
+            shutil.rmtree(folder)
+        folder.mkdir()
+    ranks.barrier()
+    with warnings.catch_warnings():
+        # torch tells a process that is alone that it is.
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+        state_dict_saver.save(
+            dict(centers),
+            storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True),
+            no_dist=ranks.world_size == 1,
+        )
+    if ranks.first:
+        for file in folder.iterdir():
+            atomic.sync_file(file)
+        atomic.sync_folder(folder)
+
+
+def read_centers(folder: Path, centers: Mapping[str, Tensor]) -> None:
+    """Fill class centres, and what belongs to them, from whatever number of ranks wrote them.
+
+    Raises:
+        ConfigError: where they are missing, damaged or of another shape.
+    """
+    if not folder.is_dir():
+        raise ConfigError(
+            f"{folder}: expected the class centres of the checkpoint beside it, got nothing; copy "
+            "the whole folder of checkpoints, not one file"
+        )
+    alone = not any(isinstance(tensor, DTensor) for tensor in centers.values())
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+            state_dict_loader.load(
+                dict(centers),
+                storage_reader=HuggingFaceStorageReader(str(folder)),
+                no_dist=alone,
+            )
+    except (CheckpointException, SafetensorError, OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise ConfigError(
+            f"{folder}: expected the class centres of the checkpoint, got {reason}; go on from "
+            "another checkpoint, copied over last.pt, or train anew into another folder"
+        ) from error
 
 
 def _duplicate(path: Path, name: Path) -> None:

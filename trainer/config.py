@@ -152,13 +152,15 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """``[train]``.
 
     epochs         times that each image is seen; the last incomplete batch of an epoch is dropped
-    batch_size     images a step, at least 2
+    batch_size     images a step, of all ranks together, at least 2 a rank
     device         auto (cuda where there is one), cpu or cuda
     precision      of the backbone: float32, bfloat16, float16, or auto (bfloat16 on a GPU that has
                    it, else float32); the class layer is always float32
     seed           of weights, order and flips
     log_every      steps between two lines of metrics.jsonl
     channels_last  memory format of the backbone
+    gradient_hook  what ranks send each other of the backbone's gradient: float32, or rounded to
+                   float16 or bfloat16, half of the bytes
     """
 
     epochs: Count = 20
@@ -168,6 +170,7 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     seed: Seed = 0
     log_every: Count = 50
     channels_last: bool = True
+    gradient_hook: Literal["float32", "float16", "bfloat16"] = "float32"
 
 
 class EvaluationConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -242,6 +242,7 @@ def check_data(
     batch_size: int,
     flip: bool,
     temperature: float,
+    world_size: int = 1,
 ) -> None:
     """Refuse data that cannot be trained on, before anything is built.
 
@@ -252,6 +253,11 @@ def check_data(
         raise ConfigError(
             f"train.batch_size: {records.path} has {len(records)} images, fewer than one batch of "
             f"{batch_size}; take a smaller train.batch_size"
+        )
+    if batch_size % world_size or batch_size < 2 * world_size:
+        raise ConfigError(
+            f"train.batch_size: expected a multiple of the {world_size} ranks, with 2 images or "
+            f"more for each, got {batch_size}"
         )
     unlabelled = np.flatnonzero(records.labels < 0)
     if len(unlabelled):

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 # The arc cosine's slope is unbounded at 1: cosines are held this far inside.
 BOUNDARY = 1e-6
+# Classes whose centres are drawn at a time.
+INIT_ROWS = 1 << 16
 
 
 class Margin(NamedTuple):
@@ -49,13 +51,20 @@ class MarginHead(nn.Module):
     """
 
     def __init__(
-        self, num_classes: int, embedding_dim: int, *, margin: Margin, scale: float = 64.0
+        self,
+        num_classes: int,
+        embedding_dim: int,
+        *,
+        margin: Margin,
+        scale: float = 64.0,
+        rows: range | None = None,
     ) -> None:
         super().__init__()
+        self.num_classes = num_classes
+        self.rows = range(num_classes) if rows is None else rows
         self.margin = margin
         self.scale = scale
-        self.weight = nn.Parameter(torch.empty(num_classes, embedding_dim))
-        nn.init.normal_(self.weight, std=0.01)
+        self.weight = nn.Parameter(_initial_centers(num_classes, embedding_dim, self.rows))
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         """Un-normalised embeddings [B, D] and int64 labels [B] to float32 logits [B, C]."""
@@ -66,3 +75,14 @@ class MarginHead(nn.Module):
             target = apply_margin(logits[rows, labels] / self.scale, self.margin) * self.scale
             # In place: the product's own values are not needed backward, so one [B, C] suffices.
             return logits.index_put_((rows, labels), target)
+
+
+def _initial_centers(num_classes: int, embedding_dim: int, rows: range) -> Tensor:
+    """Rows of centres drawn for all classes, so that ranks with parts begin as one with all."""
+    centers = torch.empty(len(rows), embedding_dim)
+    for start in range(0, num_classes, INIT_ROWS):
+        block = torch.empty(min(INIT_ROWS, num_classes - start), embedding_dim).normal_(std=0.01)
+        first, last = max(start, rows.start), min(start + len(block), rows.stop)
+        if first < last:
+            centers[first - rows.start : last - rows.start] = block[first - start : last - start]
+    return centers

@@ -1,4 +1,4 @@
-"""Trains a student on one device: any interruption, and the same command goes on from there."""
+"""Trains a student: any interruption, and the same command goes on from there."""
 
 import platform
 import signal
@@ -6,7 +6,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -15,7 +15,7 @@ from types import FrameType
 import filelock
 import msgspec
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gkd.storage.atomic import write_file
 from gkd.storage.blocks import ShardStore
@@ -29,11 +29,14 @@ from gkd.trainer.data import Batch, FaceBatches, JoinedTargets, check_data, load
 from gkd.trainer.evaluation import evaluate, module_embed
 from gkd.trainer.logging import RunLog
 from gkd.trainer.losses import GkdLoss
+from gkd.trainer.ranks import ALONE, Ranks
 from gkd.trainer.state import RunState
 from gkd.trainer.verification_set import VerificationSet, load_verification_set
 
 RUN = "run.json"
 PACKAGES = ("gkd", "torch", "numpy")
+# What a rank tells the others before a step.
+_ASKED, _FAILED = 1, 2
 
 
 @dataclass(frozen=True)
@@ -57,8 +60,12 @@ def train(
     out: Path,
     *,
     command: Sequence[str] = (),
+    ranks: Ranks = ALONE,
 ) -> Summary:
     """Train a student into the folder ``out``, or go on with the training that stands there.
+
+    With several ``ranks`` each of them calls this; the run is the same for any number of them but
+    for the statistics of BatchNorm, which are each rank's own, and may go on with another number.
 
     ``out`` holds config.toml, run.json (``command``, versions, data, sizes), metrics.jsonl,
     tensorboard/ and checkpoints/. SIGTERM and SIGINT end the training after a checkpoint.
@@ -76,17 +83,22 @@ def train(
         batch_size=config.train.batch_size,
         flip=config.data.flip,
         temperature=config.kd.temperature,
+        world_size=ranks.world_size,
     )
     sets = _load_sets(config.evaluation.sets)
-    run = RunState.build(config, records, targets)
-    with _claimed(out):
+    run = RunState.build(config, records, targets, ranks)
+    with _claimed(out, ranks):
         checkpoint = out / FOLDER / LAST
         if checkpoint.exists():
             run.restore(read_checkpoint(checkpoint), checkpoint)
-        write_file(out / RUN, msgspec.json.format(_describe(run, records, command)))
-        write_file(out / "config.toml", to_toml(config).encode())
-        (out / FOLDER).mkdir(exist_ok=True)
-        with RunLog(out, step=run.step) as log, _stop_signals() as stop:
+        if ranks.first:
+            write_file(out / RUN, msgspec.json.format(_describe(run, records, command)))
+            write_file(out / "config.toml", to_toml(config).encode())
+            (out / FOLDER).mkdir(exist_ok=True)
+        opened: AbstractContextManager[RunLog | None] = (
+            RunLog(out, step=run.step) if ranks.first else nullcontext()
+        )
+        with opened as log, _stop_signals() as stop:
             _Training(run, records, sets, out, log, stop).go(
                 FaceBatches(records, targets, temperature=config.kd.temperature)
             )
@@ -95,9 +107,10 @@ def train(
 
 @dataclass
 class _Stop:
-    """The signal that asked the training to end."""
+    """The signal that asked this rank to end, and whether all ranks know that one was asked."""
 
     received: str = ""
+    agreed: bool = False
 
 
 @dataclass
@@ -136,7 +149,7 @@ class _Training:
     records: Records
     sets: Sequence[VerificationSet]
     out: Path
-    log: RunLog
+    log: RunLog | None
     stop: _Stop
 
     def go(self, dataset: FaceBatches) -> None:
@@ -155,7 +168,7 @@ class _Training:
                 improved = self._evaluate() if self._evaluation_due() else False
                 if improved or self._checkpoint_due():
                     self._save(best=improved)
-                if self.stop.received:
+                if self.stop.agreed:
                     self._leave()
 
     def _rest_of_epoch(self, batches: Iterator[Batch]) -> None:
@@ -166,22 +179,43 @@ class _Training:
         what = f"epoch {epoch + 1}/{config.train.epochs}"
         run.model.train()
         window = _Window(time.perf_counter())
-        with progress(what, steps * size, "images", done * size) as advance:
-            while run.step < (epoch + 1) * steps and not self.stop.received:
+        total = steps * size
+        quiet = 0 if run.ranks.first else total + 1
+        with progress(what, total, "images", done * size, quiet_below=quiet) as advance:
+            while run.step < (epoch + 1) * steps:
                 asked = time.perf_counter()
-                batch = next(batches).to(run.device)
+                batch = self._next(batches)
+                if batch is None:
+                    break
                 waited = time.perf_counter() - asked
                 lr = run.optimizer.param_groups[0]["lr"]
                 window.add(run.take_step(batch, self.records), waited)
                 note = ""
                 if run.step % config.train.log_every == 0:
                     values = {"epoch": run.epoch, **window.means(size), "lr": lr}
-                    self.log.write(run.step, values, group="train")
+                    if self.log:
+                        self.log.write(run.step, values, group="train")
                     note = _note(values)
                     window = _Window(time.perf_counter())
                 advance(size, note)
                 if run.step % steps and self._checkpoint_due():
                     self._save(best=False)
+
+    def _next(self, batches: Iterator[Batch]) -> Batch | None:
+        """The next batch; None where any rank was asked to end."""
+        error: Exception | None = None
+        batch: Batch | None = None
+        if not self.stop.received:
+            try:
+                batch = next(batches)
+            except (GkdError, OSError) as met:
+                error = met
+        told = _FAILED if error else _ASKED if self.stop.received else 0
+        worst = self.run.ranks.highest(told)
+        if worst == _FAILED:
+            raise error or SystemExit(1)  # the rank that failed says why
+        self.stop.agreed = worst == _ASKED
+        return None if batch is None or self.stop.agreed else batch.to(self.run.device)
 
     def _evaluation_due(self) -> bool:
         run = self.run
@@ -201,28 +235,48 @@ class _Training:
     def _evaluate(self) -> bool:
         """Log the accuracy on every set; whether their mean is the best so far."""
         run = self.run
+        improved = self._evaluate_here() if run.ranks.first else False
+        improved, run.accuracy, run.best = run.ranks.of_first((improved, run.accuracy, run.best))
+        return improved
+
+    def _evaluate_here(self) -> bool:
+        run = self.run
         run.model.eval()
         embed = module_embed(run.model, preprocess_preset("arcface"), run.device)
         results = {pairs.name: evaluate(embed, pairs) for pairs in self.sets}
         run.accuracy = {name: result.accuracy for name, result in results.items()}
         values = {"epoch": run.epoch, "accuracy": run.accuracy}
-        self.log.write(run.step, values, group="evaluation")
+        if self.log:
+            self.log.write(run.step, values, group="evaluation")
         mean = sum(run.accuracy.values()) / len(run.accuracy)
         improved = run.best is None or mean > run.best
         run.best = mean if improved else run.best
         return improved
 
     def _save(self, *, best: bool) -> None:
-        keep = self.run.config.checkpoint.keep
-        publish(self.out / FOLDER, self.run.state(), step=self.run.step, best=best, keep=keep)
+        run = self.run
+        if run.saved == run.step:
+            return
+        publish(
+            self.out / FOLDER,
+            run.state(),
+            run.centers(),
+            run.ranks,
+            step=run.step,
+            best=best,
+            keep=run.config.checkpoint.keep,
+        )
+        run.saved = run.step
 
     def _leave(self) -> None:
         """Write a checkpoint, and say how to go on."""
         if self.run.step == self.run.plans.total_steps:
             return
         self._save(best=False)
+        if not self.run.ranks.first:
+            raise SystemExit(1)
         raise GkdError(
-            f"stopped by {self.stop.received} after step {self.run.step} of "
+            f"stopped by {self.stop.received or 'another rank'} after step {self.run.step} of "
             f"{self.run.plans.total_steps}; a checkpoint stands in {self.out / FOLDER}: run the "
             "same command again to go on"
         )
@@ -273,8 +327,8 @@ def _load_sets(paths: Sequence[str]) -> list[VerificationSet]:
 def _describe(run: RunState, records: Records, command: Sequence[str]) -> bytes:
     """``run.json``: what ran, on what."""
 
-    def size(module: nn.Module) -> int:
-        return sum(parameter.numel() for parameter in module.parameters())
+    backbone = sum(parameter.numel() for parameter in run.model.parameters())
+    centers = run.identity.num_classes * run.config.student.embedding_dim
 
     return msgspec.json.encode(
         {
@@ -283,22 +337,45 @@ def _describe(run: RunState, records: Records, command: Sequence[str]) -> bytes:
                 "python": platform.python_version(),
                 **{package: version(package) for package in PACKAGES},
             },
+            "ranks": run.ranks.world_size,
             "device": torch.cuda.get_device_name() if run.device.type == "cuda" else "cpu",
             "precision": str(run.dtype).removeprefix("torch."),
             "dataset": {"name": records.name, "path": str(records.path), **run.identity._asdict()},
-            "parameters": {"backbone": size(run.model), "head": size(run.head)},
+            "parameters": {"backbone": backbone, "head": centers},
             "total_steps": run.plans.total_steps,
         }
     )
 
 
 @contextmanager
-def _claimed(out: Path) -> Iterator[None]:
-    """Hold the folder for this process alone.
+def _claimed(out: Path, ranks: Ranks) -> Iterator[None]:
+    """Hold the folder for these ranks alone.
 
     Raises:
         ConfigError: where it holds something else, or another process trains into it.
     """
+    error: Exception | None = None
+    lock = filelock.FileLock(out / ".lock", timeout=0)
+    if ranks.first:
+        try:
+            _require_place(out)
+            lock.acquire()
+        except filelock.Timeout as held:
+            error = ConfigError(
+                f"{out}: another process is training into this folder; wait for it, or name another"
+            )
+            error.__cause__ = held
+        except (ConfigError, OSError) as met:
+            error = met
+    if ranks.highest(int(error is not None)):
+        raise error or SystemExit(1)  # the first rank says why
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _require_place(out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise ConfigError(f"{out}: expected a folder to train into, got a file; name another")
     out.mkdir(parents=True, exist_ok=True)
@@ -308,13 +385,6 @@ def _claimed(out: Path) -> Iterator[None]:
             f"{out}: expected a new folder or one of an earlier training, got one that holds "
             f"{', '.join(sorted(strangers)[:3])}; name another folder"
         )
-    try:
-        with filelock.FileLock(out / ".lock", timeout=0):
-            yield
-    except filelock.Timeout as error:
-        raise ConfigError(
-            f"{out}: another process is training into this folder; wait for it, or name another"
-        ) from error
 
 
 @contextmanager

@@ -53,7 +53,8 @@ class Plans(Sampler[BatchPlan]):
     """The batches of a training from step ``start`` to its end, one epoch after the other.
 
     Each epoch is a new permutation of all ``num_images``, less an incomplete last batch; with
-    ``blocks`` one that goes through block after block.
+    ``blocks`` one that goes through block after block. Of each batch of ``batch_size`` a rank makes
+    every ``world_size``-th image.
     """
 
     num_images: int
@@ -63,6 +64,8 @@ class Plans(Sampler[BatchPlan]):
     flip: bool
     start: int = 0
     blocks: Blocks | None = None
+    rank: int = 0
+    world_size: int = 1
 
     @property
     def steps_per_epoch(self) -> int:
@@ -94,6 +97,7 @@ class Plans(Sampler[BatchPlan]):
                 flipped = self._rng(epoch, _FLIPS).random(self.num_images) < 0.5
             for place in range(first, self.steps_per_epoch):
                 rows = order[place * self.batch_size : (place + 1) * self.batch_size]
+                rows = rows[self.rank :: self.world_size]
                 yield BatchPlan(rows, flipped[rows], None if blocks is None else blocks[rows])
             step = (epoch + 1) * self.steps_per_epoch
 

@@ -7,17 +7,18 @@ from typing import Any
 
 import msgspec
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gkd.storage.errors import GkdError
 from gkd.storage.records import Records
-from gkd.trainer.checkpoint import Identity, require_same_run, student_backbone
+from gkd.trainer.checkpoint import Identity, read_centers, require_same_run, student_backbone
 from gkd.trainer.config import RunConfig
 from gkd.trainer.data import Batch, JoinedTargets
 from gkd.trainer.devices import choose_device, choose_dtype
 from gkd.trainer.heads import MarginHead
 from gkd.trainer.losses import GkdLoss, gkd_loss
 from gkd.trainer.plans import Plans
+from gkd.trainer.ranks import ALONE, Ranks
 from gkd.trainer.schedules import kd_ramp, make_optimizer, make_scheduler
 
 SHOWN_KEYS = 5
@@ -25,7 +26,11 @@ SHOWN_KEYS = 5
 
 @dataclass
 class RunState:
-    """One training, wherever it stands; ``step`` is the number of steps done."""
+    """One rank's part of a training, wherever it stands; ``step`` is the number of steps done,
+    ``saved`` that of the last checkpoint.
+
+    ``forward`` is ``model`` as all ranks run it; ``head`` holds this rank's class centres.
+    """
 
     config: RunConfig
     identity: Identity
@@ -33,17 +38,24 @@ class RunState:
     device: torch.device
     dtype: torch.dtype
     model: nn.Module
+    forward: nn.Module
     head: MarginHead
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
     scaler: torch.amp.GradScaler
+    ranks: Ranks
     step: int = 0
+    saved: int = -1
     best: float | None = None
     accuracy: dict[str, float] = field(default_factory=dict)
 
     @classmethod
     def build(
-        cls, config: RunConfig, records: Records, targets: JoinedTargets | None
+        cls,
+        config: RunConfig,
+        records: Records,
+        targets: JoinedTargets | None,
+        ranks: Ranks = ALONE,
     ) -> "RunState":
         """The state at the beginning, from the configuration and its seed.
 
@@ -61,6 +73,7 @@ class RunState:
             config.student.embedding_dim,
             margin=config.head.margins,
             scale=config.head.scale,
+            rows=ranks.rows(records.num_classes),
         ).to(device)
         plans = Plans(
             len(records),
@@ -73,6 +86,8 @@ class RunState:
                 if targets and config.data.order == "blocks"
                 else None
             ),
+            rank=ranks.rank,
+            world_size=ranks.world_size,
         )
         parameters = [p for p in (*model.parameters(), *head.parameters()) if p.requires_grad]
         optimizer = make_optimizer(config.optimizer, parameters)
@@ -89,14 +104,29 @@ class RunState:
             records.fingerprint,
             targets.store.cache_id if targets else "",
         )
-        scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         return cls(
-            config, identity, plans, device, dtype, model, head, optimizer, scheduler, scaler
+            config=config,
+            identity=identity,
+            plans=plans,
+            device=device,
+            dtype=dtype,
+            model=model,
+            forward=ranks.parallel(model, hook=config.train.gradient_hook),
+            head=head,
+            optimizer=optimizer,
+            scheduler=scheduler,
+            scaler=ranks.scaler(device, enabled=dtype == torch.float16),
+            ranks=ranks,
         )
 
     def state(self) -> dict[str, Any]:
-        """Everything that the rest of the training depends on, as builtins and tensors."""
+        """Everything that the rest of the training depends on but the class centres.
+
+        Builtins and tensors, the same on all ranks.
+        """
         cuda = self.device.type == "cuda"
+        optimizer = self.optimizer.state_dict()
+        centers = optimizer["state"].pop(self._centers_place, {})
         return {
             "config": msgspec.to_builtins(self.config),
             "identity": list(self.identity),
@@ -108,24 +138,49 @@ class RunState:
                 "cuda": torch.cuda.get_rng_state(self.device) if cuda else None,
             },
             "model": self.model.state_dict(),
-            "head": self.head.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": optimizer,
+            "centers_optimizer": {n: v for n, v in centers.items() if not self._of_centers(v)},
             "scheduler": self.scheduler.state_dict(),
             "scaler": self.scaler.state_dict(),
         }
 
+    def centers(self) -> dict[str, Tensor]:
+        """The class centres and what the optimizer keeps for each, sharded over the ranks."""
+        kept = self.optimizer.state.get(self.head.weight, {})
+        tensors = {"weight": self.head.weight.detach()}
+        tensors |= {name: value for name, value in kept.items() if self._of_centers(value)}
+        count = self.identity.num_classes
+        return {name: self.ranks.sharded(tensor, count) for name, tensor in tensors.items()}
+
+    @property
+    def _centers_place(self) -> int:
+        """Number of the class centres among the optimizer's parameters: they are the last."""
+        return len(self.optimizer.param_groups[0]["params"]) - 1
+
+    def _of_centers(self, value: object) -> bool:
+        return isinstance(value, Tensor) and value.shape == self.head.weight.shape
+
     def restore(self, state: dict[str, Any], path: Path) -> None:
-        """Go on from a checkpoint of this very run."""
+        """Go on from a checkpoint of this very run, of any number of ranks."""
         require_same_run(state, self.config, self.identity, path)
         self.model.load_state_dict(state["model"])
-        self.head.load_state_dict(state["head"])
         self.optimizer.load_state_dict(state["optimizer"])
+        kept = dict(state["centers_optimizer"])
+        kept |= {
+            name: torch.empty_like(self.head.weight)
+            for name in state["centers"]["tensors"]
+            if name != "weight"
+        }
+        if kept:
+            self.optimizer.state[self.head.weight] = kept
+        read_centers(path.parent / state["centers"]["folder"], self.centers())
         self.scheduler.load_state_dict(state["scheduler"])
         self.scaler.load_state_dict(state["scaler"])
         torch.set_rng_state(state["rng"]["cpu"])
         if self.device.type == "cuda" and state["rng"]["cuda"] is not None:
             torch.cuda.set_rng_state(state["rng"]["cuda"], self.device)
         self.step, self.best, self.accuracy = state["step"], state["best"], state["accuracy"]
+        self.saved = self.step
 
     @property
     def epoch(self) -> float:
@@ -143,7 +198,7 @@ class RunState:
         if not self.config.train.channels_last:
             images = images.contiguous()
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            embeddings = self.model(images)
+            embeddings = self.forward(images)
         logits = self.head(embeddings, batch.labels)
         loss = gkd_loss(
             logits,

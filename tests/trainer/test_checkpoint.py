@@ -17,10 +17,12 @@ from gkd.trainer.checkpoint import (
     student_backbone,
     write_checkpoint,
 )
+from gkd.trainer.ranks import ALONE
 from tests.trainer.faces import small_config
 
 CONFIG = small_config()
 IDENTITY = Identity(10, 3, "aa", "bb")
+CENTERS = {"weight": torch.ones(3, 8)}
 
 
 def content(value: float = 0.5, **more: object) -> dict[str, object]:
@@ -48,18 +50,24 @@ def test_a_run_folder_means_its_best_checkpoint_else_its_last(tmp_path: Path) ->
     folder = tmp_path / "checkpoints"
     folder.mkdir()
     first, second = content(0.25), content(0.75)
-    publish(folder, first, step=1, best=False, keep=0)
+    publish(folder, first, CENTERS, ALONE, step=1, best=False, keep=0)
     assert next(load_student(tmp_path).backbone.parameters()).unique().item() == 0.25
-    publish(folder, second, step=2, best=True, keep=0)
-    publish(folder, first, step=3, best=False, keep=0)
+    publish(folder, second, CENTERS, ALONE, step=2, best=True, keep=0)
+    publish(folder, first, CENTERS, ALONE, step=3, best=False, keep=0)
     assert next(load_student(tmp_path).backbone.parameters()).unique().item() == 0.75
-    assert sorted(path.name for path in folder.iterdir()) == ["best.pt", "last.pt"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "best.pt",
+        "centers_000000003",
+        "last.pt",
+    ]
 
 
 def test_older_checkpoints_are_kept_as_asked(tmp_path: Path) -> None:
     for step in (5, 10, 15, 20):
-        publish(tmp_path, content(step=step), step=step, best=False, keep=2)
-    names = sorted(path.name for path in tmp_path.iterdir())
+        publish(tmp_path, content(step=step), CENTERS, ALONE, step=step, best=False, keep=2)
+    centers = sorted(path.name for path in tmp_path.glob("centers_*"))
+    assert centers == [f"centers_{step:09d}" for step in (10, 15, 20)]
+    names = sorted(path.name for path in tmp_path.glob("*.pt"))
     assert names == ["last.pt", *(f"step_{step:09d}.pt" for step in (10, 15, 20))]
     assert read_checkpoint(tmp_path / "step_000000010.pt")["step"] == 10
     assert read_checkpoint(tmp_path / "last.pt")["step"] == 20
@@ -72,7 +80,7 @@ def test_where_links_are_not_known_a_copy_is_made(
         raise OSError("no links here")
 
     monkeypatch.setattr(os, "link", no_links)
-    publish(tmp_path, content(step=1), step=1, best=True, keep=0)
+    publish(tmp_path, content(step=1), CENTERS, ALONE, step=1, best=True, keep=0)
     assert read_checkpoint(tmp_path / "best.pt")["step"] == 1
 
 

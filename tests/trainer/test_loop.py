@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from gkd.storage.errors import ConfigError, CorruptRecordError, GkdError, SpecMismatchError
 from gkd.storage.records import open_records
@@ -65,6 +66,22 @@ def assert_same_state(ours: Any, theirs: Any) -> None:
         assert ours == theirs
 
 
+def assert_same_end(ours: Path, theirs: Path) -> None:
+    """The last checkpoints of two runs, and the class centres that they name."""
+    assert_same_state(read_checkpoint(ours / LAST), read_checkpoint(theirs / LAST))
+    assert_same_state(centers_of(ours), centers_of(theirs))
+
+
+def centers_of(out: Path) -> dict[str, torch.Tensor]:
+    (file,) = last_centers(out).iterdir()
+    return load_file(file)
+
+
+def last_centers(out: Path) -> Path:
+    folder: str = read_checkpoint(out / LAST)["centers"]["folder"]
+    return out / "checkpoints" / folder
+
+
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
     """As the runs in processes of their own, which must agree to the bit."""
@@ -94,7 +111,7 @@ def test_a_run_leaves_everything_needed_to_judge_and_repeat_it(faces: Path, unbr
     assert described["parameters"]["head"] == 6 * 8
     assert list((unbroken / "tensorboard").iterdir())
     names = {path.name for path in (unbroken / "checkpoints").iterdir()}
-    assert names == {"last.pt", "best.pt"}
+    assert names == {"last.pt", "best.pt", "centers_000000015"}
 
 
 def test_metrics_tell_every_step_and_every_evaluation(unbroken: Path) -> None:
@@ -193,7 +210,7 @@ def test_killed_and_resumed_it_ends_in_the_same_bits(faces: Path, tmp_path: Path
         assert process.returncode == -signal.SIGKILL
     assert read_checkpoint(out / LAST)["step"] < 40
     run(faces, out, *overrides)
-    assert_same_state(read_checkpoint(out / LAST), read_checkpoint(tmp_path / "whole" / LAST))
+    assert_same_end(out, tmp_path / "whole")
     assert losses(out) == losses(tmp_path / "whole")
 
 

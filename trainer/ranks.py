@@ -1,0 +1,126 @@
+"""The processes that train together: torchrun's ranks, or this one alone."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Literal, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
+from torch.distributed.tensor import DTensor, Shard
+from torch.nn.parallel import DistributedDataParallel
+
+from gkd.storage.errors import ConfigError
+
+T = TypeVar("T")
+Hook = Literal["float32", "float16", "bfloat16"]
+
+# A rank may wait while another evaluates or prepares data; torchrun ends those whose peers died.
+PATIENCE = timedelta(hours=6)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process's number among ``world_size``; each call is made by all of them."""
+
+    rank: int = 0
+    world_size: int = 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the one that logs, evaluates and writes."""
+        return self.rank == 0
+
+    def rows(self, count: int) -> range:
+        """This rank's part of ``count`` rows that are cut as DTensor cuts them."""
+        size = -(-count // self.world_size)
+        return range(min(self.rank * size, count), min((self.rank + 1) * size, count))
+
+    def highest(self, value: int) -> int:
+        """The highest of the ranks' values."""
+        if self.world_size == 1:
+            return value
+        values = torch.tensor(value, device=_collective_device())
+        dist.all_reduce(values, dist.ReduceOp.MAX)
+        return int(values.item())
+
+    def barrier(self) -> None:
+        """Wait until all ranks are here."""
+        self.highest(0)
+
+    def of_first(self, value: T) -> T:
+        """The first rank's value, a plain object."""
+        if self.world_size == 1:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, src=0, device=_collective_device())
+        return values[0]
+
+    def parallel(self, model: nn.Module, *, hook: Hook) -> nn.Module:
+        """The model with gradients averaged over the ranks, sent as ``hook`` says."""
+        if self.world_size == 1:
+            return model
+        parallel = DistributedDataParallel(model)
+        if hook != "float32":
+            half = default_hooks.fp16_compress_hook
+            brain = default_hooks.bf16_compress_hook
+            parallel.register_comm_hook(None, half if hook == "float16" else brain)
+        return parallel
+
+    def scaler(self, device: torch.device, *, enabled: bool) -> torch.amp.GradScaler:
+        """A gradient scaler; ranks skip a step together, whoever's gradient is not finite."""
+        if self.world_size == 1:
+            return torch.amp.GradScaler(device.type, enabled=enabled)
+        return ShardedGradScaler(device.type, enabled=enabled)
+
+    def sharded(self, part: Tensor, count: int) -> Tensor:
+        """The ranks' ``rows`` of one tensor [count, ...] as one DTensor; alone, the tensor."""
+        if self.world_size == 1:
+            return part
+        mesh = init_device_mesh(part.device.type, (self.world_size,))
+        shape = torch.Size((count, *part.shape[1:]))
+        stride = torch.empty(shape, device="meta").stride()
+        return DTensor.from_local(
+            part, mesh, [Shard(0)], run_check=False, shape=shape, stride=stride
+        )
+
+
+ALONE = Ranks()
+
+
+@contextmanager
+def joined_ranks(device: str) -> Iterator[Ranks]:
+    """The ranks that torchrun started, joined until the end, or this process alone.
+
+    ``device`` is cpu or cuda, by which they talk: gloo or NCCL.
+
+    Raises:
+        ConfigError: where the other ranks cannot be reached.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size == 1:
+        yield ALONE
+        return
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    try:
+        dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=PATIENCE)
+    except (RuntimeError, ValueError) as error:
+        raise ConfigError(
+            f"the other ranks of WORLD_SIZE={world_size} cannot be reached ({error}); start all of "
+            "them with torchrun"
+        ) from error
+    try:
+        yield Ranks(dist.get_rank(), dist.get_world_size())
+    finally:
+        dist.destroy_process_group()
+
+
+def _collective_device() -> torch.device:
+    return torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
