@@ -55,9 +55,7 @@ def align_face(
     return warp(image, similarity_transform(points, FACE_POINTS))
 
 
-def warp(
-    image: npt.NDArray[np.uint8], transform: npt.NDArray[np.float64]
-) -> npt.NDArray[np.uint8]:
+def warp(image: npt.NDArray[np.uint8], transform: npt.NDArray[np.float64]) -> npt.NDArray[np.uint8]:
     """An RGB image [H, W, 3] under ``transform`` [2, 3] (x, y of the image to x, y of the face)."""
     inverse = np.linalg.inv(np.vstack([transform, [0, 0, 1]]))[:2]
     # Pillow wants the way back, and its pixel (0, 0) has its centre at (1/2, 1/2).

@@ -13,11 +13,17 @@ import safetensors.numpy
 
 from gkd.storage import atomic
 from gkd.storage.errors import CorruptDataError
+from gkd.storage.materialise import EMBEDDINGS, default_folder, touch
 from gkd.storage.spec import Preprocess
 
 # Counts up whenever the same images would come to a network otherwise.
 FORMAT = 1
 ARRAY = "embeddings"
+
+
+def default_embeddings() -> Path:
+    """Where embeddings stand unless told otherwise: in ``$GKD_CACHE_DIR`` or ``~/.cache/gkd``."""
+    return default_folder() / EMBEDDINGS
 
 
 @dataclass(frozen=True)
@@ -51,10 +57,12 @@ class EmbeddingStore:
         if not path.is_file():
             return None
         try:
-            return _read(path, count)
+            embeddings = _read(path, count)
         except (CorruptDataError, safetensors.SafetensorError) as error:
             print(f"{path}: damaged ({error}); the images are embedded again", file=sys.stderr)
             return None
+        touch(path)
+        return embeddings
 
     def save(self, faces: str, embeddings: npt.NDArray[np.float32]) -> None:
         """Keep the embeddings, whole or not at all."""

@@ -4,7 +4,7 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -53,6 +53,11 @@ class VerificationResult:
     eer: float
     far: npt.NDArray[np.float64]
     tar: npt.NDArray[np.float64]
+
+    @property
+    def label(self) -> str:
+        """For the legend of a plot."""
+        return f"{self.name}: {self.accuracy:.2%}, AUC {self.auc:.4f}"
 
     def to_builtins(self) -> dict[str, Any]:
         """For JSON: all but the points of the ROC."""
@@ -250,7 +255,20 @@ def results_table(results: Sequence[VerificationResult]) -> Table:
     return table
 
 
-def plot_roc(results: Sequence[VerificationResult], out: Path) -> None:
+class Curve(Protocol):
+    """A ROC to be drawn."""
+
+    @property
+    def label(self) -> str: ...  # noqa: D102
+    @property
+    def impostor_pairs(self) -> int: ...  # noqa: D102
+    @property
+    def far(self) -> npt.NDArray[np.float64]: ...  # noqa: D102
+    @property
+    def tar(self) -> npt.NDArray[np.float64]: ...  # noqa: D102
+
+
+def plot_roc(results: Sequence[Curve], out: Path) -> None:
     """Draw the ROC of each result into a PNG, FAR in logarithmic scale.
 
     Raises:
@@ -262,8 +280,7 @@ def plot_roc(results: Sequence[VerificationResult], out: Path) -> None:
     for result in results:
         # One impostor pair is the least FAR that the set can show.
         floor = 1.0 / result.impostor_pairs
-        label = f"{result.name}: {result.accuracy:.2%}, AUC {result.auc:.4f}"
-        axes.step(np.maximum(result.far, floor), result.tar, where="post", label=label)
+        axes.step(np.maximum(result.far, floor), result.tar, where="post", label=result.label)
     axes.set(xscale="log", xlabel="false accept rate", ylabel="true accept rate", ylim=(0, 1.01))
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
