@@ -84,22 +84,24 @@ def evaluate(
 
 @click.command("export")
 @click.argument("run", type=PATH)
-@click.argument("out", metavar="OUT.onnx", type=PATH)
+@click.argument("out", metavar="OUT.onnx|OUT.safetensors", type=PATH)
+@click.option("--licence", metavar="TEXT", help="Terms of the model, for its card.")
+@click.option("--note", metavar="TEXT", help="Anything else its users should know, for its card.")
 @as_json
-def export(run: Path, out: Path, as_json: bool) -> None:
-    """Write the student of RUN, a run folder or a checkpoint, as ONNX with any batch size."""
-    from gkd.storage.spec import preprocess_preset
-    from gkd.trainer.checkpoint import load_student
-    from gkd.trainer.export import export_onnx
+def export(run: Path, out: Path, licence: str | None, note: str | None, as_json: bool) -> None:
+    """Write the student of RUN, a run folder or a checkpoint, for programs without gkd.
 
-    student = load_student(run)
-    name = student.config.student.name
-    export_onnx(student.backbone, out, preprocess=preprocess_preset("arcface"), name=name)
-    size = out.stat().st_size
+    OUT.onnx takes any batch size and was checked against torch. OUT.safetensors holds the weights
+    under arcface_torch's names. Beside it OUT.md says what the model is and how to use it.
+    """
+    from gkd.trainer.model_card import export_student
+
+    exported = export_student(run, out, licence=licence, note=note)
     if as_json:
-        click.echo(json.dumps({"path": str(out), "bytes": size, "name": name}))
+        click.echo(json.dumps(exported.to_builtins()))
     else:
-        click.echo(f"{out}: {size:,} bytes, checked against torch")
+        checked = ", checked against torch" if out.suffix == ".onnx" else ""
+        click.echo(f"{out}: {exported.bytes:,} bytes{checked}; described in {exported.card}")
 
 
 @click.command("demo")

@@ -29,7 +29,7 @@ def place(
     turn = scale * np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
     middle, target = np.array([55.5, 55.5]), np.array([SIDE / 2, SIDE / 2 - 10])
     y, x = np.mgrid[:SIDE, :SIDE]
-    source = (np.stack([x, y], -1) - target) @ np.linalg.inv(turn).T + middle
+    source = np.asarray((np.stack([x, y], -1) - target) @ np.linalg.inv(turn).T + middle, float)
     return sampled(face, source), (PUBLISHED_POINTS - middle) @ turn.T + target
 
 
