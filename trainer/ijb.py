@@ -14,7 +14,8 @@ from gkd.trainer.embedding_store import EmbeddingStore
 from gkd.trainer.evaluation import FARS, equal_error_rate, roc, tar_at
 from gkd.trainer.ijb_set import IjbSet
 
-CHUNK = 1 << 14
+# Small enough for both sides of a chunk to stay in a core's cache.
+CHUNK = 1 << 10
 QUIET_PAIRS = 1_000_000
 
 

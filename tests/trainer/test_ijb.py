@@ -10,7 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from gkd.pipeline.teacher import OnnxEmbedder
 from gkd.storage.errors import ConfigError, CorruptRecordError
+from gkd.storage.spec import preprocess_preset
 from gkd.storage.synthetic import draw_faces
 from gkd.trainer.ijb import (
     corners,
@@ -21,6 +23,8 @@ from gkd.trainer.ijb import (
 )
 from gkd.trainer.ijb_set import IjbSet, is_ijb, load_ijb
 from gkd.trainer.protocols import load_set
+from gkd.trainer.verification_set import load_verification_set
+from tests.paths import SHARED_DATA, needs_shared_data
 from tests.trainer.ijb_folder import write_ijb
 
 TEMPLATES, MEDIA = (30, 10, 10, 10, 20, 30), (5, 1, 1, 2, 1, 5)
@@ -252,3 +256,30 @@ def test_folders_of_no_protocol_and_of_two_sets_are_refused(folder: Path, tmp_pa
     other.write_text("1 2 1\n")
     with pytest.raises(ConfigError, match=r"expected one file .*, got ijbb_.*, ijbc_"):
         load_set(folder)
+
+
+@needs_shared_data
+def test_shared_teacher_tells_real_people_apart_in_turned_crops(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    embed = OnnxEmbedder(
+        SHARED_DATA / "teachers/mobilefacenet.onnx", preprocess_preset("imagenet"), device="cpu"
+    )
+    pairs = load_verification_set(SHARED_DATA / "lfw/lfw_fold9.bin")
+    faces = []
+    for place in np.flatnonzero(pairs.issame)[::30].tolist():
+        for number in (2 * place, 2 * place + 1):
+            faces.append(tmp_path / f"{number}.jpg")
+            faces[-1].write_bytes(pairs.images[number])
+    people = len(faces) // 2
+    write_ijb(
+        tmp_path / "IJBC",
+        faces,
+        templates=range(len(faces)),
+        media=range(len(faces)),
+        scores=[1.0] * len(faces),
+        pairs=[(2 * a, 2 * b + 1, int(a == b)) for a in range(people) for b in range(people)],
+    )
+    result = evaluate_ijb(embed, load_ijb(tmp_path / "IJBC"))
+    assert (result.genuine_pairs, result.impostor_pairs) == (people, people * (people - 1))
+    assert people >= 10
+    assert result.auc == 1.0
