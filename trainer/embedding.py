@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +12,14 @@ import numpy.typing as npt
 
 from gkd.storage.errors import ConfigError
 from gkd.storage.images import digest
+from gkd.storage.parallel import ordered_map
 from gkd.storage.progress import progress
 from gkd.trainer.embedding_store import EmbeddingStore
 
 # RGB uint8 [B, 112, 112, 3] -> embeddings float32 [B, D], not normalised
 Embed = Callable[[npt.NDArray[np.uint8]], npt.NDArray[np.float32]]
 
+QUIET = 10_000
 DECODE_THREADS = max(2, min(16, os.cpu_count() or 1))
 
 
@@ -25,20 +27,22 @@ DECODE_THREADS = max(2, min(16, os.cpu_count() or 1))
 class Faces:
     """N faces of a set, each asked for by its number from 0.
 
-    path    where the set stands
-    name    for progress and messages
-    count   N
-    image   aligned face of a number, RGB uint8 [112, 112, 3]
-    where   the face of a number in words, within ``path``
-    digest  hex digest of all that decides the images' pixels, in their order
+    path     where the set stands
+    name     for progress and messages
+    count    N
+    encoded  encoded image of a number
+    image    aligned face of a number, RGB uint8 [112, 112, 3]
+    where    the face of a number in words, within ``path``
+    places   what else than the encoded images decides their pixels: the faces' places in them
     """
 
     path: Path
     name: str
     count: int
+    encoded: Callable[[int], bytes]
     image: Callable[[int], npt.NDArray[np.uint8]]
     where: Callable[[int], str]
-    digest: Callable[[], str]
+    places: bytes = b""
 
 
 def flip_sums(
@@ -55,7 +59,7 @@ def flip_sums(
     """
     if store is None:
         return _embedded(embed, faces, batch_size)
-    known_as = faces.digest()
+    known_as = faces_digest(faces)
     found = store.load(known_as, faces.count)
     if found is None:
         found = _embedded(embed, faces, batch_size)
@@ -63,14 +67,23 @@ def flip_sums(
     return found
 
 
-def joint_digest(images: Iterable[bytes], *others: bytes) -> str:
-    """Hex digest of encoded images in their order, and of whatever else decides their pixels."""
+def faces_digest(faces: Faces) -> str:
+    """Hex digest of all that decides the faces' pixels, in their order; reads every image.
+
+    Raises:
+        CorruptRecordError: naming an image that cannot be read.
+    """
     joint = hashlib.sha256()
-    for image in images:
-        joint.update(digest(image))
-    for other in others:
-        joint.update(len(other).to_bytes(8, "little"))
-        joint.update(other)
+    with progress(f"Reading {faces.name}", faces.count, "images", quiet_below=QUIET) as advance:
+        read = ordered_map(
+            lambda number: digest(faces.encoded(number)),
+            range(faces.count),
+            workers=DECODE_THREADS,
+        )
+        for each in read:
+            joint.update(each)
+            advance()
+    joint.update(faces.places)
     return joint.hexdigest()
 
 

@@ -17,7 +17,7 @@ from gkd.storage.errors import ConfigError
 from gkd.storage.extras import require
 from gkd.storage.spec import Preprocess
 from gkd.trainer.devices import DTYPES
-from gkd.trainer.embedding import Embed, Faces, flip_sums, joint_digest, unit_rows
+from gkd.trainer.embedding import Embed, Faces, flip_sums, unit_rows
 from gkd.trainer.embedding_store import EmbeddingStore
 from gkd.trainer.verification_set import FOLDS, VerificationSet
 
@@ -137,9 +137,9 @@ def flip_sum_embeddings(
         path=pairs.path,
         name=pairs.name,
         count=len(distinct),
+        encoded=lambda number: pairs.images[distinct[number]],
         image=lambda number: pairs.image(distinct[number]),
         where=lambda number: f"image {distinct[number]}",
-        digest=lambda: joint_digest(first),
     )
     unit = unit_rows(flip_sums(embed, faces, batch_size=batch_size, store=store))
     return np.asarray(unit[np.searchsorted(distinct, numbers)])

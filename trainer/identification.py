@@ -22,7 +22,7 @@ from rich.table import Table
 from gkd.storage.errors import ConfigError, CorruptRecordError
 from gkd.storage.folders import SUFFIXES, natural_key
 from gkd.storage.images import decode_face
-from gkd.trainer.embedding import Embed, Faces, flip_sums, joint_digest, unit_rows
+from gkd.trainer.embedding import Embed, Faces, flip_sums, unit_rows
 from gkd.trainer.embedding_store import EmbeddingStore
 
 GALLERY, PROBE, DISTRACTORS = "Gallery_Match", "Probe", "Gallery_Distractor"
@@ -59,9 +59,9 @@ class IdentificationSet:
             path=self.path,
             name=self.name,
             count=len(self.files),
+            encoded=self._encoded,
             image=self._image,
             where=lambda number: self.files[number],
-            digest=lambda: joint_digest(map(self._encoded, range(len(self.files)))),
         )
 
     def _image(self, number: int) -> npt.NDArray[np.uint8]:

@@ -22,7 +22,7 @@ import numpy.typing as npt
 from gkd.storage.errors import ConfigError, CorruptRecordError
 from gkd.storage.images import decode
 from gkd.trainer.alignment import align_face
-from gkd.trainer.embedding import Faces, joint_digest
+from gkd.trainer.embedding import Faces
 
 META, CROPS = "meta", "loose_crop"
 PAIRS, MEDIA, POINTS = "template_pair_label.txt", "face_tid_mid.txt", "name_5pts_score.txt"
@@ -85,12 +85,10 @@ class IjbSet:
             path=self.path,
             name=self.name,
             count=len(self.files),
+            encoded=self._encoded,
             image=self.image,
             where=lambda number: f"{CROPS}/{self.files[number]}",
-            digest=lambda: joint_digest(
-                (self._encoded(number) for number in range(len(self.files))),
-                self.points.tobytes(),
-            ),
+            places=self.points.tobytes(),
         )
 
     @property

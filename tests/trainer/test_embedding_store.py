@@ -9,9 +9,13 @@ import pytest
 
 from gkd.storage.materialise import collect
 from gkd.storage.spec import preprocess_preset
+from gkd.storage.synthetic import draw_faces
 from gkd.trainer.embedding_store import EmbeddingStore, default_embeddings
 from gkd.trainer.evaluation import evaluate
+from gkd.trainer.ijb import evaluate_ijb
+from gkd.trainer.ijb_set import load_ijb
 from gkd.trainer.verification_set import VerificationSet
+from tests.trainer.ijb_folder import write_ijb
 from tests.trainer.test_ijb import grid_embed
 from tests.trainer.test_verification_set import IMAGES, ISSAME
 
@@ -105,3 +109,25 @@ def test_kept_embeddings_are_collected(tmp_path: Path, monkeypatch: pytest.Monke
     (found,) = collect()
     assert (found.path, found.removed) == (path, True)
     assert [each.name for each in path.parent.iterdir()] == ["mine.safetensors"]
+
+
+def test_faces_at_other_places_are_other_faces(tmp_path: Path, store: EmbeddingStore) -> None:
+    draw_faces(tmp_path / "drawn", identities=range(2), images_each=1, seed=0, workers=1)
+    lists = {"templates": (0, 1), "media": (0, 1), "scores": (1, 1)}
+    faces = sorted((tmp_path / "drawn").rglob("*.jpg"))
+    write_ijb(tmp_path / "set", faces, pairs=((0, 1, 0), (0, 0, 1)), **lists)  # type: ignore[arg-type]
+    network = Counting()
+    evaluate_ijb(network, load_ijb(tmp_path / "set"), store=store)
+    evaluate_ijb(network, load_ijb(tmp_path / "set"), store=store)
+    assert network.seen == 4
+    points = tmp_path / "set/meta/ijbc_name_5pts_score.txt"
+    first, second = points.read_text().splitlines()
+    words = first.split()
+    # The detector's score weighs embeddings and decides none; a point does.
+    points.write_text("\n".join([" ".join([*words[:-1], "0.5"]), second]) + "\n")
+    evaluate_ijb(network, load_ijb(tmp_path / "set"), store=store)
+    assert network.seen == 4
+    words[1] = str(float(words[1]) + 1)
+    points.write_text("\n".join([" ".join(words), second]) + "\n")
+    evaluate_ijb(network, load_ijb(tmp_path / "set"), store=store)
+    assert network.seen == 8
