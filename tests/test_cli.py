@@ -1,5 +1,6 @@
 """The commands as a user types them: the whole way, and every mistake as one message."""
 
+import hashlib
 import json
 import re
 import shutil
@@ -243,10 +244,17 @@ def test_a_student_is_judged_exported_and_judged_again(
     assert (tmp_path / "roc.png").read_bytes().startswith(b"\x89PNG")
     exported = json.loads(works("export", run, tmp_path / "student.onnx", "--json"))
     assert exported["bytes"] == (tmp_path / "student.onnx").stat().st_size
-    (again,) = json.loads(
-        works("evaluate", tmp_path / "student.onnx", home / "others.bin", "--json")
-    )
-    assert again["auc"] == pytest.approx(result["auc"], abs=1e-6)
+    told = works("export", run, tmp_path / "student.safetensors", "--licence", "Ours.")
+    assert f"described in {tmp_path / 'student.safetensors.md'}" in told
+    for name in ("student.onnx", "student.safetensors"):
+        (again,) = json.loads(works("evaluate", tmp_path / name, home / "others.bin", "--json"))
+        assert again["auc"] == pytest.approx(result["auc"], abs=1e-6)
+    card = (tmp_path / "student.safetensors.md").read_text()
+    teacher = hashlib.sha256((home / "teacher.pt").read_bytes()).hexdigest()
+    assert f"sha256 of its weights `{teacher}`" in card
+    assert "Ours." in card
+    assert f"| `others` | {result['accuracy']:.2%} |" in card
+    assert str(home) not in card
 
 
 def test_a_finished_run_is_not_trained_again(home: Path, targets: Path, run: Path) -> None:
@@ -277,6 +285,7 @@ def test_a_run_without_distillation_needs_no_targets(home: Path, tmp_path: Path)
         (("evaluate", "teacher.pt", "teacher.pt"), "teacher.pt"),
         (("evaluate", "teacher.pt", "others.bin", "--arch", "iresnet50"), "fit iresnet50"),
         (("export", "nowhere", "out.onnx"), "nowhere"),
+        (("export", "faces", "out.pt"), "expected a name that ends in .onnx or .safetensors, got"),
         (("export", "faces", "out.onnx"), "faces: expected the folder of a run"),
         (("evaluate", "teacher.pt", "others.bin", "--plot", "no/x.png"), "there is no folder no"),
         (("evaluate", "teacher.pt", "others.bin", "--plot", "faces"), "got a folder; name a file"),

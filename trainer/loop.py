@@ -83,7 +83,7 @@ def train(
         checkpoint = out / FOLDER / LAST
         if checkpoint.exists():
             run.restore(read_checkpoint(checkpoint), checkpoint)
-        write_file(out / RUN, msgspec.json.format(_describe(run, records, command)))
+        write_file(out / RUN, msgspec.json.format(_describe(run, records, targets, command)))
         write_file(out / "config.toml", to_toml(config).encode())
         (out / FOLDER).mkdir(exist_ok=True)
         with RunLog(out, step=run.step) as log, _stop_signals() as stop:
@@ -270,7 +270,9 @@ def _load_sets(paths: Sequence[str]) -> list[VerificationSet]:
     return sets
 
 
-def _describe(run: RunState, records: Records, command: Sequence[str]) -> bytes:
+def _describe(
+    run: RunState, records: Records, targets: JoinedTargets | None, command: Sequence[str]
+) -> bytes:
     """``run.json``: what ran, on what."""
 
     def size(module: nn.Module) -> int:
@@ -286,6 +288,7 @@ def _describe(run: RunState, records: Records, command: Sequence[str]) -> bytes:
             "device": torch.cuda.get_device_name() if run.device.type == "cuda" else "cpu",
             "precision": str(run.dtype).removeprefix("torch."),
             "dataset": {"name": records.name, "path": str(records.path), **run.identity._asdict()},
+            "teacher": targets.spec.teacher if targets else None,
             "parameters": {"backbone": size(run.model), "head": size(run.head)},
             "total_steps": run.plans.total_steps,
         }
