@@ -2,15 +2,18 @@
 
 import platform
 import signal
+import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import filelock
 import msgspec
@@ -27,6 +30,7 @@ from gkd.trainer.checkpoint import FOLDER, LAST, publish, read_checkpoint
 from gkd.trainer.config import RunConfig, to_toml
 from gkd.trainer.data import Batch, FaceBatches, JoinedTargets, check_data, load_batches
 from gkd.trainer.evaluation import evaluate, module_embed
+from gkd.trainer.guards import empty_classes, finite_weights
 from gkd.trainer.logging import RunLog
 from gkd.trainer.losses import GkdLoss
 from gkd.trainer.state import RunState
@@ -34,6 +38,7 @@ from gkd.trainer.verification_set import VerificationSet, load_verification_set
 
 RUN = "run.json"
 PACKAGES = ("gkd", "torch", "numpy")
+LOSSES = ("loss", "ce", "primary", "binary")
 
 
 @dataclass(frozen=True)
@@ -67,7 +72,7 @@ def train(
         ConfigError: for settings or data that cannot be trained on, or an ``out`` of another run.
         SpecMismatchError: for another data set or cache than the run began with.
         CorruptRecordError: naming file, key and offset of an image that cannot be read.
-        GkdError: where the loss is not finite, or a signal ended the training.
+        GkdError: where the training diverged, or a signal ended it.
     """
     targets = _targets_in_use(config, records, targets)
     check_data(
@@ -77,6 +82,9 @@ def train(
         flip=config.data.flip,
         temperature=config.kd.temperature,
     )
+    note = empty_classes(records, taught=targets is not None)
+    if note:
+        print(note, file=sys.stderr)
     sets = _load_sets(config.evaluation.sets)
     run = RunState.build(config, records, targets)
     with _claimed(out):
@@ -107,22 +115,28 @@ class _Window:
     began: float
     losses: Tensor | None = None
     steps: int = 0
+    taken: int = 0
     waited: float = 0.0
 
-    def add(self, loss: GkdLoss, waited: float) -> None:
-        parts = torch.stack([part.detach() for part in loss])
-        self.losses = parts if self.losses is None else self.losses + parts
+    def add(self, loss: GkdLoss, waited: float, *, skipped: bool) -> None:
+        if not skipped:
+            parts = torch.stack([part.detach() for part in loss])
+            self.losses = parts if self.losses is None else self.losses + parts
+            self.taken += 1
         self.steps += 1
         self.waited += waited
 
-    def means(self, batch_size: int) -> dict[str, float]:
-        """Mean losses, images a second, and the share of the time spent waiting for data."""
-        assert self.losses is not None
+    def means(self, batch_size: int) -> dict[str, Any]:
+        """Mean losses, images a second, and the share of the time spent waiting for data.
+
+        The losses are those of steps that were taken; None where every one was skipped.
+        """
         seconds = time.perf_counter() - self.began
-        names = ("loss", "ce", "primary", "binary")
-        losses = dict(zip(names, (self.losses / self.steps).tolist(), strict=True))
+        means: list[float | None] = [None] * len(LOSSES)
+        if self.losses is not None:
+            means = (self.losses / self.taken).tolist()
         return {
-            **losses,
+            **dict(zip(LOSSES, means, strict=True)),
             "images_per_second": self.steps * batch_size / seconds,
             "data_wait": self.waited / seconds,
         }
@@ -172,12 +186,18 @@ class _Training:
                 batch = next(batches).to(run.device)
                 waited = time.perf_counter() - asked
                 lr = run.optimizer.param_groups[0]["lr"]
-                window.add(run.take_step(batch, self.records), waited)
+                loss = run.take_step(batch, self.records)
+                skipped = run.skipped_in_a_row > 0
+                window.add(loss, waited, skipped=skipped)
+                if skipped and run.last_skipped is not None:
+                    self.log.write(run.step, run.last_skipped.told(), group="train")
                 note = ""
                 if run.step % config.train.log_every == 0:
-                    values = {"epoch": run.epoch, **window.means(size), "lr": lr}
+                    means = window.means(size)
+                    values = {"epoch": run.epoch, **means, "lr": lr, "skipped": run.skipped}
                     self.log.write(run.step, values, group="train")
-                    note = _note(values)
+                    left = (run.plans.total_steps - run.step) * size / means["images_per_second"]
+                    note = _note(values, left)
                     window = _Window(time.perf_counter())
                 advance(size, note)
                 if run.step % steps and self._checkpoint_due():
@@ -213,6 +233,12 @@ class _Training:
         return improved
 
     def _save(self, *, best: bool) -> None:
+        if not finite_weights((self.run.model, self.run.head)):
+            raise GkdError(
+                f"after step {self.run.step} the weights are not finite, so no checkpoint of them "
+                f"was written; what stands in {self.out / FOLDER} is from before: begin again in "
+                "another folder with a lower optimizer.lr or more schedule.warmup_epochs"
+            )
         keep = self.run.config.checkpoint.keep
         publish(self.out / FOLDER, self.run.state(), step=self.run.step, best=best, keep=keep)
 
@@ -228,11 +254,23 @@ class _Training:
         )
 
 
-def _note(values: dict[str, float]) -> str:
-    return (
-        f"loss {values['loss']:.3f}  ce {values['ce']:.3f}  primary {values['primary']:.4f}  "
-        f"binary {values['binary']:.4f}  lr {values['lr']:.2g}  wait {values['data_wait']:.0%}"
-    )
+def _note(values: dict[str, Any], seconds_left: float) -> str:
+    """One window of the log in words; ``seconds_left`` of the whole training, not of its epoch."""
+
+    def loss(name: str, digits: int) -> str:
+        return f"{name} -" if values[name] is None else f"{name} {values[name]:.{digits}f}"
+
+    parts = [
+        loss("loss", 3),
+        loss("ce", 3),
+        loss("primary", 4),
+        loss("binary", 4),
+        f"lr {values['lr']:.2g}",
+        f"wait {values['data_wait']:.0%}",
+        f"ends in {timedelta(seconds=round(seconds_left))}",
+    ]
+    parts += [f"skipped {values['skipped']}"] if values["skipped"] else []
+    return "  ".join(parts)
 
 
 def _targets_in_use(
