@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
@@ -29,14 +29,15 @@ from gkd.storage.spec import preprocess_preset
 from gkd.trainer.checkpoint import FOLDER, LAST, publish, read_checkpoint
 from gkd.trainer.config import RunConfig, to_toml
 from gkd.trainer.data import Batch, FaceBatches, JoinedTargets, check_data, load_batches
-from gkd.trainer.evaluation import evaluate, module_embed
+from gkd.trainer.evaluation import VerificationResult, evaluate, module_embed
+from gkd.trainer.findings import gather, write_findings
 from gkd.trainer.guards import empty_classes, finite_weights
 from gkd.trainer.logging import RunLog
 from gkd.trainer.losses import GkdLoss
+from gkd.trainer.report import RUN, write_report
 from gkd.trainer.state import RunState
 from gkd.trainer.verification_set import VerificationSet, load_verification_set
 
-RUN = "run.json"
 PACKAGES = ("gkd", "torch", "numpy")
 LOSSES = ("loss", "ce", "primary", "binary")
 
@@ -66,7 +67,8 @@ def train(
     """Train a student into the folder ``out``, or go on with the training that stands there.
 
     ``out`` holds config.toml, run.json (``command``, versions, data, sizes), metrics.jsonl,
-    tensorboard/ and checkpoints/. SIGTERM and SIGINT end the training after a checkpoint.
+    tensorboard/ and checkpoints/, and at the end report.json and report.html. SIGTERM and SIGINT
+    end the training after a checkpoint.
 
     Raises:
         ConfigError: for settings or data that cannot be trained on, or an ``out`` of another run.
@@ -98,6 +100,7 @@ def train(
             _Training(run, records, sets, out, log, stop).go(
                 FaceBatches(records, targets, temperature=config.kd.temperature)
             )
+        write_report(out)
     return Summary(run.step, run.accuracy, run.best)
 
 
@@ -152,6 +155,7 @@ class _Training:
     out: Path
     log: RunLog
     stop: _Stop
+    results: dict[str, VerificationResult] = field(default_factory=dict)
 
     def go(self, dataset: FaceBatches) -> None:
         """Train on, evaluate and write checkpoints as they fall due."""
@@ -167,6 +171,10 @@ class _Training:
             while run.step < run.plans.total_steps:
                 self._rest_of_epoch(batches)
                 improved = self._evaluate() if self._evaluation_due() else False
+                if run.step == run.plans.total_steps:
+                    # Before the last checkpoint: an interrupted end comes by here again.
+                    found = list(self.results.values()), dataset.targets, run.fit, self.records
+                    write_findings(self.out, gather(run.step, *found))
                 if improved or self._checkpoint_due():
                     self._save(best=improved)
                 if self.stop.received:
@@ -223,8 +231,8 @@ class _Training:
         run = self.run
         run.model.eval()
         embed = module_embed(run.model, preprocess_preset("arcface"), run.device)
-        results = {pairs.name: evaluate(embed, pairs) for pairs in self.sets}
-        run.accuracy = {name: result.accuracy for name, result in results.items()}
+        self.results.update({pairs.name: evaluate(embed, pairs) for pairs in self.sets})
+        run.accuracy = {name: result.accuracy for name, result in self.results.items()}
         values = {"epoch": run.epoch, "accuracy": run.accuracy}
         self.log.write(run.step, values, group="evaluation")
         mean = sum(run.accuracy.values()) / len(run.accuracy)
@@ -266,7 +274,7 @@ def _note(values: dict[str, Any], seconds_left: float) -> str:
         loss("primary", 4),
         loss("binary", 4),
         f"lr {values['lr']:.2g}",
-        f"wait {values['data_wait']:.0%}",
+        f"data wait {values['data_wait']:.0%}",
         f"ends in {timedelta(seconds=round(seconds_left))}",
     ]
     parts += [f"skipped {values['skipped']}"] if values["skipped"] else []
