@@ -87,6 +87,9 @@ def draw_sizes(views: Mapping[str, Sequence[tuple[int, int]]]) -> bytes:
                 label=_plain(name),
             )
         axes.set(xscale="log", xlabel="classes in the primary group", ylabel="samples")
+        powers = [1 << power for power in range(largest.bit_length())]
+        axes.set_xticks(powers, [f"{size:,}" for size in powers], rotation=45 * (len(powers) > 9))
+        axes.minorticks_off()
         axes.legend(frameon=False)
         return _svg(figure)
 

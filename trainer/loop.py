@@ -76,7 +76,12 @@ def train(
         CorruptRecordError: naming file, key and offset of an image that cannot be read.
         GkdError: where the training diverged, or a signal ended it.
     """
-    targets = _targets_in_use(config, records, targets)
+    targets = targets_in_use(config, records, targets)
+    if targets and isinstance(targets.store, ShardStore) and config.data.order != "blocks":
+        raise ConfigError(
+            "data.order: the targets were joined to be read in blocks; set data.order=blocks, or "
+            "join them to be read in full"
+        )
     check_data(
         records,
         targets,
@@ -281,9 +286,15 @@ def _note(values: dict[str, Any], seconds_left: float) -> str:
     return "  ".join(parts)
 
 
-def _targets_in_use(
+def targets_in_use(
     config: RunConfig, records: Records, targets: JoinedTargets | None
 ) -> JoinedTargets | None:
+    """The targets that a training would take; None without distillation.
+
+    Raises:
+        ConfigError: where there must be some, and are not.
+        SpecMismatchError: where they are joined for other records.
+    """
     if not config.kd.enabled:
         return None
     if targets is None:
@@ -296,11 +307,6 @@ def _targets_in_use(
             f"{records.path} has {len(records)} images of {records.num_classes} classes, the "
             f"targets are joined for {len(targets.rows)} images of {targets.num_classes}; "
             "join the records with the cache that was made from them"
-        )
-    if isinstance(targets.store, ShardStore) and config.data.order != "blocks":
-        raise ConfigError(
-            "data.order: the targets were joined to be read in blocks; set data.order=blocks, or "
-            "join them to be read in full"
         )
     return targets
 

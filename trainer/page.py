@@ -15,7 +15,7 @@ h2 { font-size: 1.15rem; margin: 3rem 0 .4rem; padding-top: .9rem;
 h3 { font-size: 1rem; margin: 1.6rem 0 .3rem; }
 p { margin: .4rem 0; max-width: 46rem; overflow-wrap: anywhere; }
 .dim { color: var(--dim); }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: .8rem;
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(8.4rem, 1fr)); gap: .8rem;
   margin: 1.6rem 0 0; }
 .tile { border: 1px solid var(--line); border-radius: 6px; padding: .6rem .8rem; }
 .tile dt { color: var(--dim); font-size: .8rem; }
