@@ -41,7 +41,7 @@ class DryRun:
     flops_per_image  of the backbone's forward pass
     flops_per_step   forward and backward of backbone and class layer, for a whole batch: three
                      times the forward, for each product has two for its gradients
-    memory           by part; an estimate where it says activations or class layer
+    memory           by part, at the height of a step; a library's workspaces not counted
     targets_bytes    of the targets in use, held as ``targets_held`` says
     """
 
@@ -167,6 +167,8 @@ def _memory(
         "class_centers": _bytes([head.weight]),
         "gradients": _bytes(learning),
         "optimizer_state": optimizer_bytes(config, learning),
+        # As read, and as floats where the backbone keeps its own, shorter copy.
+        "images": batch * 3 * FACE_SIZE**2 * (1 if dtype == torch.float32 else 5),
         "activations": activation_bytes(model, batch, dtype, last=config.train.channels_last),
         "class_layer": class_layer_bytes(config, batch, len(head.weight)),
     }
@@ -180,7 +182,7 @@ def class_layer_bytes(config: RunConfig, batch: int, num_classes: int) -> int:
     """
     few, more = (_class_layer_peak(config, batch, classes) for classes in PROBE_CLASSES)
     slope = (more - few) / (PROBE_CLASSES[1] - PROBE_CLASSES[0])
-    return round(few + slope * (num_classes - PROBE_CLASSES[0]))
+    return int(few + slope * (num_classes - PROBE_CLASSES[0]))
 
 
 def _class_layer_peak(config: RunConfig, batch: int, num_classes: int) -> int:
@@ -188,12 +190,13 @@ def _class_layer_peak(config: RunConfig, batch: int, num_classes: int) -> int:
     head = MarginHead(num_classes, dim, margin=config.head.margins, scale=config.head.scale)
     embeddings = torch.ones(batch, dim, requires_grad=True)
     labels = torch.zeros(batch, dtype=torch.int64)
-    with _PeakBytes() as peak:
+    peak = PeakBytes()
+    with peak:
         gkd_loss(head(embeddings, labels), labels, None).total.backward()
     return peak.highest - _bytes([head.weight])
 
 
-class _PeakBytes(TorchDispatchMode):
+class PeakBytes(TorchDispatchMode):
     """The most bytes that tensors made under it had at once, those of their storages."""
 
     def __init__(self) -> None:
