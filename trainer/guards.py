@@ -54,22 +54,27 @@ class KeptBuffers:
     """A copy of a module's buffers: running statistics, which a bad step would spoil for good."""
 
     def __init__(self, module: nn.Module) -> None:
-        self._live = list(module.buffers())
-        self._kept = [buffer.clone() for buffer in self._live]
+        live = list(module.buffers())
+        # By type: only tensors of one type are copied all at once.
+        kinds = {buffer.dtype for buffer in live}
+        self._live = [[buffer for buffer in live if buffer.dtype == kind] for kind in kinds]
+        self._kept = [[buffer.clone() for buffer in alike] for alike in self._live]
 
+    @torch.no_grad()
     def keep(self) -> None:
         """Remember the buffers as they are now."""
-        _copy(self._live, self._kept)
+        for live, kept in zip(self._live, self._kept, strict=True):
+            _copy_all(kept, live)
 
+    @torch.no_grad()
     def put_back(self) -> None:
         """Make the buffers what they were when they were kept."""
-        _copy(self._kept, self._live)
+        for live, kept in zip(self._live, self._kept, strict=True):
+            _copy_all(live, kept)
 
 
-@torch.no_grad()
-def _copy(sources: list[Tensor], targets: list[Tensor]) -> None:
-    if sources:
-        torch._foreach_copy_(targets, sources)
+def _copy_all(targets: list[Tensor], sources: list[Tensor]) -> None:
+    torch._foreach_copy_(targets, sources)  # pyright: ignore[reportPrivateImportUsage]
 
 
 @dataclass

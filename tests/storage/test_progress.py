@@ -1,17 +1,13 @@
 """Progress as people see it: on a terminal of any width, and in a log."""
 
-import os
-import pty
 import re
-import struct
 import subprocess
 import sys
-import termios
-from fcntl import ioctl
 
 import pytest
 
 from tests.paths import ROOT
+from tests.terminal import on_a_terminal
 
 NOTE = "loss 97.759  ce 30.930  primary 3.1966  binary 3.7646  lr 0.095  data wait 11%"
 WORK = f"""
@@ -24,34 +20,9 @@ with progress("epoch 1/20", 400, "images") as advance:
 """
 
 
-def on_a_terminal(script: str, columns: int) -> str:
-    """What a script shows on a terminal so wide, without its control sequences."""
-    ours, theirs = pty.openpty()
-    ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
-    environment = {key: value for key, value in os.environ.items() if key != "COLUMNS"}
-    with subprocess.Popen(
-        [sys.executable, "-c", script],
-        cwd=ROOT,
-        stdin=theirs,
-        stdout=theirs,
-        stderr=theirs,
-        env={**environment, "TERM": "xterm"},
-    ) as process:
-        os.close(theirs)
-        shown = b""
-        try:
-            while part := os.read(ours, 1 << 16):
-                shown += part
-        except OSError:  # the other side is closed
-            pass
-        os.close(ours)
-        assert process.wait(timeout=60) == 0
-    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode())
-
-
 @pytest.mark.parametrize("columns", [80, 120, 200])
 def test_a_terminal_shows_bar_and_note_whole(columns: int) -> None:
-    shown = on_a_terminal(WORK, columns)
+    shown = on_a_terminal([sys.executable, "-c", WORK], columns)
     assert re.search(r"epoch 1/20 .*400/400 [\d,]+ images/s 0:00:\d\d 0:00:00", shown)
     assert re.search(r"images/s 0:00:\d\d 0:00:0\d", shown)  # time left
     # The note stays until the next, to the end; a narrow terminal breaks it at a space.

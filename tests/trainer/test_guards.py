@@ -87,6 +87,22 @@ def test_a_loss_that_is_not_finite_leaves_running_statistics_alone(faces: Path) 
     assert finite_weights((state.model, state.head))
 
 
+def test_a_gradient_scaler_finds_its_scale(faces: Path) -> None:
+    """Gradients overflow at the first scales: skipped, halved, and trained on, as float16 does."""
+    state, batches = started(faces, "optimizer.clip_norm=5", "train.max_skipped=40")
+    records = open_records(faces / "faces")
+    state.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**125)
+    before = learned(state)
+    scales = []
+    while not scales or state.skipped_in_a_row:
+        scales.append(state.scaler.get_scale())
+        state.take_step(next(batches), records)
+    assert scales == [2.0**125 / 2**n for n in range(len(scales))]
+    assert state.skipped == len(scales) - 1 > 0
+    assert not torch.equal(before["head.weight"], learned(state)["head.weight"])
+    assert finite_weights((state.model, state.head))
+
+
 def test_after_so_many_in_a_row_it_stops_by_name(faces: Path, tmp_path: Path) -> None:
     """A rate that overflows the weights: the log names each step, no checkpoint is spoilt."""
     out = tmp_path / "out"

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -31,6 +32,7 @@ from gkd.trainer.plans import BatchPlan
 from gkd.trainer.state import RunState
 from tests.paths import ROOT
 from tests.reference import log_softmax
+from tests.terminal import on_a_terminal
 from tests.trainer.faces import SETTINGS, load, run, small_config, teacher_logits
 
 LAST = "checkpoints/last.pt"
@@ -113,6 +115,50 @@ def test_metrics_tell_every_step_and_every_evaluation(unbroken: Path) -> None:
     assert [line["step"] for line in evaluations] == [5, 10, 15]
     best = max(line["accuracy"]["pairs"] for line in evaluations)
     assert read_checkpoint(unbroken / "checkpoints/best.pt")["best"] == best
+
+
+def test_the_live_line_tells_everything(faces: Path, tmp_path: Path) -> None:
+    """On a terminal of 80 columns and as the plain lines of a log."""
+    command = [sys.executable, "-m", "tests.trainer.faces", str(faces)]
+    parts = {
+        "loss": r"\bloss \d+\.\d{3}",
+        "CE": r"\bce \d+\.\d{3}",
+        "Primary": r"\bprimary \d+\.\d{4}",
+        "Binary": r"\bbinary \d+\.\d{4}",
+        "lr": r"\blr \d\S*",
+        "images a second": r"[\d,.]+ images/s",
+        "data wait": r"\bdata wait \d+%",
+        "time left of all": r"\bends in \d+:\d\d:\d\d",
+    }
+    shown = on_a_terminal([*command, str(tmp_path / "a"), "train.epochs=2"], 80)
+    last = " ".join(shown[shown.rindex("epoch 2/2") :].split())
+    done = subprocess.run(
+        [*command, str(tmp_path / "b"), "train.epochs=2"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("epoch 2/2")]
+    for name, part in parts.items():
+        assert re.search(part, last), (name, last)
+        assert re.search(part, line), (name, line)
+    ce = training_lines(tmp_path / "b")[-1]["ce"]
+    assert f"ce {ce:.3f}" in line
+    assert re.search(r"epoch 2/2 .*images/s \d:\d\d:\d\d \d:\d\d:\d\d", last)  # gone and left
+
+
+def test_tensorboard_has_what_the_log_has(unbroken: Path) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    events = accumulator.EventAccumulator(str(unbroken / "tensorboard"))
+    events.Reload()
+    logged_lines = training_lines(unbroken)
+    names = logged_lines[0].keys() - {"step"}
+    assert {f"train/{name}" for name in names} <= set(events.Tags()["scalars"])
+    for name in names:
+        seen = [(event.step, event.value) for event in events.Scalars(f"train/{name}")]
+        logged = [(line["step"], np.float32(line[name])) for line in logged_lines]
+        assert seen == logged
 
 
 def test_the_student_of_a_run_loads(unbroken: Path) -> None:

@@ -189,9 +189,9 @@ def test_identities_are_ranked_by_what_the_steps_saw(faces: Path, tmp_path: Path
     assert [identity.number for identity in summary.worst] == sorted(means, key=means.__getitem__)
     for identity in summary.worst:
         assert identity.mean == pytest.approx(means[identity.number], abs=1e-5)
-        rows = [row for row in order if records.labels[row] == identity.number]
-        assert identity.images == len(rows)
-        worst = sorted(rows, key=lambda row: cosines[row])[:3]
+        own_rows = [row for row in order if records.labels[row] == identity.number]
+        assert identity.images == len(own_rows)
+        worst = sorted(own_rows, key=lambda row: cosines[row])[:3]
         assert [key for key, _ in identity.worst] == [records.key(row) for row in worst]
 
 
