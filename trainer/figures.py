@@ -61,7 +61,7 @@ def draw_roc(curves: Mapping[str, Sequence[tuple[float, float]]]) -> bytes:
     with _style():
         figure, axes = _panel()
         for number, (name, points) in enumerate(curves.items()):
-            far, tar = zip(*points, strict=True)
+            far, tar = zip(*points, strict=True) if points else ((), ())
             axes.step(far, tar, where="post", color=_colour(number), label=_plain(name))
         axes.set(xscale="log", ylim=(0, 1.01), xlabel="false accept rate")
         axes.set(ylabel="true accept rate")

@@ -34,7 +34,8 @@ from gkd.trainer.findings import gather, write_findings
 from gkd.trainer.guards import empty_classes, finite_weights
 from gkd.trainer.logging import RunLog
 from gkd.trainer.losses import GkdLoss
-from gkd.trainer.report import RUN, write_report
+from gkd.trainer.report import write_report
+from gkd.trainer.run_folder import CONFIG, RUN
 from gkd.trainer.state import RunState
 from gkd.trainer.verification_set import VerificationSet, load_verification_set
 
@@ -99,7 +100,7 @@ def train(
         if checkpoint.exists():
             run.restore(read_checkpoint(checkpoint), checkpoint)
         write_file(out / RUN, msgspec.json.format(_describe(run, records, command)))
-        write_file(out / "config.toml", to_toml(config).encode())
+        write_file(out / CONFIG, to_toml(config).encode())
         (out / FOLDER).mkdir(exist_ok=True)
         with RunLog(out, step=run.step) as log, _stop_signals() as stop:
             _Training(run, records, sets, out, log, stop).go(

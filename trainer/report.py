@@ -3,28 +3,22 @@
 It is made from the files of the run folder alone, so it can be made again at any time.
 """
 
-import json
+import math
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, median
-from typing import Any
-
-import msgspec
 
 from gkd.storage.atomic import write_file
 from gkd.storage.disk import disk_errors
 from gkd.storage.errors import ConfigError
 from gkd.storage.extras import require
 from gkd.trainer import figures, page
-from gkd.trainer.findings import Findings, SetScore, read_findings
+from gkd.trainer.findings import SetScore
 from gkd.trainer.fit import FitSummary
-from gkd.trainer.logging import METRICS
+from gkd.trainer.run_folder import Run, TrainingLine, read_run
 
 REPORT = "report.html"
-RUN = "run.json"
-CONFIG = "config.toml"
 NAMES = {
     "loss": "Loss",
     "ce": "CE",
@@ -35,42 +29,6 @@ NAMES = {
 }
 SHOWN_SKIPPED = 20
 DASH = "\N{EN DASH}"
-
-
-class Described(msgspec.Struct, frozen=True):
-    """``run.json``, as ``train`` wrote it."""
-
-    command: tuple[str, ...]
-    versions: dict[str, str]
-    device: str
-    precision: str
-    dataset: dict[str, str | int]
-    parameters: dict[str, int]
-    total_steps: int
-
-
-@dataclass(frozen=True)
-class Run:
-    """The content of a run folder.
-
-    training, evaluations, skipped  lines of metrics.jsonl, by what they tell
-    findings                        None until the training has ended
-    """
-
-    path: Path
-    described: Described
-    config: str
-    training: Sequence[Mapping[str, Any]]
-    evaluations: Sequence[Mapping[str, Any]]
-    skipped: Sequence[Mapping[str, Any]]
-    findings: Findings | None
-
-    @property
-    def step(self) -> int:
-        """The last step that the log knows."""
-        lines = (*self.training, *self.evaluations, *self.skipped)
-        known = [int(line["step"]) for line in lines]
-        return max([*known, self.findings.step if self.findings else 0])
 
 
 def write_report(run: Path) -> Path:
@@ -84,50 +42,6 @@ def write_report(run: Path) -> Path:
     with disk_errors(run / REPORT):
         write_file(run / REPORT, content)
     return run / REPORT
-
-
-def read_run(run: Path) -> Run:
-    """The files of a run folder.
-
-    Raises:
-        ConfigError: where one is absent or none of gkd's.
-    """
-    path = run / RUN
-    try:
-        described = msgspec.json.decode(path.read_bytes(), type=Described)
-        config = (run / CONFIG).read_text()
-        lines = list(_lines(run / METRICS))
-    except OSError as error:
-        raise ConfigError(
-            f"{run}: expected the folder of a run of `gkd train-student`, {error.filename} cannot "
-            f"be read ({error.strerror}); name such a folder"
-        ) from error
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"{path}: expected what `gkd train-student` writes, got another content ({error}); "
-            "run the same training again to have it written again"
-        ) from error
-    return Run(
-        run.absolute(),
-        described,
-        config,
-        [line for line in lines if "loss" in line],
-        [line for line in lines if "accuracy" in line],
-        [line for line in lines if "not_finite" in line],
-        read_findings(run),
-    )
-
-
-def _lines(path: Path) -> Iterator[Mapping[str, Any]]:
-    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
-        if not line.endswith(b"\n"):
-            return  # cut off by a kill
-        try:
-            yield {**json.loads(line), "epoch": float(json.loads(line).get("epoch", 0.0))}
-        except (ValueError, TypeError) as error:
-            raise ConfigError(
-                f"{path}: line {number} is not what a training logs ({error}); remove the line"
-            ) from error
 
 
 def _page(run: Run) -> bytes:
@@ -155,27 +69,27 @@ def _subtitle(run: Run) -> str:
     total = run.described.total_steps
     state = "finished" if run.step >= total else "not finished"
     return (
-        f"A student on {data.get('name', '?')}: {data.get('num_images', 0):,} images, "
-        f"{data.get('num_classes', 0):,} identities. Step {run.step:,} of {total:,}, {state}."
+        f"A student on {data.name}: {data.num_images:,} images, "
+        f"{data.num_classes:,} identities. Step {run.step:,} of {total:,}, {state}."
     )
 
 
 def _headline(run: Run) -> dict[str, str]:
     values = {}
     if run.evaluations:
-        means = [fmean(line["accuracy"].values()) for line in run.evaluations]
+        means = [fmean(line.accuracy.values() or [0.0]) for line in run.evaluations]
         values["Accuracy, mean of the sets"] = f"{means[-1]:.2%}"
         values["Best of the training"] = f"{max(means):.2%}"
     if run.training:
-        values["Cross-entropy, last"] = _number(run.training[-1]["ce"])
+        values["Cross-entropy, last"] = _number(run.training[-1].ce)
         values["Images/s, median"] = _number(median(_column(run.training, "images_per_second")))
         values["Wait for data, median"] = f"{median(_column(run.training, 'data_wait')):.1%}"
     values["Steps skipped"] = f"{len(run.skipped):,}"
     return values
 
 
-def _column(lines: Sequence[Mapping[str, Any]], name: str) -> list[float]:
-    return [line[name] for line in lines if line[name] is not None]
+def _column(lines: Sequence[TrainingLine], name: str) -> list[float]:
+    return [value for line in lines if (value := getattr(line, name)) is not None]
 
 
 def _training(run: Run, drawing: bool) -> Iterator[str]:
@@ -186,9 +100,10 @@ def _training(run: Run, drawing: bool) -> Iterator[str]:
     if drawing:
         curves = {}
         for name, title in NAMES.items():
-            lines = [line for line in run.training if line[name] is not None]
-            if any(line[name] for line in lines):
-                curves[title] = [line["epoch"] for line in lines], _column(lines, name)
+            epochs = [line.epoch for line in run.training if getattr(line, name) is not None]
+            values = _column(run.training, name)
+            if any(values):
+                curves[title] = epochs, values
         yield page.figure(figures.draw_curves(curves, "epoch"), "Curves of the training by epoch")
     yield page.paragraph(
         "Means over each epoch's lines of metrics.jsonl; the learning rate is the last.", dim=True
@@ -204,21 +119,21 @@ def _training(run: Run, drawing: bool) -> Iterator[str]:
 
 
 def _epochs(run: Run) -> Iterator[list[str]]:
-    epochs: dict[int, list[Mapping[str, Any]]] = {}
+    epochs: dict[int, list[TrainingLine]] = {}
     for line in run.training:
         # Epoch 1 ends at 1.0, which is the mark of its last line.
-        epochs.setdefault(max(1, -int(-line["epoch"] // 1)), []).append(line)
+        epochs.setdefault(max(1, math.ceil(line.epoch)), []).append(line)
     for epoch, lines in epochs.items():
         columns = [_column(lines, name) for name in NAMES if name != "lr"]
         means = [_number(fmean(column)) if column else DASH for column in columns]
-        means.insert(list(NAMES).index("lr"), _number(lines[-1]["lr"]))
+        means.insert(list(NAMES).index("lr"), _number(lines[-1].lr))
         yield [str(epoch), *means, f"{fmean(_column(lines, 'data_wait')):.1%}"]
 
 
 def _skipped(run: Run) -> Iterator[list[str]]:
     for line in run.skipped[-SHOWN_SKIPPED:]:
-        parts = ", ".join(f"{name} {value}" for name, value in line["not_finite"].items())
-        yield [f"{line['step']:,}", parts, " ".join(map(str, line["records"]))]
+        parts = ", ".join(f"{name} {value}" for name, value in line.not_finite.items())
+        yield [f"{line.step:,}", parts, " ".join(line.records)]
 
 
 def _verification(run: Run, drawing: bool) -> Iterator[str]:
@@ -230,12 +145,12 @@ def _verification(run: Run, drawing: bool) -> Iterator[str]:
     if scores:
         yield from _scores(scores, drawing)
     yield page.heading(3, "Accuracy by epoch")
-    names = list(dict.fromkeys(name for line in run.evaluations for name in line["accuracy"]))
+    names = list(dict.fromkeys(name for line in run.evaluations for name in line.accuracy))
     if drawing:
         curves = {
             name: (
-                [line["epoch"] for line in run.evaluations if name in line["accuracy"]],
-                [line["accuracy"][name] for line in run.evaluations if name in line["accuracy"]],
+                [line.epoch for line in run.evaluations if name in line.accuracy],
+                [line.accuracy[name] for line in run.evaluations if name in line.accuracy],
             )
             for name in names
         }
@@ -245,9 +160,9 @@ def _verification(run: Run, drawing: bool) -> Iterator[str]:
         ["Epoch", "Step", *names],
         (
             [
-                f"{line['epoch']:g}",
-                f"{line['step']:,}",
-                *(_percent(line["accuracy"].get(name)) for name in names),
+                f"{line.epoch:g}",
+                f"{line.step:,}",
+                *(_percent(line.accuracy.get(name)) for name in names),
             ]
             for line in run.evaluations
         ),
@@ -295,7 +210,7 @@ def _groups(run: Run, drawing: bool) -> Iterator[str]:
     if not views:
         told = "No figures before the training has ended."
         without = "Trained without distillation."
-        yield page.paragraph(told if run.described.dataset.get("cache_id") else without)
+        yield page.paragraph(told if run.described.dataset.cache_id else without)
         return
     yield page.paragraph(
         "Sizes of the primary groups of all samples in the cache: how many classes the teacher "
@@ -367,9 +282,9 @@ def _origin(run: Run) -> Iterator[str]:
     yield page.code(shlex.join(described.command) or "not given: trained from Python")
     yield page.heading(3, "Data, machine and versions")
     facts = {
-        "Records": str(data.get("path", "")),
-        "Data set fingerprint": str(data.get("dataset", "")),
-        "Cache id": str(data.get("cache_id") or "none: trained without distillation"),
+        "Records": data.path,
+        "Data set fingerprint": data.dataset,
+        "Cache id": data.cache_id or "none: trained without distillation",
         "Parameters": ", ".join(f"{name} {n:,}" for name, n in described.parameters.items()),
         "Device": described.device,
         "Precision": described.precision,
@@ -385,7 +300,7 @@ def _number(value: float | None) -> str:
     """Four figures that matter, without an exponent where people would not write one."""
     if value is None:
         return DASH
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:#.4g}"
 
 
 def _percent(value: float | None) -> str:

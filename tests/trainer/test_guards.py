@@ -93,7 +93,7 @@ def test_a_gradient_scaler_finds_its_scale(faces: Path) -> None:
     records = open_records(faces / "faces")
     state.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**125)
     before = learned(state)
-    scales = []
+    scales: list[float] = []
     while not scales or state.skipped_in_a_row:
         scales.append(state.scaler.get_scale())
         state.take_step(next(batches), records)

@@ -329,6 +329,7 @@ def test_an_unfinished_run_can_be_reported(finished: Path, tmp_path: Path) -> No
         ("run.json", None, r"expected the folder of a run of `gkd train-student`"),
         ("run.json", "[]", r"run\.json: expected what `gkd train-student` writes"),
         ("report.json", '{"step": "x"}', r"report\.json: expected what a training of gkd found"),
+        ("metrics.jsonl", '{"loss": 1}\n', r"metrics\.jsonl: line 1 is not what a training logs"),
         ("metrics.jsonl", "{}\nno json\n", r"metrics\.jsonl: line 2 is not what a training logs"),
     ],
 )
