@@ -82,6 +82,15 @@ def evaluate(
     show_results(results, as_json=as_json)
 
 
+@click.command("report")
+@click.argument("run", type=PATH)
+def report(run: Path) -> None:
+    """Write RUN/report.html again, from the files of the run folder RUN alone."""
+    from gkd.trainer.report import write_report
+
+    click.echo(write_report(run))
+
+
 @click.command("export")
 @click.argument("run", type=PATH)
 @click.argument("out", metavar="OUT.onnx|OUT.safetensors", type=PATH)

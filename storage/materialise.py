@@ -33,6 +33,7 @@ LOCK = "lock"
 DAY = 86_400
 _WARM_BLOCK = 1 << 24
 _MAX_WORKERS = 8
+_COUNTED = 1 << 20
 # The folder may be shared with strangers, so only what bears exactly these names is ours.
 _HOME = re.compile(r"[0-9a-f]{64}")
 _STORE = re.compile("|".join(re.escape(name) for name in (*VIEWS, "+".join(VIEWS))))
@@ -97,6 +98,16 @@ class TargetStore:
                 "random flips, or cache again with --views original,flipped"
             )
         return self._arrays.take(first + rows)
+
+    def size_counts(self, view: View) -> npt.NDArray[np.int64]:
+        """How many samples of a view have a group of each size, int64 [max_group + 1]."""
+        first = self.views.index(view) * len(self)
+        counts = np.zeros(self.spec.max_group + 1, np.int64)
+        for begin in range(first, first + len(self), _COUNTED):
+            end = min(begin + _COUNTED, first + len(self))
+            sizes = np.diff(self._arrays.offsets[begin : end + 1])
+            counts += np.bincount(sizes, minlength=len(counts))
+        return counts
 
     def _map(self, name: str) -> npt.NDArray[Any]:
         # A plain array on the map: slices of np.memmap itself are slow to make.

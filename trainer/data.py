@@ -35,6 +35,7 @@ from gkd.storage.rows import Subset, kept_digests
 from gkd.storage.spec import CacheSpec
 from gkd.storage.target_arrays import concatenate
 from gkd.storage.targets import SparseTargets, at_temperature
+from gkd.trainer.guards import check_classes
 from gkd.trainer.losses import GroupTargets
 from gkd.trainer.plans import BatchPlan, Blocks, Plans
 
@@ -259,6 +260,7 @@ def check_data(
             f"{len(unlabelled)} records of {records.path} have no readable label, the first: "
             f"{records.where(int(unlabelled[0]))}; `gkd records verify` lists them all"
         )
+    check_classes(records)
     if targets is None:
         return
     if "original" not in targets.store.views:

@@ -2,15 +2,18 @@
 
 import platform
 import signal
+import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import filelock
 import msgspec
@@ -26,14 +29,18 @@ from gkd.storage.spec import preprocess_preset
 from gkd.trainer.checkpoint import FOLDER, LAST, publish, read_checkpoint
 from gkd.trainer.config import RunConfig, to_toml
 from gkd.trainer.data import Batch, FaceBatches, JoinedTargets, check_data, load_batches
-from gkd.trainer.evaluation import evaluate, module_embed
+from gkd.trainer.evaluation import VerificationResult, evaluate, module_embed
+from gkd.trainer.findings import gather, write_findings
+from gkd.trainer.guards import empty_classes, finite_weights
 from gkd.trainer.logging import RunLog
 from gkd.trainer.losses import GkdLoss
+from gkd.trainer.report import write_report
+from gkd.trainer.run_folder import CONFIG, RUN
 from gkd.trainer.state import RunState
 from gkd.trainer.verification_set import VerificationSet, load_verification_set
 
-RUN = "run.json"
 PACKAGES = ("gkd", "torch", "numpy")
+LOSSES = ("loss", "ce", "primary", "binary")
 
 
 @dataclass(frozen=True)
@@ -61,15 +68,21 @@ def train(
     """Train a student into the folder ``out``, or go on with the training that stands there.
 
     ``out`` holds config.toml, run.json (``command``, versions, data, sizes), metrics.jsonl,
-    tensorboard/ and checkpoints/. SIGTERM and SIGINT end the training after a checkpoint.
+    tensorboard/ and checkpoints/, and at the end report.json and report.html. SIGTERM and SIGINT
+    end the training after a checkpoint.
 
     Raises:
         ConfigError: for settings or data that cannot be trained on, or an ``out`` of another run.
         SpecMismatchError: for another data set or cache than the run began with.
         CorruptRecordError: naming file, key and offset of an image that cannot be read.
-        GkdError: where the loss is not finite, or a signal ended the training.
+        GkdError: where the training diverged, or a signal ended it.
     """
-    targets = _targets_in_use(config, records, targets)
+    targets = targets_in_use(config, records, targets)
+    if targets and isinstance(targets.store, ShardStore) and config.data.order != "blocks":
+        raise ConfigError(
+            "data.order: the targets were joined to be read in blocks; set data.order=blocks, or "
+            "join them to be read in full"
+        )
     check_data(
         records,
         targets,
@@ -77,6 +90,9 @@ def train(
         flip=config.data.flip,
         temperature=config.kd.temperature,
     )
+    note = empty_classes(records, taught=targets is not None)
+    if note:
+        print(note, file=sys.stderr)
     sets = _load_sets(config.evaluation.sets)
     run = RunState.build(config, records, targets)
     with _claimed(out):
@@ -84,12 +100,13 @@ def train(
         if checkpoint.exists():
             run.restore(read_checkpoint(checkpoint), checkpoint)
         write_file(out / RUN, msgspec.json.format(_describe(run, records, targets, command)))
-        write_file(out / "config.toml", to_toml(config).encode())
+        write_file(out / CONFIG, to_toml(config).encode())
         (out / FOLDER).mkdir(exist_ok=True)
         with RunLog(out, step=run.step) as log, _stop_signals() as stop:
             _Training(run, records, sets, out, log, stop).go(
                 FaceBatches(records, targets, temperature=config.kd.temperature)
             )
+        write_report(out)
     return Summary(run.step, run.accuracy, run.best)
 
 
@@ -107,22 +124,28 @@ class _Window:
     began: float
     losses: Tensor | None = None
     steps: int = 0
+    taken: int = 0
     waited: float = 0.0
 
-    def add(self, loss: GkdLoss, waited: float) -> None:
-        parts = torch.stack([part.detach() for part in loss])
-        self.losses = parts if self.losses is None else self.losses + parts
+    def add(self, loss: GkdLoss, waited: float, *, skipped: bool) -> None:
+        if not skipped:
+            parts = torch.stack([part.detach() for part in loss])
+            self.losses = parts if self.losses is None else self.losses + parts
+            self.taken += 1
         self.steps += 1
         self.waited += waited
 
-    def means(self, batch_size: int) -> dict[str, float]:
-        """Mean losses, images a second, and the share of the time spent waiting for data."""
-        assert self.losses is not None
+    def means(self, batch_size: int) -> dict[str, Any]:
+        """Mean losses, images a second, and the share of the time spent waiting for data.
+
+        The losses are those of steps that were taken; None where every one was skipped.
+        """
         seconds = time.perf_counter() - self.began
-        names = ("loss", "ce", "primary", "binary")
-        losses = dict(zip(names, (self.losses / self.steps).tolist(), strict=True))
+        means: list[float | None] = [None] * len(LOSSES)
+        if self.losses is not None:
+            means = (self.losses / self.taken).tolist()
         return {
-            **losses,
+            **dict(zip(LOSSES, means, strict=True)),
             "images_per_second": self.steps * batch_size / seconds,
             "data_wait": self.waited / seconds,
         }
@@ -138,6 +161,7 @@ class _Training:
     out: Path
     log: RunLog
     stop: _Stop
+    results: dict[str, VerificationResult] = field(default_factory=dict)
 
     def go(self, dataset: FaceBatches) -> None:
         """Train on, evaluate and write checkpoints as they fall due."""
@@ -153,6 +177,10 @@ class _Training:
             while run.step < run.plans.total_steps:
                 self._rest_of_epoch(batches)
                 improved = self._evaluate() if self._evaluation_due() else False
+                if run.step == run.plans.total_steps:
+                    # Before the last checkpoint: an interrupted end comes by here again.
+                    found = list(self.results.values()), dataset.targets, run.fit, self.records
+                    write_findings(self.out, gather(run.step, *found))
                 if improved or self._checkpoint_due():
                     self._save(best=improved)
                 if self.stop.received:
@@ -172,12 +200,18 @@ class _Training:
                 batch = next(batches).to(run.device)
                 waited = time.perf_counter() - asked
                 lr = run.optimizer.param_groups[0]["lr"]
-                window.add(run.take_step(batch, self.records), waited)
+                loss = run.take_step(batch, self.records)
+                skipped = run.skipped_in_a_row > 0
+                window.add(loss, waited, skipped=skipped)
+                if skipped and run.last_skipped is not None:
+                    self.log.write(run.step, run.last_skipped.told(), group="train")
                 note = ""
                 if run.step % config.train.log_every == 0:
-                    values = {"epoch": run.epoch, **window.means(size), "lr": lr}
+                    means = window.means(size)
+                    values = {"epoch": run.epoch, **means, "lr": lr, "skipped": run.skipped}
                     self.log.write(run.step, values, group="train")
-                    note = _note(values)
+                    left = (run.plans.total_steps - run.step) * size / means["images_per_second"]
+                    note = _note(values, left)
                     window = _Window(time.perf_counter())
                 advance(size, note)
                 if run.step % steps and self._checkpoint_due():
@@ -203,8 +237,8 @@ class _Training:
         run = self.run
         run.model.eval()
         embed = module_embed(run.model, preprocess_preset("arcface"), run.device)
-        results = {pairs.name: evaluate(embed, pairs) for pairs in self.sets}
-        run.accuracy = {name: result.accuracy for name, result in results.items()}
+        self.results.update({pairs.name: evaluate(embed, pairs) for pairs in self.sets})
+        run.accuracy = {name: result.accuracy for name, result in self.results.items()}
         values = {"epoch": run.epoch, "accuracy": run.accuracy}
         self.log.write(run.step, values, group="evaluation")
         mean = sum(run.accuracy.values()) / len(run.accuracy)
@@ -213,6 +247,12 @@ class _Training:
         return improved
 
     def _save(self, *, best: bool) -> None:
+        if not finite_weights((self.run.model, self.run.head)):
+            raise GkdError(
+                f"after step {self.run.step} the weights are not finite, so no checkpoint of them "
+                f"was written; what stands in {self.out / FOLDER} is from before: begin again in "
+                "another folder with a lower optimizer.lr or more schedule.warmup_epochs"
+            )
         keep = self.run.config.checkpoint.keep
         publish(self.out / FOLDER, self.run.state(), step=self.run.step, best=best, keep=keep)
 
@@ -228,16 +268,34 @@ class _Training:
         )
 
 
-def _note(values: dict[str, float]) -> str:
-    return (
-        f"loss {values['loss']:.3f}  ce {values['ce']:.3f}  primary {values['primary']:.4f}  "
-        f"binary {values['binary']:.4f}  lr {values['lr']:.2g}  wait {values['data_wait']:.0%}"
-    )
+def _note(values: dict[str, Any], seconds_left: float) -> str:
+    """One window of the log in words; ``seconds_left`` of the whole training, not of its epoch."""
+
+    def loss(name: str, digits: int) -> str:
+        return f"{name} -" if values[name] is None else f"{name} {values[name]:.{digits}f}"
+
+    parts = [
+        loss("loss", 3),
+        loss("ce", 3),
+        loss("primary", 4),
+        loss("binary", 4),
+        f"lr {values['lr']:.2g}",
+        f"data wait {values['data_wait']:.0%}",
+        f"ends in {timedelta(seconds=round(seconds_left))}",
+    ]
+    parts += [f"skipped {values['skipped']}"] if values["skipped"] else []
+    return "  ".join(parts)
 
 
-def _targets_in_use(
+def targets_in_use(
     config: RunConfig, records: Records, targets: JoinedTargets | None
 ) -> JoinedTargets | None:
+    """The targets that a training would take; None without distillation.
+
+    Raises:
+        ConfigError: where there must be some, and are not.
+        SpecMismatchError: where they are joined for other records.
+    """
     if not config.kd.enabled:
         return None
     if targets is None:
@@ -250,11 +308,6 @@ def _targets_in_use(
             f"{records.path} has {len(records)} images of {records.num_classes} classes, the "
             f"targets are joined for {len(targets.rows)} images of {targets.num_classes}; "
             "join the records with the cache that was made from them"
-        )
-    if isinstance(targets.store, ShardStore) and config.data.order != "blocks":
-        raise ConfigError(
-            "data.order: the targets were joined to be read in blocks; set data.order=blocks, or "
-            "join them to be read in full"
         )
     return targets
 
