@@ -140,13 +140,13 @@ class Picks:
 class ClassSums(NamedTuple):
     """What the loss needs of a layer.
 
-    inverse_norms  [C]           1 / |centre|
+    norms          [C]           of the centres
     log_rest       [B] float64   logsumexp of z over the classes that a sample does not pick
     log_soft_rest  [B] float64   the same of z / T
     picked         [E + B]       z at the picks, before the margin
     """
 
-    inverse_norms: Tensor
+    norms: Tensor
     log_rest: Tensor
     log_soft_rest: Tensor
     picked: Tensor
@@ -182,7 +182,7 @@ class _FusedLoss(torch.autograd.Function):
         sums = class_sums(unit, centers, picks, objective)
         terms = picked_terms(sums, labels, targets, objective)
         ctx.save_for_backward(unit, centers)
-        ctx.rest = picks, sums.inverse_norms, terms, objective
+        ctx.rest = picks, sums.norms, terms, objective
         ce, primary, binary = (
             values.mean().to(unit.dtype) for values in (terms.ce, terms.primary, terms.binary)
         )
@@ -197,10 +197,10 @@ class _FusedLoss(torch.autograd.Function):
         ctx: Any, *grads: Tensor
     ) -> tuple[Tensor, Tensor, None, None, None]:
         unit, centers = ctx.saved_tensors
-        picks, inverse_norms, terms, objective = ctx.rest
+        picks, norms, terms, objective = ctx.rest
         factor = grads[0] / len(unit)
         grad_unit, grad_centers = class_gradients(
-            unit, centers, picks, inverse_norms, terms, objective, factor
+            unit, centers, picks, norms, terms, objective, factor
         )
         return grad_unit, grad_centers, None, None, None
 
@@ -213,14 +213,13 @@ def class_sums(unit: Tensor, centers: Tensor, picks: Picks, objective: Objective
     """
     plan = _Exponentials.plan(unit, centers, objective)
     scaled = (unit * (objective.scale / plan.divisor)).T
-    inverse_norms = torch.empty_like(centers[:, 0])
+    norms = torch.empty_like(centers[:, 0])
     picked = unit.new_zeros(len(picks.places))
     sums: list[Tensor] = []
     soft_sums: list[Tensor] = []
     for classes, some in picks.chunks(len(centers)):
-        norms = torch.linalg.vector_norm(centers[classes], dim=1)
-        inverse = torch.reciprocal(norms.clamp_(min=EPSILON), out=inverse_norms[classes])
-        logits = torch.mm(centers[classes], scaled).mul_(inverse[:, None])
+        norms[classes] = torch.linalg.vector_norm(centers[classes], dim=1).clamp_(min=EPSILON)
+        logits = torch.mm(centers[classes] / norms[classes, None], scaled)
         places, flat = picks.within(classes, some), logits.view(-1)
         picked[some] = flat.index_select(0, places)
         flat.index_fill_(0, places, -math.inf)
@@ -229,7 +228,7 @@ def class_sums(unit: Tensor, centers: Tensor, picks: Picks, objective: Objective
         soft_sums.append(log_soft_sum)
     unsorted = torch.empty_like(picked).index_copy_(0, picks.order, picked * plan.divisor)
     return ClassSums(
-        inverse_norms,
+        norms,
         torch.stack(sums).logsumexp(0),
         torch.stack(soft_sums).logsumexp(0),
         unsorted,
@@ -282,7 +281,7 @@ def class_gradients(
     unit: Tensor,
     centers: Tensor,
     picks: Picks,
-    inverse_norms: Tensor,
+    norms: Tensor,
     terms: PickedTerms,
     objective: Objective,
     factor: Tensor,
@@ -295,15 +294,15 @@ def class_gradients(
     dense = plan.coefficients(terms, factor)
     grad_scaled, grad_centers = torch.zeros_like(unit), torch.empty_like(centers)
     for classes, some in picks.chunks(len(centers)):
-        inverse, chunk = inverse_norms[classes, None], centers[classes]
-        logits = torch.mm(chunk, softened).mul_(inverse)
+        norm = norms[classes, None]
+        directions = centers[classes] / norm
+        logits = torch.mm(directions, softened)
         grad = plan.gradient(logits, dense)
         grad.view(-1).index_copy_(0, picks.within(classes, some), at_picks[some])
-        # By the centre's direction, less the part along it: it changes the norm alone.
-        along = logits.mul_(grad).sum(1, keepdim=True).mul_(plan.divisor) * inverse.square()
-        grad.mul_(inverse)
-        torch.mul(chunk, along.neg_(), out=grad_centers[classes]).addmm_(grad, scaled)
-        grad_scaled.addmm_(grad.T, chunk)
+        grad_scaled.addmm_(grad.T, directions)
+        # By the centre's direction, less the part along it, which changes the norm alone.
+        along = logits.mul_(grad.div_(norm)).sum(1, keepdim=True).mul_(-plan.divisor)
+        torch.mul(directions, along, out=grad_centers[classes]).addmm_(grad, scaled)
     return grad_scaled.mul_(objective.scale), grad_centers
 
 
