@@ -132,13 +132,13 @@ def evaluate(problem: Problem, dtype: torch.dtype, impl: Impl = "fused") -> Resu
 
 def twin(problem: Problem, dtype: torch.dtype = torch.float64) -> Result:
     """The dense twin in float64, at the numbers that ``dtype`` makes of the problem."""
-    at = [leaf.detach().double().requires_grad_() for leaf in leaves(problem, dtype)]
+    x, w = (leaf.detach().double().requires_grad_() for leaf in leaves(problem, dtype))
     labels = torch.from_numpy(problem["labels"])
-    logits = dense_margin_logits(*at, labels, margin=problem["margin"], scale=problem["scale"])
+    logits = dense_margin_logits(x, w, labels, margin=problem["margin"], scale=problem["scale"])
     dense: dict[str, Any] = {k: problem[k] for k in ("labels", "teacher", "groups")}
     dense |= {"student": logits.detach().numpy(), **weights_of(problem)}
     by_logits = torch.from_numpy(dense_gkd_gradient(**dense))
-    return Result(dense_gkd_loss(**dense), *torch.autograd.grad(logits, at, by_logits))
+    return Result(dense_gkd_loss(**dense), *torch.autograd.grad(logits, (x, w), by_logits))
 
 
 @pytest.fixture(params=[1, 3, 1024], autouse=True)
@@ -218,7 +218,9 @@ def test_without_targets_it_is_the_plain_margin_softmax(scale: float) -> None:
 class Largest(TorchDispatchMode):
     """Elements of the largest tensor that any operation gave."""
 
-    elements = 0
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.elements = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
