@@ -19,9 +19,9 @@ from gkd.trainer.checkpoint import student_backbone
 from gkd.trainer.config import RunConfig
 from gkd.trainer.data import JoinedTargets, check_data
 from gkd.trainer.devices import DTYPES
+from gkd.trainer.fused import grouped_margin_loss
 from gkd.trainer.heads import MarginHead
 from gkd.trainer.loop import targets_in_use
-from gkd.trainer.losses import gkd_loss
 from gkd.trainer.plans import Plans
 from gkd.trainer.schedules import make_optimizer
 
@@ -192,7 +192,10 @@ def _class_layer_peak(config: RunConfig, batch: int, num_classes: int) -> int:
     labels = torch.zeros(batch, dtype=torch.int64)
     peak = PeakBytes()
     with peak:
-        gkd_loss(head(embeddings, labels), labels, None).total.backward()
+        loss = grouped_margin_loss(
+            embeddings, head.weight, labels, None, margin=head.margin, scale=head.scale
+        )
+        loss.total.backward()
     return peak.highest - _bytes([head.weight])
 
 

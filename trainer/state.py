@@ -17,9 +17,10 @@ from gkd.trainer.config import RunConfig
 from gkd.trainer.data import Batch, JoinedTargets
 from gkd.trainer.devices import choose_device, choose_dtype
 from gkd.trainer.fit import IdentityFit
+from gkd.trainer.fused import grouped_margin_loss
 from gkd.trainer.guards import Divergence, KeptBuffers, SkippedStep, gradient_norm
 from gkd.trainer.heads import MarginHead
-from gkd.trainer.losses import GkdLoss, gkd_loss
+from gkd.trainer.losses import GkdLoss
 from gkd.trainer.plans import Plans
 from gkd.trainer.schedules import kd_ramp, make_optimizer, make_scheduler
 
@@ -181,11 +182,13 @@ class RunState:
             images = images.contiguous()
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             embeddings = self.model(images)
-        logits = self.head(embeddings, batch.labels)
-        loss = gkd_loss(
-            logits,
+        loss = grouped_margin_loss(
+            embeddings,
+            self.head.weight,
             batch.labels,
             batch.targets,
+            margin=self.head.margin,
+            scale=self.head.scale,
             temperature=kd.temperature,
             w_binary=kd.w_binary,
             w_primary=kd.w_primary,
