@@ -10,6 +10,7 @@ from gkd.storage.images import decode, decode_face
 from gkd.storage.parallel import ordered_map, row_blocks
 from gkd.storage.progress import progress
 from gkd.storage.record_file import RecordFile
+from gkd.storage.record_parts import RecordParts
 from gkd.storage.rows import Records
 from gkd.storage.spec import LabelOrder
 
@@ -20,7 +21,7 @@ PERCENTILES = (0, 5, 25, 50, 75, 95, 100)
 class RecordsInfo:
     """What records hold, by their headers; no image but the first is decoded.
 
-    layout                "insightface", "im2rec" or "folder"
+    layout                "insightface", "im2rec", "mixed" (parts of both) or "folder"
     indexed               False for a pack without an .idx file, which was scanned
     num_classes           by the property file, the labels or the folders
     identities            different labels that occur
@@ -61,11 +62,12 @@ def records_info(records: Records) -> RecordsInfo:
     readable = records.labels[records.labels >= 0]
     identities, counts = np.unique(readable, return_counts=True)
     percentiles = np.percentile(counts, PERCENTILES) if len(counts) else np.zeros(len(PERCENTILES))
+    pack = records if isinstance(records, RecordFile | RecordParts) else None
     return RecordsInfo(
         path=records.path,
         name=records.name,
-        layout=records.layout if isinstance(records, RecordFile) else "folder",
-        indexed=records.indexed if isinstance(records, RecordFile) else True,
+        layout=pack.layout if pack else "folder",
+        indexed=pack.indexed if pack else True,
         label_order=records.label_order,
         images=len(records),
         num_classes=records.num_classes,
