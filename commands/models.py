@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @click.command("evaluate")
 @click.argument("model", type=PATH)
-@click.argument("sets", metavar="BIN...", type=PATH, nargs=-1, required=True)
+@click.argument("sets", metavar="SET...", type=PATH, nargs=-1, required=True)
 @arch_option
 @preprocess_option
 @bgr_option
@@ -32,6 +32,12 @@ if TYPE_CHECKING:
 @precision_option
 @click.option("--batch-size", type=click.IntRange(min=1), default=128, show_default=True)
 @click.option("--plot", type=PATH, help="Draw the ROC into this PNG.")
+@click.option(
+    "--cache",
+    type=PATH,
+    help="Where embeddings are kept for the next time, by default below GKD_CACHE_DIR.",
+)
+@click.option("--no-cache", is_flag=True, help="Keep no embeddings and read none.")
 @as_json
 def evaluate(
     model: Path,
@@ -43,56 +49,68 @@ def evaluate(
     precision: "Precision",
     batch_size: int,
     plot: Path | None,
+    cache: Path | None,
+    no_cache: bool,
     as_json: bool,
 ) -> None:
-    """Verify MODEL on verification sets: a run folder, a checkpoint, weights or an ONNX file."""
-    from rich.console import Console
+    """Judge MODEL on SETs: a run folder, a checkpoint, weights or an ONNX file.
 
+    A SET is a .bin of pairs (verification over ten folds), a folder of IJB-B or IJB-C with meta/
+    and loose_crop/ (1:1 verification of templates), or one of TinyFace with Gallery_Match/, Probe/
+    and perhaps Gallery_Distractor/ (1:N identification).
+    """
     from gkd.storage.spec import preprocess_preset
-    from gkd.trainer.evaluation import evaluate, plot_roc, results_table
-    from gkd.trainer.verification_set import load_verification_set
+    from gkd.trainer.embedding_store import EmbeddingStore, default_embeddings
+    from gkd.trainer.protocols import evaluate_set, load_set, plot_results, show_results
 
+    if cache and no_cache:
+        raise click.UsageError("--cache and --no-cache exclude each other")
     if plot:
         require_plot(plot)
     preprocess = preprocess_preset(preset, bgr=bgr)
     embed = build_embedder(
         model, arch=arch, preprocess=preprocess, device=device, precision=precision
     )
-    pairs = [load_verification_set(path) for path in sets]
-    results = [evaluate(embed, each, batch_size=batch_size) for each in pairs]
-    for result in results:
-        if result.one_sided_folds:
-            click.echo(
-                f"{result.name}: {result.one_sided_folds} of 10 folds hold genuine or impostor "
-                "pairs only, which biases the accuracy; compare by AUC and EER",
-                err=True,
-            )
+    store = None
+    if not no_cache:
+        folder = cache or default_embeddings()
+        store = EmbeddingStore(folder, embed.sha256, preprocess, embed.precision)
+    loaded = [load_set(path) for path in sets]
+    results = [evaluate_set(embed, each, batch_size=batch_size, store=store) for each in loaded]
     if plot:
-        plot_roc(results, plot)
-    if as_json:
-        click.echo(json.dumps([result.to_builtins() for result in results]))
-    else:
-        Console().print(results_table(results))
+        plot_results(results, plot)
+    show_results(results, as_json=as_json)
+
+
+@click.command("report")
+@click.argument("run", type=PATH)
+def report(run: Path) -> None:
+    """Write RUN/report.html again, from the files of the run folder RUN alone."""
+    from gkd.trainer.report import write_report
+
+    click.echo(write_report(run))
 
 
 @click.command("export")
 @click.argument("run", type=PATH)
-@click.argument("out", metavar="OUT.onnx", type=PATH)
+@click.argument("out", metavar="OUT.onnx|OUT.safetensors", type=PATH)
+@click.option("--licence", metavar="TEXT", help="Terms of the model, for its card.")
+@click.option("--note", metavar="TEXT", help="Anything else its users should know, for its card.")
 @as_json
-def export(run: Path, out: Path, as_json: bool) -> None:
-    """Write the student of RUN, a run folder or a checkpoint, as ONNX with any batch size."""
-    from gkd.storage.spec import preprocess_preset
-    from gkd.trainer.checkpoint import load_student
-    from gkd.trainer.export import export_onnx
+def export(run: Path, out: Path, licence: str | None, note: str | None, as_json: bool) -> None:
+    """Write the student of RUN, a run folder or a checkpoint, for programs without gkd.
 
-    student = load_student(run)
-    name = student.config.student.name
-    export_onnx(student.backbone, out, preprocess=preprocess_preset("arcface"), name=name)
-    size = out.stat().st_size
+    OUT.onnx takes any batch size and was checked against torch. OUT.safetensors holds the weights
+    under arcface_torch's names. Beside it OUT.md says what the model is and how to use it.
+    """
+    from gkd.trainer.model_card import export_student
+
+    exported = export_student(run, out, licence=licence, note=note)
     if as_json:
-        click.echo(json.dumps({"path": str(out), "bytes": size, "name": name}))
+        click.echo(json.dumps(exported.to_builtins()))
     else:
-        click.echo(f"{out}: {size:,} bytes, checked against torch")
+        checked = ", checked against torch" if out.suffix == ".onnx" else ""
+        click.echo(f"{out}: {exported.bytes:,} bytes{checked}; described in {exported.card}")
 
 
 @click.command("demo")

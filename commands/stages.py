@@ -29,6 +29,7 @@ from gkd.commands.shared import (
 
 if TYPE_CHECKING:
     from gkd.pipeline.teacher import Precision
+    from gkd.trainer.dry_run import DryRun
 
 NO_TARGETS = Path("-")
 
@@ -147,6 +148,9 @@ def cache_teacher(
 @click.option("--student", help="Backbone, the same as --set student.name=...")
 @click.option("--without-kd", is_flag=True, help="The same run with cross-entropy alone.")
 @click.option("--drop-unmatched", is_flag=True, help="Leave out images that TARGETS do not know.")
+@click.option(
+    "--dry-run", "dry", is_flag=True, help="Tell parameters, memory and steps; train nothing."
+)
 @sort_option
 @as_json
 def train_student(
@@ -158,18 +162,24 @@ def train_student(
     student: str | None,
     without_kd: bool,
     drop_unmatched: bool,
+    dry: bool,
     sort: Any,
     as_json: bool,
 ) -> None:
     """Train a student on RECORDS from TARGETS into the run folder OUT, or go on with it.
 
-    Where there are no TARGETS, write - for them, with --without-kd.
+    Where there are no TARGETS, write - for them, with --without-kd. On several GPUs or nodes:
+    torchrun --nproc-per-node N -m gkd.cli train-student ...; train.batch_size is that of all ranks.
     """
     from gkd.storage.cache import Cache
     from gkd.storage.records import open_records
     from gkd.trainer.config import load_config
     from gkd.trainer.data import join_targets
+    from gkd.trainer.devices import choose_device
+    from gkd.trainer.dry_run import dry_run
     from gkd.trainer.loop import train
+    from gkd.trainer.ranks import joined_ranks
+    from gkd.trainer.report import REPORT
 
     chosen = [f"student.name={student}"] if student else []
     chosen += ["kd.enabled=false"] if without_kd else []
@@ -184,11 +194,44 @@ def train_student(
             workers=os.cpu_count() or 1,
             drop_unmatched=drop_unmatched,
             # Where no target is read, none need be made ready.
-            order=run.data.order if run.kd.enabled else "blocks",
+            order=run.data.order if run.kd.enabled and not dry else "blocks",
         )
-        if joined.unmatched:
+        if joined.unmatched and rank() == 0:
             click.echo(
                 f"{joined.unmatched:,} images without targets are left out, {len(records):,} stay",
                 err=True,
             )
-    emit(train(run, records, joined, out, command=["gkd", *sys.argv[1:]]), as_json)
+    if dry:
+        emit_dry_run(dry_run(run, records, joined), as_json)
+        return
+    with joined_ranks(choose_device(run.train.device).type) as ranks:
+        command = ["gkd", *sys.argv[1:]]
+        summary = train(run, records, joined, out, command=command, ranks=ranks)
+    if ranks.first:
+        emit(summary, as_json)
+        click.echo(f"see {out / REPORT}", err=True)
+
+
+def emit_dry_run(told: "DryRun", as_json: bool) -> None:
+    """Print what a training would cost: one JSON object, or a line a part."""
+    if as_json:
+        emit(told, as_json)
+        return
+    lines = {
+        "images": f"{told.images:,} of {told.classes:,} classes",
+        "steps": f"{told.total_steps:,}: {told.epochs:,} epochs of {told.steps_per_epoch:,}",
+        **{f"parameters, {name}": f"{count:,}" for name, count in told.parameters.items()},
+        "FLOPs an image": f"{told.flops_per_image / 1e9:,.3f} G, forward",
+        "FLOPs a step": f"{told.flops_per_step / 1e12:,.3f} T, forward and backward",
+        "precision": told.precision,
+        **{f"memory, {name.replace('_', ' ')}": _mib(n) for name, n in told.memory.items()},
+        "memory in all": _mib(told.memory_total),
+        "targets": f"{_mib(told.targets_bytes)}, {told.targets_held}",
+    }
+    width = max(map(len, lines))
+    for name, value in lines.items():
+        click.echo(f"{name:{width}}  {value}")
+
+
+def _mib(count: int) -> str:
+    return f"{count / 2**20:,.1f} MiB"

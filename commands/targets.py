@@ -286,9 +286,10 @@ def targets_merge(
 @click.option("--dry-run", is_flag=True, help="Say what would go, and remove nothing.")
 @as_json
 def targets_gc(older_than: float, dry_run: bool, as_json: bool) -> None:
-    """Remove what trainings left in GKD_CACHE_DIR and no process has open.
+    """Remove what trainings and evaluations left in GKD_CACHE_DIR and no process has open.
 
-    These are targets made ready for reading and digests of images; both are made again as needed.
+    These are targets made ready for reading, digests of images and embeddings of test sets; all
+    are made again as needed.
     """
     from gkd.storage.materialise import collect
 

@@ -60,3 +60,14 @@ class ShardStore:
         for _ in fill(self.cache, parts, arrays, workers=1):
             pass
         return Block(self.spec, TargetArrays.named(self.spec, arrays.__getitem__), first)
+
+    def size_counts(self, view: View) -> npt.NDArray[np.int64]:
+        """How many samples of a view have a group of each size, int64 [max_group + 1].
+
+        Raises:
+            CorruptShardError: where the cache is damaged.
+        """
+        counts = np.zeros(self.spec.max_group + 1, np.int64)
+        for shard in range(self.spec.num_shards):
+            counts += np.bincount(self.cache.read_sizes(shard, view), minlength=len(counts))
+        return counts

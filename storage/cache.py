@@ -148,13 +148,7 @@ class Cache:
         entries = commit.views[view].entries
         n = len(self.spec.shard_rows(shard))
         arrays = layout.arrays(self.spec, view)
-
-        sizes = self._read_row(shard, arrays["sizes"], commit, entries, n)
-        if sizes.max(initial=0) > self.spec.max_group or sizes.sum(dtype=np.int64) != entries:
-            _corrupt(
-                self.path / arrays["sizes"].shard_file(shard),
-                f"group sizes above {self.spec.max_group}, or not {entries} in all",
-            )
+        sizes = self._sizes(shard, view, commit)
         rows = {
             name: self._read_row(shard, array, commit, entries, entries if array.packed else n)
             for name, array in arrays.items()
@@ -168,6 +162,14 @@ class Cache:
                 )
         return SparseTargets(offsets_from_sizes(sizes), **rows)
 
+    def read_sizes(self, shard: int, view: View) -> npt.NDArray[np.uint16]:
+        """Group sizes of all samples of a shard, in row order; 0 for a skipped one.
+
+        Raises:
+            CorruptShardError: where the file is missing, damaged or says what cannot be.
+        """
+        return self._sizes(shard, view, self.commit(shard))
+
     def read_verified(self, shard: int, view: View) -> SparseTargets:
         """``read_shard`` after all files of the view were held against their hashes.
 
@@ -180,6 +182,17 @@ class Cache:
             if atomic.sha256_file(path) != commit.files[file].sha256:
                 _corrupt(path, "its sha256 is not the one in its commit record")
         return self.read_shard(shard, view)
+
+    def _sizes(self, shard: int, view: View, commit: Commit) -> npt.NDArray[np.uint16]:
+        entries = commit.views[view].entries
+        array = layout.arrays(self.spec, view)["sizes"]
+        sizes = self._read_row(shard, array, commit, entries, len(self.spec.shard_rows(shard)))
+        if sizes.max(initial=0) > self.spec.max_group or sizes.sum(dtype=np.int64) != entries:
+            _corrupt(
+                self.path / array.shard_file(shard),
+                f"group sizes above {self.spec.max_group}, or not {entries} in all",
+            )
+        return sizes
 
     def _read_row(
         self, shard: int, array: ArrayLayout, commit: Commit, entries: int, count: int

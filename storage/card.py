@@ -57,16 +57,16 @@ def card_text(
     """The card as Markdown; ``licence`` and ``note`` are the maker's own words."""
     name = "".join(c if c.isalnum() or c in "-_." else "-" for c in spec.dataset.name)
     parts = [
-        f"# What {_code(spec.teacher.name)} says of {_code(spec.dataset.name)}",
+        f"# What {code(spec.teacher.name)} says of {code(spec.dataset.name)}",
         "A cache of targets for Grouped Knowledge Distillation of face recognisers: for every "
         "image the few identities that the teacher holds possible, and how much it leaves for "
         "all others. A student is trained from it without the teacher. It holds no image, only "
         "digests, labels and record names, so you need the data set as well.",
         note.strip() if note else "",
         "## What is in it",
-        _list(_content(spec, commits)),
+        bullets(_content(spec, commits)),
         "## How it was made",
-        _list(_making(spec)),
+        bullets(_making(spec)),
         "## Terms",
         licence.strip() if licence else _NO_LICENCE,
         "The terms of the data set and of the teacher hold besides.",
@@ -108,17 +108,17 @@ def _making(spec: CacheSpec) -> list[str]:
     source = (
         "the mean of each identity's embeddings"
         if centers.kind == "class-mean"
-        else _code(centers.name)
+        else code(centers.name)
     )
     temperatures = ", ".join(f"{temperature:g}" for temperature in spec.temperatures)
     software = ", ".join(f"{name} {version}" for name, version in sorted(spec.software.items()))
     lines = [
-        f"Teacher: {_code(teacher.name)}, {_code(teacher.arch)}, embeddings of length "
+        f"Teacher: {code(teacher.name)}, {code(teacher.arch)}, embeddings of length "
         f"{teacher.embedding_dim:,}; sha256 of its weights `{teacher.sha256}`",
-        f"Its input: pixels as {_code(preprocess.name)} has them, "
+        f"Its input: pixels as {code(preprocess.name)} has them, "
         f"{'BGR' if preprocess.bgr else 'RGB'}; arithmetic in {spec.precision}",
         f"Centres of the identities: {source}; sha256 `{centers.sha256}`",
-        f"Data: {_code(spec.dataset.name)}, {spec.dataset.num_images:,} images of "
+        f"Data: {code(spec.dataset.name)}, {spec.dataset.num_images:,} images of "
         f"{spec.dataset.num_classes:,} identities, fingerprint `{spec.dataset.fingerprint}`",
         f"Logits: {spec.scale:g} times the cosine, {spec.margin:g} less of it for the label",
         f"Groups: the shortest list of most probable identities with {spec.threshold:g} of the "
@@ -129,15 +129,16 @@ def _making(spec: CacheSpec) -> list[str]:
     if spec.derived is not msgspec.UNSET:
         lines.append(
             f"Made without the teacher, by {spec.derived.operation}, from "
-            + ", ".join(_code(cache) for cache in spec.derived.caches)
+            + ", ".join(code(cache) for cache in spec.derived.caches)
         )
     return lines
 
 
-def _list(lines: Sequence[str]) -> str:
+def bullets(lines: Sequence[str]) -> str:
+    """A Markdown list."""
     return "\n".join(f"- {line}" for line in lines)
 
 
-def _code(name: str) -> str:
+def code(name: str) -> str:
     """A name as it is, whatever Markdown would make of it."""
     return f"`{' '.join(name.replace('`', ' ').split())}`"

@@ -28,14 +28,19 @@ from gkd.storage.targets import SparseTargets
 
 DESCRIPTION = "store.json"
 DIGESTS = "digests"
+EMBEDDINGS = "embeddings"
 LOCK = "lock"
 DAY = 86_400
 _WARM_BLOCK = 1 << 24
 _MAX_WORKERS = 8
+_COUNTED = 1 << 20
 # The folder may be shared with strangers, so only what bears exactly these names is ours.
 _HOME = re.compile(r"[0-9a-f]{64}")
 _STORE = re.compile("|".join(re.escape(name) for name in (*VIEWS, "+".join(VIEWS))))
 _ASIDE = re.compile(rf"\.({_STORE.pattern})\.[0-9a-f]{{32}}")
+_EMBEDDINGS_FILE = re.compile(
+    r"[0-9a-f]{64}\.safetensors|\.[0-9a-f]{64}\.safetensors\.[0-9a-f]{32}"
+)
 _DIGESTS_FILE = re.compile(r"[0-9a-f]{64}\.npz|\.[0-9a-f]{64}\.npz\.[0-9a-f]{32}")
 
 
@@ -93,6 +98,16 @@ class TargetStore:
                 "random flips, or cache again with --views original,flipped"
             )
         return self._arrays.take(first + rows)
+
+    def size_counts(self, view: View) -> npt.NDArray[np.int64]:
+        """How many samples of a view have a group of each size, int64 [max_group + 1]."""
+        first = self.views.index(view) * len(self)
+        counts = np.zeros(self.spec.max_group + 1, np.int64)
+        for begin in range(first, first + len(self), _COUNTED):
+            end = min(begin + _COUNTED, first + len(self))
+            sizes = np.diff(self._arrays.offsets[begin : end + 1])
+            counts += np.bincount(sizes, minlength=len(counts))
+        return counts
 
     def _map(self, name: str) -> npt.NDArray[Any]:
         # A plain array on the map: slices of np.memmap itself are slow to make.
@@ -238,11 +253,12 @@ class Collected:
 def collect(
     *, folder: Path | None = None, older_than: float = 0.0, dry_run: bool = False
 ) -> list[Collected]:
-    """Remove what training left in ``folder`` and nobody uses: stores, half stores and digests.
+    """Remove what gkd left in ``folder`` and nobody uses: stores, half stores, digests, embeddings.
 
     What was used within the last ``older_than`` days stays, and what a process has open or is
-    making. Everything can be made again from its cache or its records. Anything in ``folder`` that
-    does not have the place and the name of such a store or file is somebody else's and stays.
+    making. Everything can be made again from its cache, its records or its model. Anything in
+    ``folder`` that does not have the place and the name of such a store or file is somebody
+    else's and stays.
     """
     folder = (folder or default_folder()).absolute()
     now = time.time()
@@ -253,9 +269,10 @@ def collect(
 
 
 def _collectable(folder: Path) -> Iterator[Path]:
-    for path in (folder / DIGESTS).glob("*"):
-        if _DIGESTS_FILE.fullmatch(path.name) and path.is_file():
-            yield path
+    for name, pattern in ((DIGESTS, _DIGESTS_FILE), (EMBEDDINGS, _EMBEDDINGS_FILE)):
+        for path in (folder / name).glob("*"):
+            if pattern.fullmatch(path.name) and path.is_file():
+                yield path
     for home in folder.glob("*"):
         if _HOME.fullmatch(home.name) and _is_real_folder(home):
             yield from (path for path in home.iterdir() if _is_store(path) or _is_aside(path))

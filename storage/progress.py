@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -38,6 +38,16 @@ class _RateColumn(ProgressColumn):
         return Text(f"{speed:,.0f} {self.unit}/s")
 
 
+class _NotedProgress(Progress):
+    """The bar, and its note on lines of its own: beside the bar a terminal has no room for it."""
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        yield from super().get_renderables()
+        for task in self.tasks:
+            if task.fields["note"]:
+                yield Text(f"  {task.fields['note']}")
+
+
 @contextmanager
 def progress(
     what: str, total: int, unit: str, done: int = 0, *, quiet_below: int = 0
@@ -52,21 +62,22 @@ def progress(
         yield lambda amount=1, note="": None
         return
     if sys.stderr.isatty():
-        bar = Progress(
+        bar = _NotedProgress(
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
             _RateColumn(unit),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
             console=Console(stderr=True),
         )
         with bar:
             task = bar.add_task(what, total=total, completed=done, note="")
 
             def advance_bar(amount: int = 1, note: str = "") -> None:
-                bar.update(task, advance=amount, note=note)
+                if note:
+                    bar.update(task, note=note)
+                bar.update(task, advance=amount)
 
             yield advance_bar
         return

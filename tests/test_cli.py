@@ -1,6 +1,8 @@
 """The commands as a user types them: the whole way, and every mistake as one message."""
 
+import hashlib
 import json
+import os
 import re
 import shutil
 import signal
@@ -86,7 +88,7 @@ def monkeypatch_module(home: Path) -> Iterator[pytest.MonkeyPatch]:
 
 def test_help_names_every_command() -> None:
     listed = works("--help")
-    for command in ("cache-teacher", "train-student", "evaluate", "export", "demo"):
+    for command in ("cache-teacher", "train-student", "evaluate", "report", "export", "demo"):
         assert command in listed
     assert "verify" in works("targets", "--help")
     assert "pack" in works("records", "--help")
@@ -243,10 +245,17 @@ def test_a_student_is_judged_exported_and_judged_again(
     assert (tmp_path / "roc.png").read_bytes().startswith(b"\x89PNG")
     exported = json.loads(works("export", run, tmp_path / "student.onnx", "--json"))
     assert exported["bytes"] == (tmp_path / "student.onnx").stat().st_size
-    (again,) = json.loads(
-        works("evaluate", tmp_path / "student.onnx", home / "others.bin", "--json")
-    )
-    assert again["auc"] == pytest.approx(result["auc"], abs=1e-6)
+    told = works("export", run, tmp_path / "student.safetensors", "--licence", "Ours.")
+    assert f"described in {tmp_path / 'student.safetensors.md'}" in told
+    for name in ("student.onnx", "student.safetensors"):
+        (again,) = json.loads(works("evaluate", tmp_path / name, home / "others.bin", "--json"))
+        assert again["auc"] == pytest.approx(result["auc"], abs=1e-6)
+    card = (tmp_path / "student.safetensors.md").read_text()
+    teacher = hashlib.sha256((home / "teacher.pt").read_bytes()).hexdigest()
+    assert f"sha256 of its weights `{teacher}`" in card
+    assert "Ours." in card
+    assert f"| `others` | {result['accuracy']:.2%} |" in card
+    assert str(home) not in card
 
 
 def test_a_finished_run_is_not_trained_again(home: Path, targets: Path, run: Path) -> None:
@@ -256,6 +265,36 @@ def test_a_finished_run_is_not_trained_again(home: Path, targets: Path, run: Pat
     again = works("train-student", home / "faces", targets, run, *TINY, *sets, "--json")
     assert json.loads(again)["steps"] == 8
     assert (run / "checkpoints" / "last.pt").read_bytes() == weights
+
+
+def test_a_run_is_told_on_a_page_that_can_be_made_again(run: Path) -> None:
+    page = (run / "report.html").read_bytes()
+    assert b"others" in page
+    (run / "report.html").unlink()
+    assert works("report", run).strip() == str(run / "report.html")
+    assert (run / "report.html").read_bytes() == page
+    assert "expected the folder of a run" in fails("report", run / "checkpoints")
+
+
+@pytest.mark.parametrize("flags", [(), ("--without-kd",)])
+def test_a_dry_run_tells_and_leaves_nothing(
+    home: Path, targets: Path, tmp_path: Path, flags: tuple[str, ...]
+) -> None:
+    cache_dir = Path(os.environ["GKD_CACHE_DIR"])
+    before = sorted(cache_dir.rglob("*"))
+    train = ("train-student", home / "faces", targets, tmp_path / "run", *TINY, *flags, "--dry-run")
+    told = json.loads(works(*train, "--json"))
+    assert told["total_steps"] == 8
+    assert told["parameters"]["head"] == 8 * 16
+    assert (told["targets_bytes"] > 0) == (not flags)
+    words = works(*train)
+    assert "8: 2 epochs of 4" in words
+    assert f"{told['parameters']['backbone']:,}" in words
+    assert f"{told['memory_total'] / 2**20:,.1f} MiB" in words
+    assert not (tmp_path / "run").exists()
+    assert sorted(cache_dir.rglob("*")) == before
+    wrong = fails(*train, "--set", "train.batch_size=64")
+    assert "fewer than one batch of 64" in wrong
 
 
 def test_a_run_without_distillation_needs_no_targets(home: Path, tmp_path: Path) -> None:
@@ -277,6 +316,7 @@ def test_a_run_without_distillation_needs_no_targets(home: Path, tmp_path: Path)
         (("evaluate", "teacher.pt", "teacher.pt"), "teacher.pt"),
         (("evaluate", "teacher.pt", "others.bin", "--arch", "iresnet50"), "fit iresnet50"),
         (("export", "nowhere", "out.onnx"), "nowhere"),
+        (("export", "faces", "out.pt"), "expected a name that ends in .onnx or .safetensors, got"),
         (("export", "faces", "out.onnx"), "faces: expected the folder of a run"),
         (("evaluate", "teacher.pt", "others.bin", "--plot", "no/x.png"), "there is no folder no"),
         (("evaluate", "teacher.pt", "others.bin", "--plot", "faces"), "got a folder; name a file"),

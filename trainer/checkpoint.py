@@ -43,10 +43,19 @@ class Identity(NamedTuple):
 
 
 class Student(NamedTuple):
-    """A trained backbone in eval mode, float [B, 3, 112, 112] to [B, D], and its run's settings."""
+    """A trained backbone in eval mode, float [B, 3, 112, 112] to [B, D], and what became of it.
+
+    config    settings of its run
+    identity  what it was trained on
+    step      steps that were taken
+    accuracy  of the evaluation then, by verification set
+    """
 
     backbone: nn.Module
     config: RunConfig
+    identity: Identity
+    step: int
+    accuracy: dict[str, float]
 
 
 def student_backbone(config: StudentConfig) -> nn.Module:
@@ -75,7 +84,13 @@ def load_student(path: Path) -> Student:
         backbone.load_state_dict(content["model"])
     except (RuntimeError, KeyError, TypeError) as error:
         raise ConfigError(f"{path}: its weights do not fit its configuration: {error}") from error
-    return Student(backbone.eval(), config)
+    return Student(
+        backbone.eval(),
+        config,
+        Identity(*content["identity"]),
+        content.get("step", 0),
+        content.get("accuracy", {}),
+    )
 
 
 def chosen_checkpoint(run: Path) -> Path:

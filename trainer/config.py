@@ -158,6 +158,7 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
                    it, else float32); the class layer is always float32
     seed           of weights, order and flips
     log_every      steps between two lines of metrics.jsonl
+    max_skipped    steps in a row whose loss or gradients are not finite, after which it stops
     channels_last  memory format of the backbone
     gradient_hook  what ranks send each other of the backbone's gradient: float32, or rounded to
                    float16 or bfloat16, half of the bytes
@@ -169,6 +170,7 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     seed: Seed = 0
     log_every: Count = 50
+    max_skipped: Count = 10
     channels_last: bool = True
     gradient_hook: Literal["float32", "float16", "bfloat16"] = "float32"
 
@@ -210,7 +212,7 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
 
 # Keys that may differ between the parts of one run: they change no weight.
-FREE_KEYS = ("data.workers", "train.log_every", "evaluation.", "checkpoint.")
+FREE_KEYS = ("data.workers", "train.log_every", "train.max_skipped", "evaluation.", "checkpoint.")
 
 
 def load_config(path: Path | None = None, overrides: Iterable[str] = ()) -> RunConfig:

@@ -35,6 +35,7 @@ from gkd.storage.rows import Subset, kept_digests
 from gkd.storage.spec import CacheSpec
 from gkd.storage.target_arrays import concatenate
 from gkd.storage.targets import SparseTargets, at_temperature
+from gkd.trainer.guards import check_classes
 from gkd.trainer.losses import GroupTargets
 from gkd.trainer.plans import BatchPlan, Blocks, Plans
 
@@ -254,6 +255,12 @@ def check_data(
             f"train.batch_size: {records.path} has {len(records)} images, fewer than one batch of "
             f"{batch_size}; take a smaller train.batch_size"
         )
+    shortest = -(-records.num_classes // world_size) * (world_size - 1)
+    if shortest >= records.num_classes:
+        raise ConfigError(
+            f"{records.path}: expected classes for each of {world_size} ranks, got "
+            f"{records.num_classes}; start fewer ranks"
+        )
     if batch_size % world_size or batch_size < 2 * world_size:
         raise ConfigError(
             f"train.batch_size: expected a multiple of the {world_size} ranks, with 2 images or "
@@ -265,6 +272,7 @@ def check_data(
             f"{len(unlabelled)} records of {records.path} have no readable label, the first: "
             f"{records.where(int(unlabelled[0]))}; `gkd records verify` lists them all"
         )
+    check_classes(records)
     if targets is None:
         return
     if "original" not in targets.store.views:

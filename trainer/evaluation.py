@@ -1,11 +1,10 @@
 """Face verification as the field does it: accuracy over ten folds, TAR at FAR, ROC."""
 
 import io
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -16,17 +15,14 @@ from torch import nn
 from gkd.storage import atomic
 from gkd.storage.errors import ConfigError
 from gkd.storage.extras import require
-from gkd.storage.progress import progress
 from gkd.storage.spec import Preprocess
 from gkd.trainer.devices import DTYPES
+from gkd.trainer.embedding import Embed, Faces, flip_sums, unit_rows
+from gkd.trainer.embedding_store import EmbeddingStore
 from gkd.trainer.verification_set import FOLDS, VerificationSet
-
-# RGB uint8 [B, 112, 112, 3] -> embeddings float32 [B, D], not normalised
-Embed = Callable[[npt.NDArray[np.uint8]], npt.NDArray[np.float32]]
 
 FARS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 THRESHOLDS = np.arange(0, 4, 0.01)
-DECODE_THREADS = 2
 
 
 @dataclass(frozen=True)
@@ -57,6 +53,11 @@ class VerificationResult:
     eer: float
     far: npt.NDArray[np.float64]
     tar: npt.NDArray[np.float64]
+
+    @property
+    def label(self) -> str:
+        """For the legend of a plot."""
+        return f"{self.name}: {self.accuracy:.2%}, AUC {self.auc:.4f}"
 
     def to_builtins(self) -> dict[str, Any]:
         """For JSON: all but the points of the ROC."""
@@ -101,54 +102,47 @@ def module_embed(
     return embed
 
 
-def evaluate(embed: Embed, pairs: VerificationSet, *, batch_size: int = 128) -> VerificationResult:
+def evaluate(
+    embed: Embed,
+    pairs: VerificationSet,
+    *,
+    batch_size: int = 128,
+    store: EmbeddingStore | None = None,
+) -> VerificationResult:
     """Embed every image of ``pairs`` and its mirror image, and score the pairs' distances.
+
+    Embeddings that ``store`` has of this model and these images are not computed again.
 
     Raises:
         CorruptRecordError: naming file and image, where an image cannot be read.
         ConfigError: where the model's embeddings are not finite.
     """
-    embeddings = flip_sum_embeddings(embed, pairs, batch_size=batch_size)
+    embeddings = flip_sum_embeddings(embed, pairs, batch_size=batch_size, store=store)
     return score(pair_distances(embeddings), pairs.issame, name=pairs.name)
 
 
 def flip_sum_embeddings(
-    embed: Embed, pairs: VerificationSet, *, batch_size: int
+    embed: Embed,
+    pairs: VerificationSet,
+    *,
+    batch_size: int,
+    store: EmbeddingStore | None = None,
 ) -> npt.NDArray[np.float64]:
     """Embedding of each image plus that of its mirror image, then L2-normalised; [2P, D]."""
     # Sets show a face in several pairs; it is embedded once, under its first number.
     first: dict[bytes, int] = {}
     numbers = [first.setdefault(image, number) for number, image in enumerate(pairs.images)]
     distinct = list(first.values())
-    parts = []
-    with progress(f"Evaluating {pairs.name}", len(distinct), "images") as advance:
-        for images in _decoded_batches(pairs, distinct, batch_size):
-            mirrored = np.ascontiguousarray(images[:, :, ::-1])
-            parts.append(embed(images).astype(np.float64) + embed(mirrored))
-            advance(len(images))
-    embeddings = np.concatenate(parts)
-    strange = np.flatnonzero(~np.isfinite(embeddings).all(axis=1))
-    if len(strange):
-        raise ConfigError(
-            f"{pairs.path}: the model's embeddings of {len(strange)} images are not finite, the "
-            f"first is image {distinct[strange[0]]}; the training diverged or the preprocessing "
-            "does not fit"
-        )
-    norms = np.linalg.norm(embeddings, axis=1, keepdims=True)
-    unit = embeddings / np.where(norms > 0, norms, 1.0)
+    faces = Faces(
+        path=pairs.path,
+        name=pairs.name,
+        count=len(distinct),
+        encoded=lambda number: pairs.images[distinct[number]],
+        image=lambda number: pairs.image(distinct[number]),
+        where=lambda number: f"image {distinct[number]}",
+    )
+    unit = unit_rows(flip_sums(embed, faces, batch_size=batch_size, store=store))
     return np.asarray(unit[np.searchsorted(distinct, numbers)])
-
-
-def _decoded_batches(
-    pairs: VerificationSet, numbers: Sequence[int], batch_size: int
-) -> Iterator[npt.NDArray[np.uint8]]:
-    """Yield batches uint8 [<= batch_size, 112, 112, 3]; the next is decoded while one is used."""
-    cuts = [numbers[start : start + batch_size] for start in range(0, len(numbers), batch_size)]
-    with ThreadPoolExecutor(DECODE_THREADS) as pool:
-        coming = [pool.submit(pairs.image, number) for number in cuts[0]]
-        for following in [*cuts[1:], []]:
-            batch, coming = coming, [pool.submit(pairs.image, number) for number in following]
-            yield np.stack([image.result() for image in batch])
 
 
 def pair_distances(embeddings: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
@@ -261,7 +255,20 @@ def results_table(results: Sequence[VerificationResult]) -> Table:
     return table
 
 
-def plot_roc(results: Sequence[VerificationResult], out: Path) -> None:
+class Curve(Protocol):
+    """A ROC to be drawn."""
+
+    @property
+    def label(self) -> str: ...  # noqa: D102
+    @property
+    def impostor_pairs(self) -> int: ...  # noqa: D102
+    @property
+    def far(self) -> npt.NDArray[np.float64]: ...  # noqa: D102
+    @property
+    def tar(self) -> npt.NDArray[np.float64]: ...  # noqa: D102
+
+
+def plot_roc(results: Sequence[Curve], out: Path) -> None:
     """Draw the ROC of each result into a PNG, FAR in logarithmic scale.
 
     Raises:
@@ -273,8 +280,7 @@ def plot_roc(results: Sequence[VerificationResult], out: Path) -> None:
     for result in results:
         # One impostor pair is the least FAR that the set can show.
         floor = 1.0 / result.impostor_pairs
-        label = f"{result.name}: {result.accuracy:.2%}, AUC {result.auc:.4f}"
-        axes.step(np.maximum(result.far, floor), result.tar, where="post", label=label)
+        axes.step(np.maximum(result.far, floor), result.tar, where="post", label=result.label)
     axes.set(xscale="log", xlabel="false accept rate", ylabel="true accept rate", ylim=(0, 1.01))
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")

@@ -1,4 +1,4 @@
-"""Trained networks as ONNX files: any batch size, checked against torch before they appear."""
+"""Trained networks to take away: ONNX for any batch size, checked against torch, and weights."""
 
 import json
 import logging
@@ -11,12 +11,14 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import safetensors.torch
 import torch
 from torch import nn
 
 from gkd.storage.atomic import write_file
 from gkd.storage.errors import ConfigError
 from gkd.storage.extras import require
+from gkd.storage.images import FACE_SHAPE
 from gkd.storage.spec import Preprocess
 
 OPSET = 18
@@ -28,9 +30,8 @@ TOLERANCE = 1e-4
 def export_onnx(model: nn.Module, out: Path, *, preprocess: Preprocess, name: str) -> None:
     """Write ``model`` to ``out``: ``input`` float32 [batch, 3, 112, 112] to ``embedding``.
 
-    The file is one piece and carries as metadata how pixels become ``input`` (``preprocess_mean``,
-    ``preprocess_std``, ``channel_order``), ``embedding_dim``, ``name`` and ``gkd_version``. It
-    appears only once onnxruntime has given torch's embeddings for batches of 1, 2 and 5.
+    The file is one piece and carries as metadata what ``metadata`` says. It appears only once
+    onnxruntime has given torch's embeddings for batches of 1, 2 and 5.
 
     Raises:
         ConfigError: where the extra is not installed, ``model`` cannot be exported, or the export
@@ -45,16 +46,7 @@ def export_onnx(model: nn.Module, out: Path, *, preprocess: Preprocess, name: st
     try:
         exported = _exported(model, out)
         embedding_dim = exported.graph.output[0].type.tensor_type.shape.dim[1].dim_value
-        metadata = {
-            "name": name,
-            "gkd_version": version("gkd"),
-            "embedding_dim": str(embedding_dim),
-            "channel_order": "BGR" if preprocess.bgr else "RGB",
-            "preprocess": preprocess.name,
-            "preprocess_mean": json.dumps(preprocess.mean),
-            "preprocess_std": json.dumps(preprocess.std),
-        }
-        onnx.helper.set_model_props(exported, metadata)
+        onnx.helper.set_model_props(exported, metadata(preprocess, name, embedding_dim))
         onnx.checker.check_model(exported, full_check=True)
         content = exported.SerializeToString()
         _check_against(model, content, out)
@@ -62,6 +54,41 @@ def export_onnx(model: nn.Module, out: Path, *, preprocess: Preprocess, name: st
         model.to(device).train(was_training)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_file(out, content)
+
+
+def export_safetensors(model: nn.Module, out: Path, *, preprocess: Preprocess, name: str) -> None:
+    """Write the backbone's state dict to ``out``: float32, under ``arcface_torch``'s key names.
+
+    Carries the same metadata as the ONNX file.
+    """
+    state = {
+        key: value.detach().cpu().contiguous().clone() for key, value in model.state_dict().items()
+    }
+    with torch.inference_mode():
+        device = next(model.parameters()).device
+        embedding_dim = model(torch.zeros(2, 3, *FACE_SHAPE[:2], device=device)).shape[1]
+    content = safetensors.torch.save(state, metadata(preprocess, name, embedding_dim))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_file(out, content)
+
+
+def metadata(preprocess: Preprocess, name: str, embedding_dim: int) -> dict[str, str]:
+    """What a program must know to feed a network; text, lists as JSON.
+
+    ``input = (pixels - preprocess_mean) / preprocess_std`` for pixels 0 to 255 of an aligned face
+    of ``input_shape`` [3, height, width], channels in ``channel_order``, mean and deviation in
+    the same order. The embedding is not normalised: compare by cosine.
+    """
+    return {
+        "name": name,
+        "gkd_version": version("gkd"),
+        "embedding_dim": str(embedding_dim),
+        "input_shape": json.dumps([3, *FACE_SHAPE[:2]]),
+        "channel_order": "BGR" if preprocess.bgr else "RGB",
+        "preprocess": preprocess.name,
+        "preprocess_mean": json.dumps(preprocess.mean),
+        "preprocess_std": json.dumps(preprocess.std),
+    }
 
 
 def _exported(model: nn.Module, out: Path) -> Any:

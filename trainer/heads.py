@@ -43,11 +43,33 @@ def apply_margin(cosines: Tensor, margin: Margin) -> Tensor:
     return sign * torch.cos(phi) - 2.0 * half_turns - margin.m3
 
 
-class MarginHead(nn.Module):
-    """Logits ``scale * (cosine, with the margin at the label)`` from embeddings.
+def margin_logits(
+    embeddings: Tensor, centers: Tensor, labels: Tensor, *, margin: Margin, scale: float
+) -> Tensor:
+    """Logits ``scale * (cosine, with the margin at the label)``, [B, C].
 
-    ``weight`` float32 [num_classes, embedding_dim] are the class centres, normalised on the way.
-    The class layer always runs in float32: under autocast too.
+    Un-normalised embeddings [B, D] and class centres [C, D], int64 labels [B]. Always computed in
+    float32 (float64 as given): under autocast too.
+    """
+    with torch.autocast(embeddings.device.type, enabled=False):
+        scaled = F.normalize(at_least_float32(embeddings)) * scale
+        logits = F.linear(scaled, F.normalize(at_least_float32(centers)))
+        rows = torch.arange(len(labels), device=labels.device)
+        target = apply_margin(logits[rows, labels] / scale, margin) * scale
+        # In place: the product's own values are not needed backward, so one [B, C] suffices.
+        return logits.index_put_((rows, labels), target)
+
+
+def at_least_float32(values: Tensor) -> Tensor:
+    """Half precision taken up to float32; float32 and float64 as they are."""
+    return values if values.dtype == torch.float64 else values.float()
+
+
+class MarginHead(nn.Module):
+    """The class layer's centres, float32 [num_classes, embedding_dim], and how they are used.
+
+    ``weight`` is normalised on the way. Called, it gives ``margin_logits``; training goes through
+    ``gkd.trainer.fused.grouped_margin_loss``, which never holds them all.
     """
 
     def __init__(
@@ -67,14 +89,8 @@ class MarginHead(nn.Module):
         self.weight = nn.Parameter(_initial_centers(num_classes, embedding_dim, self.rows))
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
-        """Un-normalised embeddings [B, D] and int64 labels [B] to float32 logits [B, C]."""
-        with torch.autocast(embeddings.device.type, enabled=False):
-            scaled = F.normalize(embeddings.float()) * self.scale
-            logits = F.linear(scaled, F.normalize(self.weight))
-            rows = torch.arange(len(labels), device=labels.device)
-            target = apply_margin(logits[rows, labels] / self.scale, self.margin) * self.scale
-            # In place: the product's own values are not needed backward, so one [B, C] suffices.
-            return logits.index_put_((rows, labels), target)
+        """Un-normalised embeddings [B, D] and int64 labels [B] to logits [B, C]."""
+        return margin_logits(embeddings, self.weight, labels, margin=self.margin, scale=self.scale)
 
 
 def _initial_centers(num_classes: int, embedding_dim: int, rows: range) -> Tensor:

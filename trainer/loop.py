@@ -2,15 +2,18 @@
 
 import platform
 import signal
+import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import filelock
 import msgspec
@@ -26,17 +29,21 @@ from gkd.storage.spec import preprocess_preset
 from gkd.trainer.checkpoint import FOLDER, LAST, publish, read_checkpoint
 from gkd.trainer.config import RunConfig, to_toml
 from gkd.trainer.data import Batch, FaceBatches, JoinedTargets, check_data, load_batches
-from gkd.trainer.evaluation import evaluate, module_embed
+from gkd.trainer.evaluation import VerificationResult, evaluate, module_embed
+from gkd.trainer.findings import gather, write_findings
+from gkd.trainer.guards import empty_classes, finite_weights
 from gkd.trainer.logging import RunLog
 from gkd.trainer.losses import GkdLoss
 from gkd.trainer.ranks import ALONE, Ranks
+from gkd.trainer.report import write_report
+from gkd.trainer.run_folder import CONFIG, RUN
 from gkd.trainer.state import RunState
 from gkd.trainer.verification_set import VerificationSet, load_verification_set
 
-RUN = "run.json"
 PACKAGES = ("gkd", "torch", "numpy")
 # What a rank tells the others before a step.
 _ASKED, _FAILED = 1, 2
+LOSSES = ("loss", "ce", "primary", "binary")
 
 
 @dataclass(frozen=True)
@@ -68,15 +75,21 @@ def train(
     for the statistics of BatchNorm, which are each rank's own, and may go on with another number.
 
     ``out`` holds config.toml, run.json (``command``, versions, data, sizes), metrics.jsonl,
-    tensorboard/ and checkpoints/. SIGTERM and SIGINT end the training after a checkpoint.
+    tensorboard/ and checkpoints/, and at the end report.json and report.html. SIGTERM and SIGINT
+    end the training after a checkpoint.
 
     Raises:
         ConfigError: for settings or data that cannot be trained on, or an ``out`` of another run.
         SpecMismatchError: for another data set or cache than the run began with.
         CorruptRecordError: naming file, key and offset of an image that cannot be read.
-        GkdError: where the loss is not finite, or a signal ended the training.
+        GkdError: where the training diverged, or a signal ended it.
     """
-    targets = _targets_in_use(config, records, targets)
+    targets = targets_in_use(config, records, targets)
+    if targets and isinstance(targets.store, ShardStore) and config.data.order != "blocks":
+        raise ConfigError(
+            "data.order: the targets were joined to be read in blocks; set data.order=blocks, or "
+            "join them to be read in full"
+        )
     check_data(
         records,
         targets,
@@ -85,6 +98,9 @@ def train(
         temperature=config.kd.temperature,
         world_size=ranks.world_size,
     )
+    note = empty_classes(records, taught=targets is not None)
+    if note:
+        print(note, file=sys.stderr)
     sets = _load_sets(config.evaluation.sets)
     run = RunState.build(config, records, targets, ranks)
     with _claimed(out, ranks):
@@ -92,8 +108,8 @@ def train(
         if checkpoint.exists():
             run.restore(read_checkpoint(checkpoint), checkpoint)
         if ranks.first:
-            write_file(out / RUN, msgspec.json.format(_describe(run, records, command)))
-            write_file(out / "config.toml", to_toml(config).encode())
+            write_file(out / RUN, msgspec.json.format(_describe(run, records, targets, command)))
+            write_file(out / CONFIG, to_toml(config).encode())
             (out / FOLDER).mkdir(exist_ok=True)
         opened: AbstractContextManager[RunLog | None] = (
             RunLog(out, step=run.step) if ranks.first else nullcontext()
@@ -102,6 +118,8 @@ def train(
             _Training(run, records, sets, out, log, stop).go(
                 FaceBatches(records, targets, temperature=config.kd.temperature)
             )
+        if ranks.first:
+            write_report(out)
     return Summary(run.step, run.accuracy, run.best)
 
 
@@ -120,22 +138,28 @@ class _Window:
     began: float
     losses: Tensor | None = None
     steps: int = 0
+    taken: int = 0
     waited: float = 0.0
 
-    def add(self, loss: GkdLoss, waited: float) -> None:
-        parts = torch.stack([part.detach() for part in loss])
-        self.losses = parts if self.losses is None else self.losses + parts
+    def add(self, loss: GkdLoss, waited: float, *, skipped: bool) -> None:
+        if not skipped:
+            parts = torch.stack([part.detach() for part in loss])
+            self.losses = parts if self.losses is None else self.losses + parts
+            self.taken += 1
         self.steps += 1
         self.waited += waited
 
-    def means(self, batch_size: int) -> dict[str, float]:
-        """Mean losses, images a second, and the share of the time spent waiting for data."""
-        assert self.losses is not None
+    def means(self, batch_size: int) -> dict[str, Any]:
+        """Mean losses, images a second, and the share of the time spent waiting for data.
+
+        The losses are those of steps that were taken; None where every one was skipped.
+        """
         seconds = time.perf_counter() - self.began
-        names = ("loss", "ce", "primary", "binary")
-        losses = dict(zip(names, (self.losses / self.steps).tolist(), strict=True))
+        means: list[float | None] = [None] * len(LOSSES)
+        if self.losses is not None:
+            means = (self.losses / self.taken).tolist()
         return {
-            **losses,
+            **dict(zip(LOSSES, means, strict=True)),
             "images_per_second": self.steps * batch_size / seconds,
             "data_wait": self.waited / seconds,
         }
@@ -151,6 +175,7 @@ class _Training:
     out: Path
     log: RunLog | None
     stop: _Stop
+    results: dict[str, VerificationResult] = field(default_factory=dict)
 
     def go(self, dataset: FaceBatches) -> None:
         """Train on, evaluate and write checkpoints as they fall due."""
@@ -166,6 +191,10 @@ class _Training:
             while run.step < run.plans.total_steps:
                 self._rest_of_epoch(batches)
                 improved = self._evaluate() if self._evaluation_due() else False
+                if run.step == run.plans.total_steps and run.ranks.first:
+                    # Before the last checkpoint: an interrupted end comes by here again.
+                    found = list(self.results.values()), dataset.targets, run.fit, self.records
+                    write_findings(self.out, gather(run.step, *found))
                 if improved or self._checkpoint_due():
                     self._save(best=improved)
                 if self.stop.agreed:
@@ -189,13 +218,19 @@ class _Training:
                     break
                 waited = time.perf_counter() - asked
                 lr = run.optimizer.param_groups[0]["lr"]
-                window.add(run.take_step(batch, self.records), waited)
+                loss = run.take_step(batch, self.records)
+                skipped = run.skipped_in_a_row > 0
+                window.add(loss, waited, skipped=skipped)
+                if skipped and run.last_skipped is not None and self.log:
+                    self.log.write(run.step, run.last_skipped.told(), group="train")
                 note = ""
                 if run.step % config.train.log_every == 0:
-                    values = {"epoch": run.epoch, **window.means(size), "lr": lr}
+                    means = window.means(size)
+                    values = {"epoch": run.epoch, **means, "lr": lr, "skipped": run.skipped}
                     if self.log:
                         self.log.write(run.step, values, group="train")
-                    note = _note(values)
+                    left = (run.plans.total_steps - run.step) * size / means["images_per_second"]
+                    note = _note(values, left)
                     window = _Window(time.perf_counter())
                 advance(size, note)
                 if run.step % steps and self._checkpoint_due():
@@ -243,8 +278,8 @@ class _Training:
         run = self.run
         run.model.eval()
         embed = module_embed(run.model, preprocess_preset("arcface"), run.device)
-        results = {pairs.name: evaluate(embed, pairs) for pairs in self.sets}
-        run.accuracy = {name: result.accuracy for name, result in results.items()}
+        self.results.update({pairs.name: evaluate(embed, pairs) for pairs in self.sets})
+        run.accuracy = {name: result.accuracy for name, result in self.results.items()}
         values = {"epoch": run.epoch, "accuracy": run.accuracy}
         if self.log:
             self.log.write(run.step, values, group="evaluation")
@@ -257,6 +292,12 @@ class _Training:
         run = self.run
         if run.saved == run.step:
             return
+        if run.ranks.highest(int(not finite_weights((run.model, run.head)))):
+            raise GkdError(
+                f"after step {run.step} the weights are not finite, so no checkpoint of them "
+                f"was written; what stands in {self.out / FOLDER} is from before: begin again in "
+                "another folder with a lower optimizer.lr or more schedule.warmup_epochs"
+            )
         publish(
             self.out / FOLDER,
             run.state(),
@@ -282,16 +323,34 @@ class _Training:
         )
 
 
-def _note(values: dict[str, float]) -> str:
-    return (
-        f"loss {values['loss']:.3f}  ce {values['ce']:.3f}  primary {values['primary']:.4f}  "
-        f"binary {values['binary']:.4f}  lr {values['lr']:.2g}  wait {values['data_wait']:.0%}"
-    )
+def _note(values: dict[str, Any], seconds_left: float) -> str:
+    """One window of the log in words; ``seconds_left`` of the whole training, not of its epoch."""
+
+    def loss(name: str, digits: int) -> str:
+        return f"{name} -" if values[name] is None else f"{name} {values[name]:.{digits}f}"
+
+    parts = [
+        loss("loss", 3),
+        loss("ce", 3),
+        loss("primary", 4),
+        loss("binary", 4),
+        f"lr {values['lr']:.2g}",
+        f"data wait {values['data_wait']:.0%}",
+        f"ends in {timedelta(seconds=round(seconds_left))}",
+    ]
+    parts += [f"skipped {values['skipped']}"] if values["skipped"] else []
+    return "  ".join(parts)
 
 
-def _targets_in_use(
+def targets_in_use(
     config: RunConfig, records: Records, targets: JoinedTargets | None
 ) -> JoinedTargets | None:
+    """The targets that a training would take; None without distillation.
+
+    Raises:
+        ConfigError: where there must be some, and are not.
+        SpecMismatchError: where they are joined for other records.
+    """
     if not config.kd.enabled:
         return None
     if targets is None:
@@ -304,11 +363,6 @@ def _targets_in_use(
             f"{records.path} has {len(records)} images of {records.num_classes} classes, the "
             f"targets are joined for {len(targets.rows)} images of {targets.num_classes}; "
             "join the records with the cache that was made from them"
-        )
-    if isinstance(targets.store, ShardStore) and config.data.order != "blocks":
-        raise ConfigError(
-            "data.order: the targets were joined to be read in blocks; set data.order=blocks, or "
-            "join them to be read in full"
         )
     return targets
 
@@ -324,7 +378,9 @@ def _load_sets(paths: Sequence[str]) -> list[VerificationSet]:
     return sets
 
 
-def _describe(run: RunState, records: Records, command: Sequence[str]) -> bytes:
+def _describe(
+    run: RunState, records: Records, targets: JoinedTargets | None, command: Sequence[str]
+) -> bytes:
     """``run.json``: what ran, on what."""
 
     backbone = sum(parameter.numel() for parameter in run.model.parameters())
@@ -341,6 +397,7 @@ def _describe(run: RunState, records: Records, command: Sequence[str]) -> bytes:
             "device": torch.cuda.get_device_name() if run.device.type == "cuda" else "cpu",
             "precision": str(run.dtype).removeprefix("torch."),
             "dataset": {"name": records.name, "path": str(records.path), **run.identity._asdict()},
+            "teacher": targets.spec.teacher if targets else None,
             "parameters": {"backbone": backbone, "head": centers},
             "total_steps": run.plans.total_steps,
         }

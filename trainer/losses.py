@@ -103,20 +103,22 @@ def gkd_loss(
     logits: for a group of one, of all classes or of none, and for a as near 0 or 1 as
     ``log_secondary`` can say.
     """
-    weights = _Weights(temperature, ramp * w_binary, ramp * w_primary)
+    weights = Weights(temperature, ramp * w_binary, ramp * w_primary)
     result: tuple[Tensor, ...] = _GroupedLoss.apply(  # type: ignore[no-untyped-call]
         logits, labels, targets, weights
     )
     return GkdLoss(*result)
 
 
-class _Weights(NamedTuple):
+class Weights(NamedTuple):
+    """What weighs the terms; the ramp is in ``binary`` and ``primary`` already."""
+
     temperature: float
     binary: float
     primary: float
 
 
-class _GroupTerms(NamedTuple):
+class GroupTerms(NamedTuple):
     """What the groups contribute, per row [B] and per entry [E]."""
 
     binary: Tensor  # Binary of each row, float64
@@ -128,7 +130,7 @@ class _GroupTerms(NamedTuple):
 class _GroupedLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, labels: Tensor, targets: GroupTargets | None, weights: _Weights
+        ctx: Any, logits: Tensor, labels: Tensor, targets: GroupTargets | None, weights: Weights
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         values = logits.detach()
         values = values if values.dtype == torch.float64 else values.float()
@@ -187,7 +189,7 @@ def _cross_entropy(logits: Tensor, labels: Tensor, grad: Tensor) -> Tensor:
 
 
 def _distil(
-    logits: Tensor, targets: GroupTargets, weights: _Weights, grad: Tensor
+    logits: Tensor, targets: GroupTargets, weights: Weights, grad: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Binary and Primary of each row [B]; adds their gradient by z, weighted, to ``grad``."""
     temperature = weights.temperature
@@ -199,18 +201,21 @@ def _distil(
     # A group of all classes leaves a peak of -inf, which must not be subtracted from itself.
     shift = tail_peak.clamp(min=torch.finfo(tail.dtype).min)
     tail_sum = tail.sub_(shift[:, None]).clamp_(min=FLOOR).exp_().sum(1)
-    terms = _group_terms(group, tail_peak, tail_sum, targets, weights)
+    terms = group_terms(group, tail_peak, tail_sum, targets, weights)
     # T^2 of the loss times 1/T of du/dz.
     grad.addcmul_(tail, terms.grad_tail[:, None], value=temperature)
     grad.view(-1).index_add_(0, entries, terms.grad_entries, alpha=temperature)
     return terms.binary, terms.primary
 
 
-def _group_terms(
-    group: Tensor, tail_peak: Tensor, tail_sum: Tensor, targets: GroupTargets, weights: _Weights
-) -> _GroupTerms:
-    """Loss and gradient from u at the entries [E] and the tail's exponentials summed [B]."""
-    lse_group = _segment_logsumexp(group, targets)
+def group_terms(
+    group: Tensor, tail_peak: Tensor, tail_sum: Tensor, targets: GroupTargets, weights: Weights
+) -> GroupTerms:
+    """Loss and gradient from u at the entries [E] and the tail's logsumexp [B].
+
+    The latter is ``tail_peak + log(tail_sum)``, -inf for no tail.
+    """
+    lse_group = segment_logsumexp(group, targets)
     # Rows are few: float64 keeps 1-a and 1-b apart where both are tiny.
     gap = lse_group.double() - (tail_peak.double() + tail_sum.double().log())
     log_rest = targets.log_secondary.double()
@@ -223,24 +228,24 @@ def _group_terms(
     binary = torch.where(split, binary, 0.0)
     surplus = torch.where(split, weights.binary * (torch.sigmoid(gap) - a), 0.0)
 
-    log_student = group - _spread(lse_group, targets)
+    log_student = group - spread(lse_group, targets)
     # A group whose mass is below any float (the label alone, ranked last) has no inner shape.
     log_teacher = torch.where(
-        _spread(a > 0, targets),
-        targets.log_probs - _spread(a.log().to(group.dtype), targets),
+        spread(a > 0, targets),
+        targets.log_probs - spread(a.log().to(group.dtype), targets),
         log_student,
     )
     student, teacher = log_student.exp(), log_teacher.exp()
     primary = _segment_reduce(teacher * (log_teacher - log_student), targets, "sum")
     grad_entries = (student - teacher).mul_(weights.primary)
-    grad_entries.addcmul_(student, _spread(surplus.to(group.dtype), targets))
-    return _GroupTerms(binary, primary, grad_entries, (-surplus / tail_sum).to(group.dtype))
+    grad_entries.addcmul_(student, spread(surplus.to(group.dtype), targets))
+    return GroupTerms(binary, primary, grad_entries, (-surplus / tail_sum).to(group.dtype))
 
 
-def _segment_logsumexp(values: Tensor, targets: GroupTargets) -> Tensor:
+def segment_logsumexp(values: Tensor, targets: GroupTargets) -> Tensor:
     """Logsumexp of each sample's entries: [E] to [B]; -inf for no entries."""
     peak = _segment_reduce(values, targets, "max")
-    total = _segment_reduce((values - _spread(peak, targets)).exp_(), targets, "sum")
+    total = _segment_reduce((values - spread(peak, targets)).exp_(), targets, "sum")
     return torch.where(total > 0, peak + total.log(), -math.inf)
 
 
@@ -250,6 +255,6 @@ def _segment_reduce(values: Tensor, targets: GroupTargets, how: str) -> Tensor:
     return torch.segment_reduce(values, how, offsets=targets.offsets, unsafe=True)
 
 
-def _spread(values: Tensor, targets: GroupTargets) -> Tensor:
+def spread(values: Tensor, targets: GroupTargets) -> Tensor:
     """A value of each sample to each of its entries: [B] to [E]."""
     return values.index_select(0, targets.rows)

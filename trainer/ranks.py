@@ -54,6 +54,25 @@ class Ranks:
         """Wait until all ranks are here."""
         self.highest(0)
 
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum of the ranks' tensors of one shape; overwrites this rank's."""
+        if self.world_size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def logsumexp(self, values: Tensor) -> Tensor:
+        """The logsumexp of the ranks' tensors of one shape."""
+        return values if self.world_size == 1 else self.gather(values[None]).logsumexp(0)
+
+    def gather(self, part: Tensor) -> Tensor:
+        """The ranks' tensors [n, ...] of one shape, one after the other."""
+        if self.world_size == 1:
+            return part
+        part = part.contiguous()
+        parts = [torch.empty_like(part) for _ in range(self.world_size)]
+        dist.all_gather(parts, part)
+        return torch.cat(parts)
+
     def of_first(self, value: T) -> T:
         """The first rank's value, a plain object."""
         if self.world_size == 1:

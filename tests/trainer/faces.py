@@ -28,6 +28,7 @@ from gkd.storage.writer import CacheWriter, ShardSamples
 from gkd.trainer.config import RunConfig, load_config
 from gkd.trainer.data import JoinedTargets, join_targets
 from gkd.trainer.loop import Summary, train
+from gkd.trainer.ranks import ALONE, Ranks, joined_ranks
 from gkd.trainer.verification_set import write_verification_set
 
 if TYPE_CHECKING:
@@ -127,11 +128,13 @@ def load(folder: Path) -> tuple[Records, JoinedTargets]:
     return join_targets(records, cache, workers=1, folder=folder / "materialised")
 
 
-def run(folder: Path, out: Path, *overrides: str) -> Summary:
+def run(folder: Path, out: Path, *overrides: str, ranks: Ranks = ALONE) -> Summary:
     records, targets = load(folder)
-    return train(small_config(*overrides), records, targets, out, command=["gkd", "test"])
+    config, command = small_config(*overrides), ["gkd", "test"]
+    return train(config, records, targets, out, command=command, ranks=ranks)
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    run(Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:])
+    with joined_ranks("cpu") as joined:
+        run(Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:], ranks=joined)

@@ -4,67 +4,18 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 import torch
 from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from gkd.storage.targets import TargetBatch
 from gkd.trainer.losses import GroupTargets, gkd_loss
 from tests.reference import (
     Array,
     dense_gkd_gradient,
     dense_gkd_loss,
     dense_terms,
-    log_softmax,
 )
-
-Problem = dict[str, Any]
-
-
-def group_targets(
-    teacher: Array, groups: npt.NDArray[np.bool_], temperature: float
-) -> GroupTargets:
-    """Sparse targets of dense teacher logits [B, C], exact to float32."""
-    log_p = log_softmax(teacher / temperature)
-    rest = np.where(groups, -np.inf, log_p)
-    peak = np.maximum(rest.max(1), -1e300)
-    with np.errstate(divide="ignore"):
-        log_secondary = peak + np.log(np.exp(rest - peak[:, None]).sum(1))
-    return GroupTargets.from_batch(
-        TargetBatch(
-            offsets=np.concatenate([[0], groups.sum(1).cumsum()]).astype(np.int64),
-            indices=np.nonzero(groups)[1].astype(np.int64),
-            log_probs=log_p[groups].astype(np.float32),
-            log_secondary=np.where(groups.any(1), log_secondary, 0.0).astype(np.float32),
-        )
-    )
-
-
-@st.composite
-def problems(draw: st.DrawFn) -> Problem:
-    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
-    classes, rows = draw(st.integers(1, 12)), draw(st.integers(1, 5))
-    scale = draw(st.sampled_from([1.0, 16.0, 64.0, 128.0]))
-    groups = rng.random((rows, classes)) < rng.random((rows, 1))
-    teacher = rng.uniform(-1.4, 1.0, (rows, classes)) * draw(st.sampled_from([1.0, 64.0]))
-    for row in range(rows):
-        kind = draw(st.sampled_from(["any", "one", "all", "none"]))
-        if kind != "any":
-            groups[row] = kind == "all"
-        if kind != "none":
-            groups[row, teacher[row].argmax()] = True
-    return {
-        "student": rng.uniform(-1.4, 1.0, (rows, classes)) * scale,
-        "teacher": teacher,
-        "labels": rng.integers(0, classes, rows),
-        "groups": groups,
-        "temperature": draw(st.sampled_from([0.5, 1.0, 2.0, 4.0, 16.0])),
-        "w_binary": draw(st.sampled_from([0.0, 1.0, 2.0])),
-        "w_primary": draw(st.sampled_from([0.0, 1.0, 8.0])),
-        "ramp": draw(st.sampled_from([0.0, 0.3, 1.0])),
-    }
+from tests.trainer.problems import Problem, group_targets, problems
 
 
 def evaluate(problem: Problem, dtype: torch.dtype) -> tuple[float, Array]:

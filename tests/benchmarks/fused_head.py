@@ -1,0 +1,173 @@
+"""The class layer with its loss against its own matrix products and a plain margin head.
+
+``python -m tests.benchmarks.fused_head`` times forward and backward of ``grouped_margin_loss`` for
+a batch of 128, 93,431 classes and 512 dimensions, turn by turn with the layer's three matrix
+products and with a margin head of cross-entropy alone in autograd: processor time of one thread,
+so that neighbours on the machine do not count. The memory above the centres and their gradient is
+the growth of a child process's peak.
+
+``python -m tests.benchmarks.fused_head webface42m`` runs one step at 2,059,906 classes, and says
+the peak of memory.
+"""
+
+import multiprocessing
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gkd.trainer.fused import grouped_margin_loss
+from gkd.trainer.heads import Margin
+from gkd.trainer.losses import GroupTargets
+from tests.benchmarks.harness import Bar, report
+
+BATCH, NUM_CLASSES, EMBEDDING_DIM = 128, 93_431, 512
+WEBFACE42M = 2_059_906
+MARGIN, SCALE = Margin(m3=0.4), 64.0
+ROUNDS = 7
+MEGABYTE, GIBIBYTE = 1e6, 2**30
+
+
+def random_targets(num_classes: int, mean: int, labels: Tensor) -> GroupTargets:
+    """Groups of geometric size, a heavy tail, that hold the label."""
+    rng = np.random.default_rng(0)
+    sizes = np.minimum(rng.geometric(1 / mean, BATCH), num_classes)
+    groups = [rng.choice(num_classes, size, replace=False) for size in sizes]
+    for group, label in zip(groups, labels.tolist(), strict=True):
+        if label not in group:
+            group[0] = label
+    log_probs = [np.log(rng.dirichlet(np.ones(size)) * 0.95 + 1e-12) for size in sizes]
+    offsets = torch.from_numpy(np.concatenate([[0], sizes.cumsum()]).astype(np.int64))
+    return GroupTargets(
+        offsets=offsets,
+        rows=torch.repeat_interleave(torch.diff(offsets)),
+        indices=torch.from_numpy(np.concatenate(groups).astype(np.int64)),
+        log_probs=torch.from_numpy(np.concatenate(log_probs).astype(np.float32)),
+        log_secondary=torch.full((BATCH,), 0.05).log(),
+    )
+
+
+class Layer:
+    """Embeddings, centres and labels of one step."""
+
+    def __init__(self, num_classes: int) -> None:
+        torch.manual_seed(0)
+        self.embeddings = torch.randn(BATCH, EMBEDDING_DIM, requires_grad=True)
+        self.centers = torch.randn(num_classes, EMBEDDING_DIM).mul_(0.01).requires_grad_()
+        self.labels = torch.randint(0, num_classes, (BATCH,))
+
+    def fused(self, targets: GroupTargets | None) -> None:
+        self.forget()
+        grouped_margin_loss(
+            self.embeddings, self.centers, self.labels, targets, margin=MARGIN, scale=SCALE
+        ).total.backward()
+
+    def plain(self) -> None:
+        """Cross-entropy alone in autograd; faster than ``margin_logits`` and F.cross_entropy."""
+        self.forget()
+        cosines = F.linear(F.normalize(self.embeddings), F.normalize(self.centers))
+        rows = torch.arange(BATCH)
+        logits = cosines.clone()
+        logits[rows, self.labels] = cosines[rows, self.labels] - MARGIN.m3
+        F.cross_entropy(logits * SCALE, self.labels).backward()
+
+    def products(self) -> None:
+        """The three matrix products: logits, and the gradients by embeddings and centres."""
+        self.forget()
+        with torch.no_grad():
+            logits = self.embeddings @ self.centers.T
+            self.embeddings.grad = logits @ self.centers
+            self.centers.grad = logits.T @ self.embeddings
+
+    def forget(self) -> None:
+        self.embeddings.grad = self.centers.grad = None
+
+
+def least_seconds(works: dict[str, Callable[[], None]]) -> dict[str, float]:
+    """Least processor time of each, taken in turns: noise only ever adds."""
+    times: dict[str, list[float]] = {name: [] for name in works}
+    for _ in range(ROUNDS):
+        for name, work in works.items():
+            began = time.process_time()
+            work()
+            times[name].append(time.process_time() - began)
+    return {name: min(some) for name, some in times.items()}
+
+
+def memory(what: str) -> int:
+    """Bytes of this process that are resident now (VmRSS) or were at the peak (VmHWM)."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(what):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"no {what} in /proc/self/status")
+
+
+def measure_extra_bytes() -> int:
+    """Peak above the centres and their gradient of one step, in this process."""
+    torch.set_num_threads(1)
+    layer = Layer(NUM_CLASSES)
+    targets = random_targets(NUM_CLASSES, 19, layer.labels)
+    small = Layer(2048)  # the libraries' own buffers, once
+    small.fused(random_targets(2048, 19, small.labels))
+    before = memory("VmRSS")
+    layer.fused(targets)
+    assert layer.centers.grad is not None
+    return memory("VmHWM") - before - layer.centers.grad.nbytes
+
+
+def in_a_child(work: Callable[[], int]) -> int:
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(work)
+
+
+def compare() -> None:
+    torch.set_num_threads(1)
+    layer = Layer(NUM_CLASSES)
+    groups = {mean: random_targets(NUM_CLASSES, mean, layer.labels) for mean in (19, 2000)}
+    seconds = least_seconds(
+        {
+            "products": layer.products,
+            "plain": layer.plain,
+            "without targets": lambda: layer.fused(None),
+            "mean 19": lambda: layer.fused(groups[19]),
+            "mean 2000": lambda: layer.fused(groups[2000]),
+        }
+    )
+    print({name: round(value, 3) for name, value in seconds.items()}, file=sys.stderr)
+    products, plain = seconds["products"], seconds["plain"]
+    ratios = {
+        "mean 19 / three products": seconds["mean 19"] / products,
+        "mean 2000 / three products": seconds["mean 2000"] / products,
+        "mean 19 / plain head without targets": seconds["mean 19"] / plain,
+        "without targets / three products": seconds["without targets"] / products,
+        "plain head without targets / three products": plain / products,
+        "MB above centres and gradient": in_a_child(measure_extra_bytes) / MEGABYTE,
+    }
+    bars: dict[str, Bar] = {
+        "mean 19 / three products": ("<=", 1.6),
+        "mean 2000 / three products": ("<=", 2.0),
+        "mean 19 / plain head without targets": ("<=", 0.75),
+        "MB above centres and gradient": ("<=", 64.0),
+    }
+    report("fused_head", ratios, bars)
+
+
+def run_webface42m() -> None:
+    layer = Layer(WEBFACE42M)
+    began = time.perf_counter()
+    layer.fused(random_targets(WEBFACE42M, 19, layer.labels))
+    print(f"{time.perf_counter() - began:.1f} s", file=sys.stderr)
+    report(
+        "fused_head_webface42m",
+        {"GiB at the peak, 2,059,906 classes": memory("VmHWM") / GIBIBYTE},
+        {"GiB at the peak, 2,059,906 classes": ("<=", 24.0)},
+    )
+
+
+if __name__ == "__main__":
+    run_webface42m() if sys.argv[1:] == ["webface42m"] else compare()

@@ -1,0 +1,152 @@
+"""What a dry run tells, against counts by hand and against real steps."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from gkd.storage.cache import Cache
+from gkd.storage.errors import ConfigError
+from gkd.storage.records import open_records
+from gkd.trainer.checkpoint import student_backbone
+from gkd.trainer.config import load_config
+from gkd.trainer.data import FaceBatches, join_targets, load_batches
+from gkd.trainer.dry_run import (
+    PeakBytes,
+    activation_bytes,
+    backbone_flops,
+    class_layer_bytes,
+    dry_run,
+    optimizer_bytes,
+)
+from gkd.trainer.state import RunState
+from tests.trainer.faces import load, small_config
+
+
+def test_parameters_and_steps_by_hand(faces: Path) -> None:
+    records = open_records(faces / "faces")
+    told = dry_run(load_config(None, ["train.batch_size=8", "kd.enabled=false"]), records, None)
+    # MobileFaceNet of arcface_torch at scale 2 and 512 numbers has 2,059,520; its last
+    # BatchNorm's 512 weights stay at one.
+    assert told.parameters == {"backbone": 2059520, "head": 6 * 512, "learning": 2059520 + 2560}
+    assert (told.images, told.classes) == (42, 6)
+    assert (told.steps_per_epoch, told.epochs, told.total_steps) == (5, 20, 100)
+    assert told.memory["class_centers"] == 6 * 512 * 4
+    assert told.memory["gradients"] == 4 * (2059520 + 2560)
+    assert told.memory["optimizer_state"] == 4 * (2059520 + 2560)
+    assert told.memory_total == sum(told.memory.values())
+    assert told.targets_bytes == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        (("optimizer.momentum=0", "optimizer.nesterov=false"), 0),
+        ((), 4 * 130),
+        # AdamW: two moments of every number, and a step counter of float32 a tensor.
+        (("optimizer.kind=adamw",), 2 * 4 * 130 + 2 * 4),
+    ],
+)
+def test_optimizer_state_by_hand(settings: tuple[str, ...], expected: int) -> None:
+    parameters = list(nn.Linear(12, 10).parameters())
+    assert optimizer_bytes(load_config(None, settings), parameters) == expected
+
+
+@pytest.mark.parametrize("name", ["iresnet18", "mobilefacenet"])
+def test_operations_are_those_of_the_layers(name: str) -> None:
+    model = student_backbone(small_config(f"student.name={name}", "student.width=0.25").student)
+    counted = 0
+
+    def count(layer: nn.Module, _: tuple[Tensor, ...], out: Tensor) -> None:
+        nonlocal counted
+        match layer:
+            case nn.Conv2d():
+                each = layer.weight[0].numel()
+            case nn.Linear():
+                each = layer.in_features
+            case _:
+                return
+        counted += 2 * out[0].numel() * each
+
+    told = backbone_flops(model)
+    for layer in model.modules():
+        layer.register_forward_hook(count)
+    with torch.no_grad():
+        model.eval()(torch.zeros(1, 3, 112, 112))
+    assert told == counted
+
+
+def test_activations_by_hand() -> None:
+    """The input, and what the ReLU gave: each is saved twice and counted once."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 1, bias=False), nn.ReLU(), nn.Conv2d(4, 2, 1, bias=False))
+    pixels = 112 * 112
+    expected = 7 * 4 * pixels * (3 + 4)
+    assert activation_bytes(model, 7, torch.float32, last=False) == expected
+
+
+def test_the_class_layer_grows_in_a_straight_line() -> None:
+    config = load_config(None, ["student.embedding_dim=32"])
+    sizes = [class_layer_bytes(config, 16, classes) for classes in (4096, 8192, 12288)]
+    assert sizes[2] - sizes[1] == sizes[1] - sizes[0]
+    assert sizes[0] < 20 * 4 * 4096 * (16 + 32)
+
+
+def test_peaks_are_counted_once_and_forgotten() -> None:
+    with PeakBytes() as peak:
+        first = torch.ones(1000)
+        second = first.view(10, 100) + 1
+        second.mul_(2)
+        del first
+        third = second * second
+        del second, third
+    assert peak.highest == 8000
+    assert peak.now == 0
+
+
+@pytest.mark.parametrize("settings", [(), ("optimizer.kind=adamw",), ("train.precision=bfloat16",)])
+def test_a_real_step_takes_the_memory_that_was_told(faces: Path, settings: tuple[str, ...]) -> None:
+    records = open_records(faces / "faces")
+    config = small_config(
+        *("student.width=0.25", "student.input_size=56", "kd.enabled=false", *settings)
+    )
+    told = dry_run(config, records, None)
+    state = RunState.build(config, records, None)
+    batches = load_batches(
+        FaceBatches(records, None, temperature=4.0), state.plans, workers=0, pin=False
+    )
+    first, second = next(batches), next(batches)
+    with PeakBytes() as peak:
+        state.take_step(first, records)
+        state.take_step(second, records)
+    standing = told.memory["backbone_weights"] + told.memory["class_centers"]
+    assert peak.highest == pytest.approx(told.memory_total - standing, rel=0.05)
+
+
+@pytest.mark.parametrize("order", ["full", "blocks"])
+def test_targets_take_what_materialising_takes(faces: Path, tmp_path: Path, order: str) -> None:
+    config = small_config(f"data.order={order}", "data.block_shards=1")
+    records, joined = join_targets(
+        *(open_records(faces / "faces"), Cache.open(faces / "targets.gkd")),
+        workers=1,
+        folder=tmp_path / "unused",
+        order="blocks",
+    )
+    told = dry_run(config, records, joined).targets_bytes
+    assert not (tmp_path / "unused").exists()
+    _, targets = load(faces)
+    arrays = [np.load(path) for path in sorted(targets.store.path.glob("*.npy"))]  # type: ignore[union-attr]
+    whole = sum(array.nbytes for array in arrays)
+    if order == "full":
+        assert told == whole
+    else:
+        assert 0.5 * whole < told < whole  # two shards of three, 16 + 16 of 42 samples
+
+
+def test_it_refuses_what_the_training_would(faces: Path) -> None:
+    records = open_records(faces / "faces")
+    with pytest.raises(ConfigError, match="fewer than one batch of 64"):
+        dry_run(small_config("train.batch_size=64", "kd.enabled=false"), records, None)
+    with pytest.raises(ConfigError, match="no targets were given"):
+        dry_run(small_config(), records, None)

@@ -1,0 +1,219 @@
+"""What training refuses, skips and stops at: each fault is provoked, not pretended."""
+
+import copy
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from gkd.storage.errors import ConfigError, GkdError
+from gkd.storage.records import open_records
+from gkd.storage.rows import Subset
+from gkd.trainer.checkpoint import read_checkpoint, write_checkpoint
+from gkd.trainer.data import Batch, FaceBatches, load_batches
+from gkd.trainer.guards import DIVERGED, Divergence, finite_weights
+from gkd.trainer.loop import train
+from gkd.trainer.state import RunState
+from tests.trainer.faces import load, run, small_config
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def started(faces: Path, *overrides: str) -> tuple[RunState, Iterator[Batch]]:
+    records, targets = load(faces)
+    config = small_config(*overrides)
+    state = RunState.build(config, records, targets)
+    dataset = FaceBatches(records, targets, temperature=config.kd.temperature)
+    return state, load_batches(dataset, state.plans, workers=0, pin=False)
+
+
+def learned(state: RunState) -> dict[str, torch.Tensor]:
+    """Everything that a step changes in the networks and the optimiser, by value."""
+    content = {**state.model.state_dict(), **state.head.state_dict(prefix="head.")}
+    for number, kept in state.optimizer.state_dict()["state"].items():
+        content |= {f"{number}.{name}": value for name, value in kept.items()}
+    return copy.deepcopy(content)
+
+
+def spoil(gradient: torch.Tensor) -> torch.Tensor:
+    return torch.where(torch.arange(gradient.numel()).view_as(gradient) == 3, torch.nan, gradient)
+
+
+@pytest.mark.parametrize("clip", ["0", "5"])
+@pytest.mark.parametrize("where", ["model", "head"])
+def test_a_gradient_that_is_not_finite_changes_nothing(faces: Path, where: str, clip: str) -> None:
+    state, batches = started(faces, f"optimizer.clip_norm={clip}")
+    records = open_records(faces / "faces")
+    state.take_step(next(batches), records)
+    before, rate = learned(state), state.optimizer.param_groups[0]["lr"]
+    parameter = next(getattr(state, where).parameters())
+    hook = parameter.register_hook(spoil)
+    batch = next(batches)
+    state.take_step(batch, records)
+    hook.remove()
+    after = learned(state)
+    assert before.keys() == after.keys()
+    assert [name for name in before if not torch.equal(before[name], after[name])] == []
+    assert (state.step, state.skipped, state.skipped_in_a_row) == (2, 1, 1)
+    assert state.optimizer.param_groups[0]["lr"] > rate  # warm-up goes on
+    assert state.last_skipped is not None
+    assert np.isnan(state.last_skipped.parts["gradient_norm"])
+    assert np.isfinite(state.last_skipped.parts["total"])
+    assert state.last_skipped.records == tuple(records.key(row) for row in batch.rows.tolist())
+    state.take_step(next(batches), records)
+    assert (state.step, state.skipped, state.skipped_in_a_row) == (3, 1, 0)
+    assert not torch.equal(before["head.weight"], learned(state)["head.weight"])
+
+
+def test_a_loss_that_is_not_finite_leaves_running_statistics_alone(faces: Path) -> None:
+    state, batches = started(faces)
+    records = open_records(faces / "faces")
+    state.take_step(next(batches), records)
+    before = learned(state)
+    hook = next(iter(state.model.children())).register_forward_hook(lambda *_: _[2] * torch.nan)
+    state.take_step(next(batches), records)
+    hook.remove()
+    after = learned(state)
+    assert [name for name in before if not torch.equal(before[name], after[name])] == []
+    assert finite_weights((state.model, state.head))
+
+
+def test_a_gradient_scaler_finds_its_scale(faces: Path) -> None:
+    """Gradients overflow at the first scales: skipped, halved, and trained on, as float16 does."""
+    state, batches = started(faces, "optimizer.clip_norm=5", "train.max_skipped=40")
+    records = open_records(faces / "faces")
+    state.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**125)
+    before = learned(state)
+    scales: list[float] = []
+    while not scales or state.skipped_in_a_row:
+        scales.append(state.scaler.get_scale())
+        state.take_step(next(batches), records)
+    assert scales == [2.0**125 / 2**n for n in range(len(scales))]
+    assert state.skipped == len(scales) - 1 > 0
+    assert not torch.equal(before["head.weight"], learned(state)["head.weight"])
+    assert finite_weights((state.model, state.head))
+
+
+def test_after_so_many_in_a_row_it_stops_by_name(faces: Path, tmp_path: Path) -> None:
+    """A rate that overflows the weights: the log names each step, no checkpoint is spoilt."""
+    out = tmp_path / "out"
+    with pytest.raises(GkdError) as error:
+        run(
+            *(faces, out, "optimizer.lr=1e6", "train.epochs=9", "train.max_skipped=4"),
+            *("train.log_every=2", "checkpoint.every_epochs=0.2"),
+        )
+    message = str(error.value)
+    assert "were not finite in 4 steps in a row (train.max_skipped)" in message
+    assert "gradient_norm nan) with records person_" in message
+    assert "lower optimizer.lr or more schedule.warmup_epochs" in message
+    assert message.count(".jpg") == 8
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    skipped = [line for line in lines if "not_finite" in line]
+    assert [len(line["records"]) for line in skipped] == [8] * len(skipped)
+    assert skipped[-1]["not_finite"]["gradient_norm"] == "nan"
+    kept = read_checkpoint(out / "checkpoints/last.pt")
+    assert kept["step"] < int(message.partition("the last was step ")[2].split()[0])
+    assert all(torch.isfinite(value).all() for value in kept["model"].values())
+
+
+def test_weights_that_are_not_finite_are_not_saved(faces: Path, tmp_path: Path) -> None:
+    """One update of 1e38 overflows the next; the checkpoint before it stays."""
+    out = tmp_path / "out"
+    with pytest.raises(GkdError, match=r"weights are not finite, so no checkpoint of them"):
+        run(
+            *(faces, out, "optimizer.lr=1e38", "optimizer.weight_decay=1", "train.max_skipped=40"),
+            *("checkpoint.every_epochs=0.2", "train.epochs=9", "schedule.kind=step"),
+        )
+    kept = out / "checkpoints/last.pt"
+    if kept.exists():
+        assert all(torch.isfinite(v).all() for v in read_checkpoint(kept)["model"].values())
+
+
+def test_a_rate_too_high_is_called_divergence(faces: Path, tmp_path: Path) -> None:
+    with pytest.raises(GkdError) as error:
+        run(
+            *(faces, tmp_path / "out", "optimizer.lr=1000", "optimizer.weight_decay=0"),
+            *("schedule.kind=step", "student.embedding_dim=64", "train.epochs=40"),
+        )
+    message = str(error.value)
+    assert "the training diverges: at step" in message
+    assert "lower optimizer.lr or more schedule.warmup_epochs" in message
+    lines = (tmp_path / "out/metrics.jsonl").read_text().splitlines()
+    entropies = [json.loads(line)["ce"] for line in lines]
+    assert f"it began at {entropies[0]:.4g}" in message
+    assert np.mean(entropies[-30:]) > DIVERGED * entropies[0]
+
+
+def test_a_short_peak_is_no_divergence() -> None:
+    watch = Divergence()
+    for ce in [40.0, *([100.0] * 20), *([35.0] * 500)]:
+        watch.add(ce)
+        assert not watch.found
+    # Mean m after n more steps at 90 from 35: 90 - 55 * 0.99^n > 60 first at n = 61.
+    steps = 0
+    while not watch.found:
+        watch.add(90.0)
+        steps += 1
+    assert steps == 61
+
+
+def test_counts_outlive_an_interruption(faces: Path, tmp_path: Path) -> None:
+    state, batches = started(faces)
+    records, targets = load(faces)
+    state.head.weight.register_hook(spoil)
+    for _ in range(3):
+        state.take_step(next(batches), records)
+    again = RunState.build(state.config, records, targets)
+    again.restore(state.state(), tmp_path / "last.pt")
+    assert (again.step, again.skipped, again.skipped_in_a_row) == (3, 3, 3)
+    assert again.divergence == state.divergence
+
+
+def test_weights_of_another_embedding_size_are_refused(faces: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run(faces, out, "train.epochs=1")
+    content = read_checkpoint(out / "checkpoints/last.pt")
+    content["head"]["weight"] = torch.zeros(6, 16)
+    write_checkpoint(out / "checkpoints/last.pt", content)
+    with pytest.raises(ConfigError, match=r"do not fit its own configuration \(student iresnet18 "):
+        run(faces, out, "train.epochs=1")
+
+
+def test_labels_outside_the_classes_are_refused(faces: Path, tmp_path: Path) -> None:
+    records = open_records(faces / "faces")
+    config = small_config("kd.enabled=false")
+    with pytest.raises(
+        ConfigError,
+        match=r"14 labels of .* outside its 4 classes, the first: 4 of .*person_4/0.jpg",
+    ):
+        train(config, Subset(records, np.arange(42), 4), None, tmp_path / "out")
+    records.labels[5] = -1
+    with pytest.raises(ConfigError, match=r"1 records of .* have no readable label"):
+        train(config, records, None, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_one_identity_is_refused(faces: Path, tmp_path: Path) -> None:
+    records = Subset(open_records(faces / "faces"), np.repeat(np.arange(7, 14), 2))
+    with pytest.raises(ConfigError, match=r"two identities at least, got those of class 1 alone"):
+        train(small_config("kd.enabled=false"), records, None, tmp_path / "out")
+
+
+def test_classes_without_an_image_are_told(
+    faces: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    records = Subset(open_records(faces / "faces"), np.arange(7, 42), 9)
+    train(small_config("kd.enabled=false", "train.epochs=1"), records, None, tmp_path / "out")
+    told = "4 of 9 classes have no image in"
+    assert capsys.readouterr().err.count(told) == 1
+    run(faces, tmp_path / "whole", "train.epochs=1")
+    assert "no image" not in capsys.readouterr().err

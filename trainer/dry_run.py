@@ -1,0 +1,284 @@
+"""What a training would cost, without training: parameters, operations, memory by part, steps."""
+
+import math
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from gkd.storage.blocks import ShardStore
+from gkd.storage.records import Records
+from gkd.storage.target_arrays import array_shapes
+from gkd.trainer.backbones.common import FACE_SIZE
+from gkd.trainer.checkpoint import student_backbone
+from gkd.trainer.config import RunConfig
+from gkd.trainer.data import JoinedTargets, check_data
+from gkd.trainer.devices import DTYPES
+from gkd.trainer.fused import grouped_margin_loss
+from gkd.trainer.heads import MarginHead
+from gkd.trainer.loop import targets_in_use
+from gkd.trainer.plans import Plans
+from gkd.trainer.schedules import make_optimizer
+
+# Two batches tell what grows with the batch from what does not.
+PROBES = (2, 4)
+# The class layer is measured on so many classes, and grows by as many each.
+PROBE_CLASSES = (4096, 8192)
+HELD = {"full": "memory-mapped files on disk", "blocks": "two blocks in memory"}
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """The costs of a training on one device; bytes, and floating-point operations (a
+    multiply-add counts two).
+
+    parameters       of backbone and head, and how many of them learn
+    flops_per_image  of the backbone's forward pass
+    flops_per_step   forward and backward of backbone and class layer, for a whole batch: three
+                     times the forward, for each product has two for its gradients
+    memory           by part, at the height of a step; a library's workspaces not counted
+    targets_bytes    of the targets in use, held as ``targets_held`` says
+    """
+
+    images: int
+    classes: int
+    precision: str
+    parameters: dict[str, int]
+    flops_per_image: int
+    flops_per_step: int
+    memory: dict[str, int]
+    memory_total: int
+    targets_bytes: int
+    targets_held: str
+    steps_per_epoch: int
+    epochs: int
+    total_steps: int
+
+
+def dry_run(config: RunConfig, records: Records, targets: JoinedTargets | None) -> DryRun:
+    """Costs of the training that ``train`` would begin; the device need not be there.
+
+    ``targets`` are to be joined for reading in blocks, so that none are copied.
+
+    Raises:
+        ConfigError: for data or a student that cannot be trained, as ``train`` raises it.
+        SpecMismatchError: for targets of other records.
+    """
+    targets = targets_in_use(config, records, targets)
+    check_data(
+        records,
+        targets,
+        batch_size=config.train.batch_size,
+        flip=config.data.flip,
+        temperature=config.kd.temperature,
+    )
+    precision = _precision(config)
+    model = student_backbone(config.student)
+    if config.train.channels_last:
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    with torch.device("meta"):
+        head = MarginHead(
+            records.num_classes, config.student.embedding_dim, margin=config.head.margins
+        )
+    batch = config.train.batch_size
+    plans = Plans(len(records), batch, config.train.epochs, config.train.seed, config.data.flip)
+    flops = backbone_flops(model)
+    memory = _memory(config, model, head, DTYPES[precision])
+    return DryRun(
+        images=len(records),
+        classes=records.num_classes,
+        precision=precision,
+        parameters={
+            "backbone": _count(model),
+            "head": _count(head),
+            "learning": sum(p.numel() for p in _learning(model, head)),
+        },
+        flops_per_image=flops,
+        flops_per_step=3 * batch * (flops + 2 * head.weight.numel()),
+        memory=memory,
+        memory_total=sum(memory.values()),
+        targets_bytes=_targets_bytes(config, targets),
+        targets_held=HELD[config.data.order],
+        steps_per_epoch=plans.steps_per_epoch,
+        epochs=config.train.epochs,
+        total_steps=plans.total_steps,
+    )
+
+
+@torch.no_grad()
+def backbone_flops(model: nn.Module) -> int:
+    """Operations of the forward pass for one image, counted on a real one of ``PROBES[0]``."""
+    images = torch.zeros(PROBES[0], 3, FACE_SIZE, FACE_SIZE)
+    with FlopCounterMode(display=False) as counter:
+        model(images)
+    return int(counter.get_total_flops()) // PROBES[0]
+
+
+def activation_bytes(model: nn.Module, batch: int, dtype: torch.dtype, *, last: bool) -> int:
+    """What a backbone keeps for its way back, for a batch; measured on two small ones.
+
+    Counts the storages of saved tensors that are neither parameters nor buffers, each once.
+    ``last`` says whether images are in channels_last format.
+    """
+    few, more = (_saved_bytes(model, images, dtype, last=last) for images in PROBES)
+    per_image = (more - few) / (PROBES[1] - PROBES[0])
+    return round(few + per_image * (batch - PROBES[0]))
+
+
+def _saved_bytes(model: nn.Module, batch: int, dtype: torch.dtype, *, last: bool) -> int:
+    own = {_storage(tensor)[0] for tensor in (*model.parameters(), *model.buffers())}
+    kept: dict[int, tuple[int, Tensor]] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        place, size = _storage(tensor)
+        if place not in own:
+            # The tensor too: a freed storage's place is soon another's.
+            kept[place] = size, tensor
+        return tensor
+
+    images = torch.zeros(batch, 3, FACE_SIZE, FACE_SIZE)
+    if last:
+        images = images.contiguous(memory_format=torch.channels_last)
+    with (
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        torch.autocast("cpu", dtype, enabled=dtype != torch.float32),
+    ):
+        model(images)
+    return sum(size for size, _ in kept.values())
+
+
+def _storage(tensor: Tensor) -> tuple[int, int]:
+    storage = tensor.untyped_storage()
+    return storage.data_ptr(), storage.nbytes()
+
+
+def _memory(
+    config: RunConfig, model: nn.Module, head: MarginHead, dtype: torch.dtype
+) -> dict[str, int]:
+    batch = config.train.batch_size
+    learning = _learning(model, head)
+    return {
+        "backbone_weights": _bytes([*model.parameters(), *model.buffers()]),
+        "class_centers": _bytes([head.weight]),
+        "gradients": _bytes(learning),
+        "optimizer_state": optimizer_bytes(config, learning),
+        # As read, and as floats where the backbone keeps its own, shorter copy.
+        "images": batch * 3 * FACE_SIZE**2 * (1 if dtype == torch.float32 else 5),
+        "activations": activation_bytes(model, batch, dtype, last=config.train.channels_last),
+        "class_layer": class_layer_bytes(config, batch, len(head.weight)),
+    }
+
+
+def class_layer_bytes(config: RunConfig, batch: int, num_classes: int) -> int:
+    """What class layer and loss need for a while, above the centres and their gradient.
+
+    The peak of a real forward and backward pass over each number of ``PROBE_CLASSES``, taken
+    further in a straight line.
+    """
+    few, more = (_class_layer_peak(config, batch, classes) for classes in PROBE_CLASSES)
+    slope = (more - few) / (PROBE_CLASSES[1] - PROBE_CLASSES[0])
+    return int(few + slope * (num_classes - PROBE_CLASSES[0]))
+
+
+def _class_layer_peak(config: RunConfig, batch: int, num_classes: int) -> int:
+    dim = config.student.embedding_dim
+    head = MarginHead(num_classes, dim, margin=config.head.margins, scale=config.head.scale)
+    embeddings = torch.ones(batch, dim, requires_grad=True)
+    labels = torch.zeros(batch, dtype=torch.int64)
+    peak = PeakBytes()
+    with peak:
+        loss = grouped_margin_loss(
+            embeddings, head.weight, labels, None, margin=head.margin, scale=head.scale
+        )
+        loss.total.backward()
+    return peak.highest - _bytes([head.weight])
+
+
+class PeakBytes(TorchDispatchMode):
+    """The most bytes that tensors made under it had at once, those of their storages."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now: int = 0
+        self.highest: int = 0
+        self._seen: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        given = {
+            each.untyped_storage().data_ptr()
+            for each in tree_leaves((args, kwargs))
+            if isinstance(each, Tensor)
+        }
+        result = func(*args, **(kwargs or {}))
+        for each in tree_leaves(result):
+            if isinstance(each, Tensor):
+                self._count(each.untyped_storage(), given)
+        return result
+
+    def _count(self, storage: torch.UntypedStorage, given: set[int]) -> None:
+        if storage.data_ptr() in given or storage in self._seen:
+            return  # a view, or changed in place
+        self._seen.add(storage)
+        size = storage.nbytes()
+        self.now += size
+        self.highest = max(self.highest, self.now)
+        weakref.finalize(storage, self._free, size)
+
+    def _free(self, size: int) -> None:
+        self.now -= size
+
+
+def optimizer_bytes(config: RunConfig, parameters: list[nn.Parameter]) -> int:
+    """Bytes of the optimiser's state: that of a real step, on tensors without memory."""
+    shadows = [nn.Parameter(torch.empty_like(p, device="meta")) for p in parameters]
+    optimizer = make_optimizer(config.optimizer, shadows)
+    for shadow in shadows:
+        shadow.grad = torch.empty_like(shadow)
+    optimizer.step()
+    states: list[dict[str, Any]] = list(optimizer.state.values())
+    return _bytes([each for state in states for each in state.values() if isinstance(each, Tensor)])
+
+
+def _targets_bytes(config: RunConfig, targets: JoinedTargets | None) -> int:
+    if targets is None:
+        return 0
+    assert isinstance(targets.store, ShardStore)
+    cache, spec = targets.store.cache, targets.spec
+
+    def size(shards: list[int]) -> int:
+        shapes = array_shapes(cache, shards, spec.views).values()
+        return sum(dtype.itemsize * math.prod(shape) for dtype, shape in shapes)
+
+    if config.data.order == "full":
+        return size(list(range(spec.num_shards)))
+    assert cache.manifest is not None
+    entries = [sum(shard.entries.values()) for shard in cache.manifest.shards]
+    largest = sorted(range(spec.num_shards), key=lambda shard: -entries[shard])
+    return size(largest[: 2 * config.data.block_shards])
+
+
+def _precision(config: RunConfig) -> str:
+    """What the backbone would compute in; without a GPU ``auto`` is judged as on this machine."""
+    if config.train.precision != "auto":
+        return config.train.precision
+    cuda = config.train.device != "cpu" and torch.cuda.is_available()
+    return "bfloat16" if cuda and torch.cuda.is_bf16_supported() else "float32"
+
+
+def _learning(model: nn.Module, head: nn.Module) -> list[nn.Parameter]:
+    return [p for p in (*model.parameters(), *head.parameters()) if p.requires_grad]
+
+
+def _count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _bytes(tensors: list[Any]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -1,0 +1,436 @@
+"""Margin softmax and grouped distillation from embeddings and centres, without their logits.
+
+The loss is that of ``gkd.trainer.losses`` on the logits of ``gkd.trainer.heads.margin_logits``.
+Classes are worked through chunk by chunk, twice, and no ``[B, C]`` tensor ever exists:
+
+1. ``class_sums``: the logits of a chunk, their exponentials summed over the classes that no sample
+   looks at singly, and the logits picked out where one does (its group's entries, its label).
+2. ``picked_terms``: everything that is not dense. The margin, the loss and the gradient at the
+   picked classes, and per sample the two numbers that multiply all its other exponentials.
+3. ``class_gradients``: the logits of a chunk again, their gradient, and its two products.
+
+So there are four matrix products for three of a layer that keeps its logits. A cosine is bounded,
+so the exponentials of scaled cosines are summed as they are where the scale lets them (no running
+maximum), and for T = 1, 2 or 4 those of z come from those of z/T by squaring.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from gkd.trainer.gathering import gather_batch
+from gkd.trainer.heads import Margin, apply_margin, at_least_float32, margin_logits
+from gkd.trainer.losses import (
+    GkdLoss,
+    GroupTargets,
+    Weights,
+    gkd_loss,
+    group_terms,
+    segment_logsumexp,
+    spread,
+)
+from gkd.trainer.ranks import ALONE, Ranks
+
+# Classes of a chunk: its logits stay in a CPU's caches.
+CHUNK_CLASSES = 1024
+# A norm below this is taken for this, as torch.nn.functional.normalize does.
+EPSILON = 1e-12
+# Exponents this far below zero vanish; a power of two, so that no dtype rounds it.
+FAR = 2.0**100
+# Squaring multiplies an exponential's rounding error; up to here it is below the logits' own.
+SQUARED_TEMPERATURES = (1.0, 2.0, 4.0)
+
+
+def grouped_margin_loss(
+    embeddings: Tensor,
+    centers: Tensor,
+    labels: Tensor,
+    targets: GroupTargets | None,
+    *,
+    margin: Margin,
+    scale: float = 64.0,
+    temperature: float = 4.0,
+    w_binary: float = 1.0,
+    w_primary: float = 1.0,
+    ramp: float = 1.0,
+    impl: Literal["fused", "reference"] = "fused",
+    ranks: Ranks = ALONE,
+    first_class: int = 0,
+) -> GkdLoss:
+    """Cross-entropy with a margin plus grouped distillation, from embeddings to the loss.
+
+        z = scale * cosine(embedding, centre), at the label scale * psi(cosine)  (``apply_margin``)
+        loss = CE(z, label) + ramp * T^2 * mean(w_binary * Binary + w_primary * Primary)
+
+    embeddings  [B, D] float, un-normalised; half precision is taken up to float32
+    centers     [C, D] float, un-normalised, the like
+    labels      [B] int64
+    targets     the teacher's groups at ``temperature``; None for cross-entropy alone
+    impl        "fused" holds a chunk of classes at a time; "reference" holds all logits [B, C]
+
+    Computed in float32, in float64 where the embeddings are; under autocast too.
+
+    With several ``ranks`` (fused only) each gives its own part of the batch, B samples of each, and
+    of the centres, the C from ``first_class`` on. The loss is that of the whole batch, on every
+    rank; the embeddings' gradient is times the number of ranks, by which DistributedDataParallel
+    divides the sum.
+    """
+    if impl == "reference":
+        logits = margin_logits(embeddings, centers, labels, margin=margin, scale=scale)
+        return gkd_loss(
+            logits,
+            labels,
+            targets,
+            temperature=temperature,
+            w_binary=w_binary,
+            w_primary=w_primary,
+            ramp=ramp,
+        )
+    weights = Weights(temperature, ramp * w_binary, ramp * w_primary)
+    objective = Objective(margin, scale, weights, distil=targets is not None)
+    with torch.autocast(embeddings.device.type, enabled=False):
+        unit = F.normalize(at_least_float32(embeddings), eps=EPSILON)
+        batch = gather_batch(unit, labels, targets or _no_targets(unit), ranks)
+        layer = _Layer(ranks, first_class, objective)
+        values: tuple[Tensor, ...] = _FusedLoss.apply(  # type: ignore[no-untyped-call]
+            batch.unit, centers.to(unit.dtype), batch.labels, batch.targets, layer
+        )
+    return GkdLoss(*values)
+
+
+class Objective(NamedTuple):
+    """What is asked of the logits; without ``distil`` cross-entropy alone."""
+
+    margin: Margin
+    scale: float
+    weights: Weights
+    distil: bool
+
+
+class _Layer(NamedTuple):
+    """This rank's part of the class layer, from ``first_class`` on, and what is asked of it."""
+
+    ranks: Ranks
+    first_class: int
+    objective: Objective
+
+
+@dataclass(frozen=True)
+class Picks:
+    """The classes that samples look at singly: entries of the groups [E], then labels [B].
+
+    order   int64 [E + B]   sorts them by class
+    places  int64 [E + B]   class * B + row, sorted
+    """
+
+    order: Tensor
+    places: Tensor
+    batch_size: int
+
+    @classmethod
+    def of(cls, labels: Tensor, targets: GroupTargets, first_class: int = 0) -> Self:
+        """Those of a batch, in a layer that begins with ``first_class``."""
+        classes = torch.cat([targets.indices, labels]) - first_class
+        rows = torch.cat([targets.rows, torch.arange(len(labels), device=labels.device)])
+        places, order = torch.sort(classes * len(labels) + rows)
+        return cls(order, places, len(labels))
+
+    def chunks(self, num_classes: int) -> Iterator[tuple[slice, slice]]:
+        """Classes of each chunk, and which of the sorted picks fall among them."""
+        starts = list(range(0, num_classes, CHUNK_CLASSES))
+        ends = [*starts[1:], num_classes]
+        edges = torch.tensor([*starts, num_classes], device=self.places.device) * self.batch_size
+        bounds = torch.searchsorted(self.places, edges).tolist()
+        for start, end, first, last in zip(starts, ends, bounds, bounds[1:], strict=False):
+            yield slice(start, end), slice(first, last)
+
+    def within(self, classes: slice, picked: slice) -> Tensor:
+        """Places of the picks of a chunk in its flattened logits [classes, B]."""
+        places: Tensor = self.places[picked] - classes.start * self.batch_size
+        return places
+
+
+class ClassSums(NamedTuple):
+    """What the loss needs of a layer.
+
+    norms          [C]           of the centres
+    log_rest       [B] float64   logsumexp of z over the classes that a sample does not pick
+    log_soft_rest  [B] float64   the same of z / T
+    picked         [E + B]       z at the picks, before the margin
+    """
+
+    norms: Tensor
+    log_rest: Tensor
+    log_soft_rest: Tensor
+    picked: Tensor
+
+
+class PickedTerms(NamedTuple):
+    """Loss of each row [B], and its gradient by z.
+
+    At the picks the gradient stands as it is, by the label's cosine before the margin. Anywhere
+    else it is exp(z - log_all) + tail * exp(z / T - log_tail).
+    """
+
+    ce: Tensor
+    primary: Tensor
+    binary: Tensor
+    log_all: Tensor  # [B] float64
+    log_tail: Tensor  # [B] float64
+    tail: Tensor  # [B] float64
+    at_picks: Tensor  # [E + B]
+
+
+class _FusedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        unit: Tensor,
+        centers: Tensor,
+        labels: Tensor,
+        targets: GroupTargets,
+        layer: _Layer,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        ranks, first_class, objective = layer
+        picks = Picks.of(labels, targets, first_class)
+        sums = class_sums(unit, centers, picks, objective)
+        sums = sums._replace(
+            log_rest=ranks.logsumexp(sums.log_rest),
+            log_soft_rest=ranks.logsumexp(sums.log_soft_rest),
+            picked=ranks.sum(sums.picked),
+        )
+        terms = picked_terms(sums, labels, targets, objective)
+        ctx.save_for_backward(unit, centers)
+        ctx.rest = picks, sums.norms, terms, layer
+        ce, primary, binary = (
+            values.mean().to(unit.dtype) for values in (terms.ce, terms.primary, terms.binary)
+        )
+        weights = objective.weights
+        kd = weights.binary * binary + weights.primary * primary
+        ctx.mark_non_differentiable(ce, primary, binary)
+        return ce + weights.temperature**2 * kd, ce, primary, binary
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grads: Tensor
+    ) -> tuple[Tensor, Tensor, None, None, None]:
+        unit, centers = ctx.saved_tensors
+        picks, norms, terms, layer = ctx.rest
+        factor = grads[0] / len(unit)
+        grad_unit, grad_centers = class_gradients(
+            unit, centers, picks, norms, terms, layer.objective, factor
+        )
+        return layer.ranks.sum(grad_unit), grad_centers, None, None, None
+
+
+def class_sums(unit: Tensor, centers: Tensor, picks: Picks, objective: Objective) -> ClassSums:
+    """Sums of exponentials over a layer, and its logits at the picks.
+
+    unit     [B, D]   normalised embeddings
+    centers  [C, D]   not normalised
+    """
+    plan = _Exponentials.plan(unit, centers, objective)
+    scaled = (unit * (objective.scale / plan.divisor)).T
+    norms = torch.empty_like(centers[:, 0])
+    picked = unit.new_zeros(len(picks.places))
+    sums: list[Tensor] = []
+    soft_sums: list[Tensor] = []
+    for classes, some in picks.chunks(len(centers)):
+        norms[classes] = torch.linalg.vector_norm(centers[classes], dim=1).clamp_(min=EPSILON)
+        logits = torch.mm(centers[classes] / norms[classes, None], scaled)
+        places, flat = picks.within(classes, some), logits.view(-1)
+        picked[some] = flat.index_select(0, places)
+        flat.index_fill_(0, places, -math.inf)
+        log_sum, log_soft_sum = plan.log_sums(logits)
+        sums.append(log_sum)
+        soft_sums.append(log_soft_sum)
+    unsorted = torch.empty_like(picked).index_copy_(0, picks.order, picked * plan.divisor)
+    return ClassSums(
+        norms,
+        torch.stack(sums).logsumexp(0),
+        torch.stack(soft_sums).logsumexp(0),
+        unsorted,
+    )
+
+
+def picked_terms(
+    sums: ClassSums, labels: Tensor, targets: GroupTargets, objective: Objective
+) -> PickedTerms:
+    """The loss of each row, and its gradient wherever that is not dense."""
+    entries, temperature = len(targets.indices), objective.weights.temperature
+    at_labels, slopes = _label_logits(sums.picked[entries:], objective)
+    is_label = targets.indices == spread(labels, targets)
+    at_entries = torch.where(is_label, spread(at_labels, targets), sums.picked[:entries])
+    # Rows are few: float64 from here on where logits are compared.
+    fine_labels, fine_entries = at_labels.double(), at_entries.double()
+    others = segment_logsumexp(fine_entries.masked_fill(is_label, -math.inf), targets)
+    gap = torch.logaddexp(others, sums.log_rest) - fine_labels
+    ce = -F.logsigmoid(-gap)
+    log_all = fine_labels + ce
+
+    in_group = torch.zeros(len(labels), device=labels.device)
+    in_group = in_group.index_add_(0, targets.rows, is_label.float()) > 0
+    soft_label = (fine_labels / temperature).masked_fill(in_group, -math.inf)
+    log_tail = torch.logaddexp(sums.log_soft_rest, soft_label)
+    terms = group_terms(
+        at_entries / temperature, log_tail, torch.ones_like(log_tail), targets, objective.weights
+    )
+    # T^2 of the loss times 1/T of du/dz.
+    tail = temperature * terms.grad_tail.double()
+    kd_entries = temperature * terms.grad_entries
+    grad_labels = torch.where(in_group, 0.0, tail * torch.exp(soft_label - log_tail))
+    grad_labels.index_add_(0, targets.rows, kd_entries.double().masked_fill(~is_label, 0.0))
+    # The label's probability less one, without the difference.
+    grad_labels = ((grad_labels - torch.sigmoid(gap)) * slopes).to(at_labels.dtype)
+    grad_entries = torch.exp(fine_entries - spread(log_all, targets)).to(kd_entries) + kd_entries
+    grad_entries = torch.where(is_label, spread(grad_labels, targets), grad_entries)
+    return PickedTerms(
+        ce,
+        terms.primary,
+        terms.binary,
+        log_all,
+        log_tail,
+        tail,
+        torch.cat([grad_entries, grad_labels]),
+    )
+
+
+def class_gradients(
+    unit: Tensor,
+    centers: Tensor,
+    picks: Picks,
+    norms: Tensor,
+    terms: PickedTerms,
+    objective: Objective,
+    factor: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Gradient by normalised embeddings [B, D] and by centres [C, D], times a number."""
+    plan = _Exponentials.plan(unit, centers, objective)
+    softened = (unit * (objective.scale / plan.divisor)).T
+    scaled = unit * objective.scale
+    at_picks = (terms.at_picks * factor).index_select(0, picks.order)
+    dense = plan.coefficients(terms, factor)
+    grad_scaled, grad_centers = torch.zeros_like(unit), torch.empty_like(centers)
+    for classes, some in picks.chunks(len(centers)):
+        norm = norms[classes, None]
+        directions = centers[classes] / norm
+        logits = torch.mm(directions, softened)
+        grad = plan.gradient(logits, dense)
+        grad.view(-1).index_copy_(0, picks.within(classes, some), at_picks[some])
+        grad_scaled.addmm_(grad.T, directions)
+        # By the centre's direction, less the part along it, which changes the norm alone.
+        along = logits.mul_(grad.div_(norm)).sum(1, keepdim=True).mul_(-plan.divisor)
+        torch.mul(directions, along, out=grad_centers[classes]).addmm_(grad, scaled)
+    return grad_scaled.mul_(objective.scale), grad_centers
+
+
+class _Dense(NamedTuple):
+    """Gradient outside the picks: softmax * exp(z - shift) + tail * exp(z / T - soft_shift)."""
+
+    softmax: Tensor
+    tail: Tensor
+    shift: Tensor
+    soft_shift: Tensor
+
+
+class _Exponentials(NamedTuple):
+    """How the exponentials of z and of z / T are taken, from ``base = z / divisor``.
+
+    bounded    no sum of them leaves the floating-point range: they are taken without a shift
+    squarings  of exp(z / T) that make exp(z), or None where each is taken by itself
+    """
+
+    divisor: float
+    squarings: int | None
+    bounded: bool
+    temperature: float
+    distil: bool
+
+    @classmethod
+    def plan(cls, unit: Tensor, centers: Tensor, objective: Objective) -> Self:
+        temperature = objective.weights.temperature
+        distil = objective.distil
+        steepest = objective.scale / min(1.0, temperature if distil else 1.0)
+        room = math.log(torch.finfo(unit.dtype).max) - math.log(unit.shape[0] * centers.shape[0])
+        bounded = steepest < room - 4.0
+        if distil and bounded and temperature in SQUARED_TEMPERATURES:
+            return cls(temperature, round(math.log2(temperature)), bounded, temperature, distil)
+        return cls(1.0, None, bounded, temperature, distil)
+
+    def log_sums(self, base: Tensor) -> tuple[Tensor, Tensor]:
+        """Logsumexp over classes [n, B] of z and of z / T, float64 [B]. Overwrites ``base``."""
+        if self.squarings is not None:
+            soft = base.exp_().sum(0).double().log()
+            for _ in range(self.squarings):
+                base.mul_(base)
+            return base.sum(0).double().log(), soft
+        soft = torch.full_like(base[0], -math.inf, dtype=torch.float64)
+        if self.distil:
+            soft = self._log_sum(base / self.temperature)
+        return self._log_sum(base), soft
+
+    def _log_sum(self, values: Tensor) -> Tensor:
+        if self.bounded:
+            return values.exp_().sum(0).double().log()
+        peak = values.amax(0).clamp_(min=torch.finfo(values.dtype).min)
+        return peak.double() + values.sub_(peak).exp_().sum(0).double().log()
+
+    def coefficients(self, terms: PickedTerms, factor: Tensor) -> _Dense:
+        """What ``gradient`` multiplies the exponentials by, in their dtype."""
+        # Without a tail every class of the row is picked, and no exponential may be infinite.
+        log_tail = terms.log_tail.masked_fill(terms.log_tail == -math.inf, FAR)
+        softmax, shift = self._over(terms.log_all, terms.at_picks.dtype)
+        tail, soft_shift = self._over(log_tail, terms.at_picks.dtype)
+        softmax, tail = softmax * factor, tail * terms.tail * factor
+        return _Dense(softmax.to(shift), tail.to(shift), shift, soft_shift)
+
+    def _over(self, log_sum: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """1 / exp(log_sum) as a coefficient (float64) and a shift, whose rounding is made good."""
+        shift = torch.zeros_like(log_sum, dtype=dtype) if self.bounded else log_sum.to(dtype)
+        return torch.exp(shift.double() - log_sum), shift
+
+    def gradient(self, base: Tensor, dense: _Dense) -> Tensor:
+        """Gradient by z of the classes that are not picked [n, B]."""
+        if self.squarings is not None:
+            soft = torch.exp(base)
+            sharp = soft
+            for _ in range(self.squarings):
+                sharp = sharp * sharp if sharp is soft else sharp.mul_(sharp)
+            return torch.addcmul(soft * dense.tail, sharp, dense.softmax)
+        sharp = base.clone() if self.bounded else base - dense.shift
+        grad = sharp.exp_().mul_(dense.softmax)
+        if self.distil:
+            soft = base / self.temperature
+            if not self.bounded:
+                soft.sub_(dense.soft_shift)
+            grad.addcmul_(soft.exp_(), dense.tail)
+        return grad
+
+
+def _label_logits(picked: Tensor, objective: Objective) -> tuple[Tensor, Tensor]:
+    """Labels' z without the margin [B] to z with it, and its slope by z without."""
+    with torch.enable_grad():
+        cosines = (picked / objective.scale).requires_grad_()
+        shifted = apply_margin(cosines, objective.margin)
+        (slopes,) = torch.autograd.grad(shifted.sum(), cosines)
+    return shifted.detach() * objective.scale, slopes
+
+
+def _no_targets(unit: Tensor) -> GroupTargets:
+    """Samples without any group."""
+    batch = len(unit)
+    nothing = torch.empty(0, dtype=torch.int64, device=unit.device)
+    return GroupTargets(
+        offsets=torch.zeros(batch + 1, dtype=torch.int64, device=unit.device),
+        rows=nothing,
+        indices=nothing,
+        log_probs=unit.new_empty(0),
+        log_secondary=unit.new_zeros(batch),
+    )

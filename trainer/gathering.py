@@ -1,0 +1,68 @@
+"""A batch of all ranks, on each of them: what a class layer in parts works on."""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from gkd.trainer.losses import GroupTargets
+from gkd.trainer.ranks import Ranks
+
+
+class GatheredBatch(NamedTuple):
+    """Embeddings [B, D], labels [B] and targets of a whole batch, rank after rank."""
+
+    unit: Tensor
+    labels: Tensor
+    targets: GroupTargets
+
+
+def gather_batch(
+    unit: Tensor, labels: Tensor, targets: GroupTargets, ranks: Ranks
+) -> GatheredBatch:
+    """The ranks' parts of a batch, each of the same number of samples, as one.
+
+    The gradient of a rank's embeddings is its part of the whole batch's, which every rank has in
+    full, times the number of ranks.
+    """
+    if ranks.world_size == 1:
+        return GatheredBatch(unit, labels, targets)
+    gathered: Tensor = _Gather.apply(unit, ranks)  # type: ignore[no-untyped-call]
+    return GatheredBatch(gathered, ranks.gather(labels), _gather_targets(targets, ranks))
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, part: Tensor, ranks: Ranks) -> Tensor:
+        ctx.ranks, ctx.size = ranks, len(part)
+        return ranks.gather(part)
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grads: Tensor
+    ) -> tuple[Tensor, None]:
+        start = ctx.ranks.rank * ctx.size
+        return grads[0][start : start + ctx.size] * ctx.ranks.world_size, None
+
+
+def _gather_targets(targets: GroupTargets, ranks: Ranks) -> GroupTargets:
+    sizes = ranks.gather(torch.diff(targets.offsets))
+    counts = sizes.view(ranks.world_size, -1).sum(1).tolist()
+    offsets = F.pad(sizes.cumsum(0), (1, 0))
+    return GroupTargets(
+        offsets=offsets,
+        rows=torch.repeat_interleave(sizes),
+        indices=_gather_varied(targets.indices, counts, ranks),
+        log_probs=_gather_varied(targets.log_probs, counts, ranks),
+        log_secondary=ranks.gather(targets.log_secondary),
+    )
+
+
+def _gather_varied(part: Tensor, counts: list[int], ranks: Ranks) -> Tensor:
+    """The ranks' vectors of ``counts`` elements, one after the other."""
+    longest = max(counts)
+    padded = ranks.gather(F.pad(part, (0, longest - len(part)))).view(len(counts), longest)
+    return torch.cat([row[:count] for row, count in zip(padded, counts, strict=True)])

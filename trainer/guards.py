@@ -1,0 +1,151 @@
+"""What a training may not go on through: steps that are not finite, and a loss that only grows."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from gkd.storage.errors import ConfigError
+from gkd.storage.records import Records
+
+# The mean that judges a divergence forgets over about this many steps.
+MEMORY = 100
+# A healthy warm-up lifts the cross-entropy by less; a scale of 64 leaves room for far more.
+DIVERGED = 1.5
+SHOWN_KEYS = 16
+SHOWN_CLASSES = 5
+
+
+@dataclass(frozen=True)
+class SkippedStep:
+    """A step that changed no weight, because its loss or its gradients were not finite.
+
+    parts    total, ce, primary, binary and gradient_norm, as they were
+    records  keys of the whole batch
+    """
+
+    step: int
+    parts: dict[str, float]
+    records: tuple[str, ...]
+
+    def told(self) -> dict[str, object]:
+        """For the log: JSON knows no NaN, so the parts are words."""
+        parts = {name: f"{value:g}" for name, value in self.parts.items()}
+        return {"not_finite": parts, "records": list(self.records)}
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{name} {value:g}" for name, value in self.parts.items())
+        keys = ", ".join(self.records[:SHOWN_KEYS])
+        more = len(self.records) - SHOWN_KEYS
+        return f"step {self.step} ({parts}) with records {keys}" + (
+            f" and {more} more" if more > 0 else ""
+        )
+
+
+def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """L2 norm of all gradients, a scalar on their device; nothing waits for it."""
+    return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+
+
+class KeptBuffers:
+    """A copy of a module's buffers: running statistics, which a bad step would spoil for good."""
+
+    def __init__(self, module: nn.Module) -> None:
+        live = list(module.buffers())
+        # By type: only tensors of one type are copied all at once.
+        kinds = {buffer.dtype for buffer in live}
+        self._live = [[buffer for buffer in live if buffer.dtype == kind] for kind in kinds]
+        self._kept = [[buffer.clone() for buffer in alike] for alike in self._live]
+
+    @torch.no_grad()
+    def keep(self) -> None:
+        """Remember the buffers as they are now."""
+        for live, kept in zip(self._live, self._kept, strict=True):
+            _copy_all(kept, live)
+
+    @torch.no_grad()
+    def put_back(self) -> None:
+        """Make the buffers what they were when they were kept."""
+        for live, kept in zip(self._live, self._kept, strict=True):
+            _copy_all(live, kept)
+
+
+def _copy_all(targets: list[Tensor], sources: list[Tensor]) -> None:
+    torch._foreach_copy_(targets, sources)  # pyright: ignore[reportPrivateImportUsage]
+
+
+@dataclass
+class Divergence:
+    """Whether the cross-entropy has stood far above where it began, for long.
+
+    first  cross-entropy of the first step
+    mean   exponential mean since, over about ``MEMORY`` steps
+    """
+
+    first: float | None = None
+    mean: float = 0.0
+
+    def add(self, ce: float) -> None:
+        """Take the cross-entropy of one more step into account."""
+        if self.first is None:
+            self.first = self.mean = ce
+        self.mean += (ce - self.mean) / MEMORY
+
+    @property
+    def found(self) -> bool:
+        """Whether the mean is above ``DIVERGED`` times the beginning."""
+        return self.first is not None and self.mean > DIVERGED * self.first
+
+
+def finite_weights(modules: Iterable[nn.Module]) -> bool:
+    """Whether every parameter and buffer is finite."""
+    tensors = [t for module in modules for t in (*module.parameters(), *module.buffers())]
+    floating = [t.detach() for t in tensors if t.is_floating_point()]
+    # A sum of squares overflows where a norm in float32 does; the largest entry never does.
+    return all(math.isfinite(peak.item()) for peak in map(_peak, floating))
+
+
+def _peak(tensor: Tensor) -> Tensor:
+    return tensor.abs().amax() if tensor.numel() else tensor.new_zeros(())
+
+
+def check_classes(records: Records) -> None:
+    """Refuse labels that the class layer has no centre for, or classes that leave nothing to tell.
+
+    Raises:
+        ConfigError: naming the first record at fault, or the only identity.
+    """
+    outside = np.flatnonzero((records.labels < 0) | (records.labels >= records.num_classes))
+    if len(outside):
+        first = int(outside[0])
+        raise ConfigError(
+            f"{len(outside)} labels of {records.path} are outside its {records.num_classes} "
+            f"classes, the first: {records.labels[first]} of {records.where(first)}; expected 0 to "
+            f"{records.num_classes - 1}: `gkd records verify` lists damaged records, and a pack's "
+            "`property` file says how many classes there are"
+        )
+    if len(np.unique(records.labels)) < 2:
+        raise ConfigError(
+            f"{records.path}: expected images of two identities at least, got those of class "
+            f"{records.labels[0]} alone; a class layer has nothing to tell apart"
+        )
+
+
+def empty_classes(records: Records, *, taught: bool) -> str:
+    """A warning where classes have no image, else an empty string.
+
+    Filtered records leave such classes, and so do those of a teacher that knows more identities.
+    """
+    counts = np.bincount(records.labels, minlength=records.num_classes)
+    empty = np.flatnonzero(counts == 0)
+    if not len(empty):
+        return ""
+    shown = ", ".join(map(str, empty[:SHOWN_CLASSES])) + (", ..." * (len(empty) > SHOWN_CLASSES))
+    source = "what the targets say of them" if taught else "being told from the others"
+    return (
+        f"{len(empty):,} of {records.num_classes:,} classes have no image in {records.path} "
+        f"({shown}); their centres learn from {source} alone"
+    )
