@@ -8,14 +8,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from gkd.storage.errors import ConfigError, GkdError
 from gkd.storage.records import open_records
 from gkd.storage.rows import Subset
-from gkd.trainer.checkpoint import read_checkpoint, write_checkpoint
+from gkd.trainer.checkpoint import publish, read_checkpoint
 from gkd.trainer.data import Batch, FaceBatches, load_batches
 from gkd.trainer.guards import DIVERGED, Divergence, finite_weights
 from gkd.trainer.loop import train
+from gkd.trainer.ranks import ALONE
 from gkd.trainer.state import RunState
 from tests.trainer.faces import load, run, small_config
 
@@ -173,7 +176,8 @@ def test_counts_outlive_an_interruption(faces: Path, tmp_path: Path) -> None:
     for _ in range(3):
         state.take_step(next(batches), records)
     again = RunState.build(state.config, records, targets)
-    again.restore(state.state(), tmp_path / "last.pt")
+    publish(tmp_path, state.state(), state.centers(), ALONE, step=3, best=False, keep=0)
+    again.restore(read_checkpoint(tmp_path / "last.pt"), tmp_path / "last.pt")
     assert (again.step, again.skipped, again.skipped_in_a_row) == (3, 3, 3)
     assert again.divergence == state.divergence
 
@@ -181,11 +185,17 @@ def test_counts_outlive_an_interruption(faces: Path, tmp_path: Path) -> None:
 def test_weights_of_another_embedding_size_are_refused(faces: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     run(faces, out, "train.epochs=1")
-    content = read_checkpoint(out / "checkpoints/last.pt")
-    content["head"]["weight"] = torch.zeros(6, 16)
-    write_checkpoint(out / "checkpoints/last.pt", content)
-    with pytest.raises(ConfigError, match=r"do not fit its own configuration \(student iresnet18 "):
+    (file,) = (out / "checkpoints").glob("centers_*/*.safetensors")
+    wrong = load_file(file) | {"weight": torch.zeros(6, 16)}
+    save_file(wrong, file, metadata=metadata_of(file))
+    with pytest.raises(ConfigError, match=r"centers_000000005: expected the class centres"):
         run(faces, out, "train.epochs=1")
+
+
+def metadata_of(file: Path) -> dict[str, str]:
+    with safe_open(file, "pt") as opened:
+        metadata: dict[str, str] = opened.metadata()
+    return metadata
 
 
 def test_labels_outside_the_classes_are_refused(faces: Path, tmp_path: Path) -> None:
