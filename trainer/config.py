@@ -19,6 +19,7 @@ from gkd.trainer.heads import Margin
 Positive = Annotated[float, Meta(gt=0)]
 NonNegative = Annotated[float, Meta(ge=0)]
 Fraction = Annotated[float, Meta(ge=0, le=1)]
+Rate = Annotated[float, Meta(gt=0, le=1)]
 Count = Annotated[int, Meta(ge=1)]
 CountOrNone = Annotated[int, Meta(ge=0)]
 # Far beyond any network that people train: a slip of the hand is told, not allocated.
@@ -72,6 +73,8 @@ class HeadConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     margin      of cosface (by default 0.4) and arcface (by default 0.5)
     scale       of all logits
     m1, m2, m3  of combined
+    sample_rate share of the classes that a step works with, beside those of its batch's labels and
+                primary groups, which always take part: 0.1 to 0.3 beyond some 600,000 classes
     """
 
     kind: Literal["cosface", "arcface", "combined"] = "cosface"
@@ -80,6 +83,7 @@ class HeadConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     m1: Positive = 1.0
     m2: NonNegative = 0.0
     m3: NonNegative = 0.0
+    sample_rate: Rate = 1.0
 
     @property
     def margins(self) -> Margin:

@@ -40,7 +40,8 @@ class DryRun:
     parameters       of backbone and head, and how many of them learn
     flops_per_image  of the backbone's forward pass
     flops_per_step   forward and backward of backbone and class layer, for a whole batch: three
-                     times the forward, for each product has two for its gradients
+                     times the forward, for each product has two for its gradients; of the class
+                     layer these are of the centres that learn
     memory           by part, at the height of a step; a library's workspaces not counted
     targets_bytes    of the targets in use, held as ``targets_held`` says
     """
@@ -88,7 +89,9 @@ def dry_run(config: RunConfig, records: Records, targets: JoinedTargets | None) 
     batch = config.train.batch_size
     plans = Plans(len(records), batch, config.train.epochs, config.train.seed, config.data.flip)
     flops = backbone_flops(model)
-    memory = _memory(config, model, head, DTYPES[precision])
+    learning = learning_centers(config, targets, records.num_classes)
+    memory = _memory(config, model, head, learning, DTYPES[precision])
+    dim = config.student.embedding_dim
     return DryRun(
         images=len(records),
         classes=records.num_classes,
@@ -99,7 +102,7 @@ def dry_run(config: RunConfig, records: Records, targets: JoinedTargets | None) 
             "learning": sum(p.numel() for p in _learning(model, head)),
         },
         flops_per_image=flops,
-        flops_per_step=3 * batch * (flops + 2 * head.weight.numel()),
+        flops_per_step=batch * (3 * flops + 2 * dim * (len(head.weight) + 2 * learning)),
         memory=memory,
         memory_total=sum(memory.values()),
         targets_bytes=_targets_bytes(config, targets),
@@ -157,15 +160,42 @@ def _storage(tensor: Tensor) -> tuple[int, int]:
     return storage.data_ptr(), storage.nbytes()
 
 
+def learning_centers(config: RunConfig, targets: JoinedTargets | None, num_classes: int) -> int:
+    """Centres that learn in a step: all, or the sample's at its largest.
+
+    That is where no two images of a batch have a class of their groups in common.
+    """
+    rate, wanted = config.head.sample_rate, config.train.batch_size
+    if targets is not None:
+        assert isinstance(targets.store, ShardStore)
+        manifest = targets.store.cache.manifest
+        assert manifest is not None
+        groups = manifest.num_samples * len(manifest.entries)
+        wanted += config.train.batch_size * sum(manifest.entries.values()) // groups
+    wanted = min(wanted, num_classes)
+    return wanted + math.ceil(rate * (num_classes - wanted))
+
+
 def _memory(
-    config: RunConfig, model: nn.Module, head: MarginHead, dtype: torch.dtype
+    config: RunConfig,
+    model: nn.Module,
+    head: MarginHead,
+    learning_centers: int,
+    dtype: torch.dtype,
 ) -> dict[str, int]:
     batch = config.train.batch_size
     learning = _learning(model, head)
+    copies: dict[str, int] = {}
+    gradients = _bytes(learning)
+    if learning_centers < len(head.weight):
+        some = nn.Parameter(head.weight[:learning_centers].detach())
+        gradients += _bytes([some]) - _bytes([head.weight])
+        copies = {"sampled_centers": _bytes([some]) + optimizer_bytes(config, [some])}
     return {
+        **copies,
         "backbone_weights": _bytes([*model.parameters(), *model.buffers()]),
         "class_centers": _bytes([head.weight]),
-        "gradients": _bytes(learning),
+        "gradients": gradients,
         "optimizer_state": optimizer_bytes(config, learning),
         # As read, and as floats where the backbone keeps its own, shorter copy.
         "images": batch * 3 * FACE_SIZE**2 * (1 if dtype == torch.float32 else 5),

@@ -8,10 +8,9 @@ import numpy as np
 
 from gkd.storage.atomic import write_file
 from gkd.storage.errors import ConfigError
-from gkd.storage.records import Records
 from gkd.trainer.data import JoinedTargets
 from gkd.trainer.evaluation import VerificationResult
-from gkd.trainer.fit import FitSummary, IdentityFit
+from gkd.trainer.fit import FitSummary
 
 FINDINGS = "report.json"
 # A curve on paper shows no more.
@@ -51,8 +50,7 @@ def gather(
     step: int,
     results: Sequence[VerificationResult],
     targets: JoinedTargets | None,
-    fit: IdentityFit,
-    records: Records,
+    fit: FitSummary | None,
 ) -> Findings:
     """The findings at the end of a training.
 
@@ -66,7 +64,7 @@ def gather(
             groups[str(view)] = tuple(
                 (size, int(counts[size])) for size in np.flatnonzero(counts).tolist()
             )
-    return Findings(step, tuple(map(_score, results)), groups, fit.summary(records))
+    return Findings(step, tuple(map(_score, results)), groups, fit)
 
 
 def write_findings(run: Path, findings: Findings) -> None:

@@ -5,15 +5,16 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from gkd.storage.records import Records
-from gkd.trainer.data import Batch
+from gkd.trainer.ranks import ALONE, Ranks
 
 # Cosines that wait on the device, in steps: few enough to be small, enough to seldom wait.
 PENDING = 64
 WORST, WORST_IMAGES = 30, 3
+# Below any cosine.
+UNSEEN = -2.0
 
 
 @dataclass(frozen=True)
@@ -44,39 +45,37 @@ class FitSummary:
 class IdentityFit:
     """Each image's cosine to its own class centre, as the last epoch's steps saw it.
 
-    It costs a gather of [B, D] centres a step; nothing is embedded again. So the image is as
-    augmented, the network in training mode, and weights move between one image and the next.
+    The class layer has it anyway; nothing is embedded again. So the image is as augmented, the
+    network in training mode, and weights move between one image and the next.
     """
 
-    def __init__(self, num_images: int) -> None:
-        self.num_images = num_images
-        self._cosines: npt.NDArray[np.float32] | None = None
+    def __init__(self, num_images: int, ranks: Ranks = ALONE) -> None:
+        self.num_images, self.ranks = num_images, ranks
+        self._cosines: Tensor | None = None
         self._pending: list[tuple[Tensor, Tensor]] = []
 
-    @torch.no_grad()
-    def add(self, batch: Batch, embeddings: Tensor, class_centers: Tensor) -> None:
-        """Take a batch's embeddings [B, D] with the centres [C, D] of all classes."""
-        own = class_centers.index_select(0, batch.labels)
-        cosines = F.cosine_similarity(embeddings.detach().float(), own)
-        self._pending.append((batch.rows, cosines))
+    def add(self, rows: Tensor, cosines: Tensor) -> None:
+        """Take the cosines [B] of this rank's images at ``rows`` int64 [B] of the records."""
+        self._pending.append((rows, cosines))
         if len(self._pending) >= PENDING:
             self._fetch()
 
     def summary(self, records: Records) -> FitSummary | None:
-        """The identities that fit worst; None where no image was measured."""
+        """The identities that fit worst; None where no image was measured. All ranks call it."""
         self._fetch()
         if self._cosines is None:
             return None
-        seen = np.flatnonzero(np.isfinite(self._cosines))
-        return summarise(seen, self._cosines[seen], records)
+        cosines = self.ranks.highest_of_each(self._cosines).numpy()
+        seen = np.flatnonzero(cosines > UNSEEN)
+        return summarise(seen, cosines[seen], records)
 
     def _fetch(self) -> None:
         if not self._pending:
             return
         if self._cosines is None:
-            self._cosines = np.full(self.num_images, np.nan, np.float32)
+            self._cosines = torch.full((self.num_images,), UNSEEN)
         rows, cosines = zip(*self._pending, strict=True)
-        self._cosines[torch.cat(rows).numpy()] = torch.cat(cosines).cpu().numpy()
+        self._cosines[torch.cat(rows).cpu()] = torch.cat(cosines).float().cpu()
         self._pending = []
 
 

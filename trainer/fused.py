@@ -36,15 +36,33 @@ from gkd.trainer.losses import (
     spread,
 )
 from gkd.trainer.ranks import ALONE, Ranks
+from gkd.trainer.sampling import ClassSample, SampledCenters
 
 # Classes of a chunk: its logits stay in a CPU's caches.
 CHUNK_CLASSES = 1024
+# An accelerator wants few and large operations: logits of a chunk, 64 MB.
+ACCELERATOR_LOGITS = 1 << 24
 # A norm below this is taken for this, as torch.nn.functional.normalize does.
 EPSILON = 1e-12
 # Exponents this far below zero vanish; a power of two, so that no dtype rounds it.
 FAR = 2.0**100
 # Squaring multiplies an exponential's rounding error; up to here it is below the logits' own.
 SQUARED_TEMPERATURES = (1.0, 2.0, 4.0)
+
+
+class LayerLoss(NamedTuple):
+    """A ``GkdLoss``, and each own sample's cosine to its label's centre, without the margin [B]."""
+
+    total: Tensor
+    ce: Tensor
+    primary: Tensor
+    binary: Tensor
+    label_cosines: Tensor
+
+    @property
+    def means(self) -> GkdLoss:
+        """The loss and its parts, without what is of single samples."""
+        return GkdLoss(*self[:-1])
 
 
 def grouped_margin_loss(
@@ -62,7 +80,8 @@ def grouped_margin_loss(
     impl: Literal["fused", "reference"] = "fused",
     ranks: Ranks = ALONE,
     first_class: int = 0,
-) -> GkdLoss:
+    sampled: SampledCenters | None = None,
+) -> LayerLoss:
     """Cross-entropy with a margin plus grouped distillation, from embeddings to the loss.
 
         z = scale * cosine(embedding, centre), at the label scale * psi(cosine)  (``apply_margin``)
@@ -80,10 +99,13 @@ def grouped_margin_loss(
     of the centres, the C from ``first_class`` on. The loss is that of the whole batch, on every
     rank; the embeddings' gradient is times the number of ranks, by which DistributedDataParallel
     divides the sum.
+
+    With ``sampled`` centres (fused only) these get a gradient and ``centers`` get none: an unbiased
+    estimate, see ``gkd.trainer.sampling``. The loss stays exact.
     """
     if impl == "reference":
         logits = margin_logits(embeddings, centers, labels, margin=margin, scale=scale)
-        return gkd_loss(
+        loss = gkd_loss(
             logits,
             labels,
             targets,
@@ -92,16 +114,21 @@ def grouped_margin_loss(
             w_primary=w_primary,
             ramp=ramp,
         )
+        own = F.cosine_similarity(embeddings.detach(), centers.detach().index_select(0, labels))
+        return LayerLoss(*loss, label_cosines=own)
     weights = Weights(temperature, ramp * w_binary, ramp * w_primary)
     objective = Objective(margin, scale, weights, distil=targets is not None)
     with torch.autocast(embeddings.device.type, enabled=False):
         unit = F.normalize(at_least_float32(embeddings), eps=EPSILON)
         batch = gather_batch(unit, labels, targets or _no_targets(unit), ranks)
-        layer = _Layer(ranks, first_class, objective)
-        values: tuple[Tensor, ...] = _FusedLoss.apply(  # type: ignore[no-untyped-call]
-            batch.unit, centers.to(unit.dtype), batch.labels, batch.targets, layer
+        layer = _Layer(ranks, first_class, objective, sampled.sample if sampled else None)
+        everything = centers.to(unit.dtype)
+        learning = sampled.centers.to(unit.dtype) if sampled else everything
+        total, ce, primary, binary, cosines = _FusedLoss.apply(  # type: ignore[no-untyped-call]
+            batch.unit, learning, everything.detach(), batch.labels, batch.targets, layer
         )
-    return GkdLoss(*values)
+    mine = slice(ranks.rank * len(unit), (ranks.rank + 1) * len(unit))
+    return LayerLoss(total, ce, primary, binary, cosines[mine])
 
 
 class Objective(NamedTuple):
@@ -119,14 +146,15 @@ class _Layer(NamedTuple):
     ranks: Ranks
     first_class: int
     objective: Objective
+    sample: ClassSample | None
 
 
 @dataclass(frozen=True)
 class Picks:
     """The classes that samples look at singly: entries of the groups [E], then labels [B].
 
-    order   int64 [E + B]   sorts them by class
-    places  int64 [E + B]   class * B + row, sorted
+    order   int64 [E + B]   sorts them by the place of their centre
+    places  int64 [E + B]   place of the centre * B + row, sorted
     """
 
     order: Tensor
@@ -134,18 +162,24 @@ class Picks:
     batch_size: int
 
     @classmethod
-    def of(cls, labels: Tensor, targets: GroupTargets, first_class: int = 0) -> Self:
-        """Those of a batch, in a layer that begins with ``first_class``."""
-        classes = torch.cat([targets.indices, labels]) - first_class
-        rows = torch.cat([targets.rows, torch.arange(len(labels), device=labels.device)])
-        places, order = torch.sort(classes * len(labels) + rows)
-        return cls(order, places, len(labels))
+    def of(cls, centers: Tensor, targets: GroupTargets) -> Self:
+        """Those whose centres stand at the places ``centers`` [E + B]; outside: on other ranks."""
+        batch_size = len(centers) - len(targets.rows)
+        rows = torch.cat([targets.rows, torch.arange(batch_size, device=centers.device)])
+        places, order = torch.sort(centers * batch_size + rows)
+        return cls(order, places, batch_size)
 
-    def chunks(self, num_classes: int) -> Iterator[tuple[slice, slice]]:
-        """Classes of each chunk, and which of the sorted picks fall among them."""
-        starts = list(range(0, num_classes, CHUNK_CLASSES))
-        ends = [*starts[1:], num_classes]
-        edges = torch.tensor([*starts, num_classes], device=self.places.device) * self.batch_size
+    def chunks(self, num_centers: int, certain: int = 0) -> Iterator[tuple[slice, slice]]:
+        """Centres of each chunk, and which of the sorted picks fall among them.
+
+        A chunk ends where the first ``certain`` centres end.
+        """
+        step = CHUNK_CLASSES
+        if self.places.device.type != "cpu":
+            step = max(step, ACCELERATOR_LOGITS // self.batch_size)
+        starts = [*range(0, certain, step), *range(certain, num_centers, step)]
+        ends = [*starts[1:], num_centers]
+        edges = torch.tensor([*starts, num_centers], device=self.places.device) * self.batch_size
         bounds = torch.searchsorted(self.places, edges).tolist()
         for start, end, first, last in zip(starts, ends, bounds, bounds[1:], strict=False):
             yield slice(start, end), slice(first, last)
@@ -192,13 +226,15 @@ class _FusedLoss(torch.autograd.Function):
     def forward(
         ctx: Any,
         unit: Tensor,
+        learning: Tensor,
         centers: Tensor,
         labels: Tensor,
         targets: GroupTargets,
         layer: _Layer,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        ranks, first_class, objective = layer
-        picks = Picks.of(labels, targets, first_class)
+    ) -> tuple[Tensor, ...]:
+        ranks, first_class, objective, sample = layer
+        places = torch.cat([targets.indices, labels]) - first_class
+        picks = Picks.of(places, targets)
         sums = class_sums(unit, centers, picks, objective)
         sums = sums._replace(
             log_rest=ranks.logsumexp(sums.log_rest),
@@ -206,28 +242,32 @@ class _FusedLoss(torch.autograd.Function):
             picked=ranks.sum(sums.picked),
         )
         terms = picked_terms(sums, labels, targets, objective)
-        ctx.save_for_backward(unit, centers)
-        ctx.rest = picks, sums.norms, terms, layer
+        norms = sums.norms
+        if sample is not None:
+            picks, norms = Picks.of(sample.locate(places), targets), norms[sample.rows]
+        ctx.save_for_backward(unit, learning)
+        ctx.rest = picks, norms, terms, layer
         ce, primary, binary = (
             values.mean().to(unit.dtype) for values in (terms.ce, terms.primary, terms.binary)
         )
         weights = objective.weights
         kd = weights.binary * binary + weights.primary * primary
-        ctx.mark_non_differentiable(ce, primary, binary)
-        return ce + weights.temperature**2 * kd, ce, primary, binary
+        cosines = sums.picked[len(targets.indices) :] / objective.scale
+        ctx.mark_non_differentiable(ce, primary, binary, cosines)
+        return ce + weights.temperature**2 * kd, ce, primary, binary, cosines
 
     @staticmethod
     @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, *grads: Tensor
-    ) -> tuple[Tensor, Tensor, None, None, None]:
-        unit, centers = ctx.saved_tensors
+    ) -> tuple[Tensor, Tensor, None, None, None, None]:
+        unit, learning = ctx.saved_tensors
         picks, norms, terms, layer = ctx.rest
         factor = grads[0] / len(unit)
         grad_unit, grad_centers = class_gradients(
-            unit, centers, picks, norms, terms, layer.objective, factor
+            unit, learning, picks, norms, terms, layer.objective, factor, layer.sample
         )
-        return layer.ranks.sum(grad_unit), grad_centers, None, None, None
+        return layer.ranks.sum(grad_unit), grad_centers, None, None, None, None
 
 
 def class_sums(unit: Tensor, centers: Tensor, picks: Picks, objective: Objective) -> ClassSums:
@@ -310,19 +350,25 @@ def class_gradients(
     terms: PickedTerms,
     objective: Objective,
     factor: Tensor,
+    sample: ClassSample | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Gradient by normalised embeddings [B, D] and by centres [C, D], times a number."""
+    """Gradient by normalised embeddings [B, D] and by centres [C, D], times a number.
+
+    Where the centres are a ``sample``, each drawn one counts as often as it stands for others.
+    """
     plan = _Exponentials.plan(unit, centers, objective)
     softened = (unit * (objective.scale / plan.divisor)).T
     scaled = unit * objective.scale
     at_picks = (terms.at_picks * factor).index_select(0, picks.order)
     dense = plan.coefficients(terms, factor)
+    drawn = plan.coefficients(terms, factor * sample.weight) if sample else dense
+    certain = sample.certain if sample else 0
     grad_scaled, grad_centers = torch.zeros_like(unit), torch.empty_like(centers)
-    for classes, some in picks.chunks(len(centers)):
+    for classes, some in picks.chunks(len(centers), certain):
         norm = norms[classes, None]
         directions = centers[classes] / norm
         logits = torch.mm(directions, softened)
-        grad = plan.gradient(logits, dense)
+        grad = plan.gradient(logits, drawn if classes.start >= certain else dense)
         grad.view(-1).index_copy_(0, picks.within(classes, some), at_picks[some])
         grad_scaled.addmm_(grad.T, directions)
         # By the centre's direction, less the part along it, which changes the norm alone.

@@ -33,6 +33,17 @@ def gather_batch(
     return GatheredBatch(gathered, ranks.gather(labels), _gather_targets(targets, ranks))
 
 
+def classes_in_use(labels: Tensor, targets: GroupTargets | None, ranks: Ranks) -> Tensor:
+    """Labels, and classes of the groups, of the whole batch: int64 [n], each once, ascending."""
+    own = labels if targets is None else torch.cat([labels, targets.indices])
+    if ranks.world_size > 1:
+        own = torch.unique(own)
+        counts = ranks.gather(torch.tensor([len(own)], device=own.device)).tolist()
+        own = _gather_varied(own, counts, ranks)
+    every: Tensor = torch.unique(own)
+    return every
+
+
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, part: Tensor, ranks: Ranks) -> Tensor:

@@ -191,10 +191,12 @@ class _Training:
             while run.step < run.plans.total_steps:
                 self._rest_of_epoch(batches)
                 improved = self._evaluate() if self._evaluation_due() else False
-                if run.step == run.plans.total_steps and run.ranks.first:
+                if run.step == run.plans.total_steps:
                     # Before the last checkpoint: an interrupted end comes by here again.
-                    found = list(self.results.values()), dataset.targets, run.fit, self.records
-                    write_findings(self.out, gather(run.step, *found))
+                    fit = run.fit.summary(self.records)
+                    if run.ranks.first:
+                        found = list(self.results.values()), dataset.targets, fit
+                        write_findings(self.out, gather(run.step, *found))
                 if improved or self._checkpoint_due():
                     self._save(best=improved)
                 if self.stop.agreed:

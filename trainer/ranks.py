@@ -60,6 +60,14 @@ class Ranks:
             dist.all_reduce(values)
         return values
 
+    def highest_of_each(self, values: Tensor) -> Tensor:
+        """The highest of the ranks' values at each place of CPU tensors of one shape."""
+        if self.world_size == 1:
+            return values
+        values = values.to(_collective_device())
+        dist.all_reduce(values, dist.ReduceOp.MAX)
+        return values.cpu()
+
     def logsumexp(self, values: Tensor) -> Tensor:
         """The logsumexp of the ranks' tensors of one shape."""
         return values if self.world_size == 1 else self.gather(values[None]).logsumexp(0)

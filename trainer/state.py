@@ -2,6 +2,8 @@
 
 import math
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,12 +19,14 @@ from gkd.trainer.config import RunConfig
 from gkd.trainer.data import Batch, JoinedTargets
 from gkd.trainer.devices import choose_device, choose_dtype
 from gkd.trainer.fit import IdentityFit
-from gkd.trainer.fused import grouped_margin_loss
+from gkd.trainer.fused import LayerLoss, grouped_margin_loss
+from gkd.trainer.gathering import classes_in_use
 from gkd.trainer.guards import Divergence, KeptBuffers, SkippedStep, gradient_norm
 from gkd.trainer.heads import MarginHead
 from gkd.trainer.losses import GkdLoss
 from gkd.trainer.plans import Plans
 from gkd.trainer.ranks import ALONE, Ranks
+from gkd.trainer.sampling import SampledCenters, borrowed, sample_classes
 from gkd.trainer.schedules import kd_ramp, make_optimizer, make_scheduler
 
 
@@ -131,7 +135,7 @@ class RunState:
             scaler=ranks.scaler(device, enabled=dtype == torch.float16),
             ranks=ranks,
             kept=KeptBuffers(model),
-            fit=IdentityFit(len(records)),
+            fit=IdentityFit(len(records), ranks),
         )
 
     def state(self) -> dict[str, Any]:
@@ -229,14 +233,57 @@ class RunState:
             GkdError: after ``train.max_skipped`` such steps in a row, or where the cross-entropy
                 has been far above its beginning for long.
         """
-        kd = self.config.kd
         self.kept.keep()
+        with self._sampled(batch) as sampled:
+            loss = self._loss(batch, sampled)
+            self.optimizer.zero_grad(set_to_none=True)
+            self.scaler.scale(loss.total).backward()
+            norm = self._clip()
+            # The only time that the host waits for the device.
+            *parts, norm_value = torch.stack([*map(torch.detach, loss.means), norm]).tolist()
+            finite = math.isfinite(parts[0]) and math.isfinite(norm_value)
+            if finite or self.scaler.is_enabled():
+                self.scaler.step(self.optimizer)
+            self.scaler.update()
+        with warnings.catch_warnings():
+            # Where the first steps are skipped the schedule goes on; torch takes it for a slip.
+            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
+            self.scheduler.step()
+        self.step += 1
+        if not finite:
+            self._skip(
+                {**dict(zip(loss.means._fields, parts, strict=True)), "gradient_norm": norm_value},
+                batch,
+                records,
+            )
+            return loss.means
+        self.skipped_in_a_row = 0
+        self._judge(parts[1])
+        if self.step > self.plans.total_steps - self.plans.steps_per_epoch:
+            self.fit.add(batch.rows, loss.label_cosines)
+        return loss.means
+
+    @contextmanager
+    def _sampled(self, batch: Batch) -> Iterator[SampledCenters | None]:
+        """The centres that learn in a step, in the optimizer's hands; None for all of them."""
+        rate = self.config.head.sample_rate
+        if rate == 1.0:
+            yield None
+            return
+        wanted = classes_in_use(batch.labels, batch.targets, self.ranks)
+        seed = self.config.train.seed, self.step, self.ranks.rank
+        sample = sample_classes(wanted, self.head.rows, rate, seed=seed)
+        with borrowed(self.optimizer, self.head.weight, sample.rows) as centers:
+            yield SampledCenters(sample, centers)
+
+    def _loss(self, batch: Batch, sampled: SampledCenters | None) -> LayerLoss:
+        kd = self.config.kd
         images = batch.images.permute(0, 3, 1, 2).float().sub_(127.5).div_(127.5)
         if not self.config.train.channels_last:
             images = images.contiguous()
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             embeddings = self.forward(images)
-        loss = grouped_margin_loss(
+        return grouped_margin_loss(
             embeddings,
             self.head.weight,
             batch.labels,
@@ -249,47 +296,17 @@ class RunState:
             ramp=kd_ramp(self.step, ramp=kd.ramp, total_steps=self.plans.total_steps),
             ranks=self.ranks,
             first_class=self.head.rows.start,
+            sampled=sampled,
         )
-        self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(loss.total).backward()
-        norm = self._clip()
-        # The only time that the host waits for the device.
-        *parts, norm_value = torch.stack([*(part.detach() for part in loss), norm]).tolist()
-        finite = math.isfinite(parts[0]) and math.isfinite(norm_value)
-        if finite or self.scaler.is_enabled():
-            self.scaler.step(self.optimizer)
-        self.scaler.update()
-        with warnings.catch_warnings():
-            # Where the first steps are skipped the schedule goes on; torch takes it for a slip.
-            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
-            self.scheduler.step()
-        self.step += 1
-        if not finite:
-            self._skip(
-                {**dict(zip(loss._fields, parts, strict=True)), "gradient_norm": norm_value},
-                batch,
-                records,
-            )
-            return loss
-        self.skipped_in_a_row = 0
-        self._judge(parts[1])
-        if self.step > self.plans.total_steps - self.plans.steps_per_epoch:
-            self._measure_fit(batch, embeddings)
-        return loss
 
-    def _measure_fit(self, batch: Batch, embeddings: Tensor) -> None:
-        # With several ranks the centres of a batch are with many of them.
-        if self.ranks.world_size == 1:
-            self.fit.add(batch, embeddings, self.head.weight)
-
-    def _clip(self) -> torch.Tensor:
+    def _clip(self) -> Tensor:
         """Clip the backbone's gradients; the norm of all gradients before that."""
         limit = self.config.optimizer.clip_norm
         self.scaler.unscale_(self.optimizer)
         norm = gradient_norm(self.model.parameters())
         if limit:
             nn.utils.clip_grads_with_norm_(self.model.parameters(), limit, norm)
-        of_centers = gradient_norm(self.head.parameters())
+        of_centers = gradient_norm(self.optimizer.param_groups[0]["params"][-1:])
         return torch.hypot(norm, self.ranks.sum(of_centers.square()).sqrt())
 
     def _skip(self, parts: dict[str, float], batch: Batch, records: Records) -> None:

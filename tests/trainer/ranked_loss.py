@@ -1,15 +1,21 @@
-"""The loss of a batch by torchrun's ranks, against that of one process; run by test_ranks."""
+"""Losses and steps by torchrun's ranks, against those of one process; run by test_ranks."""
+
+from dataclasses import replace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from gkd.trainer.fused import grouped_margin_loss
+from gkd.trainer.gathering import classes_in_use
 from gkd.trainer.heads import Margin
 from gkd.trainer.losses import GroupTargets
 from gkd.trainer.ranks import ALONE, Ranks, joined_ranks
+from gkd.trainer.sampling import SampledCenters, sample_classes
 
 BATCH, CLASSES, DIM = 12, 29, 8
+STEPS, INPUTS = 50, 20
 
 
 def problem(
@@ -58,7 +64,70 @@ def evaluate(ranks: Ranks, *, kd: bool) -> tuple[torch.Tensor, ...]:
     loss.total.backward()
     assert embeddings.grad is not None
     assert mine.grad is not None
-    return torch.stack([part.detach() for part in loss]), embeddings.grad, mine.grad
+    return torch.stack([part.detach() for part in loss.means]), embeddings.grad, mine.grad
+
+
+def check_sample(ranks: Ranks, labels: torch.Tensor, by_centers: torch.Tensor) -> None:
+    """Each rank draws from its own part: the drawn centres' gradient stands for others'."""
+    size, rows = BATCH // ranks.world_size, ranks.rows(CLASSES)
+    embeddings, centers, own_labels, _ = problem(slice(ranks.rank * size, (ranks.rank + 1) * size))
+    wanted = classes_in_use(own_labels, None, ranks)
+    assert torch.equal(wanted, torch.unique(labels))
+    sample = sample_classes(wanted, rows, 0.5, seed=(ranks.rank,))
+    mine = centers[rows.start : rows.stop]
+    learning = mine[sample.rows].clone().requires_grad_()
+    loss = grouped_margin_loss(
+        embeddings,
+        mine,
+        own_labels,
+        None,
+        margin=Margin(m2=0.3, m3=0.1),
+        scale=16.0,
+        ranks=ranks,
+        first_class=rows.start,
+        sampled=SampledCenters(sample, learning),
+    )
+    loss.total.backward()
+    weights = torch.full((len(sample.rows), 1), sample.weight, dtype=torch.float64)
+    weights[: sample.certain] = 1.0
+    expected = weights * by_centers[rows.start : rows.stop][sample.rows]
+    torch.testing.assert_close(learning.grad, expected, rtol=1e-9, atol=1e-12)
+
+
+def losses_of_steps(ranks: Ranks) -> torch.Tensor:
+    """Of SGD on a small network without statistics of its batch, in single precision."""
+    torch.manual_seed(3)
+    rng = np.random.default_rng(5)
+    network = nn.Sequential(nn.Linear(INPUTS, 16), nn.Tanh(), nn.Linear(16, DIM))
+    model = ranks.parallel(network, hook="float32")
+    size, rows = BATCH // ranks.world_size, ranks.rows(CLASSES)
+    mine = slice(ranks.rank * size, (ranks.rank + 1) * size)
+    _, centers, labels, targets = problem(mine)
+    targets = replace(
+        targets,
+        log_probs=targets.log_probs.float(),
+        log_secondary=targets.log_secondary.float(),
+    )
+    weight = nn.Parameter(centers[rows.start : rows.stop].float())
+    optimizer = torch.optim.SGD([*network.parameters(), weight], 0.02, momentum=0.9)
+    losses = []
+    for _ in range(STEPS):
+        inputs = torch.from_numpy(rng.normal(size=(BATCH, INPUTS))).float()[mine]
+        loss = grouped_margin_loss(
+            model(inputs),
+            weight,
+            labels,
+            targets,
+            margin=Margin(m3=0.2),
+            scale=16.0,
+            ranks=ranks,
+            first_class=rows.start,
+        )
+        optimizer.zero_grad()
+        loss.total.backward()
+        optimizer.step()
+        losses.append(loss.total.detach())
+    return torch.stack(losses)
 
 
 def main() -> None:
@@ -76,6 +145,10 @@ def main() -> None:
             torch.testing.assert_close(
                 by_centers, alone[2][rows.start : rows.stop], rtol=1e-9, atol=1e-12
             )
+        check_sample(ranks, problem()[2], evaluate(ALONE, kd=False)[2])
+        ours, alone_losses = losses_of_steps(ranks), losses_of_steps(ALONE)
+        assert alone_losses[-5:].mean() < 0.8 * alone_losses[:5].mean()
+        torch.testing.assert_close(ours, alone_losses, rtol=1e-5, atol=0)
         if ranks.first:
             print("the same on", ranks.world_size)
 

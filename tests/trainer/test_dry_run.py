@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from gkd.storage.cache import Cache
 from gkd.storage.errors import ConfigError
 from gkd.storage.records import open_records
+from gkd.storage.rows import Subset
 from gkd.trainer.checkpoint import student_backbone
 from gkd.trainer.config import load_config
 from gkd.trainer.data import FaceBatches, join_targets, load_batches
@@ -142,6 +143,21 @@ def test_targets_take_what_materialising_takes(faces: Path, tmp_path: Path, orde
         assert told == whole
     else:
         assert 0.5 * whole < told < whole  # two shards of three, 16 + 16 of 42 samples
+
+
+def test_sampled_centres_by_hand(faces: Path) -> None:
+    """100,000 classes, eight labels for certain and a tenth of the others, eight numbers each."""
+    records = Subset(open_records(faces / "faces"), np.arange(42), 100_000)
+    whole, some = (
+        dry_run(small_config("kd.enabled=false", f"head.sample_rate={rate}"), records, None)
+        for rate in (1, 0.1)
+    )
+    learning = 8 + 10_000
+    assert some.memory["sampled_centers"] == 2 * 32 * learning  # centres and momentum
+    saved = whole.memory["gradients"] - some.memory["gradients"]
+    assert saved == 32 * (100_000 - learning)
+    assert whole.flops_per_step - some.flops_per_step == 8 * 4 * 8 * (100_000 - learning)
+    assert "sampled_centers" not in whole.memory
 
 
 def test_it_refuses_what_the_training_would(faces: Path) -> None:

@@ -11,9 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gkd.trainer.fused import grouped_margin_loss
+from gkd.trainer.fused import LayerLoss, grouped_margin_loss
 from gkd.trainer.heads import Margin
-from gkd.trainer.losses import GkdLoss
 from tests.reference import (
     dense_gkd_gradient,
     dense_gkd_loss,
@@ -110,7 +109,7 @@ def leaves(problem: Problem, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 def loss_of(
     problem: Problem, embeddings: Tensor, centers: Tensor, impl: Impl = "fused", kd: bool = True
-) -> GkdLoss:
+) -> LayerLoss:
     dtype = torch.promote_types(embeddings.dtype, torch.float32)
     targets = group_targets(problem["teacher"], problem["groups"], problem["temperature"], dtype)
     return grouped_margin_loss(
@@ -255,7 +254,7 @@ def test_parts_make_the_total_and_carry_no_gradient() -> None:
     loss = loss_of(problem, *leaves(problem, torch.float64))
     parts = loss.ce + 0.5 * 16 * (2.0 * loss.binary + 8.0 * loss.primary)
     torch.testing.assert_close(loss.total.detach(), parts)
-    assert [part.requires_grad for part in loss] == [True, False, False, False]
+    assert [part.requires_grad for part in loss] == [True, False, False, False, False]
 
 
 def test_gradient_scales_with_what_comes_from_above() -> None:

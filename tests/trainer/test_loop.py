@@ -246,9 +246,12 @@ def lines_so_far(out: Path) -> list[bytes]:
     return (out / "metrics.jsonl").read_bytes().splitlines()
 
 
-def test_killed_and_resumed_it_ends_in_the_same_bits(faces: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("more", [(), ("head.sample_rate=0.4",)])
+def test_killed_and_resumed_it_ends_in_the_same_bits(
+    faces: Path, tmp_path: Path, more: tuple[str, ...]
+) -> None:
     """kill -9 at random steps, each time the same command again; two workers."""
-    overrides = ("train.epochs=8", "checkpoint.every_epochs=0.4", "data.workers=2")
+    overrides = ("train.epochs=8", "checkpoint.every_epochs=0.4", "data.workers=2", *more)
     run(faces, tmp_path / "whole", *overrides)
     out = tmp_path / "killed"
     dice = random.Random(4)
