@@ -164,6 +164,8 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     log_every      steps between two lines of metrics.jsonl
     max_skipped    steps in a row whose loss or gradients are not finite, after which it stops
     channels_last  memory format of the backbone
+    compile        torch.compile for the exponentials of the class layer: one kernel for several on
+                   a GPU, fewer on a CPU too; the first step waits for a compiler
     gradient_hook  what ranks send each other of the backbone's gradient: float32, or rounded to
                    float16 or bfloat16, half of the bytes
     """
@@ -176,6 +178,7 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     log_every: Count = 50
     max_skipped: Count = 10
     channels_last: bool = True
+    compile: bool = False
     gradient_hook: Literal["float32", "float16", "bfloat16"] = "float32"
 
 

@@ -14,10 +14,11 @@ so the exponentials of scaled cosines are summed as they are where the scale let
 maximum), and for T = 1, 2 or 4 those of z come from those of z/T by squaring.
 """
 
+import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, ParamSpec, Self, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +38,9 @@ from gkd.trainer.losses import (
 )
 from gkd.trainer.ranks import ALONE, Ranks
 from gkd.trainer.sampling import ClassSample, SampledCenters
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 # Classes of a chunk: its logits stay in a CPU's caches.
 CHUNK_CLASSES = 1024
@@ -78,6 +82,7 @@ def grouped_margin_loss(
     w_primary: float = 1.0,
     ramp: float = 1.0,
     impl: Literal["fused", "reference"] = "fused",
+    compiled: bool = False,
     ranks: Ranks = ALONE,
     first_class: int = 0,
     sampled: SampledCenters | None = None,
@@ -92,6 +97,7 @@ def grouped_margin_loss(
     labels      [B] int64
     targets     the teacher's groups at ``temperature``; None for cross-entropy alone
     impl        "fused" holds a chunk of classes at a time; "reference" holds all logits [B, C]
+    compiled    whether a chunk's exponentials go through torch.compile (fused only)
 
     Computed in float32, in float64 where the embeddings are; under autocast too.
 
@@ -117,7 +123,7 @@ def grouped_margin_loss(
         own = F.cosine_similarity(embeddings.detach(), centers.detach().index_select(0, labels))
         return LayerLoss(*loss, label_cosines=own)
     weights = Weights(temperature, ramp * w_binary, ramp * w_primary)
-    objective = Objective(margin, scale, weights, distil=targets is not None)
+    objective = Objective(margin, scale, weights, targets is not None, compiled)
     with torch.autocast(embeddings.device.type, enabled=False):
         unit = F.normalize(at_least_float32(embeddings), eps=EPSILON)
         batch = gather_batch(unit, labels, targets or _no_targets(unit), ranks)
@@ -138,6 +144,7 @@ class Objective(NamedTuple):
     scale: float
     weights: Weights
     distil: bool
+    compiled: bool
 
 
 class _Layer(NamedTuple):
@@ -277,6 +284,7 @@ def class_sums(unit: Tensor, centers: Tensor, picks: Picks, objective: Objective
     centers  [C, D]   not normalised
     """
     plan = _Exponentials.plan(unit, centers, objective)
+    sum_up = _compiled(_Exponentials.log_sums) if objective.compiled else _Exponentials.log_sums
     scaled = (unit * (objective.scale / plan.divisor)).T
     norms = torch.empty_like(centers[:, 0])
     picked = unit.new_zeros(len(picks.places))
@@ -288,7 +296,7 @@ def class_sums(unit: Tensor, centers: Tensor, picks: Picks, objective: Objective
         places, flat = picks.within(classes, some), logits.view(-1)
         picked[some] = flat.index_select(0, places)
         flat.index_fill_(0, places, -math.inf)
-        log_sum, log_soft_sum = plan.log_sums(logits)
+        log_sum, log_soft_sum = sum_up(plan, logits)
         sums.append(log_sum)
         soft_sums.append(log_soft_sum)
     unsorted = torch.empty_like(picked).index_copy_(0, picks.order, picked * plan.divisor)
@@ -357,6 +365,7 @@ def class_gradients(
     Where the centres are a ``sample``, each drawn one counts as often as it stands for others.
     """
     plan = _Exponentials.plan(unit, centers, objective)
+    slope = _compiled(_Exponentials.gradient) if objective.compiled else _Exponentials.gradient
     softened = (unit * (objective.scale / plan.divisor)).T
     scaled = unit * objective.scale
     at_picks = (terms.at_picks * factor).index_select(0, picks.order)
@@ -368,7 +377,7 @@ def class_gradients(
         norm = norms[classes, None]
         directions = centers[classes] / norm
         logits = torch.mm(directions, softened)
-        grad = plan.gradient(logits, drawn if classes.start >= certain else dense)
+        grad = slope(plan, logits, drawn if classes.start >= certain else dense)
         grad.view(-1).index_copy_(0, picks.within(classes, some), at_picks[some])
         grad_scaled.addmm_(grad.T, directions)
         # By the centre's direction, less the part along it, which changes the norm alone.
@@ -458,6 +467,11 @@ class _Exponentials(NamedTuple):
                 soft.sub_(dense.soft_shift)
             grad.addcmul_(soft.exp_(), dense.tail)
         return grad
+
+
+@functools.cache
+def _compiled(function: Callable[P, T]) -> Callable[P, T]:
+    return torch.compile(function, fullgraph=True)
 
 
 def _label_logits(picked: Tensor, objective: Objective) -> tuple[Tensor, Tensor]:

@@ -294,6 +294,7 @@ class RunState:
             w_binary=kd.w_binary,
             w_primary=kd.w_primary,
             ramp=kd_ramp(self.step, ramp=kd.ramp, total_steps=self.plans.total_steps),
+            compiled=self.config.train.compile,
             ranks=self.ranks,
             first_class=self.head.rows.start,
             sampled=sampled,

@@ -11,7 +11,7 @@ from pathlib import Path
 from tests.paths import ROOT
 
 RESULTS = ROOT / "benchmarks"
-COMPARE = {"<=": operator.le, ">=": operator.ge, "==": operator.eq}
+COMPARE = {"<=": operator.le, ">": operator.gt, ">=": operator.ge, "==": operator.eq}
 Bar = tuple[str, float]
 
 

@@ -1,5 +1,6 @@
 """The chunked class layer against the dense float64 twin, and beside the plain layer."""
 
+import shutil
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -108,7 +109,12 @@ def leaves(problem: Problem, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def loss_of(
-    problem: Problem, embeddings: Tensor, centers: Tensor, impl: Impl = "fused", kd: bool = True
+    problem: Problem,
+    embeddings: Tensor,
+    centers: Tensor,
+    impl: Impl = "fused",
+    kd: bool = True,
+    compiled: bool = False,
 ) -> LayerLoss:
     dtype = torch.promote_types(embeddings.dtype, torch.float32)
     targets = group_targets(problem["teacher"], problem["groups"], problem["temperature"], dtype)
@@ -121,6 +127,7 @@ def loss_of(
         scale=problem["scale"],
         **weights_of(problem),
         impl=impl,
+        compiled=compiled,
     )
 
 
@@ -264,6 +271,20 @@ def test_gradient_scales_with_what_comes_from_above() -> None:
     once = torch.autograd.grad(loss, at, retain_graph=True)
     for mine, first in zip(torch.autograd.grad(loss * 1024, at), once, strict=True):
         torch.testing.assert_close(mine, first * 1024)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("chunk", [16], indirect=True)
+def test_compiled_it_is_the_same() -> None:
+    """Whole graphs, with the short last chunk too; a CPU's kernels here, a GPU's on a GPU."""
+    problem = random_problem(9, 6, 40, 4)
+    at = leaves(problem, torch.float32)
+    eager, compiled = (loss_of(problem, *at, compiled=flag) for flag in (False, True))
+    torch.testing.assert_close(compiled, eager)
+    grads = (torch.autograd.grad(loss.total, at) for loss in (eager, compiled))
+    for ours, theirs in zip(*grads, strict=True):
+        torch.testing.assert_close(theirs, ours)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
