@@ -7,9 +7,10 @@ so that neighbours on the machine do not count. The memory above the centres and
 the growth of a child process's peak.
 
 ``python -m tests.benchmarks.fused_head webface42m`` runs one step at 2,059,906 classes, says the
-peak of memory, and what the plain head's tensors would take: a step of it on tensors without memory.
-``python -m tests.benchmarks.fused_head sampled`` times the layer with a tenth of the centres learning
-against the whole of it.
+peak of memory, and what the plain head's tensors would take: its step on tensors without memory.
+
+``python -m tests.benchmarks.fused_head sampled`` times the layer with a tenth of the centres
+learning against the whole of it.
 """
 
 import multiprocessing
