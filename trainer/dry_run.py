@@ -242,7 +242,7 @@ class PeakBytes(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         given = {
-            each.untyped_storage().data_ptr()
+            id(each.untyped_storage())
             for each in tree_leaves((args, kwargs))
             if isinstance(each, Tensor)
         }
@@ -253,7 +253,7 @@ class PeakBytes(TorchDispatchMode):
         return result
 
     def _count(self, storage: torch.UntypedStorage, given: set[int]) -> None:
-        if storage.data_ptr() in given or storage in self._seen:
+        if id(storage) in given or storage in self._seen:
             return  # a view, or changed in place
         self._seen.add(storage)
         size = storage.nbytes()

@@ -16,7 +16,7 @@ maximum), and for T = 1, 2 or 4 those of z come from those of z/T by squaring.
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, ParamSpec, Self, TypeVar
 
@@ -288,24 +288,19 @@ def class_sums(unit: Tensor, centers: Tensor, picks: Picks, objective: Objective
     scaled = (unit * (objective.scale / plan.divisor)).T
     norms = torch.empty_like(centers[:, 0])
     picked = unit.new_zeros(len(picks.places))
-    sums: list[Tensor] = []
-    soft_sums: list[Tensor] = []
-    for classes, some in picks.chunks(len(centers)):
+    chunks = list(picks.chunks(len(centers)))
+    sums = unit.new_empty(2, len(chunks), len(unit), dtype=torch.float64)
+    buffers = _ChunkBuffers.of(chunks, centers, len(unit))
+    for place, (classes, some) in enumerate(chunks):
         norms[classes] = torch.linalg.vector_norm(centers[classes], dim=1).clamp_(min=EPSILON)
-        logits = torch.mm(centers[classes] / norms[classes, None], scaled)
+        _, logits = buffers.cosines(centers[classes], norms[classes, None], scaled)
         places, flat = picks.within(classes, some), logits.view(-1)
         picked[some] = flat.index_select(0, places)
         flat.index_fill_(0, places, -math.inf)
-        log_sum, log_soft_sum = sum_up(plan, logits)
-        sums.append(log_sum)
-        soft_sums.append(log_soft_sum)
+        sums[0, place], sums[1, place] = sum_up(plan, logits)
     unsorted = torch.empty_like(picked).index_copy_(0, picks.order, picked * plan.divisor)
-    return ClassSums(
-        norms,
-        torch.stack(sums).logsumexp(0),
-        torch.stack(soft_sums).logsumexp(0),
-        unsorted,
-    )
+    log_rest, log_soft_rest = sums.logsumexp(1)
+    return ClassSums(norms, log_rest, log_soft_rest, unsorted)
 
 
 def picked_terms(
@@ -373,10 +368,11 @@ def class_gradients(
     drawn = plan.coefficients(terms, factor * sample.weight) if sample else dense
     certain = sample.certain if sample else 0
     grad_scaled, grad_centers = torch.zeros_like(unit), torch.empty_like(centers)
-    for classes, some in picks.chunks(len(centers), certain):
+    chunks = list(picks.chunks(len(centers), certain))
+    buffers = _ChunkBuffers.of(chunks, centers, len(unit))
+    for classes, some in chunks:
         norm = norms[classes, None]
-        directions = centers[classes] / norm
-        logits = torch.mm(directions, softened)
+        directions, logits = buffers.cosines(centers[classes], norm, softened)
         grad = slope(plan, logits, drawn if classes.start >= certain else dense)
         grad.view(-1).index_copy_(0, picks.within(classes, some), at_picks[some])
         grad_scaled.addmm_(grad.T, directions)
@@ -384,6 +380,27 @@ def class_gradients(
         along = logits.mul_(grad.div_(norm)).sum(1, keepdim=True).mul_(-plan.divisor)
         torch.mul(directions, along, out=grad_centers[classes]).addmm_(grad, scaled)
     return grad_scaled.mul_(objective.scale), grad_centers
+
+
+class _ChunkBuffers(NamedTuple):
+    """Memory of the largest chunk, used again by all.
+
+    Allocated for each anew, between small results that stay, it would not always come free.
+    """
+
+    directions: Tensor
+    logits: Tensor
+
+    @classmethod
+    def of(cls, chunks: Sequence[tuple[slice, slice]], centers: Tensor, batch_size: int) -> Self:
+        longest = max(classes.stop - classes.start for classes, _ in chunks)
+        shape = longest, centers.shape[1]
+        return cls(centers.new_empty(shape), centers.new_empty(longest, batch_size))
+
+    def cosines(self, centers: Tensor, norms: Tensor, scaled: Tensor) -> tuple[Tensor, Tensor]:
+        """Directions of a chunk's centres [n, D], and their products with ``scaled`` [D, B]."""
+        directions = torch.div(centers, norms, out=self.directions[: len(centers)])
+        return directions, torch.mm(directions, scaled, out=self.logits[: len(centers)])
 
 
 class _Dense(NamedTuple):

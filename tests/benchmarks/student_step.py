@@ -22,7 +22,7 @@ from gkd.trainer.schedules import make_optimizer
 from tests.benchmarks.harness import Bar, report
 
 BATCH = 32
-ROUNDS = 5
+ROUNDS = 15
 # Classes and entries a sample: the LFW recipe, and MS1MV3 with a small and a large group.
 SHAPES = {"lfw": (4859, 1853), "ms1mv3 small": (93431, 19), "ms1mv3 large": (93431, 2000)}
 
