@@ -54,6 +54,20 @@ def test_an_epoch_shows_every_image_at_most_once_in_another_order_each_time() ->
     assert set(epochs[0].tolist()) != set(epochs[1].tolist())
 
 
+def test_any_number_of_ranks_makes_the_same_batches() -> None:
+    """Handed from two ranks to one and to more on the way, an epoch shows each image once."""
+    whole = list(PLANS)
+    changes = [(0, 2), (3, 1), (7, 4), (12, 1)]  # from this step on so many ranks
+    for (start, ranks), (stop, _) in zip(changes, [*changes[1:], (15, 0)], strict=True):
+        plans = replace(PLANS, start=start, world_size=ranks)
+        parts = [list(replace(plans, rank=rank)) for rank in range(ranks)]
+        for step in range(start, stop):
+            rows = np.concatenate([part[step - start].rows for part in parts])
+            assert sorted(rows) == sorted(whole[step].rows)
+            flipped = np.concatenate([part[step - start].flipped for part in parts])
+            assert set(rows[flipped]) == set(whole[step].rows[whole[step].flipped])
+
+
 def test_half_of_the_images_are_mirrored_anew_each_epoch() -> None:
     plans = list(Plans(num_images=4000, batch_size=4000, epochs=2, seed=0, flip=True))
     mirrored = [p.flipped[np.argsort(p.rows)] for p in plans]

@@ -75,9 +75,9 @@ def assert_same_end(ours: Path, theirs: Path) -> None:
     assert_same_state(centers_of(ours), centers_of(theirs))
 
 
-def centers_of(out: Path) -> dict[str, torch.Tensor]:
-    (file,) = last_centers(out).iterdir()
-    return load_file(file)
+def centers_of(out: Path) -> dict[str, dict[str, torch.Tensor]]:
+    """By the file of each rank."""
+    return {file.name: load_file(file) for file in sorted(last_centers(out).iterdir())}
 
 
 def last_centers(out: Path) -> Path:

@@ -1,0 +1,55 @@
+"""Trainings killed at random steps and gone on with: they must end in the bits of an unbroken one.
+
+``python -m tests.benchmarks.resumed [KILLS]`` kills one process again and again, then two ranks at
+as many steps, each time by ``kill -9``, and starts the same command again.
+"""
+
+import random
+import sys
+import tempfile
+from pathlib import Path
+
+from tests.benchmarks.harness import Bar, report
+from tests.trainer.faces import make
+from tests.trainer.test_loop import assert_same_end, losses, wait_for_step
+from tests.trainer.test_ranks import finished, kill, train
+
+KILLS, STEPS = 10, 120  # FAST has three steps an epoch
+
+
+def wrong_ends(faces: Path, folder: Path, ranks: int, kills: int) -> int:
+    """Kill a training so many times; 1 where its end differs from an unbroken one's."""
+    settings = f"train.epochs={STEPS // 3}", "data.workers=1"
+    folder.mkdir()
+    finished(train(faces, folder / "whole", ranks, *settings))
+    dice = random.Random(ranks)
+    for step in sorted(dice.sample(range(4, STEPS - 4), kills)):
+        process = train(faces, folder / "killed", ranks, *settings)
+        wait_for_step(process, folder / "killed", step)
+        kill(process)
+        print(f"{ranks} ranks killed about step {step}", file=sys.stderr)
+    finished(train(faces, folder / "killed", ranks, *settings))
+    try:
+        assert_same_end(folder / "killed", folder / "whole")
+    except AssertionError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return int(losses(folder / "killed") != losses(folder / "whole"))
+
+
+def main() -> None:
+    kills = int(sys.argv[1]) if len(sys.argv) > 1 else KILLS
+    ratios: dict[str, float] = {}
+    bars: dict[str, Bar] = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        faces = Path(temporary) / "faces"
+        make(faces)
+        for ranks in (1, 2):
+            what = f"ends that differ after {kills} kills of {ranks} ranks"
+            ratios[what] = wrong_ends(faces, Path(temporary) / str(ranks), ranks, kills)
+            bars[what] = ("==", 0)
+    report("resumed", ratios, bars)
+
+
+if __name__ == "__main__":
+    main()
