@@ -4,7 +4,8 @@
 a batch of 128, 93,431 classes and 512 dimensions, turn by turn with the layer's three matrix
 products and with a margin head of cross-entropy alone in autograd: processor time of one thread,
 so that neighbours on the machine do not count. The memory above the centres and their gradient is
-the growth of a child process's peak.
+the growth of a child process's peak. Where there is a GPU the same follows on it, in its own time,
+with the exponentials compiled too.
 
 ``python -m tests.benchmarks.fused_head webface42m`` runs one step at 2,059,906 classes, says the
 peak of memory, and what the plain head's tensors would take: its step on tensors without memory.
@@ -60,23 +61,30 @@ def random_targets(num_classes: int, mean: int, labels: Tensor) -> GroupTargets:
 class Layer:
     """Embeddings, centres and labels of one step."""
 
-    def __init__(self, num_classes: int) -> None:
+    def __init__(self, num_classes: int, device: str = "cpu") -> None:
         torch.manual_seed(0)
-        self.embeddings = torch.randn(BATCH, EMBEDDING_DIM, requires_grad=True)
-        self.centers = torch.randn(num_classes, EMBEDDING_DIM).mul_(0.01).requires_grad_()
-        self.labels = torch.randint(0, num_classes, (BATCH,))
+        self.embeddings = torch.randn(BATCH, EMBEDDING_DIM, device=device, requires_grad=True)
+        centers = torch.randn(num_classes, EMBEDDING_DIM, device=device).mul_(0.01)
+        self.centers = centers.requires_grad_()
+        self.labels = torch.randint(0, num_classes, (BATCH,), device=device)
 
-    def fused(self, targets: GroupTargets | None) -> None:
+    def fused(self, targets: GroupTargets | None, *, compiled: bool = False) -> None:
         self.forget()
         grouped_margin_loss(
-            self.embeddings, self.centers, self.labels, targets, margin=MARGIN, scale=SCALE
+            self.embeddings,
+            self.centers,
+            self.labels,
+            targets,
+            margin=MARGIN,
+            scale=SCALE,
+            compiled=compiled,
         ).total.backward()
 
     def plain(self) -> None:
         """Cross-entropy alone in autograd; faster than ``margin_logits`` and F.cross_entropy."""
         self.forget()
         cosines = F.linear(F.normalize(self.embeddings), F.normalize(self.centers))
-        rows = torch.arange(BATCH)
+        rows = torch.arange(BATCH, device=cosines.device)
         logits = cosines.clone()
         logits[rows, self.labels] = cosines[rows, self.labels] - MARGIN.m3
         F.cross_entropy(logits * SCALE, self.labels).backward()
@@ -108,14 +116,30 @@ class Layer:
         self.embeddings.grad = self.centers.grad = None
 
 
-def least_seconds(works: dict[str, Callable[[], None]]) -> dict[str, float]:
-    """Least processor time of each, taken in turns: noise only ever adds."""
+def processor_seconds(work: Callable[[], None]) -> float:
+    began = time.process_time()
+    work()
+    return time.process_time() - began
+
+
+def gpu_seconds(work: Callable[[], None]) -> float:
+    began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    began.record()
+    work()
+    ended.record()
+    torch.cuda.synchronize()
+    return float(began.elapsed_time(ended)) / 1000
+
+
+def least_seconds(
+    works: dict[str, Callable[[], None]],
+    seconds: Callable[[Callable[[], None]], float] = processor_seconds,
+) -> dict[str, float]:
+    """Least time of each, taken in turns: noise only ever adds."""
     times: dict[str, list[float]] = {name: [] for name in works}
     for _ in range(ROUNDS):
         for name, work in works.items():
-            began = time.process_time()
-            work()
-            times[name].append(time.process_time() - began)
+            times[name].append(seconds(work))
     return {name: min(some) for name, some in times.items()}
 
 
@@ -174,7 +198,28 @@ def compare() -> None:
         "mean 19 / plain head without targets": ("<=", 0.75),
         "MB above centres and gradient": ("<=", 64.0),
     }
+    if torch.cuda.is_available():
+        ratios |= compare_on("cuda", gpu_seconds)
     report("fused_head", ratios, bars)
+
+
+def compare_on(device: str, seconds: Callable[[Callable[[], None]], float]) -> dict[str, float]:
+    layer = Layer(NUM_CLASSES, device)
+    targets = random_targets(NUM_CLASSES, 19, layer.labels).to(torch.device(device))
+    times = least_seconds(
+        {
+            "products": layer.products,
+            "plain": layer.plain,
+            "fused": lambda: layer.fused(targets),
+            "compiled": lambda: layer.fused(targets, compiled=True),
+        },
+        seconds,
+    )
+    return {
+        f"{device}: {name} / {other}": times[name] / times[other]
+        for name in ("fused", "compiled")
+        for other in ("products", "plain")
+    }
 
 
 def run_webface42m() -> None:

@@ -121,8 +121,8 @@ def loss_of(
     return grouped_margin_loss(
         embeddings,
         centers,
-        torch.from_numpy(problem["labels"]),
-        targets if kd else None,
+        torch.from_numpy(problem["labels"]).to(embeddings.device),
+        targets.to(embeddings.device) if kd else None,
         margin=problem["margin"],
         scale=problem["scale"],
         **weights_of(problem),
