@@ -68,12 +68,15 @@ class TargetBatch:
     indices        int64   [E]    classes, within a sample unique
     log_probs      float32 [E]    natural log of p_j(T)
     log_secondary  float32 [B]    natural log of the mass outside the group, -inf for none
+    log_weights    float32 [E]    only where entries are drawn ones: natural log of how many classes
+                                  of the group each stands for, see ``gkd.storage.drawn``
     """
 
     offsets: npt.NDArray[np.int64]
     indices: npt.NDArray[np.int64]
     log_probs: npt.NDArray[np.float32]
     log_secondary: npt.NDArray[np.float32]
+    log_weights: npt.NDArray[np.float32] | None = None
 
 
 def at_temperature(

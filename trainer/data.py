@@ -353,7 +353,7 @@ class _Packed:
         """Labels, rows and targets in one tensor."""
         named = {"labels": batch.labels, "rows": batch.rows}
         if batch.targets is not None:
-            named |= {f"targets.{name}": value for name, value in vars(batch.targets).items()}
+            named |= {f"targets.{name}": value for name, value in batch.targets.tensors().items()}
         # The longest type first, so that each stands where its type may stand.
         fields = sorted(named.items(), key=lambda field: -field[1].itemsize)
         return cls(

@@ -69,6 +69,11 @@ def _gather_targets(targets: GroupTargets, ranks: Ranks) -> GroupTargets:
         indices=_gather_varied(targets.indices, counts, ranks),
         log_probs=_gather_varied(targets.log_probs, counts, ranks),
         log_secondary=ranks.gather(targets.log_secondary),
+        log_weights=(
+            None
+            if targets.log_weights is None
+            else _gather_varied(targets.log_weights, counts, ranks)
+        ),
     )
 
 

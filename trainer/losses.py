@@ -43,6 +43,7 @@ class GroupTargets:
     indices        int64   [E]    classes, unique within a sample
     log_probs      float32 [E]    natural log of p_j(T)
     log_secondary  float32 [B]    natural log of 1-a, -inf for a group that holds all mass
+    log_weights    float32 [E]    natural log of r_j; None where every entry stands for itself
     """
 
     offsets: Tensor
@@ -50,6 +51,7 @@ class GroupTargets:
     indices: Tensor
     log_probs: Tensor
     log_secondary: Tensor
+    log_weights: Tensor | None = None
 
     @classmethod
     def from_batch(cls, batch: TargetBatch) -> Self:
@@ -61,17 +63,22 @@ class GroupTargets:
             indices=torch.from_numpy(batch.indices),
             log_probs=torch.from_numpy(batch.log_probs),
             log_secondary=torch.from_numpy(batch.log_secondary),
+            log_weights=None if batch.log_weights is None else torch.from_numpy(batch.log_weights),
         )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Those that are there, by name."""
+        return {name: value for name, value in vars(self).items() if value is not None}
 
     def to(self, device: torch.device) -> "GroupTargets":
         """The same on another device; does not wait for copies out of pinned memory."""
         return GroupTargets(
-            **{name: value.to(device, non_blocking=True) for name, value in vars(self).items()}
+            **{name: value.to(device, non_blocking=True) for name, value in self.tensors().items()}
         )
 
     def pin_memory(self) -> "GroupTargets":
         """The same in pinned memory; the name is the data loader's."""
-        return GroupTargets(**{name: value.pin_memory() for name, value in vars(self).items()})
+        return GroupTargets(**{name: value.pin_memory() for name, value in self.tensors().items()})
 
 
 class GkdLoss(NamedTuple):
@@ -175,6 +182,7 @@ def _slice(targets: GroupTargets, rows: slice) -> GroupTargets:
         indices=targets.indices[entries],
         log_probs=targets.log_probs[entries],
         log_secondary=targets.log_secondary[rows],
+        log_weights=None if targets.log_weights is None else targets.log_weights[entries],
     )
 
 
@@ -215,6 +223,10 @@ def group_terms(
 
     The latter is ``tail_peak + log(tail_sum)``, -inf for no tail.
     """
+    if targets.log_weights is not None:
+        lse_tail = tail_peak.double() + tail_sum.double().log()
+        terms = _drawn_terms(group, targets.log_weights, lse_tail, targets, weights)
+        return terms._replace(grad_tail=terms.grad_tail / tail_sum)
     lse_group = segment_logsumexp(group, targets)
     # Rows are few: float64 keeps 1-a and 1-b apart where both are tiny.
     gap = lse_group.double() - (tail_peak.double() + tail_sum.double().log())
@@ -240,6 +252,42 @@ def group_terms(
     grad_entries = (student - teacher).mul_(weights.primary)
     grad_entries.addcmul_(student, spread(surplus.to(group.dtype), targets))
     return GroupTerms(binary, primary, grad_entries, (-surplus / tail_sum).to(group.dtype))
+
+
+def _drawn_terms(
+    group: Tensor, log_weights: Tensor, lse_tail: Tensor, targets: GroupTargets, weights: Weights
+) -> GroupTerms:
+    """The same where entries stand for r_j classes each; ``grad_tail`` by exp(u - lse_tail)."""
+    lse_all = torch.logaddexp(segment_logsumexp(group, targets).double(), lse_tail)
+    lse_drawn = segment_logsumexp(group + log_weights, targets).double()
+    log_rest = targets.log_secondary.double()
+    taught = torch.diff(targets.offsets) > 0
+    whole = taught & (log_rest == -math.inf)
+    part = taught & ~whole
+    a, b = -torch.expm1(log_rest), torch.exp(lse_drawn - lse_all)
+    held = torch.minimum(b, (1 + a) / 2)
+    binary = a * (a.log() - held.log()) + (1 - a) * (log_rest - torch.log1p(-held))
+    pull = torch.where(part, weights.binary * (held - a) / (held * (1 - held)), 0.0)
+
+    def each(values: Tensor) -> Tensor:
+        return spread(values.to(group.dtype), targets)
+
+    log_odds = targets.log_probs - each(a.log()) - group
+    teacher = torch.exp(targets.log_probs + log_weights - each(a.log()))
+    lse = torch.where(whole, lse_all, lse_drawn)
+    primary = _segment_reduce(teacher * log_odds, targets, "sum").double() + lse
+    dense = torch.where(whole, weights.primary, -pull * b)
+    softmax = torch.exp(group - each(lse_all))
+    # In G the student's own softmax; where G is everything, it is dense.
+    inner = torch.exp(group + log_weights - each(lse_drawn)).mul_(each(part.double()))
+    grad_entries = weights.primary * (inner - teacher)
+    grad_entries += softmax * (each(dense) + each(pull) * log_weights.exp())
+    return GroupTerms(
+        torch.where(part, binary, 0.0),
+        torch.where(taught, primary, 0.0).to(group.dtype),
+        grad_entries,
+        (dense * torch.exp(lse_tail - lse_all)).to(group.dtype),
+    )
 
 
 def segment_logsumexp(values: Tensor, targets: GroupTargets) -> Tensor:
