@@ -3,7 +3,7 @@
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 import msgspec
@@ -52,6 +52,18 @@ NO_TARGETS = Path("-")
 @click.option("--max-group", type=int, default=4096, show_default=True)
 @click.option("--scale", type=float, default=64.0, show_default=True)
 @click.option("--margin", type=float, default=0.4, show_default=True)
+@click.option(
+    "--draws", type=click.IntRange(min=0), default=0, show_default=True, help="Classes to draw."
+)
+@click.option("--draw-temperature", type=float, default=4.0, show_default=True)
+@click.option(
+    "--draw-from",
+    type=click.Choice(["all", "primary"]),
+    default="all",
+    show_default=True,
+    help="All classes, or the primary group before --max-group cuts it.",
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the draws.")
 @click.option("--views", callback=parse_names, default="original,flipped", show_default=True)
 @preprocess_option
 @bgr_option
@@ -77,6 +89,10 @@ def cache_teacher(
     max_group: int,
     scale: float,
     margin: float,
+    draws: int,
+    draw_temperature: float,
+    draw_from: Literal["all", "primary"],
+    seed: int,
     views: Any,
     preset: str,
     bgr: bool,
@@ -98,7 +114,7 @@ def cache_teacher(
     from gkd.pipeline.run import cache_teacher as run
     from gkd.storage.errors import ConfigError
     from gkd.storage.records import open_records
-    from gkd.storage.spec import preprocess_preset
+    from gkd.storage.spec import DrawsSpec, preprocess_preset
 
     if CLASS_MEAN in centers and len(centers) > 1:
         raise ConfigError(
@@ -113,6 +129,7 @@ def cache_teacher(
             max_group=max_group,
             scale=scale,
             margin=margin,
+            draws=DrawsSpec(draws, draw_temperature, draw_from, seed) if draws else None,
         ),
         views=views,
         batch_size=batch_size,

@@ -252,6 +252,7 @@ def targets_pull(
 @click.option("--max-group", type=int, help="At most that of IN, or more where no group was cut.")
 @click.option("--temperatures", callback=parse_numbers, help="Some of those of IN, such as 2,4.")
 @click.option("--group-temperature", type=float, help="That of IN; no other can be answered.")
+@click.option("--draws", type=int, help="The first so many of IN's draws, or 0.")
 @licence_option
 @note_option
 def targets_retarget(path: Path, out: Path, **settings: Any) -> None:

@@ -2,10 +2,15 @@
 
 import math
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from gkd.pipeline.draws import BlockSums
 
 LOWEST = torch.finfo(torch.float32).min
 LEAST_TERM = 1e-19
@@ -31,6 +36,22 @@ def key_classes(keys: Tensor) -> Tensor:
     return LOW_BITS - (keys & LOW_BITS)
 
 
+@dataclass(frozen=True)
+class Taken:
+    """Some entries [n] of a chunk and their logits; in the chunk -inf stands in their place."""
+
+    rows: Tensor
+    columns: Tensor
+    logits: Tensor
+
+    def __add__(self, other: "Taken") -> "Taken":
+        return Taken(
+            torch.cat([self.rows, other.rows]),
+            torch.cat([self.columns, other.columns]),
+            torch.cat([self.logits, other.logits]),
+        )
+
+
 class Tail:
     """What was dropped, as its logsumexp at each temperature, float64 [B]."""
 
@@ -38,21 +59,31 @@ class Tail:
         nothing = torch.full_like(of_labels, -math.inf, dtype=torch.float64)
         self.log_sums = dict.fromkeys(sorted(set(temperatures), reverse=True), nothing)
 
-    def add(self, logits: Tensor) -> None:
-        """Add logits [B, n], in memory that is overwritten; -inf counts nothing."""
+    def add(
+        self, logits: Tensor, blocks: "BlockSums | None" = None, taken: Taken | None = None
+    ) -> None:
+        """Add logits [B, n], in memory that is overwritten; -inf counts nothing.
+
+        With ``blocks`` they are a chunk whose terms these are to have too, and ``taken`` is what
+        was taken out of it.
+        """
         # The tail's own peak is the shift: its sum is at least one, however small its mass.
         peak = logits.amax(1).clamp(min=LOWEST)
-        for temperature, sums in _exponential_sums(logits, peak, tuple(self.log_sums)):
+        for temperature, terms in _exponentials(logits, peak, tuple(self.log_sums)):
+            if blocks is not None and taken is not None and temperature == blocks.temperature:
+                sums = blocks.add(terms, peak, taken)
+            else:
+                sums = terms.sum(1)
             log_sum = peak.to(torch.float64) / temperature + sums.to(torch.float64).log()
             # Where all is -inf there is no tail, only the sums' lower bounds.
             log_sum = log_sum.masked_fill(peak == LOWEST, -math.inf)
             self.log_sums[temperature] = torch.logaddexp(self.log_sums[temperature], log_sum)
 
 
-def _exponential_sums(
+def _exponentials(
     logits: Tensor, peak: Tensor, temperatures: tuple[float, ...]
 ) -> Iterator[tuple[float, Tensor]]:
-    """Sums of exp((z - peak) / T) over each row, for falling T; overwrites the logits.
+    """exp((z - peak) / T) [B, n] for falling T, each overwritten by the next; so are the logits.
 
     Terms are kept above 1e-19, which no sum of one or more can feel: processors are tens of times
     slower where an exponential or a square underflows.
@@ -62,15 +93,15 @@ def _exponential_sums(
         factor = 1 / temperatures[0]
         torch.add(-factor * peak[:, None], logits, alpha=factor, out=logits)
         powers = logits.clamp_(min=math.log(LEAST_TERM)).exp_()
-        yield temperatures[0], powers.sum(1)
+        yield temperatures[0], powers
         for temperature in temperatures[1:]:
             powers.clamp_(min=LEAST_TERM)
-            yield temperature, powers.mul_(powers).sum(1)
+            yield temperature, powers.mul_(powers)
         return
     logits.sub_(peak[:, None])
     for temperature in temperatures:
         scaled = (logits / temperature).clamp_(min=math.log(LEAST_TERM))
-        yield temperature, scaled.exp_().sum(1)
+        yield temperature, scaled.exp_()
 
 
 class Candidates:
@@ -86,8 +117,8 @@ class Candidates:
         """int64 [B, width]."""
         return self._keys[:, : self.width]
 
-    def take(self, chunk: Tensor, start: int, floor: Tensor) -> None:
-        """Take the logits at or above the floor; in the chunk -inf stands in their place."""
+    def take(self, chunk: Tensor, start: int, floor: Tensor) -> Taken:
+        """Take the logits at or above the floor [B] out of the chunk."""
         rows, columns = _places(chunk >= floor[:, None])
         values = chunk[rows, columns]
         chunk[rows, columns] = -math.inf
@@ -101,6 +132,7 @@ class Candidates:
             room[:, : self._keys.shape[1]] = self._keys
             self._keys = room
         self._keys[rows, places] = make_keys(values, columns + start)
+        return Taken(rows, columns, values)
 
     def keep_largest(self, count: int, tail: Tail) -> Tensor:
         """Leave all but the ``count`` largest of each row to the tail; the last one's logit [B]."""

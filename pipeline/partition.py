@@ -11,7 +11,6 @@ p < (1 - threshold) / C is never needed.
 import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -21,22 +20,24 @@ from torch.nn import functional
 
 from gkd.pipeline.candidates import (
     LEAST_TERM,
-    LOWEST,
     VOID_KEY,
     Candidates,
     Tail,
+    Taken,
     key_classes,
     key_logits,
     make_keys,
 )
+from gkd.pipeline.draws import SPAN, BlockSums, Drawn, draw_from_all, draw_from_group
+from gkd.pipeline.floors import MOST_SAMPLED, better_floor, certain_floor, first_floor
+from gkd.pipeline.logits import ACCELERATOR_LOGITS, CPU_LOGITS, CosineLogits, GivenLogits, Logits
 from gkd.storage.errors import ConfigError
-from gkd.storage.targets import SparseTargets, encode_log_probs
+from gkd.storage.spec import DrawsSpec
+from gkd.storage.target_arrays import concatenate
+from gkd.storage.targets import SparseTargets, encode_log_probs, offsets_from_sizes
 
 MAX_GROUP_LIMIT = 65535  # sizes are stored as uint16
-CPU_LOGITS = 2**18  # 1 MB: stays in a core's cache
-ACCELERATOR_LOGITS = 2**25
 BLOCK_ROWS = 64
-MOST_SAMPLED, LEAST_SAMPLED, SAMPLED_SHARE = 1024, 128, 1 / 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +47,8 @@ class PartitionSettings:
     z = scale * (cosine - margin * [class = label]);  p(T) = softmax(z / T)
     Group: shortest prefix by descending z (ties: lower class first) with
     sum p(group_temperature) >= threshold, and always the label; at most ``max_group`` classes.
-    The secondary mass is taken at each of ``temperatures``.
+    The secondary mass is taken at each of ``temperatures``. Classes are drawn as ``draws`` says,
+    at one of these.
 
     Raises:
         ConfigError: for a value outside its range.
@@ -58,6 +60,7 @@ class PartitionSettings:
     max_group: int = 4096
     scale: float = 64.0
     margin: float = 0.4
+    draws: DrawsSpec | None = None
 
     def __post_init__(self) -> None:
         _check("--threshold", self.threshold, 0 <= self.threshold <= 1, "from 0 to 1")
@@ -73,6 +76,23 @@ class PartitionSettings:
         _check("--max-group", self.max_group, fits, f"a number from 1 to {MAX_GROUP_LIMIT:,}")
         _check("--scale", self.scale, _is_positive(self.scale), positive)
         _check("--margin", self.margin, math.isfinite(self.margin), "a finite number")
+        if self.draws is not None:
+            count, temperature = self.draws.count, self.draws.temperature
+            fits = 1 <= count <= MAX_GROUP_LIMIT
+            _check("--draws", count, fits, f"a number from 1 to {MAX_GROUP_LIMIT:,}")
+            known = temperature in self.temperatures
+            expected = f"one of --temperatures, which are {temperatures}"
+            _check("--draw-temperature", temperature, known, expected)
+
+    @property
+    def draws_from_group(self) -> bool:
+        """Whether classes are drawn from the primary group, before ``max_group`` cuts it."""
+        return self.draws is not None and self.draws.source == "primary"
+
+    @property
+    def most_candidates(self) -> float:
+        """How many of a row's largest logits can matter."""
+        return math.inf if self.draws_from_group else self.max_group
 
 
 def _is_positive(number: float) -> bool:
@@ -100,6 +120,7 @@ def partition(
     centers: Tensor,
     settings: PartitionSettings,
     *,
+    uniforms: npt.NDArray[np.float64] | None = None,
     class_chunk: int | None = None,
 ) -> Partition:
     """Primary groups of a batch from its embeddings, on the device that holds the centres.
@@ -109,12 +130,14 @@ def partition(
         labels: int [B], the margin's class.
         centers: float32 [C, D], L2-normalised.
         settings: temperatures, threshold, cap, scale and margin.
+        uniforms: float64 [B, n] of [0, 1), one a draw; only where the settings have draws.
         class_chunk: classes whose logits are held at once; by default what suits the device.
     """
     unit = functional.normalize(embeddings.to(centers.device, torch.float32), dim=1)
     labels = labels.to(centers.device, torch.int64)
-    logits = _CosineLogits(unit * settings.scale, labels, centers, settings)
-    return _partition(logits, settings, class_chunk)
+    label_margin = settings.scale * settings.margin
+    logits = CosineLogits(unit * settings.scale, labels, centers, label_margin)
+    return _partition(logits, settings, uniforms, class_chunk)
 
 
 def partition_logits(
@@ -122,74 +145,12 @@ def partition_logits(
     labels: Tensor,
     settings: PartitionSettings,
     *,
+    uniforms: npt.NDArray[np.float64] | None = None,
     class_chunk: int | None = None,
 ) -> Partition:
     """Primary groups of a batch from logits z float32 [B, C] with scale and margin applied."""
-    source = _GivenLogits(logits, labels.to(logits.device, torch.int64))
-    return _partition(source, settings, class_chunk)
-
-
-class _Logits(Protocol):
-    """Logits z of a batch, computed chunk by chunk."""
-
-    @property
-    def labels(self) -> Tensor: ...
-
-    @property
-    def num_classes(self) -> int: ...
-
-    def of_labels(self) -> Tensor:
-        """Logit of each label, [B]."""
-        ...
-
-    def fill(self, out: Tensor, start: int) -> None:
-        """Write the logits [B, n] of the classes from ``start`` on; the label's may be wrong."""
-        ...
-
-    def rows(self, index: Tensor | slice) -> "_Logits":
-        """The same for some of the rows."""
-        ...
-
-
-@dataclass(frozen=True)
-class _CosineLogits:
-    scaled: Tensor  # [B, D], of length scale
-    labels: Tensor
-    centers: Tensor
-    settings: PartitionSettings
-
-    @property
-    def num_classes(self) -> int:
-        return len(self.centers)
-
-    def of_labels(self) -> Tensor:
-        cosines = (self.scaled * self.centers[self.labels]).sum(1)
-        return cosines - self.settings.scale * self.settings.margin
-
-    def fill(self, out: Tensor, start: int) -> None:
-        torch.mm(self.scaled, self.centers[start : start + out.shape[1]].T, out=out)
-
-    def rows(self, index: Tensor | slice) -> "_CosineLogits":
-        return _CosineLogits(self.scaled[index], self.labels[index], self.centers, self.settings)
-
-
-@dataclass(frozen=True)
-class _GivenLogits:
-    logits: Tensor
-    labels: Tensor
-
-    @property
-    def num_classes(self) -> int:
-        return self.logits.shape[1]
-
-    def of_labels(self) -> Tensor:
-        return self.logits.gather(1, self.labels[:, None])[:, 0]
-
-    def fill(self, out: Tensor, start: int) -> None:
-        out.copy_(self.logits[:, start : start + out.shape[1]])
-
-    def rows(self, index: Tensor | slice) -> "_GivenLogits":
-        return _GivenLogits(self.logits[index], self.labels[index])
+    source = GivenLogits(logits, labels.to(logits.device, torch.int64))
+    return _partition(source, settings, uniforms, class_chunk)
 
 
 @dataclass(frozen=True)
@@ -203,91 +164,125 @@ class _Groups:
     truncated: npt.NDArray[np.bool_]
     proved: npt.NDArray[np.bool_]
     log_total: Tensor  # [b], of all classes at the group temperature
+    drawn: Drawn | None
 
 
-def _partition(logits: _Logits, settings: PartitionSettings, class_chunk: int | None) -> Partition:
-    batch = len(logits.labels)
+def _partition(
+    logits: Logits,
+    settings: PartitionSettings,
+    uniforms: npt.NDArray[np.float64] | None,
+    class_chunk: int | None,
+) -> Partition:
+    batch, device = len(logits.labels), logits.labels.device
     if not batch:
         return _nothing(settings)
-    if logits.labels.device.type != "cpu":
-        return _partition_rows(logits, settings, class_chunk or ACCELERATOR_LOGITS // batch + 1)
+    count = settings.draws.count if settings.draws else 0
+    numbers = torch.from_numpy(np.empty((batch, 0)) if uniforms is None else uniforms).to(device)
+    if numbers.shape != (batch, count):
+        raise ValueError(f"uniforms: expected {(batch, count)}, got {tuple(numbers.shape)}")
+    if device.type != "cpu":
+        chunk = _whole_spans(class_chunk or ACCELERATOR_LOGITS // batch + 1, settings)
+        return _partition_rows(logits, settings, numbers, chunk)
     # Work on a cache's worth of logits is too small to be shared, so threads take blocks of rows
     # instead. The blocks do not depend on the number of threads, and so the bits do not either.
-    blocks = [logits.rows(slice(at, at + BLOCK_ROWS)) for at in range(0, batch, BLOCK_ROWS)]
-    chunk = class_chunk or CPU_LOGITS // BLOCK_ROWS
+    blocks = [slice(at, at + BLOCK_ROWS) for at in range(0, batch, BLOCK_ROWS)]
+    chunk = _whole_spans(class_chunk or CPU_LOGITS // BLOCK_ROWS, settings)
+
+    def work(block: slice) -> Partition:
+        return _partition_rows(logits.rows(block), settings, numbers[block], chunk)
+
     threads = torch.get_num_threads()
     if min(threads, len(blocks)) == 1:
-        return _join([_partition_rows(block, settings, chunk) for block in blocks])
+        return _join(list(map(work, blocks)))
     try:
         with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            return _join(list(pool.map(lambda b: _partition_rows(b, settings, chunk), blocks)))
+            return _join(list(pool.map(work, blocks)))
     finally:
         torch.set_num_threads(threads)  # a part of this setting is the process's
 
 
+def _whole_spans(class_chunk: int, settings: PartitionSettings) -> int:
+    """A chunk that no span of classes reaches out of, where sums of such are kept."""
+    return -(-class_chunk // SPAN) * SPAN if settings.draws else class_chunk
+
+
 @torch.inference_mode()
-def _partition_rows(logits: _Logits, settings: PartitionSettings, class_chunk: int) -> Partition:
-    groups = _groups(logits, settings, class_chunk, None)
+def _partition_rows(
+    logits: Logits, settings: PartitionSettings, uniforms: Tensor, class_chunk: int
+) -> Partition:
+    groups = _groups(logits, settings, uniforms, class_chunk, None)
     again = np.flatnonzero(~groups.proved)
     if len(again):
         rows = torch.from_numpy(again).to(logits.labels.device)
-        floor = _certain_floor(groups.log_total[rows], logits.num_classes, settings)
-        sure = _groups(logits.rows(rows), settings, class_chunk, floor)
+        floor = certain_floor(groups.log_total[rows], logits.num_classes, settings)
+        # Of all classes the draws are right already, whatever the group is.
+        numbers = uniforms[rows] if settings.draws_from_group else None
+        sure = _groups(logits.rows(rows), settings, numbers, class_chunk, floor)
         groups = _replace(groups, again, sure)
+    drawn = groups.drawn
     targets = SparseTargets(
-        offsets=np.concatenate([[0], np.cumsum(groups.sizes)]).astype(np.int64),
+        offsets=offsets_from_sizes(groups.sizes),
         indices=groups.classes.astype(np.uint32),
         log2_probs=encode_log_probs(groups.log_probs),
         secondary=groups.secondary,
+        draws=drawn.classes if drawn else None,
+        draw_log2_probs=drawn.log2_probs if drawn else None,
+        draw_secondary=drawn.secondary if drawn else None,
     )
     return Partition(targets, groups.truncated)
 
 
 def _join(parts: list[Partition]) -> Partition:
-    targets = [part.targets for part in parts]
-    sizes = np.concatenate([t.sizes for t in targets])
     return Partition(
-        SparseTargets(
-            offsets=np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64),
-            indices=np.concatenate([t.indices for t in targets]),
-            log2_probs=np.concatenate([t.log2_probs for t in targets]),
-            secondary=np.concatenate([t.secondary for t in targets]),
-        ),
+        concatenate([part.targets for part in parts]),
         np.concatenate([part.truncated for part in parts]),
     )
 
 
 def _nothing(settings: PartitionSettings) -> Partition:
+    draws = settings.draws
     targets = SparseTargets(
         offsets=np.zeros(1, np.int64),
         indices=np.empty(0, np.uint32),
         log2_probs=np.empty(0, np.uint16),
         secondary=np.empty((0, len(settings.temperatures)), np.float32),
+        draws=np.empty((0, draws.count), np.uint32) if draws else None,
+        draw_log2_probs=np.empty((0, draws.count), np.uint16) if draws else None,
+        draw_secondary=np.empty(0, np.float32) if draws and draws.source == "primary" else None,
     )
     return Partition(targets, np.empty(0, np.bool_))
 
 
 def _groups(
-    logits: _Logits, settings: PartitionSettings, class_chunk: int, floor: Tensor | None
+    logits: Logits,
+    settings: PartitionSettings,
+    uniforms: Tensor | None,
+    class_chunk: int,
+    floor: Tensor | None,
 ) -> _Groups:
     """Groups by one pass over the classes; without a floor it is estimated from the first chunk."""
     of_labels = logits.of_labels()
     batch = len(of_labels)
+    draws = settings.draws
+    blocks = None
+    if draws and uniforms is not None and not settings.draws_from_group:
+        blocks = BlockSums(batch, logits.num_classes, draws.temperature, of_labels.device)
     tail = Tail(of_labels, [*settings.temperatures, settings.group_temperature])
     found = Candidates(batch, of_labels.device)
     buffer = torch.empty(batch * min(class_chunk, logits.num_classes), device=of_labels.device)
     certain = floor is not None or settings.threshold == 1
+    estimated = floor
     estimated_at = 0
     for start in range(0, logits.num_classes, class_chunk):
         width = min(class_chunk, logits.num_classes - start)
         chunk = buffer[: batch * width].view(batch, width)
         logits.fill(chunk, start)
-        _take_out(chunk, logits.labels - start)
-        if floor is None:
-            floor = _first_floor(chunk, of_labels, logits.num_classes, settings)
-        found.take(chunk, start, floor)
-        tail.add(chunk)
-        if found.width > 2 * settings.max_group:
+        label = _take_out(chunk, logits.labels - start, of_labels)
+        if floor is None or estimated is None:
+            floor = estimated = first_floor(chunk, of_labels, logits.num_classes, settings)
+        taken = found.take(chunk, start, floor)
+        tail.add(chunk, blocks, taken + label)
+        if found.width > 2 * settings.most_candidates:
             # Later classes lose a tie, so from here on only a larger logit can enter.
             least = found.keep_largest(settings.max_group, tail)
             above = torch.nextafter(least, torch.full_like(least, math.inf))
@@ -295,99 +290,40 @@ def _groups(
         seen = start + width
         if not certain and seen >= 2 * estimated_at and 0 < found.width <= MOST_SAMPLED:
             share = seen / logits.num_classes
-            floor = torch.maximum(floor, _better_floor(found, tail, of_labels, share, settings))
+            better = better_floor(found, tail, of_labels, share, settings)
+            estimated = torch.maximum(estimated, better)
+            floor = torch.maximum(floor, estimated)
             estimated_at = seen
     label_keys = make_keys(of_labels, logits.labels)
-    return _cut(found.keys, label_keys, tail, None if certain else floor, settings)
+    keys = torch.cat([found.keys, label_keys[:, None]], 1)
+    drawn = None
+    if blocks is not None and uniforms is not None:
+        drawn = draw_from_all(blocks, logits, uniforms)
+    groups = _cut(keys, label_keys, tail, None if certain else estimated, settings, uniforms)
+    return replace(groups, drawn=drawn or groups.drawn)
 
 
-def _take_out(chunk: Tensor, columns: Tensor) -> None:
-    """Mark each row's label, where the chunk holds it, with -inf: no candidate and no mass."""
+def _take_out(chunk: Tensor, columns: Tensor, of_labels: Tensor) -> Taken:
+    """Take each row's label out, where the chunk holds it: no candidate and no mass of the tail."""
     rows = ((columns >= 0) & (columns < chunk.shape[1])).nonzero()[:, 0]
     chunk[rows, columns[rows]] = -math.inf
-
-
-def _first_floor(
-    chunk: Tensor, of_labels: Tensor, num_classes: int, settings: PartitionSettings
-) -> Tensor:
-    """A floor [B] from a sample of the first chunk."""
-    if settings.threshold == 0:
-        return torch.full_like(of_labels, math.inf)
-    if settings.threshold == 1:
-        return torch.full_like(of_labels, LOWEST)
-    sampled = min(max(LEAST_SAMPLED, int(num_classes * SAMPLED_SHARE)), MOST_SAMPLED)
-    stride = -(-chunk.shape[1] // sampled)
-    sample = chunk[:, ::stride].sort(1, descending=True).values
-    nothing = torch.full_like(of_labels, -math.inf, dtype=torch.float64)
-    return _estimated_floor(sample, nothing, of_labels, sample.shape[1] / num_classes, settings)
-
-
-def _better_floor(
-    found: Candidates,
-    tail: Tail,
-    of_labels: Tensor,
-    share: float,
-    settings: PartitionSettings,
-) -> Tensor:
-    """A floor [B] from all that was seen so far, which is ``share`` of the classes."""
-    sample = key_logits(found.keys).sort(1, descending=True).values
-    rest = tail.log_sums[settings.group_temperature]
-    return _estimated_floor(sample, rest, of_labels, share, settings)
-
-
-def _estimated_floor(
-    sample: Tensor,
-    log_rest: Tensor,
-    of_labels: Tensor,
-    share: float,
-    settings: PartitionSettings,
-) -> Tensor:
-    """A logit [B] somewhat below the group's last entry, as a share of the classes tells.
-
-    ``sample`` [B, n] are the share's largest logits, descending, and ``log_rest`` [B] is the
-    logsumexp of its others at the group temperature.
-    """
-    peak = torch.maximum(sample[:, 0], of_labels)[:, None]
-    both = (torch.cat([sample, of_labels[:, None]], 1) - peak) / settings.group_temperature
-    terms = both.clamp_(min=math.log(LEAST_TERM)).exp_()
-    mass, label_mass = terms[:, :-1].cumsum(1), terms[:, -1:]
-    rest = torch.exp(log_rest[:, None] - peak / settings.group_temperature)
-    # Of the share's mass, what the whole group's prefix without the label would hold.
-    needed = (
-        settings.threshold * (mass[:, -1:] + rest) - (1 - settings.threshold) * share * label_mass
-    )
-    rank = (mass < needed).sum(1).clamp(max=settings.max_group * share)
-    # Three standard deviations of a count, and some for the smallest counts.
-    rank = (rank + 3 * rank.sqrt() + 2).long().clamp(max=sample.shape[1] - 1)
-    return sample.gather(1, rank[:, None])[:, 0].clamp(min=LOWEST)
-
-
-def _certain_floor(log_total: Tensor, num_classes: int, settings: PartitionSettings) -> Tensor:
-    """A logit [B] that no entry of a group lies below.
-
-    Before the group's last entry stands less than ``threshold``, so it and the at most C - 1
-    others behind it hold more than 1 - threshold, and the last is the largest of these.
-    """
-    if settings.threshold == 1:
-        return torch.full_like(log_total, LOWEST, dtype=torch.float32)
-    least = log_total + math.log((1 - settings.threshold) / num_classes)
-    rounding = 1e-4 * (1 + least.abs())
-    return (settings.group_temperature * (least - rounding)).clamp(min=LOWEST).to(torch.float32)
+    return Taken(rows, columns[rows], of_labels[rows])
 
 
 def _cut(
-    found: Tensor,
+    keys: Tensor,
     label_keys: Tensor,
     tail: Tail,
     floor: Tensor | None,
     settings: PartitionSettings,
+    uniforms: Tensor | None,
 ) -> _Groups:
-    """Groups from candidates [B, n], the labels and the tail, which gets what is left over.
+    """Groups from candidates and labels [B, n] and the tail, which gets what is left over.
 
-    ``floor`` [B] tells above what the candidates are complete; without one no class that a group
-    needs is missing.
+    ``floor`` [B] tells above what the candidates are complete, as far as they can matter; without
+    one no class that a group needs is missing.
     """
-    keys = torch.cat([found, label_keys[:, None]], 1).sort(1, descending=True).values
+    keys = keys.sort(1, descending=True).values
     held = (keys > VOID_KEY).sum(1)
     logits = key_logits(keys)
     peak = logits[:, :1]
@@ -402,13 +338,21 @@ def _cut(
     label_place = (keys == label_keys[:, None]).to(torch.uint8).argmax(1)
     full_sizes = prefix + (label_place >= prefix)
     sizes = full_sizes.clamp(max=settings.max_group)
-    proved = held > settings.max_group
-    if floor is None:
-        proved = torch.ones_like(proved)
-    else:
+    proved = torch.ones_like(held, dtype=torch.bool)
+    if floor is not None:
+        # Below a floor that rose there may be candidates, but not all that there are.
+        proved = (logits >= floor[:, None]).sum(1) > settings.most_candidates
         # The label may stand among the candidates although it lies below the floor.
         ends = logits.gather(1, (prefix - 1).clamp(min=0)[:, None])[:, 0]
         proved |= (missing < keys.shape[1]) & ((prefix == 0) | (ends >= floor))
+
+    drawn = None
+    draws = settings.draws
+    if draws and uniforms is not None and settings.draws_from_group:
+        columns = torch.arange(keys.shape[1], device=keys.device)
+        members = (columns < prefix[:, None]) | (columns == label_place[:, None])
+        log_rest = tail.log_sums[draws.temperature]
+        drawn = draw_from_group(keys, members, log_rest, draws.temperature, uniforms)
 
     # The group's places: the first ones, or the label's instead of the last of them.
     rows = torch.arange(len(keys), device=keys.device)
@@ -429,6 +373,7 @@ def _cut(
         truncated=(full_sizes > settings.max_group).cpu().numpy(),
         proved=proved.cpu().numpy(),
         log_total=log_total,
+        drawn=drawn,
     )
 
 
@@ -462,5 +407,8 @@ def _replace(groups: _Groups, rows: npt.NDArray[np.int64], others: _Groups) -> _
         log_probs=np.concatenate([groups.log_probs, others.log_probs])[entries],
         secondary=secondary,
         truncated=truncated,
+        drawn=groups.drawn.with_rows(rows, others.drawn)
+        if groups.drawn and others.drawn
+        else groups.drawn,
         proved=np.ones(len(sizes), np.bool_),
     )

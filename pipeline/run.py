@@ -16,6 +16,7 @@ import numpy.typing as npt
 import torch
 
 from gkd.pipeline.centers import Centers, ClassMeans, read_npy, require_images
+from gkd.pipeline.draws import uniform_numbers
 from gkd.pipeline.embed import (
     EmbeddedBatch,
     EmbeddingSource,
@@ -297,6 +298,7 @@ class _Run:
             teacher=self.teacher,
             centers=centers,
             dataset=self.dataset,
+            draws=config.draws,
             software={package: version(package) for package in packages},
         )
 
@@ -421,12 +423,14 @@ class _Run:
 
     def _partition(self, batch: EmbeddedBatch, centers: torch.Tensor) -> PartitionedBatch:
         labels = torch.from_numpy(self.records.labels[batch.rows.start + batch.kept])
+        draws, digests = self.settings.partition.draws, batch.digests[batch.kept]
         views: dict[View, Partition] = {
             view: partition(
                 torch.from_numpy(batch.embeddings[view]),
                 labels,
                 centers,
                 self.settings.partition,
+                uniforms=None if draws is None else uniform_numbers(draws, view, digests),
                 class_chunk=self.settings.class_chunk,
             )
             for view in self.settings.views

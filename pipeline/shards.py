@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -11,7 +12,8 @@ import numpy.typing as npt
 from gkd.pipeline.partition import Partition
 from gkd.storage.rows import Records
 from gkd.storage.spec import View
-from gkd.storage.targets import SparseTargets
+from gkd.storage.target_arrays import concatenate, optional_arrays
+from gkd.storage.targets import SparseTargets, offsets_from_sizes
 from gkd.storage.writer import CacheWriter, ShardSamples
 
 
@@ -57,22 +59,25 @@ def committing(
 
 
 def _join_targets(view: View, parts: Sequence[PartitionedBatch]) -> SparseTargets:
-    """Targets of consecutive batches as one; a skipped sample has no entry and secondary 0."""
-    targets = [part.views[view].targets for part in parts]
-    sizes = [np.zeros(len(part.rows), np.int64) for part in parts]
-    secondary = [
-        np.zeros((len(p.rows), t.secondary.shape[1]), np.float32)
-        for p, t in zip(parts, targets, strict=True)
-    ]
-    for part, target, size, mass in zip(parts, targets, sizes, secondary, strict=True):
-        size[part.kept] = target.sizes
-        mass[part.kept] = target.secondary
-    return SparseTargets(
-        offsets=np.concatenate([[0], np.cumsum(np.concatenate(sizes))]).astype(np.int64),
-        indices=np.concatenate([target.indices for target in targets]),
-        log2_probs=np.concatenate([target.log2_probs for target in targets]),
-        secondary=np.concatenate(secondary),
-    )
+    """Targets of consecutive batches as one; a skipped sample has no entry and zeros elsewhere."""
+
+    def with_skipped(part: PartitionedBatch) -> SparseTargets:
+        targets = part.views[view].targets
+
+        def spread(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+            spread = np.zeros((len(part.rows), *values.shape[1:]), values.dtype)
+            spread[part.kept] = values
+            return spread
+
+        return SparseTargets(
+            offsets_from_sizes(spread(targets.sizes)),
+            targets.indices,
+            targets.log2_probs,
+            spread(targets.secondary),
+            *optional_arrays(targets, spread),
+        )
+
+    return concatenate([with_skipped(part) for part in parts])
 
 
 class Background:

@@ -96,9 +96,10 @@ def _content(spec: CacheSpec, commits: Sequence[Commit]) -> list[str]:
             f"{spec.max_group:,}, where {cut:,} groups were cut"
         )
     if spec.draws is not None:
+        of = "all" if spec.draws.source == "all" else "the group before it is cut"
         lines.append(
             f"And {spec.draws.count:,} identities an image drawn with replacement at temperature "
-            f"{spec.draws.temperature:g}"
+            f"{spec.draws.temperature:g}, of {of}"
         )
     return lines
 

@@ -203,6 +203,11 @@ def arrays(spec: CacheSpec, view: View) -> dict[str, ArrayLayout]:
             ArrayLayout(f"{view}/draws", np.dtype(np.uint32), drawn, False),
             ArrayLayout(f"{view}/draw_log2_probs", np.dtype(np.uint16), drawn, False),
         ]
+    if spec.draws is not None and spec.draws.source == "primary":
+        masses = ArrayLayout(
+            f"{view}/draw_secondary", np.dtype(np.float32), (shards, samples), False
+        )
+        layouts.append(masses)
     return {layout.name: layout for layout in layouts}
 
 

@@ -6,6 +6,8 @@
     secondary'(T) = secondary(T) + cut(T), added as logs, at each temperature that stays
 
 Probabilities at ``group_temperature`` do not depend on the group, so their codes stay as they are.
+Draws stand in drawing order, so the first of them are draws too; those of the primary group are of
+what the stored threshold gives, whatever ``max_group`` leaves of it.
 All else is exact to the stored precision of a probability (3.4e-4 at ``group_temperature``,
 more by group_temperature / T at another): a group whose mass lies that near the threshold may
 differ by the classes in question from what the teacher would give.
@@ -13,10 +15,11 @@ differ by the classes in question from what the teacher would give.
 
 import functools
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import msgspec
 import numpy as np
@@ -29,7 +32,7 @@ from gkd.storage.layout import Commit
 from gkd.storage.lock import WriteLock
 from gkd.storage.parallel import ordered_map
 from gkd.storage.progress import progress
-from gkd.storage.spec import CacheSpec, DerivedSpec, View
+from gkd.storage.spec import CacheSpec, DerivedSpec, DrawsSpec, View
 from gkd.storage.target_arrays import concatenate, cut_out, in_blocks
 from gkd.storage.targets import (
     SparseTargets,
@@ -52,6 +55,7 @@ def retarget(
     max_group: int | None = None,
     temperatures: tuple[float, ...] | None = None,
     group_temperature: float | None = None,
+    draws: int | None = None,
     licence: str | None = None,
     note: str | None = None,
 ) -> str:
@@ -71,6 +75,7 @@ def retarget(
         max_group=max_group,
         temperatures=temperatures,
         group_temperature=group_temperature,
+        draws=draws,
     )
     out = out.absolute()
     with WriteLock(out) as lock:
@@ -110,8 +115,9 @@ def stricter_spec(
     max_group: int | None = None,
     temperatures: tuple[float, ...] | None = None,
     group_temperature: float | None = None,
+    draws: int | None = None,
 ) -> CacheSpec:
-    """The spec of the cache with stricter settings.
+    """The spec of the cache with stricter settings; ``draws`` 0 leaves them out.
 
     Raises:
         ConfigError: for settings that the stored groups cannot answer exactly, with the reason.
@@ -122,6 +128,7 @@ def stricter_spec(
         threshold=old.threshold if threshold is None else threshold,
         max_group=old.max_group if max_group is None else max_group,
         temperatures=old.temperatures if temperatures is None else temperatures,
+        draws=old.draws if draws is None else _fewer_draws(cache, draws),
         derived=DerivedSpec("retarget", (cache.id,)),
         software=old.software | software_versions(),
     )
@@ -156,14 +163,26 @@ def stricter_spec(
             f"--temperatures {','.join(unknown)}",
             f"the mass outside the groups was stored at {stored} only",
         )
-    narrower = new.threshold < old.threshold or new.max_group < old.max_group
-    if narrower and old.draws is not None and old.draws.source == "primary":
+    if new.threshold < old.threshold and new.draws is not None and new.draws.source == "primary":
         _refuse(
             cache,
-            "smaller groups",
-            f"its {old.draws.count} draws a sample were made from the groups as they are",
+            f"--threshold {new.threshold:g}",
+            f"its {new.draws.count} draws a sample are of the groups that reach "
+            f"{old.threshold:g}, and --draws 0 leaves them out",
         )
     return new
+
+
+def _fewer_draws(cache: Cache, count: int) -> DrawsSpec | None:
+    stored = cache.spec.draws
+    if count < 0:
+        raise ConfigError(f"--draws: expected 0 or more, got {count}; give another number")
+    if count == 0:
+        return None
+    if stored is None or count > stored.count:
+        held = 0 if stored is None else stored.count
+        _refuse(cache, f"--draws {count}", f"{held} classes a sample were drawn")
+    return msgspec.structs.replace(stored, count=count)
 
 
 def _refuse(cache: Cache, asked: str, reason: str) -> NoReturn:
@@ -230,12 +249,20 @@ def _cut_block(
             targets.indices[keep],
             targets.log2_probs[keep],
             _secondary(targets, samples, ~keep, old, new),
-            targets.draws,
-            targets.draw_log2_probs,
+            *_first_draws(targets, new),
         ),
         full_sizes,
         reached,
     )
+
+
+def _first_draws(targets: SparseTargets, spec: CacheSpec) -> Iterator[Any]:
+    """The draws that ``spec`` keeps, their codes, and the mass outside their group."""
+    if spec.draws is None:
+        return
+    for values in (targets.draws, targets.draw_log2_probs):
+        yield None if values is None else values[:, : spec.draws.count]
+    yield targets.draw_secondary
 
 
 def _masses(

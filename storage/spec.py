@@ -86,12 +86,17 @@ class DatasetSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     fingerprint: str
 
 
-class DrawsSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Classes drawn with replacement from the teacher's prediction softened by ``temperature``."""
+class DrawsSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Classes drawn with replacement from the teacher's prediction softened by ``temperature``.
+
+    ``source`` is all classes, or the primary group before ``max_group`` cuts it. ``seed`` is that
+    of the random numbers; JSON leaves a 0 out.
+    """
 
     count: int
     temperature: float
     source: Literal["primary", "all"]
+    seed: int = 0
 
 
 class DerivedSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -30,6 +30,16 @@ class MassStats:
 
 
 @dataclass(frozen=True)
+class DrawStats:
+    """Draws of one view; ``mean_classes`` are the distinct ones of a sample, on average."""
+
+    count: int
+    temperature: float
+    source: str
+    mean_classes: float
+
+
+@dataclass(frozen=True)
 class ViewStats:
     """Figures of one view; skipped samples count nowhere but in ``skipped``.
 
@@ -37,6 +47,7 @@ class ViewStats:
     truncated    groups that were cut at ``max_group``
     secondary    mass outside the group at each temperature
     label        probability of the label at ``group_temperature``
+    draws        None where the cache has none
     array_bytes  size on disk of each array's shards
     """
 
@@ -53,6 +64,7 @@ class ViewStats:
     histogram: tuple[tuple[int, int], ...]
     secondary: dict[float, MassStats]
     label: MassStats
+    draws: DrawStats | None
     array_bytes: dict[str, int]
     bytes_per_sample: float
 
@@ -136,6 +148,7 @@ class _Counts:
         self.label = np.zeros(MAX_CODE + 1, np.int64)
         self.array_bytes: dict[str, int] = {}
         self.truncated = 0
+        self.drawn_classes = 0
 
     def add(self, cache: Cache, shard: int, view: View, labels: npt.NDArray[np.int64]) -> None:
         targets = cache.read_shard(shard, view)
@@ -146,6 +159,10 @@ class _Counts:
             counts += np.bincount(codes, minlength=MAX_CODE + 1)
         is_label = targets.indices == np.repeat(labels, targets.sizes)
         self.label += np.bincount(targets.log2_probs[is_label], minlength=MAX_CODE + 1)
+
+        if targets.draws is not None:
+            drawn = np.sort(targets.draws[filled], axis=1)
+            self.drawn_classes += len(drawn) + int((drawn[:, 1:] != drawn[:, :-1]).sum())
 
         commit = cache.commit(shard)
         record = commit.views[view]
@@ -162,6 +179,7 @@ class _Counts:
         samples = int(sizes.sum())
         entries = int(sizes @ np.arange(len(sizes)))
         quantile = _quantiles(sizes, (0.5, 0.95))
+        draws = cache.spec.draws
         return ViewStats(
             view=view,
             samples=samples,
@@ -179,6 +197,11 @@ class _Counts:
                 for temperature, counts in zip(cache.spec.temperatures, self.secondary, strict=True)
             },
             label=_mass(self.label),
+            draws=None
+            if draws is None
+            else DrawStats(
+                draws.count, draws.temperature, draws.source, self.drawn_classes / max(samples, 1)
+            ),
             array_bytes=self.array_bytes,
             bytes_per_sample=sum(self.array_bytes.values()) / cache.spec.num_samples,
         )

@@ -16,6 +16,7 @@ from gkd.storage.targets import SparseTargets, offsets_from_sizes
 # Above this mean group size copying slices beats one gather of all entries (measured).
 _SLICE_ENTRIES = 256
 _PACKED = ("indices", "log2_probs")
+_OPTIONAL = ("draws", "draw_log2_probs", "draw_secondary")
 Shape = tuple[np.dtype[Any], tuple[int, ...]]
 
 
@@ -28,6 +29,7 @@ class TargetArrays:
     log2_probs uint16  [E]
     secondary  float32 [n, t]
     draws, draw_log2_probs  [n, d] where the spec has draws
+    draw_secondary  [n] where they are of the primary group
     """
 
     offsets: npt.NDArray[np.int64]
@@ -36,6 +38,7 @@ class TargetArrays:
     secondary: npt.NDArray[np.float32]
     draws: npt.NDArray[np.uint32] | None = None
     draw_log2_probs: npt.NDArray[np.uint16] | None = None
+    draw_secondary: npt.NDArray[np.float32] | None = None
 
     @classmethod
     def named(cls, spec: CacheSpec, array: Callable[[str], npt.NDArray[Any]]) -> Self:
@@ -50,8 +53,7 @@ class TargetArrays:
             offsets,
             *self._entries(starts, offsets),
             _take(self.secondary, places),
-            None if self.draws is None else _take(self.draws, places),
-            None if self.draw_log2_probs is None else _take(self.draw_log2_probs, places),
+            *optional_arrays(self, lambda values: _take(values, places)),
         )
 
     def _entries(
@@ -67,6 +69,15 @@ class TargetArrays:
         places = np.repeat(starts - offsets[:-1], np.diff(offsets))
         places += np.arange(offsets[-1])
         return _take(self.indices, places), _take(self.log2_probs, places)
+
+
+def optional_arrays(
+    targets: "TargetArrays | SparseTargets", pick: Callable[[npt.NDArray[Any]], npt.NDArray[Any]]
+) -> Iterator[npt.NDArray[Any] | None]:
+    """What ``pick`` makes of each optional array, None for those that are not there."""
+    for name in _OPTIONAL:
+        values = getattr(targets, name)
+        yield None if values is None else pick(values)
 
 
 def _take(array: npt.NDArray[Any], places: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
@@ -147,8 +158,7 @@ def cut_out(targets: SparseTargets, rows: range) -> SparseTargets:
         targets.indices[entries],
         targets.log2_probs[entries],
         targets.secondary[place],
-        None if targets.draws is None else targets.draws[place],
-        None if targets.draw_log2_probs is None else targets.draw_log2_probs[place],
+        *optional_arrays(targets, lambda values: values[place]),
     )
 
 
@@ -162,8 +172,9 @@ def concatenate(parts: Sequence[SparseTargets]) -> SparseTargets:
         return None if values[0] is None else np.concatenate(values)
 
     sizes = np.concatenate([part.sizes for part in parts])
-    names = ("indices", "log2_probs", "secondary", "draws", "draw_log2_probs")
-    return SparseTargets(offsets_from_sizes(sizes), *map(joined, names))
+    return SparseTargets(
+        offsets_from_sizes(sizes), *map(joined, (*_PACKED, "secondary", *_OPTIONAL))
+    )
 
 
 def in_blocks(offsets: npt.NDArray[np.int64], entries: int) -> Iterator[range]:

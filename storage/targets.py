@@ -42,6 +42,8 @@ class SparseTargets:
     secondary    float32 [n, t]   natural log of the mass outside the group at each temperature
     draws            uint32  [n, d]   optional: classes drawn with replacement (``DrawsSpec``)
     draw_log2_probs  uint16  [n, d]   and the codes of their probabilities
+    draw_secondary   float32 [n]      optional: natural log of the mass outside the group that they
+                                      were drawn from
     """
 
     offsets: npt.NDArray[np.int64]
@@ -50,6 +52,7 @@ class SparseTargets:
     secondary: npt.NDArray[np.float32]
     draws: npt.NDArray[np.uint32] | None = None
     draw_log2_probs: npt.NDArray[np.uint16] | None = None
+    draw_secondary: npt.NDArray[np.float32] | None = None
 
     def __len__(self) -> int:
         return len(self.offsets) - 1

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from gkd.storage import atomic, layout
 from gkd.storage.cache import Cache, committed_shards, read_commit, read_spec, regular_file
+from gkd.storage.draw_checks import check_draws
 from gkd.storage.errors import ConfigError, CorruptShardError
 from gkd.storage.layout import Commit, FileRecord, Manifest, file_record
 from gkd.storage.progress import progress
@@ -306,6 +307,7 @@ def check_targets(
             if problem not in found:
                 found.add(problem)
                 yield name, block.start + sample, problem
+    yield from check_draws(spec, targets, present)
 
 
 def _blocks(offsets: npt.NDArray[np.int64]) -> Iterator[range]:

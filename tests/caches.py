@@ -1,6 +1,7 @@
 """Small caches of random but valid targets, for tests of everything that reads one."""
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -128,6 +129,9 @@ def without(targets: SparseTargets, skipped: list[int]) -> SparseTargets:
         secondary,
         None if targets.draws is None else targets.draws * keep[:, None],
         None if targets.draw_log2_probs is None else targets.draw_log2_probs * keep[:, None],
+        None
+        if targets.draw_secondary is None
+        else np.where(keep, targets.draw_secondary, np.float32(0)),
     )
 
 
@@ -143,24 +147,40 @@ def write_shard(
     for view in spec.views:
         logits = make_logits(spec, view, seed)[rows.start : rows.stop]
         targets, truncated[view] = dense_targets(logits, labels, spec)
-        views[view] = without(add_draws(targets, spec), list(inside))
+        views[view] = without(add_draws(targets, logits, spec), list(inside))
     digests = np.frombuffer(b"".join(map(digest_of, rows)), np.uint8).reshape(-1, 16)
     samples = ShardSamples([str(row + 1) for row in rows], labels, digests, inside)
     writer.write_shard(shard, views, samples, truncated=truncated)
 
 
-def add_draws(targets: SparseTargets, spec: CacheSpec) -> SparseTargets:
-    """With draws where the spec has them: the group's first class, again and again."""
+def add_draws(
+    targets: SparseTargets, logits: npt.NDArray[np.float64], spec: CacheSpec
+) -> SparseTargets:
+    """With draws from dense logits [n, C] where the spec has them.
+
+    Of the primary group they are of the stored entries: caches with cut groups need ``all``.
+    """
     if spec.draws is None:
         return targets
-    first = np.repeat(targets.offsets[:-1, None], spec.draws.count, axis=1)
-    return SparseTargets(
-        targets.offsets,
-        targets.indices,
-        targets.log2_probs,
-        targets.secondary,
-        targets.indices[first],
-        targets.log2_probs[first],
+    rng = np.random.default_rng(spec.draws.seed)
+    softened = logits / spec.draws.temperature
+    log_probs = softened - np.logaddexp.reduce(softened, axis=1, keepdims=True)
+    weights = np.exp(log_probs)
+    masses = None
+    if spec.draws.source == "primary":
+        inside = np.zeros(weights.shape, bool)
+        inside[np.repeat(np.arange(len(targets)), targets.sizes), targets.indices] = True
+        with np.errstate(divide="ignore"):
+            masses = np.log((weights * ~inside).sum(1)).astype(np.float32)
+        weights = weights * inside
+    draws = np.stack(
+        [rng.choice(spec.num_classes, spec.draws.count, p=row / row.sum()) for row in weights]
+    )
+    return replace(
+        targets,
+        draws=draws.astype(np.uint32),
+        draw_log2_probs=encode_log_probs(np.take_along_axis(log_probs, draws, 1)),
+        draw_secondary=masses,
     )
 
 

@@ -173,6 +173,13 @@ def test_a_first_chunk_unlike_the_others_is_still_exact() -> None:
         check(run(logits, labels, config, 1000), logits, labels, config)
 
 
+def test_candidates_below_a_floor_that_rose_prove_nothing() -> None:
+    # More than max_group of them are held here, but of a smaller group not all.
+    logits, labels = like_a_teacher(70, 9000)
+    config = PartitionSettings(max_group=100)
+    check(run(logits, labels, config), logits, labels, config)
+
+
 @pytest.mark.parametrize(
     ("num_classes", "threshold", "max_group"),
     [(5000, 0.5, 300), (5000, 1.0, 300), (400, 1.0, 300), (700, 0.999, 65535)],

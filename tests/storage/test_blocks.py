@@ -19,7 +19,7 @@ from tests.tampering import flip_bit
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Cache:
     folder = tmp_path_factory.mktemp("made")
-    return make_cache(folder / "c", skipped={41: "no image"}, draws=DrawsSpec(4, 4.0, "all"))
+    return make_cache(folder / "c", skipped={41: "no image"}, draws=DrawsSpec(4, 4.0, "primary"))
 
 
 @pytest.mark.parametrize("shards", [[0], [2, 0], [1, 2, 0]])

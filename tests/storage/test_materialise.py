@@ -26,7 +26,7 @@ DIGESTS_FILE = f"{'ab' * 32}.npz"
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Cache:
-    draws = DrawsSpec(4, 4.0, "all")
+    draws = DrawsSpec(4, 4.0, "primary")
     folder = tmp_path_factory.mktemp("made")
     return make_cache(folder / "c", skipped={41: "no image"}, draws=draws)
 
@@ -49,9 +49,14 @@ def one_by_one(cache: Cache, rows: np.ndarray, flipped: np.ndarray) -> list[list
         targets = shards[shard, VIEWS[int(is_flipped)]]
         group = slice(targets.offsets[place], targets.offsets[place + 1])
         sample: list[np.ndarray] = [targets.indices[group], targets.log2_probs[group]]
-        for dense in (targets.secondary, targets.draws, targets.draw_log2_probs):
-            if dense is not None:
-                sample.append(dense[place])
+        for dense in (
+            targets.secondary,
+            targets.draws,
+            targets.draw_log2_probs,
+            targets.draw_secondary,
+        ):
+            assert dense is not None
+            sample.append(dense[place])
         samples.append(sample)
     return samples
 
@@ -59,7 +64,7 @@ def one_by_one(cache: Cache, rows: np.ndarray, flipped: np.ndarray) -> list[list
 def assert_is(targets: SparseTargets, samples: list[list[np.ndarray]]) -> None:
     assert targets.offsets.tolist() == [0, *np.cumsum([len(s[0]) for s in samples]).tolist()]
     for number, field in enumerate(
-        ["indices", "log2_probs", "secondary", "draws", "draw_log2_probs"]
+        ["indices", "log2_probs", "secondary", "draws", "draw_log2_probs", "draw_secondary"]
     ):
         join = np.concatenate if number < 2 else np.stack
         expected, got = join([sample[number] for sample in samples]), getattr(targets, field)

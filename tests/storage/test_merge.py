@@ -24,7 +24,7 @@ Change = Callable[[CacheSpec], CacheSpec]
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Cache:
-    draws = DrawsSpec(3, 4.0, "all")
+    draws = DrawsSpec(3, 4.0, "primary")
     return make_cache(tmp_path_factory.mktemp("whole") / "c", skipped=SKIPPED, draws=draws)
 
 
@@ -37,6 +37,7 @@ def picked(cache: Cache, view: Any, rows: range) -> SparseTargets:
         group = slice(targets.offsets[place], targets.offsets[place + 1])
         assert targets.draws is not None
         assert targets.draw_log2_probs is not None
+        assert targets.draw_secondary is not None
         found.append(
             (
                 targets.indices[group],
@@ -44,6 +45,7 @@ def picked(cache: Cache, view: Any, rows: range) -> SparseTargets:
                 targets.secondary[place : place + 1],
                 targets.draws[place : place + 1],
                 targets.draw_log2_probs[place : place + 1],
+                targets.draw_secondary[place : place + 1],
             )
         )
     sizes = np.array([len(sample[0]) for sample in found])

@@ -249,11 +249,45 @@ def test_what_the_cache_cannot_answer_is_refused_with_the_reason(
     assert not (tmp_path / "out.gkd").exists()
 
 
-def test_draws_from_the_groups_keep_the_groups(tmp_path: Path) -> None:
+def test_draws_from_the_groups_keep_the_threshold(tmp_path: Path) -> None:
     cache = make_cache(tmp_path / "c", num_samples=10, draws=DrawsSpec(3, 4.0, "primary"))
-    with pytest.raises(ConfigError, match=r"smaller groups: .* 3 draws a sample were made"):
-        retarget(cache, tmp_path / "out.gkd", max_group=5)
-    retarget(cache, tmp_path / "out.gkd", temperatures=(2.0,))
+    message = (
+        r"--threshold 0\.5: .* 3 draws a sample are of the groups that reach 0\.9, and --draws 0"
+    )
+    with pytest.raises(ConfigError, match=message):
+        retarget(cache, tmp_path / "out.gkd", threshold=0.5)
+    retarget(cache, tmp_path / "out.gkd", max_group=5)
+    old, new = (Cache.open(tmp_path / name).read_shard(0, "flipped") for name in ("c", "out.gkd"))
+    assert new.sizes.max() == 5 < old.sizes.max()
+    for field in ("draws", "draw_log2_probs", "draw_secondary"):
+        np.testing.assert_array_equal(getattr(new, field), getattr(old, field))
+    assert verify(tmp_path / "out.gkd").ok
+    retarget(cache, tmp_path / "none.gkd", threshold=0.5, draws=0)
+    plain = Cache.open(tmp_path / "none.gkd").read_shard(0, "flipped")
+    assert (plain.draws, plain.draw_log2_probs, plain.draw_secondary) == (None, None, None)
+
+
+def test_fewer_draws_are_the_first(made: Cache, tmp_path: Path) -> None:
+    retarget(made, tmp_path / "out.gkd", draws=2)
+    cache = Cache.open(tmp_path / "out.gkd")
+    assert cache.spec.draws == DrawsSpec(2, 4.0, "all")
+    for shard in range(3):
+        old, new = made.read_shard(shard, "original"), cache.read_shard(shard, "original")
+        assert old.draws is not None
+        assert old.draw_log2_probs is not None
+        np.testing.assert_array_equal(new.draws, old.draws[:, :2])
+        np.testing.assert_array_equal(new.draw_log2_probs, old.draw_log2_probs[:, :2])
+    assert verify(cache.path).ok
+
+
+def test_more_draws_than_there_are_are_refused(made: Cache, whole: Cache) -> None:
+    with pytest.raises(ConfigError, match=r"--draws 4: .* exactly: 3 classes a sample were drawn"):
+        stricter_spec(made, draws=4)
+    with pytest.raises(ConfigError, match=r"--draws 1: .* exactly: 0 classes a sample were drawn"):
+        stricter_spec(whole, draws=1)
+    with pytest.raises(ConfigError, match="--draws: expected 0 or more, got -1; give another"):
+        stricter_spec(made, draws=-1)
+    assert stricter_spec(whole, draws=0).draws is None
 
 
 def test_settings_outside_their_range_are_refused(made: Cache) -> None:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ def tree(path: Path) -> dict[str, bytes]:
 
 
 def assert_equal_targets(left: SparseTargets, right: SparseTargets) -> None:
-    for field in ("offsets", "indices", "log2_probs", "secondary", "draws", "draw_log2_probs"):
+    for field in (each.name for each in fields(SparseTargets)):
         expected, got = getattr(left, field), getattr(right, field)
         np.testing.assert_array_equal(got, expected, err_msg=field)
         assert (got is None) == (expected is None)
@@ -94,7 +95,7 @@ def test_draws_are_written_and_read(tmp_path: Path) -> None:
     part = slice(rows.start, rows.stop)
     logits = make_logits(cache.spec, "flipped")[part]
     targets, _ = dense_targets(logits, labels_of(cache.spec)[part], cache.spec)
-    assert_equal_targets(add_draws(targets, cache.spec), cache.read_shard(1, "flipped"))
+    assert_equal_targets(add_draws(targets, logits, cache.spec), cache.read_shard(1, "flipped"))
     assert verify(cache.path).ok
 
 

@@ -1,0 +1,106 @@
+"""Logits of a batch, computed where and when they are needed."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+CPU_LOGITS = 2**18  # 1 MB: stays in a core's cache
+ACCELERATOR_LOGITS = 2**25
+
+
+class Logits(Protocol):
+    """Logits z of a batch, computed chunk by chunk."""
+
+    @property
+    def labels(self) -> Tensor:
+        """Class of each row, int64 [B]."""
+        ...
+
+    @property
+    def num_classes(self) -> int:
+        """C."""
+        ...
+
+    def of_labels(self) -> Tensor:
+        """Logit of each label, [B]."""
+        ...
+
+    def fill(self, out: Tensor, start: int) -> None:
+        """Write the logits [B, n] of the classes from ``start`` on; the label's may be wrong."""
+        ...
+
+    def of(self, rows: Tensor, classes: Tensor) -> Tensor:
+        """Logits [m, n] of classes [m, n], of a row a line: ``rows`` [m], which ascend."""
+        ...
+
+    def rows(self, index: Tensor | slice) -> "Logits":
+        """The same for some of the rows."""
+        ...
+
+
+@dataclass(frozen=True)
+class CosineLogits:
+    """Logits from embeddings and centres; ``label_margin`` is scale * margin."""
+
+    scaled: Tensor  # [B, D], of length scale
+    labels: Tensor
+    centers: Tensor
+    label_margin: float
+
+    @property
+    def num_classes(self) -> int:
+        """C, one of each centre."""
+        return len(self.centers)
+
+    def of_labels(self) -> Tensor:
+        """Logit of each label, [B]."""
+        return (self.scaled * self.centers[self.labels]).sum(1) - self.label_margin
+
+    def fill(self, out: Tensor, start: int) -> None:
+        """Write the logits [B, n] of the classes from ``start`` on, without margin."""
+        torch.mm(self.scaled, self.centers[start : start + out.shape[1]].T, out=out)
+
+    def of(self, rows: Tensor, classes: Tensor) -> Tensor:
+        """Logits [m, n] of some classes, row by row, so that few centres are copied at once."""
+        counts = torch.bincount(rows, minlength=len(self.scaled)).tolist()
+        products = [
+            self.centers.index_select(0, some.flatten()) @ embedding
+            for some, embedding in zip(classes.split(counts), self.scaled, strict=True)
+        ]
+        is_label = classes == self.labels[rows, None]
+        return torch.cat(products).view(classes.shape) - self.label_margin * is_label
+
+    def rows(self, index: Tensor | slice) -> "CosineLogits":
+        """The same for some of the rows."""
+        return CosineLogits(self.scaled[index], self.labels[index], self.centers, self.label_margin)
+
+
+@dataclass(frozen=True)
+class GivenLogits:
+    """Logits [B, C] as they are."""
+
+    logits: Tensor
+    labels: Tensor
+
+    @property
+    def num_classes(self) -> int:
+        """C."""
+        return self.logits.shape[1]
+
+    def of_labels(self) -> Tensor:
+        """Logit of each label, [B]."""
+        return self.logits.gather(1, self.labels[:, None])[:, 0]
+
+    def fill(self, out: Tensor, start: int) -> None:
+        """Write the logits [B, n] of the classes from ``start`` on."""
+        out.copy_(self.logits[:, start : start + out.shape[1]])
+
+    def of(self, rows: Tensor, classes: Tensor) -> Tensor:
+        """Logits [m, n] of some classes."""
+        return self.logits.take(rows[:, None] * self.num_classes + classes)
+
+    def rows(self, index: Tensor | slice) -> "GivenLogits":
+        """The same for some of the rows."""
+        return GivenLogits(self.logits[index], self.labels[index])
