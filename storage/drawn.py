@@ -1,16 +1,16 @@
 """Drawn classes as targets: which entries stand for how much of what was drawn from.
 
-Of a sample, n classes were drawn with replacement from a group G (all classes, or the primary group
-before any cut) by p_j / a, a = sum_G p. Let P be the entries that are taken as they are (none, or the
-stored group), rho = a - sum_P p the mass of the rest of G, m how many of the n draws fell into it, and
-c_j how often class j is among these m. Then entry j stands for
+Of a sample, n classes were drawn with replacement from a group G (all classes, or the primary
+group before any cut) by p_j / a, a = sum_G p. Let P be the entries that are taken as they are
+(none, or the stored group), rho = a - sum_P p the mass of the rest of G, m how many of the n draws
+fell into it, and c_j how often class j is among these m. Then entry j stands for
 
     r_j = 1 in P;   r_j = rho / pi * c_j / (m p_j) of the rest,   pi = 1 - (1 - rho/a)^n
 
-classes. pi is the chance that any draw falls into the rest. Given that some do, E[c_j/m] = p_j/rho,
-so that E[r_j] = 1 for every class of G, and for any f
+classes. pi is the chance that any draw falls into the rest. Given that some do, E[c_j/m] is
+p_j/rho, so that E[r_j] = 1 for every class of G, and for any f, without bias whatever n is,
 
-    E[sum_j r_j p_j f_j] = sum_G p_j f_j     without bias, whatever n is.
+    E[sum_j r_j p_j f_j] = sum_G p_j f_j
 
 Without P this is r_j = a c_j / (n p_j): the counts. With P it is a stratified sample whose second
 stratum has its exact mass.
@@ -66,9 +66,7 @@ def drawn_targets(
     return drawn if exact is None else _together(exact, drawn)
 
 
-def _keys(
-    rows: npt.NDArray[np.int64], classes: npt.NDArray[np.uint32]
-) -> npt.NDArray[np.int64]:
+def _keys(rows: npt.NDArray[np.int64], classes: npt.NDArray[np.uint32]) -> npt.NDArray[np.int64]:
     return (rows << _CLASS_BITS) | classes
 
 
