@@ -30,11 +30,12 @@ from gkd.storage.lock import WriteLock
 from gkd.storage.parallel import ordered_map
 from gkd.storage.progress import progress
 from gkd.storage.spec import CacheSpec, DerivedSpec, View
-from gkd.storage.target_arrays import concatenate, cut_out, in_blocks
+from gkd.storage.target_arrays import concatenate, cut_out
 from gkd.storage.targets import (
     SparseTargets,
     at_temperature,
     decode_log_probs,
+    in_blocks,
     offsets_from_sizes,
 )
 from gkd.storage.writer import CacheWriter, ShardSamples, delete_leftovers

@@ -15,9 +15,10 @@ from gkd.storage.errors import ConfigError, CorruptShardError, IncompleteCacheEr
 from gkd.storage.materialise import DAY, Collected, TargetStore, collect, materialise
 from gkd.storage.spec import VIEWS, DrawsSpec
 from gkd.storage.targets import SparseTargets
+from gkd.storage.verify import verify
 from gkd.storage.writer import CacheWriter
 from tests.caches import make_cache, make_spec
-from tests.tampering import flip_bit
+from tests.tampering import LIES, flip_bit, tell_lie
 
 # Names as a killed process and the kept digests of a data set have them.
 HALF = f".original.{'0123' * 8}"
@@ -136,6 +137,18 @@ def test_damage_is_found_while_copying_and_nothing_is_left(made: Cache, tmp_path
     with pytest.raises(CorruptShardError, match="flipped/secondary/c/1/0/0: its sha256 is not"):
         materialise(Cache.open(path), folder=tmp_path / "stores")
     assert names(tmp_path / "stores" / made.id) == ["lock"]
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_what_a_deep_verify_finds_is_refused(made: Cache, tmp_path: Path, lie: str) -> None:
+    path = Path(shutil.copytree(made.path, tmp_path / "c"))
+    tell_lie(Cache.open(path), lie, 2, "flipped")
+    assert verify(path, level="hashes").ok
+    faults = verify(path).faults
+    with pytest.raises(CorruptShardError) as refused:
+        materialise(Cache.open(path), folder=tmp_path / "stores")
+    assert refused.value.fault in [f"{path}/{fault}" for fault in faults]
+    assert names(tmp_path / "stores" / Cache.open(path).id) == ["lock"]
 
 
 def test_a_full_disk_is_told_before_anything_is_copied(
