@@ -139,6 +139,18 @@ class Cache:
             _corrupt(path, f"expected {expected} bytes, got {size}")
         return path
 
+    def require_files(self) -> None:
+        """See that every file of every shard is there and has its size, reading none of them.
+
+        Raises:
+            CorruptShardError: at the first that is missing, cut or a link; at a commit record that
+                is damaged.
+        """
+        for shard in range(self.spec.num_shards):
+            commit = self.commit(shard)
+            for file in commit.files:
+                self.shard_file(shard, file, commit)
+
     def read_shard(self, shard: int, view: View) -> SparseTargets:
         """Targets of all samples of a shard, in row order.
 

@@ -28,7 +28,8 @@ def is_address(text: str) -> bool:
 class Remote:
     """A folder at an fsspec address; ``options`` go to its backend, over fsspec's own settings.
 
-    Any number of threads may use one. Its methods raise
+    ``folder`` is its path where it is a folder of this machine, else None. Any number of threads
+    may use one. Its methods raise
 
         ConfigError           the address, the credentials or the bucket do not work, a disk is full
         IncompleteCacheError  the connection failed after the backend's own retries
@@ -36,7 +37,11 @@ class Remote:
     """
 
     def __init__(self, address: str, options: Mapping[str, Any] | None = None) -> None:
-        self.address = address.rstrip("/")
+        protocol, colon, place = address.partition("://")
+        self.address = address.rstrip("/") if not colon else f"{protocol}://{place.rstrip('/')}"
+        # fsspec takes nothing for the folder where it runs.
+        if not (place if colon else address).strip("/"):
+            raise _nowhere(address)
         try:
             self._files, self._root = fsspec.url_to_fs(self.address, **(options or {}))
         except ImportError as error:
@@ -51,18 +56,33 @@ class Remote:
             ) from error
         except Exception as error:
             raise _explanation(self.address, error) from error
-        self.is_folder = isinstance(self._files, LocalFileSystem)
+        if not self._root.strip("/"):
+            raise _nowhere(address)
+        self.folder = Path(self._root) if isinstance(self._files, LocalFileSystem) else None
 
     def place(self, file: str) -> str:
         """The address of a file, for messages."""
         return f"{self.address}/{file}"
+
+    def names(self) -> list[str]:
+        """What stands in the folder itself, hidden files left out."""
+        with self._explained(self.address):
+            try:
+                found = self._files.ls(self._root, detail=False)
+            except FileNotFoundError:
+                return []
+            finally:
+                # Later questions are about what is there then.
+                self._files.invalidate_cache()
+        names = {name.rstrip("/").rpartition("/")[2] for name in found}
+        return sorted(name for name in names if name and not name.startswith("."))
 
     def size(self, file: str) -> int | None:
         """Bytes of a file, None where there is none."""
         with self._explained(self.place(file)):
             try:
                 return int(self._files.info(self._path(file))["size"])
-            except FileNotFoundError:
+            except (FileNotFoundError, NotADirectoryError):
                 return None
 
     def read(self, file: str, most_bytes: int) -> bytes | None:
@@ -90,7 +110,7 @@ class Remote:
         size = content.stat().st_size
         callback = _Bytes(advance, size, self.place(file))
         with self._explained(self.place(file), content):
-            if self.is_folder:
+            if self.folder is not None:
                 _write_local(Path(self._path(file)), content.read_bytes())
             else:
                 self._files.put_file(str(content), self._path(file), callback=callback)
@@ -99,7 +119,7 @@ class Remote:
     def write(self, file: str, content: bytes) -> None:
         """Write a small file."""
         with self._explained(self.place(file)):
-            if self.is_folder:
+            if self.folder is not None:
                 _write_local(Path(self._path(file)), content)
             else:
                 self._files.pipe_file(self._path(file), content)
@@ -165,6 +185,13 @@ def _write_local(path: Path, content: bytes) -> None:
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         atomic.write_file(path, content)
+
+
+def _nowhere(address: str) -> ConfigError:
+    return ConfigError(
+        f"{address or 'an empty address'}: names no bucket or folder; expected the path of a "
+        "folder, or an address such as s3://bucket/faces.gkd"
+    )
 
 
 def _explanation(place: str, error: Exception) -> GkdError:

@@ -58,7 +58,8 @@ def retarget(
 ) -> str:
     """Derive the cache ``out`` with stricter settings, or go on with it; its id.
 
-    Settings that are not given stay as they are; ``licence`` and ``note`` are words for the card.
+    Settings that are not given stay as they are, and so do ``licence`` and ``note``, words for the
+    card.
 
     Raises:
         ConfigError: for settings that the stored groups cannot answer exactly, with the reason, or
@@ -85,7 +86,7 @@ def retarget(
                 functools.partial(_derive, cache, writer), pending, workers=workers
             ):
                 advance()
-        write_card(out, licence=licence, note=note)
+        write_card(out, licence=licence, note=note, sources=[cache.path])
         return writer.finish()
 
 
