@@ -68,14 +68,17 @@ class Remote:
         """What stands in the folder itself, hidden files left out."""
         with self._explained(self.address):
             try:
-                found = self._files.ls(self._root, detail=False)
+                found = self._files.ls(self._root, detail=True)
             except FileNotFoundError:
                 return []
             finally:
                 # Later questions are about what is there then.
                 self._files.invalidate_cache()
-        names = {name.rstrip("/").rpartition("/")[2] for name in found}
-        return sorted(name for name in names if name and not name.startswith("."))
+        # Some object stores mark a folder by an empty object of its own name.
+        marker = (self._root.strip("/"), 0)
+        entries = [(each["name"].strip("/"), each["size"]) for each in found]
+        names = {name.rpartition("/")[2] for name, size in entries if (name, size) != marker}
+        return sorted(name for name in names if not name.startswith("."))
 
     def size(self, file: str) -> int | None:
         """Bytes of a file, None where there is none."""
