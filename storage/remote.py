@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,7 +44,7 @@ class Remote:
         if not (place if colon else address).strip("/"):
             raise _nowhere(address)
         try:
-            self._files, self._root = fsspec.url_to_fs(self.address, **(options or {}))
+            files, self._root = fsspec.url_to_fs(self.address, **(options or {}))
         except ImportError as error:
             raise ConfigError(
                 f"{address}: {error}; addresses of this protocol need that Python package, "
@@ -58,7 +59,13 @@ class Remote:
             raise _explanation(self.address, error) from error
         if not self._root.strip("/"):
             raise _nowhere(address)
-        self.folder = Path(self._root) if isinstance(self._files, LocalFileSystem) else None
+        self.folder = Path(self._root) if isinstance(files, LocalFileSystem) else None
+        self._options = dict(options or {})
+        # The others, such as that of sftp://, may hold a connection for one thread at a time, and
+        # have folders that must be made before a file is.
+        self._shared = files if files.async_impl else None
+        self._made: set[str] = set()
+        self._making = threading.Lock()
 
     def place(self, file: str) -> str:
         """The address of a file, for messages."""
@@ -116,6 +123,7 @@ class Remote:
             if self.folder is not None:
                 _write_local(Path(self._path(file)), content.read_bytes())
             else:
+                self._make_folder_of(file)
                 self._files.put_file(str(content), self._path(file), callback=callback)
         callback.finish()
 
@@ -125,6 +133,7 @@ class Remote:
             if self.folder is not None:
                 _write_local(Path(self._path(file)), content)
             else:
+                self._make_folder_of(file)
                 self._files.pipe_file(self._path(file), content)
 
     def sha256(self, file: str) -> str:
@@ -137,6 +146,19 @@ class Remote:
             while block := stream.read(_BLOCK_BYTES):
                 digest.update(block)
         return digest.hexdigest()
+
+    @property
+    def _files(self) -> Any:
+        # fsspec keeps one for each thread, and opens it on the first call.
+        return self._shared or fsspec.url_to_fs(self.address, **self._options)[0]
+
+    def _make_folder_of(self, file: str) -> None:
+        folder = self._path(file).rpartition("/")[0]
+        with self._making:
+            # Where all threads share one there are no folders, and this would make buckets.
+            if self._shared is None and folder not in self._made:
+                self._files.makedirs(folder, exist_ok=True)
+                self._made.add(folder)
 
     def _path(self, file: str) -> str:
         return f"{self._root}/{file}"

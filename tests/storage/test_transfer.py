@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -34,7 +35,7 @@ from gkd.storage.transfer import CLAIM, pull, push
 from gkd.storage.verify import verify
 from gkd.storage.writer import CacheWriter
 from tests.caches import make_cache, make_spec, write_shard
-from tests.s3 import S3Server, s3_server
+from tests.s3 import S3Server, rclone, s3_server
 from tests.tampering import edit_json, flip_bit, rehash
 
 ADDRESS = "s3://faces/team/cache.gkd"
@@ -646,6 +647,36 @@ def test_an_interrupted_pull_says_how_to_go_on(
     assert "interrupted; run the same command again to go on" in err
     assert "Traceback" not in err
     assert pull(ADDRESS, tmp_path / "back").id == many.id
+
+
+def test_a_server_with_folders_and_one_connection_a_thread(cache: Cache, tmp_path: Path) -> None:
+    """FTP, as SFTP: folders are there only once they are made, and no two threads share a line."""
+    (tmp_path / "there").mkdir()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    serve = [rclone(), "serve", "ftp", str(tmp_path / "there"), "--addr", f"127.0.0.1:{port}"]
+    serve += ["--user", "me", "--pass", "mine", "--vfs-cache-mode", "writes"]
+    serve += ["--cache-dir", str(tmp_path / "cache"), "--config", "/dev/null"]
+    options = ("--storage-option", "username=me", "--storage-option", f"port={port}")
+    with subprocess.Popen(serve, stderr=subprocess.PIPE, text=True) as server:
+        try:
+            assert server.stderr is not None
+            while "Serving FTP" not in (line := server.stderr.readline()):
+                assert line, "it ended"
+            address = "ftp://127.0.0.1/team/c.gkd"
+            for target in (cache.path, address), (address, tmp_path / "back"):
+                words = ("push" if target[0] == cache.path else "pull", *target)
+                right = run(*words, *options, "--storage-option", "password=mine")
+                told = right.communicate(timeout=60)[1]
+                assert right.returncode == 0, told
+            wrong = run("info", address, *options, "--storage-option", "password=x")
+            told = wrong.communicate(timeout=60)[1]
+            assert wrong.returncode == 1
+            assert told.startswith(f"Error: {address}: ")
+        finally:
+            server.kill()
+    assert contents(tmp_path / "back") == contents(cache.path)
 
 
 def test_the_server_is_gone_after_its_tests(tmp_path: Path) -> None:
