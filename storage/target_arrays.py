@@ -164,13 +164,3 @@ def concatenate(parts: Sequence[SparseTargets]) -> SparseTargets:
     sizes = np.concatenate([part.sizes for part in parts])
     names = ("indices", "log2_probs", "secondary", "draws", "draw_log2_probs")
     return SparseTargets(offsets_from_sizes(sizes), *map(joined, names))
-
-
-def in_blocks(offsets: npt.NDArray[np.int64], entries: int) -> Iterator[range]:
-    """Ranges of samples with about ``entries`` entries each, for offsets [n + 1]."""
-    start, n = 0, len(offsets) - 1
-    while start < n:
-        stop = int(np.searchsorted(offsets, offsets[start] + entries, side="right")) - 1
-        stop = max(start + 1, min(stop, n))
-        yield range(start, stop)
-        start = stop
