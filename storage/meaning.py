@@ -1,11 +1,12 @@
 """What targets say, held against what a teacher can have said.
 
 Hashes prove that bytes are those that were written; this proves that what was written can be. It
-is asked before any target of a cache is used, and by ``gkd targets verify --deep``.
+is asked before any target of a cache is used, and by ``gkd targets verify --deep``, which also
+holds the masses of all temperatures against each other.
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -36,13 +37,15 @@ def check_targets(
     targets: SparseTargets,
     labels: npt.NDArray[np.int64],
     present: npt.NDArray[np.bool_],
+    *,
+    every_temperature: bool = False,
 ) -> Iterator[tuple[str, int, str]]:
     """What targets [n] say that cannot be: array, first sample, problem.
 
     Group sizes are 1 or more where ``present`` and 0 elsewhere; classes are unique within a
     sample and hold its label; codes ascend; secondary masses are at most 1 and no NaN; at
-    ``group_temperature``, where that is stored, group and secondary mass are 1 together; and at
-    every other temperature the secondary mass is one that some tail of classes gives.
+    ``group_temperature``, where that is stored, group and secondary mass are 1 together. With
+    ``every_temperature`` that at each other one is such as some tail of classes gives.
     """
     filled = targets.sizes > 0
     if (filled != present).any():
@@ -54,14 +57,21 @@ def check_targets(
         return
     found: set[str] = set()
     for block in in_blocks(targets.offsets, _BLOCK_ENTRIES):
-        for name, sample, problem in _check_block(spec, targets, labels, block):
+        for name, sample, problem in _check_block(
+            spec, targets, labels, block, every_temperature=every_temperature
+        ):
             if problem not in found:
                 found.add(problem)
                 yield name, block.start + sample, problem
 
 
 def _check_block(
-    spec: CacheSpec, targets: SparseTargets, labels: npt.NDArray[np.int64], block: range
+    spec: CacheSpec,
+    targets: SparseTargets,
+    labels: npt.NDArray[np.int64],
+    block: range,
+    *,
+    every_temperature: bool,
 ) -> Iterator[tuple[str, int, str]]:
     offsets = targets.offsets[block.start : block.stop + 1]
     sizes = np.diff(offsets)
@@ -90,7 +100,8 @@ def _check_block(
 
     secondary = targets.secondary[block.start : block.stop][filled].astype(np.float64)
     groups = _Groups(codes, sizes[filled])
-    for wrong, problem in _mass_faults(spec, groups, secondary):
+    others = [t for t in spec.temperatures if every_temperature and t != spec.group_temperature]
+    for wrong, problem in _mass_faults(spec, groups, secondary, others):
         if wrong.any():
             yield "secondary", int(filled[wrong.argmax()]), problem
 
@@ -164,7 +175,10 @@ def _weights(exponent: float) -> npt.NDArray[np.float64]:
 
 
 def _mass_faults(
-    spec: CacheSpec, groups: _Groups, secondary: npt.NDArray[np.float64]
+    spec: CacheSpec,
+    groups: _Groups,
+    secondary: npt.NDArray[np.float64],
+    others: Sequence[float],
 ) -> Iterator[tuple[npt.NDArray[np.bool_], str]]:
     """Where masses [n, t] cannot be those of the groups, bool [n], and what that means.
 
@@ -188,9 +202,8 @@ def _mass_faults(
             )
     most = np.maximum(most, _LEAST_LOG_MASS)
     log_classes = np.log(np.maximum(spec.num_classes - groups.sizes, 1))
-    for column, temperature in enumerate(spec.temperatures):
-        if temperature == spec.group_temperature:
-            continue
+    for temperature in others:
+        column = spec.temperatures.index(temperature)
         power = spec.group_temperature / temperature
         spread = (1 - power) * log_classes
         inside_least, inside_most = groups.log_totals(power)

@@ -69,8 +69,7 @@ def verify(path: str | Path, *, level: Level = "deep", workers: int | None = Non
             their sizes
     hashes  every byte of every file: finds whatever happened to the cache since it was written
     deep    every array is decoded too and its meaning checked (``check_targets``), and the tables
-            of samples: finds what a writer did wrong, or somebody who made the hashes fit again.
-            Nothing is trained on that has not passed the same
+            of samples: finds what a writer did wrong, or somebody who made the hashes fit again
 
     Threads go over the shards; each holds one view of one shard. Where all else is right, files
     that are no part of the cache are faults as well.
@@ -265,7 +264,8 @@ def _content_faults(cache: Cache, shard: int, commit: Commit, damaged: set[str])
             file = named[0] if named else layout.commit_file(shard)
             yield Fault(file, _problem(error, cache.path / file))
             continue
-        problems = check_targets(cache.spec, targets, table["label"].to_numpy(), present)
+        labels = table["label"].to_numpy()
+        problems = check_targets(cache.spec, targets, labels, present, every_temperature=True)
         for name, sample, problem in problems:
             file = layout.arrays(cache.spec, view)[name].shard_file(shard)
             yield Fault(file, f"row {start + sample}: {problem}")

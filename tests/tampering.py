@@ -93,7 +93,7 @@ def _no_number(targets: SparseTargets) -> np.ndarray:
 
 
 def _swap_masses(targets: SparseTargets) -> np.ndarray:
-    return targets.secondary[:, [2, 1, 0]]
+    return targets.secondary[:, [1, 0, 2]]
 
 
 # What somebody may write into a cache of ``tests.caches.make_cache`` who makes all hashes fit:

@@ -1,5 +1,6 @@
 """Targets that a teacher can have said pass; what none can have said is found and named."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -9,11 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gkd.storage.meaning import _may_repeat, check_targets
+from gkd.storage import meaning
+from gkd.storage.meaning import _may_repeat
 from gkd.storage.targets import SparseTargets
 from tests.caches import dense_targets, labels_of, make_logits, make_spec
 from tests.storage.strategies import Teaching, teachings
 
+check_targets = functools.partial(meaning.check_targets, every_temperature=True)
 SPEC = make_spec(num_samples=30, threshold=0.9)
 LABELS = labels_of(SPEC)
 TARGETS = dense_targets(make_logits(SPEC, "original"), LABELS, SPEC)[0]
