@@ -12,7 +12,20 @@ if TYPE_CHECKING:
     from gkd.pipeline.teacher import Embedder, Precision
     from gkd.storage.spec import Preprocess
 
-PATH: Any = click.Path(path_type=Path)
+
+class _Place(click.Path):
+    """A path or address that is not empty, which would be taken for the current folder."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The value, as click converts it."""
+        if not os.fspath(value):
+            self.fail("expected a path, got an empty one; see whether a variable is not set")
+        return super().convert(value, param, ctx)
+
+
+PATH: Any = _Place(path_type=Path)
+# A path or an address, as it was typed.
+PLACE: Any = _Place()
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 licence_option = click.option(

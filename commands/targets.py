@@ -11,6 +11,7 @@ import msgspec
 
 from gkd.commands.shared import (
     PATH,
+    PLACE,
     as_json,
     build_embedder,
     device_option,
@@ -36,7 +37,7 @@ def targets() -> None:
 
 
 @targets.command("info")
-@click.argument("place", metavar="TARGETS")
+@click.argument("place", metavar="TARGETS", type=PLACE)
 @storage_option
 @as_json
 def targets_info(place: str, options: dict[str, Any], as_json: bool) -> None:
@@ -159,7 +160,7 @@ def _verify_against(
 
 
 @targets.command("stats")
-@click.argument("place", metavar="TARGETS")
+@click.argument("place", metavar="TARGETS", type=PLACE)
 @click.option("--plot", type=PATH, help="Draw group sizes and masses into this PNG.")
 @storage_option
 @as_json
@@ -200,7 +201,7 @@ def targets_stats(place: str, plot: Path | None, options: dict[str, Any], as_jso
 
 @targets.command("push")
 @click.argument("path", metavar="TARGETS", type=PATH)
-@click.argument("address")
+@click.argument("address", type=PLACE)
 @click.option("--read-back", is_flag=True, help="Read every file back and compare its sha256.")
 @storage_option
 @as_json
@@ -217,7 +218,7 @@ def targets_push(
 
 
 @targets.command("pull")
-@click.argument("address")
+@click.argument("address", type=PLACE)
 @click.argument("path", metavar="TARGETS", type=PATH)
 @click.option(
     "--shards", callback=parse_shards, help="These only, e.g. 0-9,12: TARGETS stay partial."

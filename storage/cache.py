@@ -17,6 +17,7 @@ from gkd.storage import atomic, layout
 from gkd.storage.chunks import check_chunks
 from gkd.storage.errors import ConfigError, CorruptShardError, IncompleteCacheError
 from gkd.storage.layout import ArrayLayout, Commit, Manifest, file_record
+from gkd.storage.meaning import check_targets
 from gkd.storage.spec import FORMAT, CacheSpec, View
 from gkd.storage.targets import SparseTargets, offsets_from_sizes
 
@@ -138,6 +139,18 @@ class Cache:
             _corrupt(path, f"expected {expected} bytes, got {size}")
         return path
 
+    def require_files(self) -> None:
+        """See that every file of every shard is there and has its size, reading none of them.
+
+        Raises:
+            CorruptShardError: at the first that is missing, cut or a link; at a commit record that
+                is damaged.
+        """
+        for shard in range(self.spec.num_shards):
+            commit = self.commit(shard)
+            for file in commit.files:
+                self.shard_file(shard, file, commit)
+
     def read_shard(self, shard: int, view: View) -> SparseTargets:
         """Targets of all samples of a shard, in row order.
 
@@ -171,7 +184,10 @@ class Cache:
         return self._sizes(shard, view, self.commit(shard))
 
     def read_verified(self, shard: int, view: View) -> SparseTargets:
-        """``read_shard`` after all files of the view were held against their hashes.
+        """``read_shard``, with all files held against their hashes and their meaning checked.
+
+        What ``gkd targets verify --deep`` finds in a view of a shard is found here, but for the
+        masses of different temperatures against each other.
 
         Raises:
             CorruptShardError: where a file is missing, damaged or says what cannot be.
@@ -181,7 +197,14 @@ class Cache:
             path = self.shard_file(shard, file, commit)
             if atomic.sha256_file(path) != commit.files[file].sha256:
                 _corrupt(path, "its sha256 is not the one in its commit record")
-        return self.read_shard(shard, view)
+        targets = self.read_shard(shard, view)
+        table = self.read_samples(shard)
+        labels, present = table["label"].to_numpy(), table["digest"].is_valid().to_numpy()
+        for name, sample, problem in check_targets(self.spec, targets, labels, present):
+            file = layout.arrays(self.spec, view)[name].shard_file(shard)
+            row = self.spec.shard_rows(shard).start + sample
+            _corrupt(self.path / file, f"row {row}: {problem}")
+        return targets
 
     def _sizes(self, shard: int, view: View, commit: Commit) -> npt.NDArray[np.uint16]:
         entries = commit.views[view].entries
@@ -227,16 +250,16 @@ class Cache:
                 if file.metadata.num_rows != len(rows) or file.schema_arrow != _SAMPLES_SCHEMA:
                     _corrupt(path, f"expected {len(rows)} rows of {_SAMPLES_SCHEMA.names}")
                 table = file.read()
+                table.validate(full=True)
         except (pa.ArrowException, OSError) as error:
             _corrupt(path, f"it cannot be decoded ({error})", error)
         if not np.array_equal(table["row"].to_numpy(), np.arange(rows.start, rows.stop)):
             _corrupt(path, f"its rows are not {rows.start} to {rows.stop - 1}")
-        if table["digest"].null_count != len(commit.skipped):
-            _corrupt(
-                path,
-                f"{table['digest'].null_count} samples without digest, "
-                f"{len(commit.skipped)} skipped by the commit record",
-            )
+        if table["key"].null_count or table["label"].null_count:
+            _corrupt(path, "a sample without key or label")
+        without = table["key"].filter(table["digest"].is_null()).to_pylist()
+        if sorted(without) != sorted(commit.skipped):
+            _corrupt(path, "samples without digest are not those skipped by the commit record")
         return table
 
     def samples(self) -> Samples:

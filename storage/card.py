@@ -11,15 +11,30 @@ from gkd.storage.errors import ConfigError
 from gkd.storage.layout import Commit
 from gkd.storage.spec import CacheSpec
 
+_ABOUT = (
+    "A cache of targets for Grouped Knowledge Distillation of face recognisers: for every "
+    "image the few identities that the teacher holds possible, and how much it leaves for "
+    "all others. A student is trained from it without the teacher. It holds no image, only "
+    "digests, labels and record names, so you need the data set as well."
+)
+_CONTENT, _TERMS, _USE = "## What is in it", "## Terms", "## How to use it"
+_BESIDES = "The terms of the data set and of the teacher hold besides."
 _NO_LICENCE = (
     "No licence was stated. Ask whoever gave you this cache before you use it or pass it on."
 )
 
 
-def write_card(path: Path, *, licence: str | None = None, note: str | None = None) -> None:
+def write_card(
+    path: Path,
+    *,
+    licence: str | None = None,
+    note: str | None = None,
+    sources: Sequence[Path] = (),
+) -> None:
     """Write the card of a cache whose shards are all committed; its manifest covers it then.
 
-    The bytes follow from the cache and the arguments alone. The card of a finished cache stays.
+    A licence or note that is not given is that of ``sources``, the caches that it was made of. The
+    bytes follow from the caches and the arguments alone. The card of a finished cache stays.
 
     Raises:
         ConfigError: where the cache is finished and its card has not these words.
@@ -30,7 +45,8 @@ def write_card(path: Path, *, licence: str | None = None, note: str | None = Non
         return
     spec = read_spec(path)
     commits = [read_commit(path, spec, shard) for shard in range(spec.num_shards)]
-    text = card_text(spec, commits, licence=licence, note=note)
+    theirs = joined_words(sources) if sources else (None, None)
+    text = card_text(spec, commits, licence=licence or theirs[0], note=note or theirs[1])
     for leftover in path.glob(f".{layout.CARD}.*"):
         leftover.unlink()
     atomic.write_file(path / layout.CARD, text.encode())
@@ -58,28 +74,75 @@ def card_text(
     name = "".join(c if c.isalnum() or c in "-_." else "-" for c in spec.dataset.name)
     parts = [
         f"# What {code(spec.teacher.name)} says of {code(spec.dataset.name)}",
-        "A cache of targets for Grouped Knowledge Distillation of face recognisers: for every "
-        "image the few identities that the teacher holds possible, and how much it leaves for "
-        "all others. A student is trained from it without the teacher. It holds no image, only "
-        "digests, labels and record names, so you need the data set as well.",
+        _ABOUT,
         note.strip() if note else "",
-        "## What is in it",
+        _CONTENT,
         bullets(_content(spec, commits)),
         "## How it was made",
         bullets(_making(spec)),
-        "## Terms",
+        _TERMS,
         licence.strip() if licence else _NO_LICENCE,
-        "The terms of the data set and of the teacher hold besides.",
-        "## How to use it",
-        "    pip install gkd\n"
-        f"    gkd targets pull ADDRESS {name}.gkd\n"
-        f"    gkd train-student RECORDS {name}.gkd RUN",
+        _BESIDES,
+        _USE,
+        f"    pip install gkd\n    gkd targets pull ADDRESS {name}.gkd{_training(spec, name)}",
+        views_note(spec),
         "ADDRESS is where this file is, RECORDS your copy of the data set: in any order and "
         "packing, as long as its encoded images are the same bytes. `gkd targets verify "
         f"{name}.gkd` proves that the copy is whole. `zarr.json` has all settings, and any Zarr "
         "reader opens the arrays.",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _training(spec: CacheSpec, name: str) -> str:
+    if "original" not in spec.views:
+        return ""
+    unmirrored = "" if "flipped" in spec.views else " --set data.flip=false"
+    return f"\n    gkd train-student RECORDS {name}.gkd RUN{unmirrored}"
+
+
+def views_note(spec: CacheSpec) -> str:
+    """What a cache of one view is good for; nothing where it has both."""
+    if "flipped" not in spec.views:
+        return (
+            "It has targets of the images as they are and none of their mirror images, so it "
+            "trains with `--set data.flip=false` only."
+        )
+    if "original" not in spec.views:
+        return (
+            "It has targets of mirror images alone. `gkd train-student` shows images as they are "
+            "in every training and cannot use it: it is for programs that read it themselves."
+        )
+    return ""
+
+
+def words_of(cache: Path) -> tuple[str | None, str | None]:
+    """Licence and note that the card of a cache has, None for what its maker did not say."""
+    card = cache / layout.CARD
+    text = card.read_text() if card.is_file() else ""
+    note, _, content = text.partition(f"{_ABOUT}\n\n")[2].partition(f"{_CONTENT}\n")
+    terms = content.rpartition(f"{_USE}\n")[0].partition(f"{_TERMS}\n")[2]
+    licence = terms.rpartition(_BESIDES)[0].strip()
+    return (licence if licence not in ("", _NO_LICENCE) else None), note.strip() or None
+
+
+def joined_words(caches: Sequence[Path]) -> tuple[str | None, str | None]:
+    """Licence and note for a cache that is made of others.
+
+    What all say is said once; else each word is told with the number of its cache, from 1.
+    """
+    licences, notes = zip(*map(words_of, caches), strict=True)
+    return (
+        _joined(licences, "Of cache {}: ", _NO_LICENCE),
+        _joined(notes, "Of cache {}: ", None),
+    )
+
+
+def _joined(words: Sequence[str | None], head: str, nothing: str | None) -> str | None:
+    if len(set(words)) == 1:
+        return words[0]
+    told = [(number, word or nothing) for number, word in enumerate(words, 1)]
+    return "\n\n".join(head.format(number) + word for number, word in told if word)
 
 
 def _content(spec: CacheSpec, commits: Sequence[Commit]) -> list[str]:

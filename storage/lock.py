@@ -27,6 +27,7 @@ from msgspec import Meta
 
 from gkd.storage.disk import disk_errors
 from gkd.storage.errors import ConfigError, GkdError, IncompleteCacheError
+from gkd.storage.places import require_outside_caches
 from gkd.storage.progress import progress
 
 BEAT_SECONDS = 5.0
@@ -83,7 +84,8 @@ class WriteLock:
     """The right of one rank to write its shards of ``target``, while the context lasts.
 
     Raises:
-        ConfigError: on entering, where another run is at work; naming its host, process and start.
+        ConfigError: on entering, where another run is at work; naming its host, process and start;
+            or where ``target`` is inside a cache.
     """
 
     def __init__(self, target: Path, rank: int = 0, world_size: int = 1) -> None:
@@ -97,6 +99,7 @@ class WriteLock:
         self._beating = threading.Thread(target=self._beat, name="lock", daemon=True)
 
     def __enter__(self) -> Self:
+        require_outside_caches(self.target)
         with disk_errors(self.folder):
             self._show()
             try:

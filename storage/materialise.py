@@ -20,10 +20,18 @@ import numpy.typing as npt
 
 from gkd.storage import atomic, layout
 from gkd.storage.cache import Cache
-from gkd.storage.errors import ConfigError
+from gkd.storage.disk import disk_errors
+from gkd.storage.errors import ConfigError, CorruptDataError
 from gkd.storage.progress import progress
 from gkd.storage.spec import VIEWS, CacheSpec, View
-from gkd.storage.target_arrays import TargetArrays, array_shapes, fill, lay_out
+from gkd.storage.target_arrays import (
+    Shape,
+    TargetArrays,
+    array_names,
+    array_shapes,
+    fill,
+    lay_out,
+)
 from gkd.storage.targets import SparseTargets
 
 DESCRIPTION = "store.json"
@@ -48,6 +56,7 @@ class _Description(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     cache_id: str
     views: tuple[View, ...]
     spec: CacheSpec
+    files: dict[str, int]  # bytes by name
 
 
 class TargetStore:
@@ -55,14 +64,23 @@ class TargetStore:
 
     The rows of the views follow each other: sample i of the v-th view is row ``v * N + i``. Pickles
     as its path, and a fork shares the maps. While one is open, ``collect`` leaves its files alone.
+
+    Raises:
+        CorruptDataError: on opening, where a file is missing or not as long as it was made.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        in_use = os.open(path / DESCRIPTION, os.O_RDONLY)
-        weakref.finalize(self, os.close, in_use)
-        fcntl.flock(in_use, fcntl.LOCK_SH)
-        description = msgspec.json.decode((path / DESCRIPTION).read_bytes(), type=_Description)
+        try:
+            in_use = os.open(path / DESCRIPTION, os.O_RDONLY)
+            weakref.finalize(self, os.close, in_use)
+            fcntl.flock(in_use, fcntl.LOCK_SH)
+            description = msgspec.json.decode((path / DESCRIPTION).read_bytes(), type=_Description)
+            sizes = {name: (path / name).stat().st_size for name in description.files}
+        except (FileNotFoundError, msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise _damaged(path, error) from error
+        if sizes != description.files:
+            raise _damaged(path, f"expected {description.files} bytes, got {sizes}")
         self.spec = description.spec
         self.cache_id = description.cache_id
         self.views = description.views
@@ -110,8 +128,21 @@ class TargetStore:
         return counts
 
     def _map(self, name: str) -> npt.NDArray[Any]:
+        try:
+            array = np.load(self.path / f"{name}.npy", mmap_mode="r")
+        except (FileNotFoundError, ValueError, EOFError) as error:
+            raise _damaged(self.path, error) from error
         # A plain array on the map: slices of np.memmap itself are slow to make.
-        return np.asarray(np.load(self.path / f"{name}.npy", mmap_mode="r"))
+        return np.asarray(array)
+
+    def shapes(self) -> dict[str, Shape]:
+        """Type and shape of each array."""
+        arrays = {name: getattr(self._arrays, name) for name in array_names(self.spec)}
+        return {name: (array.dtype, array.shape) for name, array in arrays.items()}
+
+
+def _damaged(path: Path, problem: object) -> CorruptDataError:
+    return CorruptDataError(f"{path}: damaged ({problem}); remove it, it is made again as needed")
 
 
 def materialise(
@@ -121,10 +152,11 @@ def materialise(
 
     They stand in ``<folder>/<cache id>/<views>``; ``folder`` is by default ``$GKD_CACHE_DIR`` or
     ``~/.cache/gkd``. The cache's files are held against their hashes while they are copied. One
-    process makes them while others wait for it.
+    process makes them while others wait for it. Those found with a file missing or cut are made
+    again.
 
     Raises:
-        ConfigError: where the disk has no room, or a view is not in the cache.
+        ConfigError: where the disk has no room or is closed, or a view is not in the cache.
         CorruptShardError: where the cache is damaged.
         IncompleteCacheError: where the cache is not finished.
     """
@@ -135,20 +167,36 @@ def materialise(
             f"{', '.join(cache.spec.views)}; cache again with --views {','.join(chosen)}"
         )
     home = (folder or default_folder()).absolute() / cache.id
-    home.mkdir(parents=True, exist_ok=True)
     target = home / "+".join(chosen)
-    with filelock.FileLock(home / LOCK):
-        found = target.exists()
-        if not found:
-            # Nobody else is at work here, so what lies about was left by one that died.
-            for leftover in filter(_is_aside, list(home.iterdir())):
-                shutil.rmtree(leftover)
-            _build(cache, chosen, target)
-        store = TargetStore(target)
+    with disk_errors(home):
+        home.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(home / LOCK):
+            found = _open(cache, chosen, target)
+            if found is None:
+                # Nobody else is at work here, so what lies about was left by one that died.
+                for leftover in filter(_is_aside, list(home.iterdir())):
+                    shutil.rmtree(leftover)
+                if os.path.lexists(target):
+                    _remove(target)
+                _build(cache, chosen, target)
+            store = found or TargetStore(target)
     if found:
         touch(target / DESCRIPTION)
         _warm(target)
     return store
+
+
+def _open(cache: Cache, views: tuple[View, ...], target: Path) -> TargetStore | None:
+    """The store at ``target``; None where there is none, or none that is whole."""
+    if not os.path.lexists(target):
+        return None
+    try:
+        store = TargetStore(target)
+    except (CorruptDataError, NotADirectoryError):
+        return None
+    shapes = array_shapes(cache, range(cache.spec.num_shards), views)
+    is_its = store.cache_id == cache.id and store.views == views and store.shapes() == shapes
+    return store if is_its else None
 
 
 def default_folder() -> Path:
@@ -182,7 +230,8 @@ def _build(cache: Cache, views: tuple[View, ...], target: Path) -> None:
         for array in arrays.values():
             array.flush()
         del arrays
-        description = _Description(cache.id, views, cache.spec)
+        sizes = {path.name: path.stat().st_size for path in aside.glob("*.npy")}
+        description = _Description(cache.id, views, cache.spec, sizes)
         atomic.write_file(aside / DESCRIPTION, layout.encode_json(description))
         aside.rename(target)
         atomic.sync_folder(target.parent)

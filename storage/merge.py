@@ -39,7 +39,7 @@ def merge(
 ) -> str:
     """Join finished caches into the cache ``out``, or go on with it; its id.
 
-    ``licence`` and ``note`` are words for the card.
+    ``licence`` and ``note`` are words for the card, by default those of the caches.
 
     Raises:
         ConfigError: for fewer than two caches, or where another process writes ``out``.
@@ -61,7 +61,7 @@ def merge(
             for shard in pending:
                 _write_merged(source, writer, shard)
                 advance()
-        write_card(out, licence=licence, note=note)
+        write_card(out, licence=licence, note=note, sources=[cache.path for cache in caches])
         return writer.finish()
 
 

@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,7 +29,8 @@ def is_address(text: str) -> bool:
 class Remote:
     """A folder at an fsspec address; ``options`` go to its backend, over fsspec's own settings.
 
-    Any number of threads may use one. Its methods raise
+    ``folder`` is its path where it is a folder of this machine, else None. Any number of threads
+    may use one. Its methods raise
 
         ConfigError           the address, the credentials or the bucket do not work, a disk is full
         IncompleteCacheError  the connection failed after the backend's own retries
@@ -36,9 +38,13 @@ class Remote:
     """
 
     def __init__(self, address: str, options: Mapping[str, Any] | None = None) -> None:
-        self.address = address.rstrip("/")
+        protocol, colon, place = address.partition("://")
+        self.address = address.rstrip("/") if not colon else f"{protocol}://{place.rstrip('/')}"
+        # fsspec takes nothing for the folder where it runs.
+        if not (place if colon else address).strip("/"):
+            raise _nowhere(address)
         try:
-            self._files, self._root = fsspec.url_to_fs(self.address, **(options or {}))
+            files, self._root = fsspec.url_to_fs(self.address, **(options or {}))
         except ImportError as error:
             raise ConfigError(
                 f"{address}: {error}; addresses of this protocol need that Python package, "
@@ -51,18 +57,42 @@ class Remote:
             ) from error
         except Exception as error:
             raise _explanation(self.address, error) from error
-        self.is_folder = isinstance(self._files, LocalFileSystem)
+        if not self._root.strip("/"):
+            raise _nowhere(address)
+        self.folder = Path(self._root) if isinstance(files, LocalFileSystem) else None
+        self._options = dict(options or {})
+        # The others, such as that of sftp://, may hold a connection for one thread at a time, and
+        # have folders that must be made before a file is.
+        self._shared = files if files.async_impl else None
+        self._made: set[str] = set()
+        self._making = threading.Lock()
 
     def place(self, file: str) -> str:
         """The address of a file, for messages."""
         return f"{self.address}/{file}"
+
+    def names(self) -> list[str]:
+        """What stands in the folder itself, hidden files left out."""
+        with self._explained(self.address):
+            try:
+                found = self._files.ls(self._root, detail=True)
+            except FileNotFoundError:
+                return []
+            finally:
+                # Later questions are about what is there then.
+                self._files.invalidate_cache()
+        # Some object stores mark a folder by an empty object of its own name.
+        marker = (self._root.strip("/"), 0)
+        entries = [(each["name"].strip("/"), each["size"]) for each in found]
+        names = {name.rpartition("/")[2] for name, size in entries if (name, size) != marker}
+        return sorted(name for name in names if not name.startswith("."))
 
     def size(self, file: str) -> int | None:
         """Bytes of a file, None where there is none."""
         with self._explained(self.place(file)):
             try:
                 return int(self._files.info(self._path(file))["size"])
-            except FileNotFoundError:
+            except (FileNotFoundError, NotADirectoryError):
                 return None
 
     def read(self, file: str, most_bytes: int) -> bytes | None:
@@ -90,18 +120,20 @@ class Remote:
         size = content.stat().st_size
         callback = _Bytes(advance, size, self.place(file))
         with self._explained(self.place(file), content):
-            if self.is_folder:
+            if self.folder is not None:
                 _write_local(Path(self._path(file)), content.read_bytes())
             else:
+                self._make_folder_of(file)
                 self._files.put_file(str(content), self._path(file), callback=callback)
         callback.finish()
 
     def write(self, file: str, content: bytes) -> None:
         """Write a small file."""
         with self._explained(self.place(file)):
-            if self.is_folder:
+            if self.folder is not None:
                 _write_local(Path(self._path(file)), content)
             else:
+                self._make_folder_of(file)
                 self._files.pipe_file(self._path(file), content)
 
     def sha256(self, file: str) -> str:
@@ -114,6 +146,19 @@ class Remote:
             while block := stream.read(_BLOCK_BYTES):
                 digest.update(block)
         return digest.hexdigest()
+
+    @property
+    def _files(self) -> Any:
+        # fsspec keeps one for each thread, and opens it on the first call.
+        return self._shared or fsspec.url_to_fs(self.address, **self._options)[0]
+
+    def _make_folder_of(self, file: str) -> None:
+        folder = self._path(file).rpartition("/")[0]
+        with self._making:
+            # Where all threads share one there are no folders, and this would make buckets.
+            if self._shared is None and folder not in self._made:
+                self._files.makedirs(folder, exist_ok=True)
+                self._made.add(folder)
 
     def _path(self, file: str) -> str:
         return f"{self._root}/{file}"
@@ -165,6 +210,13 @@ def _write_local(path: Path, content: bytes) -> None:
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         atomic.write_file(path, content)
+
+
+def _nowhere(address: str) -> ConfigError:
+    return ConfigError(
+        f"{address or 'an empty address'}: names no bucket or folder; expected the path of a "
+        "folder, or an address such as s3://bucket/faces.gkd"
+    )
 
 
 def _explanation(place: str, error: Exception) -> GkdError:

@@ -33,11 +33,12 @@ from gkd.storage.lock import WriteLock
 from gkd.storage.parallel import ordered_map
 from gkd.storage.progress import progress
 from gkd.storage.spec import CacheSpec, DerivedSpec, DrawsSpec, View
-from gkd.storage.target_arrays import concatenate, cut_out, in_blocks
+from gkd.storage.target_arrays import concatenate, cut_out
 from gkd.storage.targets import (
     SparseTargets,
     at_temperature,
     decode_log_probs,
+    in_blocks,
     offsets_from_sizes,
 )
 from gkd.storage.writer import CacheWriter, ShardSamples, delete_leftovers
@@ -61,7 +62,8 @@ def retarget(
 ) -> str:
     """Derive the cache ``out`` with stricter settings, or go on with it; its id.
 
-    Settings that are not given stay as they are; ``licence`` and ``note`` are words for the card.
+    Settings that are not given stay as they are, and so do ``licence`` and ``note``, words for the
+    card.
 
     Raises:
         ConfigError: for settings that the stored groups cannot answer exactly, with the reason, or
@@ -89,7 +91,7 @@ def retarget(
                 functools.partial(_derive, cache, writer), pending, workers=workers
             ):
                 advance()
-        write_card(out, licence=licence, note=note)
+        write_card(out, licence=licence, note=note, sources=[cache.path])
         return writer.finish()
 
 

@@ -175,13 +175,3 @@ def concatenate(parts: Sequence[SparseTargets]) -> SparseTargets:
     return SparseTargets(
         offsets_from_sizes(sizes), *map(joined, (*_PACKED, "secondary", *_OPTIONAL))
     )
-
-
-def in_blocks(offsets: npt.NDArray[np.int64], entries: int) -> Iterator[range]:
-    """Ranges of samples with about ``entries`` entries each, for offsets [n + 1]."""
-    start, n = 0, len(offsets) - 1
-    while start < n:
-        stop = int(np.searchsorted(offsets, offsets[start] + entries, side="right")) - 1
-        stop = max(start + 1, min(stop, n))
-        yield range(start, stop)
-        start = stop

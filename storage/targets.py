@@ -1,5 +1,6 @@
 """The teacher's signal as a value: primary groups of some samples, and what is left outside."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,6 +29,16 @@ def offsets_from_sizes(sizes: npt.NDArray[np.integer]) -> npt.NDArray[np.int64]:
     offsets = np.zeros(len(sizes) + 1, np.int64)
     np.cumsum(sizes, out=offsets[1:])
     return offsets
+
+
+def in_blocks(offsets: npt.NDArray[np.int64], entries: int) -> Iterator[range]:
+    """Ranges of samples with about ``entries`` entries each, for offsets [n + 1]."""
+    start, n = 0, len(offsets) - 1
+    while start < n:
+        stop = int(np.searchsorted(offsets, offsets[start] + entries, side="right")) - 1
+        stop = max(start + 1, min(stop, n))
+        yield range(start, stop)
+        start = stop
 
 
 @dataclass(frozen=True)

@@ -18,11 +18,13 @@ import msgspec
 
 from gkd.storage import atomic, layout
 from gkd.storage.cache import Cache, parse_spec, regular_file
+from gkd.storage.card import views_note
 from gkd.storage.disk import disk_errors
 from gkd.storage.errors import ConfigError, CorruptShardError, SpecMismatchError
 from gkd.storage.layout import Commit, FileRecord, ViewRecord, file_record
 from gkd.storage.lock import WriteLock
 from gkd.storage.parallel import for_each
+from gkd.storage.places import require_outside_caches
 from gkd.storage.progress import Advance, progress
 from gkd.storage.remote import Remote
 from gkd.storage.remote_cache import MAX_RECORD_BYTES, WORKERS, RemoteCache, record_of
@@ -33,7 +35,7 @@ CLAIM = ".cache-id"
 _MAX_CLAIM_BYTES = 100
 _ASIDE = re.compile(r"\..+\.[0-9a-f]{32}")
 _MEGABYTE = 1_000_000
-_NAMED = 3  # wrong shards listed in a message
+_NAMED = 3  # wrong shards or files listed in a message
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,8 @@ def push(
     Raises:
         IncompleteCacheError: where the cache is not finished, or the connection failed.
         CorruptShardError: where a file is damaged, here or after it was sent.
-        SpecMismatchError: where the address holds another cache, or a part of one.
+        SpecMismatchError: where the address holds another cache, or anything that no push of this
+            one put there.
         ConfigError: where the address, its credentials or its bucket do not work.
     """
     began = time.monotonic()
@@ -85,7 +88,7 @@ def push(
     metadata = {file: cache.manifest.files[file] for file in named if file in cache.manifest.files}
     data = metadata | _shard_files(commits)
     records = {layout.commit_file(k): record_of(layout.encode_json(c)) for k, c in commits.items()}
-    check = read_back or remote.is_folder
+    check = read_back or remote.folder is not None
     with _tally("push", data | records) as tally:
         for part in (data, records):
             _send_all(cache.path, remote, part, tally, read_back=check)
@@ -210,6 +213,8 @@ def _shard_files(commits: Mapping[int, Commit]) -> dict[str, FileRecord]:
 
 def _claim(remote: Remote, cache_id: str) -> None:
     """Make sure that the address is free or this cache's, and take it."""
+    if remote.folder is not None:
+        require_outside_caches(remote.folder)
     manifest = remote.read(layout.MANIFEST, MAX_RECORD_BYTES)
     if manifest is not None and record_of(manifest).sha256 != cache_id:
         raise SpecMismatchError(
@@ -217,10 +222,11 @@ def _claim(remote: Remote, cache_id: str) -> None:
             "another address, or delete what is there"
         )
     if manifest is None and remote.size(CLAIM) is None:
-        if remote.size(layout.METADATA) is not None:
+        strangers = remote.names()
+        if strangers:
             raise SpecMismatchError(
-                f"{remote.address}: holds a Zarr store or an unfinished cache that no push put "
-                "there; choose another address, or delete what is there"
+                f"{remote.address}: expected nothing, or what a push of this cache put there, got "
+                f"{_named(strangers)}; choose another address, or delete what is there"
             )
         remote.write(CLAIM, f"{cache_id}\n".encode())
     if manifest is None:
@@ -301,9 +307,9 @@ def _chosen_shards(source: RemoteCache, shards: Sequence[int] | None) -> Sequenc
     return sorted(set(shards))
 
 
-def _named(shards: Sequence[int]) -> str:
-    more = f" and {len(shards) - _NAMED:,} more" if len(shards) > _NAMED else ""
-    return (", ".join(map(str, shards[:_NAMED])) or "none") + more
+def _named(each: Sequence[int] | Sequence[str]) -> str:
+    more = f" and {len(each) - _NAMED:,} more" if len(each) > _NAMED else ""
+    return (", ".join(map(str, each[:_NAMED])) or "none") + more
 
 
 def _with_views_of(spec: CacheSpec, commit: Commit) -> Commit:
@@ -321,7 +327,7 @@ def _metadata(source: RemoteCache, spec: CacheSpec) -> dict[str, bytes]:
     if card is not None and spec.views != source.spec.views:
         card += (
             f"\nThis copy holds the {' and '.join(spec.views)} view of the cache {source.id} alone "
-            f"(`gkd targets pull --views {','.join(spec.views)}`).\n"
+            f"(`gkd targets pull --views {','.join(spec.views)}`). {views_note(spec)}\n"
         ).encode()
     return files if card is None else files | {layout.CARD: card}
 

@@ -8,22 +8,15 @@ from pathlib import Path
 from typing import Literal
 
 import msgspec
-import numpy as np
-import numpy.typing as npt
 
 from gkd.storage import atomic, layout
 from gkd.storage.cache import Cache, committed_shards, read_commit, read_spec, regular_file
-from gkd.storage.draw_checks import check_draws
 from gkd.storage.errors import ConfigError, CorruptShardError
 from gkd.storage.layout import Commit, FileRecord, Manifest, file_record
+from gkd.storage.meaning import check_targets
 from gkd.storage.progress import progress
 from gkd.storage.spec import CacheSpec
-from gkd.storage.targets import SparseTargets, decode_log_probs
 
-# Half a step of the codes is 3.4e-4 of a probability; the rest is the teacher's own rounding.
-MASS_TOLERANCE = 6e-4
-LOG_MASS_TOLERANCE = 1e-6
-_BLOCK_ENTRIES = 1 << 22
 _MAX_WORKERS = 8
 
 Level = Literal["quick", "hashes", "deep"]
@@ -255,13 +248,9 @@ def _content_faults(cache: Cache, shard: int, commit: Commit, damaged: set[str])
     try:
         table = cache.read_samples(shard)
     except CorruptShardError as error:
-        yield Fault(samples_file, str(error))
+        yield Fault(samples_file, _problem(error, cache.path / samples_file))
         return
     present = table["digest"].is_valid().to_numpy()
-    keys = table["key"].filter(table["digest"].is_null()).to_pylist()
-    if set(keys) != commit.skipped.keys():
-        yield Fault(samples_file, "samples without digest are not those skipped by the commit")
-
     start = cache.spec.shard_rows(shard).start
     for view in cache.spec.views:
         entries = commit.views[view].entries
@@ -275,85 +264,8 @@ def _content_faults(cache: Cache, shard: int, commit: Commit, damaged: set[str])
             file = named[0] if named else layout.commit_file(shard)
             yield Fault(file, _problem(error, cache.path / file))
             continue
-        problems = check_targets(cache.spec, targets, table["label"].to_numpy(), present)
+        labels = table["label"].to_numpy()
+        problems = check_targets(cache.spec, targets, labels, present, every_temperature=True)
         for name, sample, problem in problems:
             file = layout.arrays(cache.spec, view)[name].shard_file(shard)
             yield Fault(file, f"row {start + sample}: {problem}")
-
-
-def check_targets(
-    spec: CacheSpec,
-    targets: SparseTargets,
-    labels: npt.NDArray[np.int64],
-    present: npt.NDArray[np.bool_],
-) -> Iterator[tuple[str, int, str]]:
-    """What targets [n] say that cannot be: array, first sample, problem.
-
-    Group sizes are 1 or more where ``present`` and 0 elsewhere; classes are unique within a
-    sample and hold its label; codes ascend; secondary masses are at most 1 and no NaN, and at
-    ``group_temperature``, where that is stored, group and secondary mass are 1 together.
-    """
-    filled = targets.sizes > 0
-    if (filled != present).any():
-        yield "sizes", int((filled != present).argmax()), "an empty group, or one of a skipped"
-        return
-    wrong = ~(targets.secondary <= LOG_MASS_TOLERANCE)
-    if wrong.any():
-        yield "secondary", int(wrong.any(axis=1).argmax()), "a log mass above 0 or not a number"
-        return
-    found: set[str] = set()
-    for block in _blocks(targets.offsets):
-        for name, sample, problem in _check_block(spec, targets, labels, block):
-            if problem not in found:
-                found.add(problem)
-                yield name, block.start + sample, problem
-    yield from check_draws(spec, targets, present)
-
-
-def _blocks(offsets: npt.NDArray[np.int64]) -> Iterator[range]:
-    """Ranges of samples with about ``_BLOCK_ENTRIES`` entries each."""
-    start, n = 0, len(offsets) - 1
-    while start < n:
-        stop = int(np.searchsorted(offsets, offsets[start] + _BLOCK_ENTRIES, side="right")) - 1
-        stop = max(start + 1, min(stop, n))
-        yield range(start, stop)
-        start = stop
-
-
-def _check_block(
-    spec: CacheSpec, targets: SparseTargets, labels: npt.NDArray[np.int64], block: range
-) -> Iterator[tuple[str, int, str]]:
-    offsets = targets.offsets[block.start : block.stop + 1]
-    sizes = np.diff(offsets)
-    entries = slice(offsets[0], offsets[-1])
-    indices, codes = targets.indices[entries], targets.log2_probs[entries]
-    samples = np.repeat(np.arange(len(sizes), dtype=np.uint64), sizes)
-    filled = np.flatnonzero(sizes)
-
-    keyed = np.sort(samples << np.uint64(32) | indices)
-    twice = keyed[1:] == keyed[:-1]
-    if twice.any():
-        yield "indices", int(keyed[1:][twice][0] >> np.uint64(32)), "a class twice in a group"
-
-    with_label = np.zeros(len(sizes), bool)
-    block_labels = labels[block.start : block.stop]
-    with_label[samples[indices == np.repeat(block_labels, sizes)]] = True
-    if not with_label[filled].all():
-        yield "indices", int(filled[~with_label[filled]][0]), "its label is not in its group"
-
-    falls = (codes[1:] < codes[:-1]) & (samples[1:] == samples[:-1])
-    if falls.any():
-        yield "log2_probs", int(samples[1:][falls][0]), "probabilities that do not descend"
-
-    if spec.group_temperature in spec.temperatures and len(filled):
-        column = spec.temperatures.index(spec.group_temperature)
-        probs = np.exp(decode_log_probs(codes), dtype=np.float64)
-        inside = np.add.reduceat(probs, offsets[filled] - offsets[0])
-        outside = np.exp(targets.secondary[block.start : block.stop][filled, column], dtype=float)
-        wrong = ~(np.abs(inside + outside - 1) <= MASS_TOLERANCE)
-        if wrong.any():
-            yield (
-                "secondary",
-                int(filled[wrong][0]),
-                "group and secondary mass that are not 1 together",
-            )

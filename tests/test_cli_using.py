@@ -86,6 +86,14 @@ def test_a_retargeted_cache_is_that_of_a_fresh_run(home: Path, tmp_path: Path) -
     assert "As that of faces." in card
     assert "For small students." in card
     assert f"by retarget, from `{Cache.open(home / 'targets.gkd').id}`" in card
+    # What is not given stays as it was: the words of the first, in a cache of the second.
+    again = tmp_path / "again.gkd"
+    works("targets", "retarget", derived_path, again, "--max-group", 2, "--note", "For tiny ones.")
+    card = (again / "README.md").read_text()
+    assert "As that of faces." in card
+    assert "For tiny ones." in card
+    assert "For small students." not in card
+    assert "0 faults" in works("targets", "verify", again, "--deep")
     assert "0 faults" in works("targets", "verify", derived.path)
     assert derived.spec.temperatures == fresh.spec.temperatures == (4.0, 2.0)
     for shard in range(4):
@@ -125,12 +133,16 @@ def test_caches_of_parts_are_merged_and_train(home: Path, tmp_path: Path) -> Non
     for name, people in (("low", range(4)), ("high", range(4, 8))):
         folder = write_part(tmp_path / name, open_records(home / "faces"), people)
         cache = tmp_path / f"{name}.gkd"
-        caches.append(cache_teacher(home, folder, cache, "--threshold", 0.99))
+        terms = ("--licence", f"That of {name}.", "--note", "Some of eight people.")
+        caches.append(cache_teacher(home, folder, cache, "--threshold", 0.99, *terms))
     told = works("targets", "merge", tmp_path / "all.gkd", *caches)
     merged = Cache.open(tmp_path / "all.gkd")
     assert merged.id in told
     assert merged.spec.num_samples == 32
-    assert "by merge, from" in (merged.path / "README.md").read_text()
+    card = (merged.path / "README.md").read_text()
+    assert "by merge, from" in card
+    assert "## Terms\n\nOf cache 1: That of low.\n\nOf cache 2: That of high.\n\n" in card
+    assert "\n\nSome of eight people.\n\n## What is in it" in card
     assert "0 faults" in works("targets", "verify", merged.path)
     reference = Cache.open(home / "targets.gkd")
     for shard in range(4):
@@ -174,6 +186,70 @@ def test_renamed_people_train_in_their_own_numbering(home: Path, tmp_path: Path)
     for place, person in enumerate(people):
         shutil.copytree(person, tmp_path / "faces" / f"{(place * 3) % 8}")
     works("train-student", tmp_path / "faces", home / "targets.gkd", tmp_path / "run", *TINY)
+
+
+def test_a_cache_of_one_view_trains_as_its_card_says(home: Path, tmp_path: Path) -> None:
+    works("targets", "pull", home / "targets.gkd", tmp_path / "one.gkd", "--views", "original")
+    assert "--set data.flip=false`" in (tmp_path / "one.gkd/README.md").read_text()
+    train = ("train-student", home / "faces", tmp_path / "one.gkd", tmp_path / "run", *TINY)
+    assert "data.flip: the cache holds targets of the original view only" in fails(*train)
+    works(*train, "--set", "data.flip=false")
+    works("targets", "pull", home / "targets.gkd", tmp_path / "two.gkd", "--views", "flipped")
+    assert "cannot use it" in (tmp_path / "two.gkd/README.md").read_text()
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut"])
+@pytest.mark.parametrize("order", ["full", "blocks"])
+def test_a_cache_that_lost_a_file_is_not_trained_on(
+    home: Path, tmp_path: Path, damage: str, order: str
+) -> None:
+    """Even where its targets stand ready from before."""
+    path = Path(shutil.copytree(home / "targets.gkd", tmp_path / "targets.gkd"))
+    reading = (*TINY, "--set", f"data.order={order}")
+    train = ("train-student", home / "faces", path, tmp_path / "run", *reading)
+    works(*train)
+    file = path / "flipped/log2_probs/c/1/0"
+    content = file.read_bytes()
+    file.unlink()
+    if damage == "cut":
+        file.write_bytes(content[:-1])
+    told = fails(*train)
+    assert f"{file}: {'missing' if damage == 'missing' else 'expected'}" in told
+    file.unlink(missing_ok=True)
+    file.write_bytes(content)
+    works(*train)
+
+
+def test_a_damaged_store_is_made_again(home: Path, tmp_path: Path, materialised: Path) -> None:
+    train = ("train-student", home / "faces", home / "targets.gkd")
+    works(*train, tmp_path / "run", *TINY)
+    (indices,) = materialised.glob("*/original+flipped/indices.npy")
+    content = indices.read_bytes()
+    indices.write_bytes(content[: len(content) // 2])
+    works(*train, tmp_path / "again", *TINY)
+    assert indices.read_bytes() == content
+
+
+def test_nothing_is_made_inside_a_cache(home: Path, tmp_path: Path) -> None:
+    path = Path(shutil.copytree(home / "targets.gkd", tmp_path / "targets.gkd"))
+    inside, teacher = path / "inner", ("--teacher", home / "teacher.pt")
+    for command in (
+        ("cache-teacher", home / "faces", inside, *teacher, "--centers", home / "centers.npy"),
+        ("targets", "retarget", home / "targets.gkd", inside, "--threshold", 0.5),
+        ("targets", "merge", inside, home / "targets.gkd", path),
+        ("targets", "pull", home / "targets.gkd", inside),
+        ("targets", "push", home / "targets.gkd", inside),
+        ("train-student", home / "faces", home / "targets.gkd", inside, *TINY),
+    ):
+        told = fails(*command)
+        assert f"inside the cache {path}" in told or "the same cache 2 times" in told
+    assert "0 faults" in works("targets", "verify", path)
+
+
+def test_a_run_folder_that_cannot_be_written_is_told(home: Path) -> None:
+    told = fails("train-student", home / "faces", home / "targets.gkd", "/sys/gkd-run", *TINY)
+    assert "/sys/gkd-run: cannot be written (" in told
+    assert "choose a folder that you may write to" in told
 
 
 def test_what_training_left_is_collected(home: Path, tmp_path: Path, materialised: Path) -> None:

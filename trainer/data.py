@@ -94,13 +94,15 @@ def join_targets(
 
     Returns the records without those that the cache skipped or, with ``drop_unmatched``, does not
     know, and their targets: materialised, or to be read from the cache where ``order`` is blocks.
-    The records have as many classes as they and the cache together.
+    The records have as many classes as they and the cache together. Of the cache all files must be
+    there with their sizes, even where its targets stand ready; hashes are checked as they are read.
 
     Raises:
         SpecMismatchError: where images are not the cache's, or class numbers cannot be mapped.
         CorruptRecordError: where a record cannot be read.
         CorruptShardError: where the cache is damaged.
     """
+    cache.require_files()
     home = folder or default_folder()
     digests = kept_digests(records, home / DIGESTS, workers=workers)
     found = join(records, cache, digests=digests, drop_unmatched=drop_unmatched)

@@ -22,7 +22,9 @@ from torch import Tensor
 
 from gkd.storage.atomic import write_file
 from gkd.storage.blocks import ShardStore
+from gkd.storage.disk import disk_errors
 from gkd.storage.errors import ConfigError, GkdError, SpecMismatchError
+from gkd.storage.places import require_outside_caches
 from gkd.storage.progress import progress
 from gkd.storage.records import Records
 from gkd.storage.spec import preprocess_preset
@@ -411,14 +413,16 @@ def _claimed(out: Path, ranks: Ranks) -> Iterator[None]:
     """Hold the folder for these ranks alone.
 
     Raises:
-        ConfigError: where it holds something else, or another process trains into it.
+        ConfigError: where it holds something else, is inside a cache or cannot be written, or
+            another process trains into it.
     """
     error: Exception | None = None
     lock = filelock.FileLock(out / ".lock", timeout=0)
     if ranks.first:
         try:
-            _require_place(out)
-            lock.acquire()
+            with disk_errors(out):
+                _require_place(out)
+                lock.acquire()
         except filelock.Timeout as held:
             error = ConfigError(
                 f"{out}: another process is training into this folder; wait for it, or name another"
@@ -437,6 +441,7 @@ def _claimed(out: Path, ranks: Ranks) -> Iterator[None]:
 def _require_place(out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise ConfigError(f"{out}: expected a folder to train into, got a file; name another")
+    require_outside_caches(out)
     out.mkdir(parents=True, exist_ok=True)
     strangers = [path.name for path in out.iterdir() if not path.name.startswith(".")]
     if strangers and RUN not in strangers:

@@ -17,7 +17,7 @@ from gkd.storage.spec import (
     View,
     preprocess_preset,
 )
-from gkd.storage.targets import MAX_CODE, SparseTargets, offsets_from_sizes
+from gkd.storage.targets import SparseTargets, encode_log_probs, offsets_from_sizes
 from gkd.storage.writer import CacheWriter, ShardSamples
 
 
@@ -59,12 +59,12 @@ def make_cache(
 
     def write(shard: int) -> None:
         rng = np.random.default_rng(shard)
-        n = len(spec.shard_rows(shard))
+        samples = samples_of(spec, shard)
         targets: dict[View, SparseTargets] = {
-            view: random_targets(spec, rng, n, mean_group) for view in views
+            view: random_targets(spec, rng, samples.labels, mean_group) for view in views
         }
         truncated: dict[View, int] = dict.fromkeys(views, 0)
-        writer.write_shard(shard, targets, samples_of(spec, shard), truncated=truncated)
+        writer.write_shard(shard, targets, samples, truncated=truncated)
 
     with progress("make cache", spec.num_shards, "shards") as advance:
         for _ in ordered_map(write, writer.pending(), workers=workers):
@@ -88,9 +88,10 @@ def digests_of(spec: CacheSpec, shard: int) -> npt.NDArray[np.uint8]:
 
 
 def random_targets(
-    spec: CacheSpec, rng: np.random.Generator, n: int, mean_group: float
+    spec: CacheSpec, rng: np.random.Generator, labels: npt.NDArray[np.int64], mean_group: float
 ) -> SparseTargets:
-    spread = 1.2
+    """Groups whose first class is the label; all classes outside a group have the same mass."""
+    n, spread = len(labels), 1.2
     sizes = rng.lognormal(np.log(mean_group) - spread**2 / 2, spread, n) if mean_group > 1 else 1
     sizes = np.clip(np.rint(np.broadcast_to(sizes, n)), 1, spec.max_group).astype(np.int64)
     sizes = np.minimum(sizes, spec.num_classes)
@@ -99,12 +100,21 @@ def random_targets(
     ranks = np.arange(offsets[-1]) - offsets[:-1][samples] + 1
     gaps = np.where(ranks == 1, 0.3, rng.exponential(1.1, len(ranks)) / ranks)
     running = np.cumsum(gaps)
-    log_probs = running - (running - gaps)[offsets[:-1]][samples]
-    codes = np.minimum(np.rint(log_probs * (1024 / np.log(2))), MAX_CODE).astype(np.uint16)
+    falls = running - (running - gaps)[offsets[:-1]][samples]
+    outside = rng.uniform(0.01, 0.07, n)
+    inside = np.add.reduceat(np.exp(-falls), offsets[:-1])
+    log_probs = np.log((1 - outside) / inside)[samples] - falls
+    codes = encode_log_probs(log_probs)
     # One stride through the classes a sample: all different within it, and spread evenly.
     strides = rng.integers(1, spec.num_classes // (spec.max_group + 1) + 1, n)
-    starts = rng.integers(0, spec.num_classes, n)
-    classes = (starts[samples] + strides[samples] * (ranks - 1)) % spec.num_classes
     shuffled = rng.permutation(spec.num_classes).astype(np.uint32)
-    secondary = np.log(rng.uniform(0.01, 0.07, (n, len(spec.temperatures)))).astype(np.float32)
+    starts = np.argsort(shuffled)[labels]
+    classes = (starts[samples] + strides[samples] * (ranks - 1)) % spec.num_classes
+    secondary = np.empty((n, len(spec.temperatures)), np.float32)
+    others = np.maximum(spec.num_classes - sizes, 1)
+    for column, temperature in enumerate(spec.temperatures):
+        power = spec.group_temperature / temperature
+        tail = others * (outside / others) ** power
+        group = np.add.reduceat(np.exp(power * log_probs), offsets[:-1])
+        secondary[:, column] = np.log(tail / (tail + group))
     return SparseTargets(offsets, shuffled[classes], codes, secondary)

@@ -12,8 +12,9 @@ from gkd.storage.cache import Cache
 from gkd.storage.errors import CorruptShardError
 from gkd.storage.materialise import materialise
 from gkd.storage.spec import DrawsSpec
+from gkd.storage.verify import verify
 from tests.caches import make_cache
-from tests.tampering import flip_bit
+from tests.tampering import LIES, flip_bit, tell_lie
 
 
 @pytest.fixture(scope="module")
@@ -55,3 +56,14 @@ def test_damage_is_found_before_use(made: Cache, tmp_path: Path) -> None:
     store.load([0, 1])
     with pytest.raises(CorruptShardError, match="flipped/log2_probs/c/2/0: its sha256 is not"):
         store.load([1, 2])
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_a_lie_is_refused_before_use(made: Cache, tmp_path: Path, lie: str) -> None:
+    path = Path(shutil.copytree(made.path, tmp_path / "c"))
+    tell_lie(Cache.open(path), lie, 1, "original")
+    store = ShardStore(Cache.open(path))
+    store.load([0, 2])
+    with pytest.raises(CorruptShardError) as refused:
+        store.load([2, 1])
+    assert refused.value.fault in [f"{path}/{fault}" for fault in verify(path).faults]

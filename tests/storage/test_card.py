@@ -9,8 +9,8 @@ import pytest
 
 from gkd.storage import layout
 from gkd.storage.cache import Cache, read_commit
-from gkd.storage.card import card_text, write_card
-from gkd.storage.spec import CentersSpec, DerivedSpec, DrawsSpec, TeacherSpec
+from gkd.storage.card import card_text, joined_words, words_of, write_card
+from gkd.storage.spec import CentersSpec, DerivedSpec, DrawsSpec, TeacherSpec, View
 from gkd.storage.verify import verify
 from gkd.storage.writer import CacheWriter
 from tests.caches import make_spec, write_shard
@@ -86,6 +86,53 @@ def test_other_ways_of_making_a_cache_are_told(made: Made) -> None:
     assert "- Centres of the identities: `rank_0.pt`; sha256" in text
     assert "- And 16 identities an image drawn with replacement at temperature 4\n" in text
     assert "- Made without the teacher, by retarget, from `4444" in text
+
+
+@pytest.mark.parametrize("licence", [None, "CC BY-NC 4.0", "One.\n\n## Terms\n\nTwo."])
+@pytest.mark.parametrize("note", [None, "Made for the reading group.\n\nAnd others."])
+def test_the_words_of_a_card_are_found_again(
+    made: Made, tmp_path: Path, licence: str | None, note: str | None
+) -> None:
+    copy = Path(shutil.copytree(made.path, tmp_path / "copy.gkd"))
+    (copy / layout.MANIFEST).unlink()
+    write_card(copy, licence=licence, note=note)
+    assert words_of(copy) == (licence, note)
+
+
+def test_a_cache_without_a_card_of_ours_has_no_words(tmp_path: Path) -> None:
+    assert words_of(tmp_path) == (None, None)
+    (tmp_path / layout.CARD).write_text("# Another card\n\n## Terms\n\nNone.\n")
+    assert words_of(tmp_path) == (None, None)
+
+
+def test_words_of_several_caches_are_joined(made: Made, tmp_path: Path) -> None:
+    def card(licence: str | None, note: str | None) -> Path:
+        copy = Path(shutil.copytree(made.path, tmp_path / str(len(list(tmp_path.iterdir())))))
+        (copy / layout.MANIFEST).unlink()
+        write_card(copy, licence=licence, note=note)
+        return copy
+
+    same = [card("Research.", "Faces."), card("Research.", "Faces.")]
+    assert joined_words(same) == ("Research.", "Faces.")
+    licence, note = joined_words([*same, card(None, None), card("Free.", None)])
+    assert licence == (
+        "Of cache 1: Research.\n\nOf cache 2: Research.\n\nOf cache 3: No licence was stated. Ask "
+        "whoever gave you this cache before you use it or pass it on.\n\nOf cache 4: Free."
+    )
+    assert note == "Of cache 1: Faces.\n\nOf cache 2: Faces."
+    assert joined_words([card(None, None), card(None, None)]) == (None, None)
+
+
+def test_a_card_names_a_training_that_takes_its_views(made: Made) -> None:
+    def text(*views: View) -> str:
+        spec = msgspec.structs.replace(make_spec(), views=views)
+        return card_text(spec, [read_commit(made.path, make_spec(), shard) for shard in range(3)])
+
+    both = text("original", "flipped")
+    assert "    gkd train-student RECORDS faces.gkd RUN\n\nADDRESS" in both
+    assert "gkd RUN --set data.flip=false\n\nIt has targets of the images as" in text("original")
+    assert "train-student RECORDS" not in text("flipped")
+    assert "It has targets of mirror images alone. `gkd train-student` shows" in text("flipped")
 
 
 def test_names_are_no_markdown_and_no_shell(made: Made) -> None:

@@ -4,6 +4,7 @@ import pickle
 import shutil
 import time
 from collections import namedtuple
+from collections.abc import Callable
 from pathlib import Path
 
 import filelock
@@ -11,13 +12,19 @@ import numpy as np
 import pytest
 
 from gkd.storage.cache import Cache
-from gkd.storage.errors import ConfigError, CorruptShardError, IncompleteCacheError
+from gkd.storage.errors import (
+    ConfigError,
+    CorruptDataError,
+    CorruptShardError,
+    IncompleteCacheError,
+)
 from gkd.storage.materialise import DAY, Collected, TargetStore, collect, materialise
 from gkd.storage.spec import VIEWS, DrawsSpec
 from gkd.storage.targets import SparseTargets
+from gkd.storage.verify import verify
 from gkd.storage.writer import CacheWriter
 from tests.caches import make_cache, make_spec
-from tests.tampering import flip_bit
+from tests.tampering import LIES, flip_bit, tell_lie
 
 # Names as a killed process and the kept digests of a data set have them.
 HALF = f".original.{'0123' * 8}"
@@ -141,6 +148,65 @@ def test_damage_is_found_while_copying_and_nothing_is_left(made: Cache, tmp_path
     with pytest.raises(CorruptShardError, match="flipped/secondary/c/1/0/0: its sha256 is not"):
         materialise(Cache.open(path), folder=tmp_path / "stores")
     assert names(tmp_path / "stores" / made.id) == ["lock"]
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-2])
+
+
+def empty(file: Path) -> None:
+    file.write_bytes(b"")
+
+
+def lengthen(file: Path) -> None:
+    file.write_bytes(file.read_bytes() + b"\0")
+
+
+def overwrite(file: Path) -> None:
+    file.write_bytes(b"\xff" * file.stat().st_size)
+
+
+@pytest.mark.parametrize("damage", [cut, empty, lengthen, overwrite, Path.unlink])
+@pytest.mark.parametrize("file", ["offsets.npy", "indices.npy", "draws.npy", "store.json"])
+def test_a_damaged_store_is_made_again(
+    made: Cache, store: TargetStore, tmp_path: Path, damage: Callable[[Path], None], file: str
+) -> None:
+    place = Path(shutil.copytree(store.path, tmp_path / made.id / store.path.name)) / file
+    damage(place)
+    if damage is not lengthen or file != "store.json":
+        with pytest.raises(CorruptDataError, match=r"flipped: damaged .*; remove it"):
+            TargetStore(place.parent)
+    again = materialise(made, folder=tmp_path)
+    assert names(tmp_path / made.id) == ["lock", "original+flipped"]
+    for each in store.path.iterdir():
+        assert (again.path / each.name).read_bytes() == each.read_bytes()
+    rows, flipped = np.arange(100), np.zeros(100, bool)
+    assert_is(again.lookup(rows, flipped), one_by_one(made, rows, flipped))
+
+
+def test_a_store_of_another_cache_under_this_name_is_made_again(
+    made: Cache, tmp_path: Path
+) -> None:
+    other = materialise(make_cache(tmp_path / "c", seed=1), folder=tmp_path)
+    shutil.copytree(other.path, tmp_path / made.id / other.path.name)
+    assert materialise(made, folder=tmp_path).cache_id == made.id
+
+
+def test_a_folder_that_cannot_be_written_is_told(made: Cache) -> None:
+    with pytest.raises(ConfigError, match=r"/sys/gkd.*: cannot be written .*; choose a folder"):
+        materialise(made, folder=Path("/sys/gkd"))
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_what_a_deep_verify_finds_is_refused(made: Cache, tmp_path: Path, lie: str) -> None:
+    path = Path(shutil.copytree(made.path, tmp_path / "c"))
+    tell_lie(Cache.open(path), lie, 2, "flipped")
+    assert verify(path, level="hashes").ok
+    faults = verify(path).faults
+    with pytest.raises(CorruptShardError) as refused:
+        materialise(Cache.open(path), folder=tmp_path / "stores")
+    assert refused.value.fault in [f"{path}/{fault}" for fault in faults]
+    assert names(tmp_path / "stores" / Cache.open(path).id) == ["lock"]
 
 
 def test_a_full_disk_is_told_before_anything_is_copied(

@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -34,7 +35,7 @@ from gkd.storage.transfer import CLAIM, pull, push
 from gkd.storage.verify import verify
 from gkd.storage.writer import CacheWriter
 from tests.caches import make_cache, make_spec, write_shard
-from tests.s3 import S3Server, s3_server
+from tests.s3 import S3Server, rclone, s3_server
 from tests.tampering import edit_json, flip_bit, rehash
 
 ADDRESS = "s3://faces/team/cache.gkd"
@@ -192,9 +193,49 @@ def test_a_cache_being_written_is_no_place_for_a_push(cache: Cache, tmp_path: Pa
     writer = CacheWriter(tmp_path / "c", make_spec())
     write_shard(writer, 0)
     before = contents(writer.path)
-    with pytest.raises(SpecMismatchError, match="unfinished cache that no push put there"):
+    with pytest.raises(SpecMismatchError, match=r"expected nothing, or what a push .* put there"):
         push(cache.path, str(writer.path))
     assert contents(writer.path) == before
+
+
+@pytest.mark.parametrize("file", ["README.md", "zarr.json", "data/notes.txt"])
+def test_a_folder_with_files_of_others_is_left_alone(
+    cache: Cache, tmp_path: Path, file: str
+) -> None:
+    there = tmp_path / "there"
+    (there / file).parent.mkdir(parents=True)
+    (there / file).write_text("{}")
+    with pytest.raises(SpecMismatchError) as refused:
+        push(cache.path, str(there))
+    assert str(refused.value) == (
+        f"{there}: expected nothing, or what a push of this cache put there, got "
+        f"{file.partition('/')[0]}; choose another address, or delete what is there"
+    )
+    assert contents(there) == {file: b"{}"}
+    with pytest.raises(SpecMismatchError, match=f"{file.rpartition('/')[2]}: expected nothing"):
+        push(cache.path, str(there / file))
+    assert contents(there) == {file: b"{}"}
+
+
+def test_an_empty_folder_is_a_place_for_a_push(cache: Cache, tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / ".DS_Store").write_bytes(b"nobody's data")
+    assert push(cache.path, str(tmp_path / "there")).whole
+
+
+def test_a_cache_is_no_place_for_another(cache: Cache, folder: Path, tmp_path: Path) -> None:
+    other = make_cache(tmp_path / "other", seed=1)
+    (tmp_path / "link").symlink_to(other.path)
+    for inside in (other.path / "inner", other.path / "samples/deep/inner", tmp_path / "link/in"):
+        with pytest.raises(ConfigError, match=f"inside the cache {other.path}, which would not"):
+            push(cache.path, str(inside))
+        with pytest.raises(ConfigError, match=f"inside the cache {other.path}, which would not"):
+            pull(str(folder), inside)
+    assert verify(other.path).ok
+    # A folder of another Zarr store is none of our business.
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store/zarr.json").write_text('{"zarr_format": 3, "node_type": "group"}')
+    assert pull(str(folder), tmp_path / "store/inner").whole
 
 
 def test_a_pull_leaves_other_caches_alone(folder: Path, tmp_path: Path) -> None:
@@ -393,6 +434,10 @@ def test_a_link_in_the_target_is_not_written_through(
 @pytest.mark.parametrize(
     ("address", "message"),
     [
+        ("", "an empty address: names no bucket or folder; expected the path of"),
+        ("/", "/: names no bucket or folder"),
+        ("s3://", "s3://: names no bucket or folder"),
+        ("file:///", "file:///: names no bucket or folder"),
         ("nowhere://faces", "nowhere://faces: Protocol not known: nowhere; expected the path of"),
         ("s3://faces", "unexpected keyword argument 'secrett'; give --storage-option only as"),
     ],
@@ -602,6 +647,36 @@ def test_an_interrupted_pull_says_how_to_go_on(
     assert "interrupted; run the same command again to go on" in err
     assert "Traceback" not in err
     assert pull(ADDRESS, tmp_path / "back").id == many.id
+
+
+def test_a_server_with_folders_and_one_connection_a_thread(cache: Cache, tmp_path: Path) -> None:
+    """FTP, as SFTP: folders are there only once they are made, and no two threads share a line."""
+    (tmp_path / "there").mkdir()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    serve = [rclone(), "serve", "ftp", str(tmp_path / "there"), "--addr", f"127.0.0.1:{port}"]
+    serve += ["--user", "me", "--pass", "mine", "--vfs-cache-mode", "writes"]
+    serve += ["--cache-dir", str(tmp_path / "cache"), "--config", "/dev/null"]
+    options = ("--storage-option", "username=me", "--storage-option", f"port={port}")
+    with subprocess.Popen(serve, stderr=subprocess.PIPE, text=True) as server:
+        try:
+            assert server.stderr is not None
+            while "Serving FTP" not in (line := server.stderr.readline()):
+                assert line, "it ended"
+            address = "ftp://127.0.0.1/team/c.gkd"
+            for target in (cache.path, address), (address, tmp_path / "back"):
+                words = ("push" if target[0] == cache.path else "pull", *target)
+                right = run(*words, *options, "--storage-option", "password=mine")
+                told = right.communicate(timeout=60)[1]
+                assert right.returncode == 0, told
+            wrong = run("info", address, *options, "--storage-option", "password=x")
+            told = wrong.communicate(timeout=60)[1]
+            assert wrong.returncode == 1
+            assert told.startswith(f"Error: {address}: ")
+        finally:
+            server.kill()
+    assert contents(tmp_path / "back") == contents(cache.path)
 
 
 def test_the_server_is_gone_after_its_tests(tmp_path: Path) -> None:

@@ -1,6 +1,4 @@
 import shutil
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +7,9 @@ import pytest
 from gkd.storage import layout
 from gkd.storage.cache import Cache
 from gkd.storage.errors import ConfigError
-from gkd.storage.targets import SparseTargets
-from gkd.storage.verify import Level, check_targets, verify
+from gkd.storage.verify import Level, verify
 from gkd.storage.writer import CacheWriter
-from tests.caches import dense_targets, labels_of, make_cache, make_logits, make_spec, write_shard
+from tests.caches import make_cache, make_spec, write_shard
 from tests.storage.flips import every_file, make_small_cache, unnoticed_flips
 from tests.tampering import flip_bit, rehash, rewrite_row
 
@@ -204,76 +201,3 @@ def test_a_commit_that_skips_others_than_the_table_is_found(path: Path) -> None:
     (fault,) = verify(path).faults
     assert fault.file == layout.samples_file(1)
     assert "not those skipped by the commit" in fault.problem
-
-
-SPEC = make_spec(num_samples=30, threshold=0.9)
-LABELS = labels_of(SPEC)
-TARGETS = dense_targets(make_logits(SPEC, "original"), LABELS, SPEC)[0]
-PRESENT = np.ones(30, bool)
-
-
-def edited(field: str, edit: Callable[[np.ndarray], None]) -> SparseTargets:
-    values = getattr(TARGETS, field).copy()
-    edit(values)
-    return replace(TARGETS, **{field: values})
-
-
-def double(indices: np.ndarray) -> None:
-    start = TARGETS.offsets[20]
-    indices[start + 2] = indices[start + 1]
-
-
-def hide_label(indices: np.ndarray) -> None:
-    group = slice(TARGETS.offsets[20], TARGETS.offsets[21])
-    absent = np.setdiff1d(np.arange(50), indices[group])[0]
-    indices[group][indices[group] == LABELS[20]] = absent
-
-
-def rise(codes: np.ndarray) -> None:
-    codes[TARGETS.offsets[21] - 1] = 0
-
-
-def above(secondary: np.ndarray) -> None:
-    secondary[20, 0] = 0.1
-
-
-def not_a_number(secondary: np.ndarray) -> None:
-    secondary[20, 2] = np.nan
-
-
-def heavier(secondary: np.ndarray) -> None:
-    secondary[20, 1] = np.log(np.exp(secondary[20, 1]) + 2e-3)
-
-
-@pytest.mark.parametrize(
-    ("field", "edit", "array", "problem"),
-    [
-        ("indices", double, "indices", "a class twice in a group"),
-        ("indices", hide_label, "indices", "its label is not in its group"),
-        ("log2_probs", rise, "log2_probs", "probabilities that do not descend"),
-        ("secondary", above, "secondary", "a log mass above 0 or not a number"),
-        ("secondary", not_a_number, "secondary", "a log mass above 0 or not a number"),
-        ("secondary", heavier, "secondary", "group and secondary mass that are not 1 together"),
-    ],
-)
-@pytest.mark.parametrize("block_entries", [1, 64, 1 << 22])
-def test_each_lie_is_named_with_its_sample(
-    field: str,
-    edit: Callable[[np.ndarray], None],
-    array: str,
-    problem: str,
-    block_entries: int,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("gkd.storage.verify._BLOCK_ENTRIES", block_entries)
-    assert list(check_targets(SPEC, TARGETS, LABELS, PRESENT)) == []
-    found = list(check_targets(SPEC, edited(field, edit), LABELS, PRESENT))
-    assert (array, 20, problem) in found
-
-
-def test_an_empty_group_belongs_to_a_skipped_sample_only() -> None:
-    present = PRESENT.copy()
-    present[4] = False
-    ((array, sample, problem),) = check_targets(SPEC, TARGETS, LABELS, present)
-    assert (array, sample) == ("sizes", 4)
-    assert "an empty group, or one of a skipped" in problem
