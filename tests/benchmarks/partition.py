@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gkd.pipeline.partition import PartitionSettings, partition, partition_logits
+from gkd.pipeline.partition import partition, partition_logits
+from gkd.pipeline.settings import PartitionSettings
 from gkd.storage.spec import DrawsSpec
 from tests.benchmarks.harness import report
 from tests.reference import dense_group

@@ -18,7 +18,6 @@ import pytest
 from gkd.pipeline import shards
 from gkd.pipeline.centers import Centers
 from gkd.pipeline.embed import EmbeddedBatch, join_batches, split_batch
-from gkd.pipeline.partition import PartitionSettings
 from gkd.pipeline.run import (
     CLASS_MEAN,
     CacheSettings,
@@ -27,6 +26,7 @@ from gkd.pipeline.run import (
     centers_path,
     work_path,
 )
+from gkd.pipeline.settings import PartitionSettings
 from gkd.pipeline.teacher import OnnxEmbedder
 from gkd.storage.cache import Cache
 from gkd.storage.errors import ConfigError, CorruptRecordError, GkdError, SpecMismatchError
