@@ -109,9 +109,9 @@ def cache_teacher(
 ) -> None:
     """Run the teacher over RECORDS once and store its primary groups in OUT, or go on with it."""
     from gkd.pipeline.centers import Centers, load_centers
-    from gkd.pipeline.partition import PartitionSettings
     from gkd.pipeline.run import CLASS_MEAN, CacheSettings
     from gkd.pipeline.run import cache_teacher as run
+    from gkd.pipeline.settings import PartitionSettings
     from gkd.storage.errors import ConfigError
     from gkd.storage.records import open_records
     from gkd.storage.spec import DrawsSpec, preprocess_preset

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gkd.pipeline.centers import Centers, load_centers
+from gkd.pipeline.draw_test import DrawCounts, DrawTest
 from gkd.pipeline.run import CLASS_MEAN, centers_path
 from gkd.pipeline.teacher import Embedder
 from gkd.storage.cache import Cache
@@ -23,6 +24,7 @@ from gkd.storage.images import digest
 from gkd.storage.progress import progress
 from gkd.storage.rows import Records, digests
 from gkd.storage.spec import CacheSpec, View
+from gkd.storage.target_arrays import cut_out
 from gkd.storage.targets import MAX_CODE, STEPS_PER_OCTAVE, SparseTargets, decode_log_probs
 
 BATCH_LOGITS = 1 << 26
@@ -40,17 +42,21 @@ class Differences:
                 primary group
     log_probs   of the group's probabilities
     secondary   of the mass outside the group, by temperature
+    draws       of the probabilities of drawn classes, of the mass outside the group they are of,
+                and by how much these classes would have to move to be in it; 0 without draws
     """
 
     membership: float
     log_probs: float
     secondary: Mapping[str, float]
+    draws: float = 0.0
 
     def exceed(self, allowed: "Differences") -> bool:
         """Whether one of them is above what is allowed, or is no number."""
         inside = (
             self.membership <= allowed.membership
             and self.log_probs <= allowed.log_probs
+            and self.draws <= allowed.draws
             and all(value <= allowed.secondary[t] for t, value in self.secondary.items())
         )
         return not inside
@@ -62,7 +68,7 @@ class AgainstReport:
 
     ``targets`` are the sampled images in all views; ``other_groups`` of them are not the primary
     group to the last class (which rounding may do at its end), ``wrong`` differ by more than is
-    allowed, ``first_wrong`` says where the first of these is.
+    allowed, ``first_wrong`` says where the first of these is. ``drawn`` is None without draws.
     """
 
     images: int
@@ -73,11 +79,12 @@ class AgainstReport:
     other_groups: int
     wrong: int
     first_wrong: str
+    drawn: DrawTest | None = None
 
     @property
     def ok(self) -> bool:
         """Whether every sampled target is the teacher's, to the stored precision."""
-        return not self.wrong
+        return not self.wrong and (self.drawn is None or self.drawn.ok)
 
 
 def verify_against(
@@ -111,12 +118,15 @@ def verify_against(
     allowed = allowed_differences(cache.spec)
     each: list[Differences] = []
     wrong: list[str] = []
+    counts = DrawCounts()
     for view, row, place, log_probs, group in _recomputed(
         cache, records, embedder, centers, rows, places, samples.labels
     ):
         label = int(samples.labels[row])
         differences = compare(cache.spec, group, label, log_probs)
         each.append(differences)
+        if group.draws is not None:
+            counts.add(group.draws[0], _drawn_from(cache.spec, label, log_probs))
         if differences.exceed(allowed):
             wrong.append(f"{records.where(place)}, row {row} of the cache, {view} view")
     return AgainstReport(
@@ -128,6 +138,7 @@ def verify_against(
         other_groups=sum(differences.membership > 0 for differences in each),
         wrong=len(wrong),
         first_wrong=wrong[0] if wrong else "",
+        drawn=None if cache.spec.draws is None else counts.test(),
     )
 
 
@@ -162,7 +173,8 @@ def allowed_differences(spec: CacheSpec) -> Differences:
 
     at_group = STEP / 2 + moved(spec.group_temperature)
     secondary = {f"{t:g}": STEP / 2 + moved(t) for t in spec.temperatures}
-    return Differences(at_group, at_group, secondary)
+    draws = 0.0 if spec.draws is None else STEP / 2 + moved(spec.draws.temperature)
+    return Differences(at_group, at_group, secondary, draws)
 
 
 def compare(
@@ -182,7 +194,65 @@ def compare(
         ),
         log_probs=float(np.abs(decode_log_probs(stored.log2_probs) - kept).max()),
         secondary=secondary,
+        draws=_draws_difference(spec, stored, label, logits),
     )
+
+
+def _draws_difference(
+    spec: CacheSpec, stored: SparseTargets, label: int, logits: npt.NDArray[np.float64]
+) -> float:
+    if spec.draws is None:
+        return 0.0
+    assert stored.draws is not None
+    assert stored.draw_log2_probs is not None
+    drawn = stored.draws[0].astype(np.int64)
+    log_probs = _log_softmax(logits / spec.draws.temperature)
+    kept = np.maximum(log_probs[drawn], LEAST_LOG_PROB)
+    difference = float(np.abs(decode_log_probs(stored.draw_log2_probs[0]) - kept).max())
+    if stored.draw_secondary is None:
+        return difference
+    away = min(
+        max(
+            _distance(
+                float(stored.draw_secondary[0]),
+                _log_mass_outside(logits / spec.draws.temperature, group),
+            ),
+            float(log_probs[group].min() - log_probs[drawn].min()),
+        )
+        for group in _uncut_groups(spec, label, logits)
+    )
+    return max(difference, away)
+
+
+def _uncut_groups(
+    spec: CacheSpec, label: int, logits: npt.NDArray[np.float64]
+) -> Iterator[npt.NDArray[np.int64]]:
+    """The primary group without a cap, and those that rounding at its end could make of it."""
+    order = np.argsort(-logits, kind="stable")
+    masses = np.exp(_log_softmax(logits[order] / spec.group_temperature)).cumsum()
+    rounding = COSINE_ROUNDING[spec.precision]
+    needed = int(np.searchsorted(masses, spec.threshold)) + 1 if spec.threshold else 0
+    sizes = [min(needed, len(order))]
+    if needed > 1 and masses[needed - 2] > spec.threshold - rounding:
+        sizes.append(needed - 1)
+    if 0 < needed < len(order) and masses[needed - 1] < spec.threshold + rounding:
+        sizes.append(needed + 1)
+    for size in sizes:
+        group = order[:size]
+        yield group if label in group else np.append(group, label)
+
+
+def _drawn_from(
+    spec: CacheSpec, label: int, logits: npt.NDArray[np.float64]
+) -> npt.NDArray[np.float64]:
+    """Log-probabilities [C] that draws have, -inf where they cannot be."""
+    assert spec.draws is not None
+    scaled = logits / spec.draws.temperature
+    if spec.draws.source == "primary":
+        outside = np.ones(len(logits), bool)
+        outside[next(_uncut_groups(spec, label, logits))] = False
+        scaled = np.where(outside, -np.inf, scaled)
+    return _log_softmax(scaled)
 
 
 def group_gap(
@@ -247,6 +317,7 @@ def _largest(each: list[Differences]) -> Differences:
         membership=max(d.membership for d in each),
         log_probs=max(d.log_probs for d in each),
         secondary={t: max(d.secondary[t] for d in each) for t in each[0].secondary},
+        draws=max(d.draws for d in each),
     )
 
 
@@ -334,7 +405,8 @@ def _recomputed(
                     stored = {view: cache.read_shard(shard, view) for view in spec.views}
                     loaded = shard
                 for view in spec.views:
-                    one = _one(stored[view], row - spec.shard_rows(shard).start)
+                    sample = row - spec.shard_rows(shard).start
+                    one = cut_out(stored[view], range(sample, sample + 1))
                     yield view, row, place, logits[view][i].astype(np.float64), one
                 advance()
 
@@ -350,13 +422,3 @@ def _logits(
     cosines = unit @ centers.array.T
     cosines[np.arange(len(labels)), labels] -= spec.margin
     return np.asarray(spec.scale * cosines, np.float32)
-
-
-def _one(targets: SparseTargets, sample: int) -> SparseTargets:
-    entries = slice(targets.offsets[sample], targets.offsets[sample + 1])
-    return SparseTargets(
-        np.array([0, entries.stop - entries.start]),
-        targets.indices[entries],
-        targets.log2_probs[entries],
-        targets.secondary[sample : sample + 1],
-    )

@@ -1,19 +1,12 @@
-"""Candidates for a group as sortable keys, and the running sums of all that is dropped."""
+"""Candidates for a group as sortable keys."""
 
 import math
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from gkd.pipeline.draws import BlockSums
-
 LOWEST = torch.finfo(torch.float32).min
-LEAST_TERM = 1e-19
 LOW_BITS = 0xFFFFFFFF
 VOID_KEY = (-2139095041 << 32) | LOW_BITS  # no key of a logit above -inf is as small
 
@@ -52,58 +45,6 @@ class Taken:
         )
 
 
-class Tail:
-    """What was dropped, as its logsumexp at each temperature, float64 [B]."""
-
-    def __init__(self, of_labels: Tensor, temperatures: Iterable[float]) -> None:
-        nothing = torch.full_like(of_labels, -math.inf, dtype=torch.float64)
-        self.log_sums = dict.fromkeys(sorted(set(temperatures), reverse=True), nothing)
-
-    def add(
-        self, logits: Tensor, blocks: "BlockSums | None" = None, taken: Taken | None = None
-    ) -> None:
-        """Add logits [B, n], in memory that is overwritten; -inf counts nothing.
-
-        With ``blocks`` they are a chunk whose terms these are to have too, and ``taken`` is what
-        was taken out of it.
-        """
-        # The tail's own peak is the shift: its sum is at least one, however small its mass.
-        peak = logits.amax(1).clamp(min=LOWEST)
-        for temperature, terms in _exponentials(logits, peak, tuple(self.log_sums)):
-            if blocks is not None and taken is not None and temperature == blocks.temperature:
-                sums = blocks.add(terms, peak, taken)
-            else:
-                sums = terms.sum(1)
-            log_sum = peak.to(torch.float64) / temperature + sums.to(torch.float64).log()
-            # Where all is -inf there is no tail, only the sums' lower bounds.
-            log_sum = log_sum.masked_fill(peak == LOWEST, -math.inf)
-            self.log_sums[temperature] = torch.logaddexp(self.log_sums[temperature], log_sum)
-
-
-def _exponentials(
-    logits: Tensor, peak: Tensor, temperatures: tuple[float, ...]
-) -> Iterator[tuple[float, Tensor]]:
-    """exp((z - peak) / T) [B, n] for falling T, each overwritten by the next; so are the logits.
-
-    Terms are kept above 1e-19, which no sum of one or more can feel: processors are tens of times
-    slower where an exponential or a square underflows.
-    """
-    if all(higher == 2 * lower for higher, lower in pairwise(temperatures)):
-        # exp(x / T) is the square of exp(x / 2T): one exponential serves all.
-        factor = 1 / temperatures[0]
-        torch.add(-factor * peak[:, None], logits, alpha=factor, out=logits)
-        powers = logits.clamp_(min=math.log(LEAST_TERM)).exp_()
-        yield temperatures[0], powers
-        for temperature in temperatures[1:]:
-            powers.clamp_(min=LEAST_TERM)
-            yield temperature, powers.mul_(powers)
-        return
-    logits.sub_(peak[:, None])
-    for temperature in temperatures:
-        scaled = (logits / temperature).clamp_(min=math.log(LEAST_TERM))
-        yield temperature, scaled.exp_()
-
-
 class Candidates:
     """Keys of each row's candidates so far, in any order, filled up with void ones."""
 
@@ -134,14 +75,13 @@ class Candidates:
         self._keys[rows, places] = make_keys(values, columns + start)
         return Taken(rows, columns, values)
 
-    def keep_largest(self, count: int, tail: Tail) -> Tensor:
-        """Leave all but the ``count`` largest of each row to the tail; the last one's logit [B]."""
+    def keep_largest(self, count: int) -> tuple[Tensor, Tensor]:
+        """Keep the ``count`` largest of each row: the last one's logit [B], the keys dropped."""
         ordered = self.keys.sort(1, descending=True).values
-        tail.add(key_logits(ordered[:, count:]))
         self._keys = ordered[:, :count].contiguous()
         self._held.clamp_(max=count)
         self.width = count
-        return key_logits(ordered[:, count - 1])
+        return key_logits(ordered[:, count - 1]), ordered[:, count:]
 
 
 def _places(mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,21 +1,19 @@
 """Logits that a row's candidates start at: estimated from some of the classes, or certain."""
 
 import math
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from gkd.pipeline.candidates import LEAST_TERM, LOWEST, Candidates, Tail, key_logits
-
-if TYPE_CHECKING:
-    from gkd.pipeline.partition import PartitionSettings
+from gkd.pipeline.candidates import LOWEST, Candidates, key_logits
+from gkd.pipeline.settings import PartitionSettings
+from gkd.pipeline.tail import LEAST_TERM, Tail
 
 MOST_SAMPLED, LEAST_SAMPLED, SAMPLED_SHARE = 1024, 128, 1 / 16
 
 
 def first_floor(
-    chunk: Tensor, of_labels: Tensor, num_classes: int, settings: "PartitionSettings"
+    chunk: Tensor, of_labels: Tensor, num_classes: int, settings: PartitionSettings
 ) -> Tensor:
     """A floor [B] from a sample of the first chunk."""
     if settings.threshold == 0:
@@ -34,7 +32,7 @@ def better_floor(
     tail: Tail,
     of_labels: Tensor,
     share: float,
-    settings: "PartitionSettings",
+    settings: PartitionSettings,
 ) -> Tensor:
     """A floor [B] from all that was seen so far, which is ``share`` of the classes."""
     sample = key_logits(found.keys).sort(1, descending=True).values
@@ -47,7 +45,7 @@ def _estimated_floor(
     log_rest: Tensor,
     of_labels: Tensor,
     share: float,
-    settings: "PartitionSettings",
+    settings: PartitionSettings,
 ) -> Tensor:
     """A logit [B] somewhat below the group's last entry, as a share of the classes tells.
 
@@ -69,7 +67,7 @@ def _estimated_floor(
     return sample.gather(1, rank[:, None])[:, 0].clamp(min=LOWEST)
 
 
-def certain_floor(log_total: Tensor, num_classes: int, settings: "PartitionSettings") -> Tensor:
+def certain_floor(log_total: Tensor, num_classes: int, settings: PartitionSettings) -> Tensor:
     """A logit [B] that no entry of a group lies below.
 
     Before the group's last entry stands less than ``threshold``, so it and the at most C - 1

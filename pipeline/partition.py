@@ -19,10 +19,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from gkd.pipeline.candidates import (
-    LEAST_TERM,
     VOID_KEY,
     Candidates,
-    Tail,
     Taken,
     key_classes,
     key_logits,
@@ -31,79 +29,12 @@ from gkd.pipeline.candidates import (
 from gkd.pipeline.draws import SPAN, BlockSums, Drawn, draw_from_all, draw_from_group
 from gkd.pipeline.floors import MOST_SAMPLED, better_floor, certain_floor, first_floor
 from gkd.pipeline.logits import ACCELERATOR_LOGITS, CPU_LOGITS, CosineLogits, GivenLogits, Logits
-from gkd.storage.errors import ConfigError
-from gkd.storage.spec import DrawsSpec
+from gkd.pipeline.settings import PartitionSettings
+from gkd.pipeline.tail import LEAST_TERM, Tail
 from gkd.storage.target_arrays import concatenate
 from gkd.storage.targets import SparseTargets, encode_log_probs, offsets_from_sizes
 
-MAX_GROUP_LIMIT = 65535  # sizes are stored as uint16
 BLOCK_ROWS = 64
-
-
-@dataclass(frozen=True, kw_only=True)
-class PartitionSettings:
-    """What decides a primary group.
-
-    z = scale * (cosine - margin * [class = label]);  p(T) = softmax(z / T)
-    Group: shortest prefix by descending z (ties: lower class first) with
-    sum p(group_temperature) >= threshold, and always the label; at most ``max_group`` classes.
-    The secondary mass is taken at each of ``temperatures``. Classes are drawn as ``draws`` says,
-    at one of these.
-
-    Raises:
-        ConfigError: for a value outside its range.
-    """
-
-    threshold: float = 0.93
-    group_temperature: float = 2.0
-    temperatures: tuple[float, ...] = (1.0, 2.0, 4.0)
-    max_group: int = 4096
-    scale: float = 64.0
-    margin: float = 0.4
-    draws: DrawsSpec | None = None
-
-    def __post_init__(self) -> None:
-        _check("--threshold", self.threshold, 0 <= self.threshold <= 1, "from 0 to 1")
-        positive = "a finite number above 0"
-        temperature = self.group_temperature
-        _check("--group-temperature", temperature, _is_positive(temperature), positive)
-        temperatures = ",".join(f"{t:g}" for t in self.temperatures) or "none"
-        fits = len(self.temperatures) > 0 and all(map(_is_positive, self.temperatures))
-        _check("--temperatures", temperatures, fits, "one or more finite numbers above 0")
-        distinct = len(set(self.temperatures)) == len(self.temperatures)
-        _check("--temperatures", temperatures, distinct, "each number once")
-        fits = 1 <= self.max_group <= MAX_GROUP_LIMIT
-        _check("--max-group", self.max_group, fits, f"a number from 1 to {MAX_GROUP_LIMIT:,}")
-        _check("--scale", self.scale, _is_positive(self.scale), positive)
-        _check("--margin", self.margin, math.isfinite(self.margin), "a finite number")
-        if self.draws is not None:
-            count, temperature = self.draws.count, self.draws.temperature
-            fits = 1 <= count <= MAX_GROUP_LIMIT
-            _check("--draws", count, fits, f"a number from 1 to {MAX_GROUP_LIMIT:,}")
-            known = temperature in self.temperatures
-            expected = f"one of --temperatures, which are {temperatures}"
-            _check("--draw-temperature", temperature, known, expected)
-
-    @property
-    def draws_from_group(self) -> bool:
-        """Whether classes are drawn from the primary group, before ``max_group`` cuts it."""
-        return self.draws is not None and self.draws.source == "primary"
-
-    @property
-    def most_candidates(self) -> float:
-        """How many of a row's largest logits can matter."""
-        return math.inf if self.draws_from_group else self.max_group
-
-
-def _is_positive(number: float) -> bool:
-    return math.isfinite(number) and number > 0
-
-
-def _check(option: str, value: object, holds: bool, expected: str) -> None:
-    if not holds:
-        raise ConfigError(
-            f"{option}: expected {expected}, got {value}; correct it, or leave it at its default"
-        )
 
 
 @dataclass(frozen=True)
@@ -284,7 +215,8 @@ def _groups(
         tail.add(chunk, blocks, taken + label)
         if found.width > 2 * settings.most_candidates:
             # Later classes lose a tie, so from here on only a larger logit can enter.
-            least = found.keep_largest(settings.max_group, tail)
+            least, dropped = found.keep_largest(settings.max_group)
+            tail.add(key_logits(dropped))
             above = torch.nextafter(least, torch.full_like(least, math.inf))
             floor = torch.maximum(floor, above)
         seen = start + width

@@ -26,7 +26,8 @@ from gkd.pipeline.embed import (
     join_batches,
     split_batch,
 )
-from gkd.pipeline.partition import Partition, PartitionSettings, partition
+from gkd.pipeline.partition import Partition, partition
+from gkd.pipeline.settings import PartitionSettings
 from gkd.pipeline.shards import Background, PartitionedBatch, committing
 from gkd.pipeline.teacher import Embedder
 from gkd.storage import atomic, layout

@@ -86,6 +86,26 @@ def monkeypatch_module(home: Path) -> Iterator[pytest.MonkeyPatch]:
         yield patch
 
 
+def test_draws_are_cached_verified_and_cut(home: Path, tmp_path: Path) -> None:
+    out, teacher = tmp_path / "drawn.gkd", ("--teacher", home / "teacher.pt")
+    drawn = ("--draws", "8", "--draw-temperature", "2", "--draw-from", "primary", "--seed", "7")
+    making = ("cache-teacher", home / "faces", out, *teacher, "--centers", "class-mean", *drawn)
+    works(*making)
+    info = json.loads(works("targets", "info", out, "--json"))
+    assert info["draws"] == {"count": 8, "temperature": 2.0, "source": "primary", "seed": 7}
+    stats = json.loads(works("targets", "stats", out, "--json"))
+    assert 1 <= stats["views"][0]["draws"]["mean_classes"] <= 8
+    assert "0 faults" in works("targets", "verify", out, "--deep")
+    against = ("--against", home / "faces", *teacher, "--json")
+    report = json.loads(works("targets", "verify", out, *against))
+    assert report["ok"]
+    assert report["drawn"]["draws"] == 2 * 32 * 8
+    works("targets", "retarget", out, tmp_path / "fewer.gkd", "--draws", "3")
+    assert "0 faults" in works("targets", "verify", tmp_path / "fewer.gkd", "--deep")
+    told = fails(*making[:-6], "--draw-temperature", "3")
+    assert "--draw-temperature: expected one of --temperatures, which are 1,2,4, got 3.0" in told
+
+
 def test_help_names_every_command() -> None:
     listed = works("--help")
     for command in ("cache-teacher", "train-student", "evaluate", "report", "export", "demo"):

@@ -10,7 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gkd.pipeline.partition import PartitionSettings, partition, partition_logits
+from gkd.pipeline.partition import partition, partition_logits
+from gkd.pipeline.settings import PartitionSettings
+from gkd.storage.spec import DrawsSpec
 from tests.benchmarks.harness import report
 from tests.reference import dense_group
 
@@ -20,6 +22,8 @@ MANY_BATCH, MANY_CLASSES, MANY_DIM = 64, 2_059_906, 128
 CHECKED = 4
 SPREAD = 0.1  # standard deviation of a trained teacher's impostor cosines, about
 SHARP = PartitionSettings(group_temperature=1.0)
+DRAWN = PartitionSettings(group_temperature=1.0, draws=DrawsSpec(64, 4.0, "all"))
+DRAW_ROUNDS = 25
 
 
 def teacher_like(batch: int, num_classes: int, dim: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -47,15 +51,24 @@ def sorted_softmax(logits: Tensor) -> Tensor:
     return order[probs.cumsum(1) < SHARP.threshold]
 
 
-def seconds(*works: Callable[[], object]) -> list[float]:
-    """Best of ROUNDS of each work, in turns so that all see the same machine."""
+def seconds(*works: Callable[[], object], rounds: int = ROUNDS) -> list[float]:
+    """Best of some rounds of each work, in turns so that all see the same machine."""
     best = [float("inf")] * len(works)
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         for place, work in enumerate(works):
             began = time.perf_counter()
             work()
             best[place] = min(best[place], time.perf_counter() - began)
     return best
+
+
+def drawn_ratio(plain: Callable[[], object], drawn: Callable[[], object]) -> float:
+    """Median of the time with draws / the time just before without."""
+    ratios = []
+    for _ in range(DRAW_ROUNDS):
+        without, with_draws = seconds(plain, drawn, rounds=1)
+        ratios.append(with_draws / without)
+    return float(np.median(ratios))
 
 
 def many_classes() -> tuple[float, int]:
@@ -100,17 +113,29 @@ def main() -> None:
             f"logsumexp {one * 1e3:.1f} ms",
             file=sys.stderr,
         )
+    uniforms = np.random.default_rng(0).random((BATCH, 64))
+    drawn = drawn_ratio(
+        partial(partition_logits, logits, labels, SHARP),
+        partial(partition_logits, logits, labels, DRAWN, uniforms=uniforms),
+    )
+    whole = teacher_like(BATCH, NUM_CLASSES, EMBEDDING_DIM)
+    from_embeddings = drawn_ratio(
+        partial(partition, *whole, SHARP), partial(partition, *whole, DRAWN, uniforms=uniforms)
+    )
     report(
         "partition",
         {
             "partition / logsumexp, T=1": sharp / one,
             "partition / logsumexp, T=2": softer / one,
             "softmax + sort + cumsum / partition, T=1": plain / sharp,
+            "with 64 draws / without, T=1": drawn,
+            "with 64 draws / without, T=1, from embeddings": from_embeddings,
             "GiB above the centres, C=2,059,906, B=64": gib,
             "rows of 4 unlike the dense reference, C=2,059,906": differing,
         },
         {
             "partition / logsumexp, T=1": ("<=", 3.0),
+            "with 64 draws / without, T=1": ("<=", 1.25),
             "GiB above the centres, C=2,059,906, B=64": ("<=", 2.0),
             "rows of 4 unlike the dense reference, C=2,059,906": ("==", 0),
         },

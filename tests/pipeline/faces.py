@@ -12,8 +12,8 @@ import numpy.typing as npt
 from PIL import Image
 
 from gkd.pipeline.centers import Centers
-from gkd.pipeline.partition import PartitionSettings
 from gkd.pipeline.run import CLASS_MEAN, CacheSettings, CacheSummary, cache_teacher
+from gkd.pipeline.settings import PartitionSettings
 from gkd.storage.records import open_records
 from gkd.storage.spec import preprocess_preset
 

@@ -1,6 +1,8 @@
 """Caches recomputed by their teacher: true ones pass, and every kind of lie is seen."""
 
+import itertools
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,13 @@ from gkd.pipeline.against import (
     load_named_centers,
     verify_against,
 )
+from gkd.pipeline.draw_test import DrawCounts
 from gkd.storage.cache import Cache
 from gkd.storage.errors import ConfigError, SpecMismatchError
 from gkd.storage.records import open_records
 from gkd.storage.rows import Subset
-from tests.pipeline.faces import PixelEmbedder, centers, make, write_folder
+from gkd.storage.spec import VIEWS, DrawsSpec
+from tests.pipeline.faces import SETTINGS, PixelEmbedder, centers, make, write_folder
 from tests.reference import dense_group
 from tests.tampering import rewrite_row
 
@@ -56,6 +60,88 @@ def test_the_sample_is_drawn_by_its_seed(folder: Path, cache: Cache) -> None:
     assert first == again
     assert (first.images, first.targets, other.seed) == (5, 10, 2)
     assert first.found != other.found
+
+
+@pytest.fixture
+def with_draws(folder: Path, tmp_path: Path, request: pytest.FixtureRequest) -> Cache:
+    draws = DrawsSpec(400, 4.0, request.param)
+    settings = replace(SETTINGS, partition=replace(SETTINGS.partition, draws=draws, max_group=3))
+    make(folder, tmp_path / "faces.gkd", class_mean=True, settings=settings)
+    return Cache.open(tmp_path / "faces.gkd")
+
+
+@pytest.mark.parametrize("with_draws", ["all", "primary"], indirect=True)
+def test_true_draws_pass(folder: Path, with_draws: Cache) -> None:
+    report = recompute(with_draws, folder, sample=1000)
+    assert report.ok
+    assert 0 < report.found.draws < 5e-4
+    assert report.drawn is not None
+    assert report.drawn.draws == 70 * 400
+    assert report.drawn.degrees > 3
+    assert report.drawn.p_value > 1e-3
+
+
+@pytest.mark.parametrize("with_draws", ["all", "primary"], indirect=True)
+@pytest.mark.parametrize("lie", ["class", "code", "mass", "frequencies"])
+def test_lies_about_draws_are_seen(folder: Path, with_draws: Cache, lie: str) -> None:
+    cache = with_draws
+    targets = cache.read_shard(1, "flipped")
+    draws, codes, masses = targets.draws, targets.draw_log2_probs, targets.draw_secondary
+    assert draws is not None
+    assert codes is not None
+    sample = int(np.flatnonzero((draws != draws[:, :1]).any(1))[0])
+    if lie == "class":
+        # A class in the place of another, under the other's probability.
+        draws[sample, 0] = draws[sample][draws[sample] != draws[sample, 0]][0]
+        rewrite_row(cache, "flipped/draws", 1, draws)
+    elif lie == "code":
+        codes[sample, 0] += 40
+        rewrite_row(cache, "flipped/draw_log2_probs", 1, codes)
+    elif lie == "mass":
+        if masses is None:
+            return
+        masses[sample] -= np.float32(0.1)
+        rewrite_row(cache, "flipped/draw_secondary", 1, masses)
+    else:
+        # Half of the draws of every sample again the first, with its own probability.
+        for shard, view in itertools.product(range(4), VIEWS):
+            whole = Cache.open(cache.path).read_shard(shard, view)
+            for array, values in (
+                ("draws", whole.draws),
+                ("draw_log2_probs", whole.draw_log2_probs),
+            ):
+                assert values is not None
+                values[:, 200:] = values[:, :1]
+                rewrite_row(cache, f"{view}/{array}", shard, values)
+    report = recompute(Cache.open(cache.path), folder, sample=1000)
+    assert not report.ok
+    assert report.drawn is not None
+    assert report.wrong == (lie != "frequencies")
+    assert report.drawn.ok == (lie != "frequencies")
+
+
+def test_the_chi_square_test_is_the_known_one() -> None:
+    # Two classes of equal mass: 60 and 40 of 100 give 4 with one degree, above which is 0.0455.
+    counts = DrawCounts()
+    counts.add(np.repeat([0, 1], [60, 40]), np.log([0.5, 0.5]))
+    found = counts.test()
+    assert (found.draws, found.degrees) == (100, 1)
+    assert found.statistic == pytest.approx(4)
+    assert found.p_value == pytest.approx(0.0455, abs=1e-4)
+
+
+def test_p_values_of_true_draws_of_many_samples_are_not_small() -> None:
+    rng = np.random.default_rng(0)
+    p_values = []
+    for _ in range(40):
+        counts = DrawCounts()
+        for _ in range(30):
+            logits = rng.normal(0, rng.uniform(0.1, 4), 200)
+            log_probs = logits - np.logaddexp.reduce(logits)
+            counts.add(rng.choice(200, 64, p=np.exp(log_probs)), log_probs)
+        p_values.append(counts.test().p_value)
+    assert min(p_values) > 1e-3
+    assert np.mean(p_values) > 0.4
 
 
 @pytest.mark.parametrize("array", ["indices", "log2_probs", "secondary"])

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gkd.pipeline.draws import SPAN, uniform_numbers
-from gkd.pipeline.partition import Partition, PartitionSettings, partition, partition_logits
+from gkd.pipeline.partition import Partition, partition, partition_logits
+from gkd.pipeline.settings import PartitionSettings
 from gkd.storage.errors import ConfigError
 from gkd.storage.spec import DrawsSpec
 from tests.reference import class_order, dense_group, dense_secondary, log_softmax

@@ -10,7 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gkd.pipeline.partition import Partition, PartitionSettings, partition, partition_logits
+from gkd.pipeline.partition import Partition, partition, partition_logits
+from gkd.pipeline.settings import PartitionSettings
 from gkd.storage.errors import ConfigError
 from gkd.storage.targets import decode_log_probs
 from tests.reference import class_order, dense_group, dense_secondary, log_sum_exp

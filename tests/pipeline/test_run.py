@@ -6,9 +6,10 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +18,6 @@ import pytest
 from gkd.pipeline import shards
 from gkd.pipeline.centers import Centers
 from gkd.pipeline.embed import EmbeddedBatch, join_batches, split_batch
-from gkd.pipeline.partition import PartitionSettings
 from gkd.pipeline.run import (
     CLASS_MEAN,
     CacheSettings,
@@ -26,11 +26,12 @@ from gkd.pipeline.run import (
     centers_path,
     work_path,
 )
+from gkd.pipeline.settings import PartitionSettings
 from gkd.pipeline.teacher import OnnxEmbedder
 from gkd.storage.cache import Cache
 from gkd.storage.errors import ConfigError, CorruptRecordError, GkdError, SpecMismatchError
 from gkd.storage.records import digest, open_records
-from gkd.storage.spec import VIEWS, preprocess_preset
+from gkd.storage.spec import VIEWS, DrawsSpec, preprocess_preset
 from gkd.storage.targets import decode_log_probs
 from gkd.storage.verify import verify
 from gkd.storage.writer import CacheWriter
@@ -183,6 +184,44 @@ def test_three_processes_write_what_one_writes(
         assert process.returncode == 0, told.decode()
     assert contents(out) == unbroken
     assert not work_path(out).exists()
+
+
+@pytest.mark.parametrize("source", ["all", "primary"])
+def test_draws_do_not_depend_on_batches_ranks_or_interruptions(
+    folder: Path, tmp_path: Path, source: Literal["all", "primary"]
+) -> None:
+    draws = DrawsSpec(16, 4.0, source, seed=3)
+    settings = replace(SETTINGS, partition=replace(SETTINGS.partition, draws=draws))
+    whole = tmp_path / "whole.gkd"
+    make(folder, whole, settings=settings)
+    assert not verify(whole).faults
+
+    batches = tmp_path / "batches.gkd"
+    make(folder, batches, settings=replace(settings, batch_size=7))
+    found, expected = contents(batches), contents(whole)
+    drawn = [name for name in expected if "/draws/" in name or "/draw_log2_probs/" in name]
+    assert len(drawn) == 2 * 2 * (1 + 4)
+    assert {name: found[name] for name in drawn} == {name: expected[name] for name in drawn}
+
+    # The second half of a run, of one rank and of two that come after it.
+    halves = tmp_path / "halves.gkd"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CacheWriter, "write_shard", _failing(1))
+        with pytest.raises(OSError, match="the disk is gone"):
+            make(folder, halves, settings=settings)
+    with ThreadPoolExecutor(2) as pool:
+        ranks = [
+            pool.submit(make, folder, halves, settings=settings, rank=rank, world_size=2)
+            for rank in range(2)
+        ]
+        for rank in ranks:
+            rank.result()
+    assert contents(halves) == contents(whole)
+
+    original, flipped = (Cache.open(whole).read_shard(0, view).draws for view in VIEWS)
+    assert original is not None
+    assert flipped is not None
+    assert not np.array_equal(original, flipped)
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])

@@ -84,7 +84,7 @@ def test_other_ways_of_making_a_cache_are_told(made: Made) -> None:
     )
     text = card_text(spec, [read_commit(made.path, make_spec(), shard) for shard in range(3)])
     assert "- Centres of the identities: `rank_0.pt`; sha256" in text
-    assert "- And 16 identities an image drawn with replacement at temperature 4\n" in text
+    assert "- And 16 identities an image drawn with replacement at temperature 4, of all\n" in text
     assert "- Made without the teacher, by retarget, from `4444" in text
 
 

@@ -13,7 +13,8 @@ import numpy.typing as npt
 import simplejpeg
 import torch
 
-from gkd.pipeline.partition import PartitionSettings, partition_logits
+from gkd.pipeline.partition import partition_logits
+from gkd.pipeline.settings import PartitionSettings
 from gkd.storage.cache import Cache
 from gkd.storage.records import Records, digests, open_records
 from gkd.storage.spec import (
