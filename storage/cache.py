@@ -186,8 +186,8 @@ class Cache:
     def read_verified(self, shard: int, view: View) -> SparseTargets:
         """``read_shard``, with all files held against their hashes and their meaning checked.
 
-        What ``gkd targets verify --deep`` finds in a view of a shard is found here, but for the
-        masses of different temperatures against each other.
+        What ``gkd targets verify --deep`` finds in a view of a shard is found here, but for masses
+        of different temperatures and draws that do not fit the groups.
 
         Raises:
             CorruptShardError: where a file is missing, damaged or says what cannot be.

@@ -1,8 +1,8 @@
 """What targets say, held against what a teacher can have said.
 
 Hashes prove that bytes are those that were written; this proves that what was written can be. It
-is asked before any target of a cache is used, and by ``gkd targets verify --deep``, which also
-holds the masses of all temperatures against each other.
+is asked before any target of a cache is used; ``gkd targets verify --deep`` also holds masses of
+all temperatures and draws against groups.
 """
 
 import functools
@@ -39,14 +39,15 @@ def check_targets(
     labels: npt.NDArray[np.int64],
     present: npt.NDArray[np.bool_],
     *,
-    every_temperature: bool = False,
+    deep: bool = False,
 ) -> Iterator[tuple[str, int, str]]:
     """What targets [n] say that cannot be: array, first sample, problem.
 
     Group sizes are 1 or more where ``present`` and 0 elsewhere; classes are unique within a
     sample and hold its label; codes ascend; secondary masses are at most 1 and no NaN; at
-    ``group_temperature``, where that is stored, group and secondary mass are 1 together. With
-    ``every_temperature`` that at each other one is such as some tail of classes gives.
+    ``group_temperature``, where that is stored, group and secondary mass are 1 together. ``deep``:
+    that at each other one is such as some tail of classes gives, and draws are as ``check_draws``
+    says.
     """
     filled = targets.sizes > 0
     if (filled != present).any():
@@ -56,15 +57,19 @@ def check_targets(
     if wrong.any():
         yield "secondary", int(wrong.any(axis=1).argmax()), "a log mass above 0 or not a number"
         return
+    if targets.draw_secondary is not None:
+        wrong = ~(targets.draw_secondary <= LOG_MASS_TOLERANCE)
+        if wrong.any():
+            yield "draw_secondary", int(wrong.argmax()), "a log mass above 0 or not a number"
+            return
     found: set[str] = set()
     for block in in_blocks(targets.offsets, _BLOCK_ENTRIES):
-        for name, sample, problem in _check_block(
-            spec, targets, labels, block, every_temperature=every_temperature
-        ):
+        for name, sample, problem in _check_block(spec, targets, labels, block, deep=deep):
             if problem not in found:
                 found.add(problem)
                 yield name, block.start + sample, problem
-    yield from check_draws(spec, targets, present)
+    if deep:
+        yield from check_draws(spec, targets, present)
 
 
 def _check_block(
@@ -73,7 +78,7 @@ def _check_block(
     labels: npt.NDArray[np.int64],
     block: range,
     *,
-    every_temperature: bool,
+    deep: bool,
 ) -> Iterator[tuple[str, int, str]]:
     offsets = targets.offsets[block.start : block.stop + 1]
     sizes = np.diff(offsets)
@@ -102,7 +107,7 @@ def _check_block(
 
     secondary = targets.secondary[block.start : block.stop][filled].astype(np.float64)
     groups = _Groups(codes, sizes[filled])
-    others = [t for t in spec.temperatures if every_temperature and t != spec.group_temperature]
+    others = [t for t in spec.temperatures if deep and t != spec.group_temperature]
     for wrong, problem in _mass_faults(spec, groups, secondary, others):
         if wrong.any():
             yield "secondary", int(filled[wrong.argmax()]), problem

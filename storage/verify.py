@@ -265,7 +265,7 @@ def _content_faults(cache: Cache, shard: int, commit: Commit, damaged: set[str])
             yield Fault(file, _problem(error, cache.path / file))
             continue
         labels = table["label"].to_numpy()
-        problems = check_targets(cache.spec, targets, labels, present, every_temperature=True)
+        problems = check_targets(cache.spec, targets, labels, present, deep=True)
         for name, sample, problem in problems:
             file = layout.arrays(cache.spec, view)[name].shard_file(shard)
             yield Fault(file, f"row {start + sample}: {problem}")

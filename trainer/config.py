@@ -29,6 +29,7 @@ Width = Annotated[float, Meta(gt=0, le=8)]
 BatchSize = Annotated[int, Meta(ge=2)]
 # What torch and numpy both take.
 Seed = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+Signal = Literal["auto", "group", "draws", "hybrid"]
 BackboneName = Literal["iresnet18", "iresnet34", "iresnet50", "iresnet100", "mobilefacenet"]
 
 
@@ -101,6 +102,10 @@ class KdConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """``[kd]``: loss = CE + ramp * T^2 * mean(w_binary * Binary + w_primary * Primary).
 
     enabled      False trains by cross-entropy alone
+    signal       group: the stored primary groups; draws: the drawn classes in their place;
+                 hybrid: both, the stored entries exactly and the draws for the rest; auto: draws
+                 where the cache has some, else group. Draws from all classes teach the whole
+                 divergence: Primary is KL(p||q), Binary is 0. See ``gkd.trainer.losses``
     temperature  T, one of those that the cache holds
     w_binary     weight of the primary mass against the secondary mass
     w_primary    weight of the distribution within the primary group
@@ -108,6 +113,7 @@ class KdConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """
 
     enabled: bool = True
+    signal: Signal = "auto"
     temperature: Positive = 4.0
     w_binary: NonNegative = 1.0
     w_primary: NonNegative = 1.0

@@ -27,6 +27,7 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from gkd.storage.blocks import Block, ShardStore
 from gkd.storage.cache import Cache
+from gkd.storage.drawn import drawn_targets
 from gkd.storage.errors import ConfigError, GkdError
 from gkd.storage.join import SKIPPED, join
 from gkd.storage.materialise import DIGESTS, TargetStore, default_folder, materialise
@@ -34,7 +35,8 @@ from gkd.storage.records import Records
 from gkd.storage.rows import Subset, kept_digests
 from gkd.storage.spec import CacheSpec
 from gkd.storage.target_arrays import concatenate
-from gkd.storage.targets import SparseTargets, at_temperature
+from gkd.storage.targets import SparseTargets, TargetBatch, at_temperature
+from gkd.trainer.config import KdConfig, Signal
 from gkd.trainer.guards import check_classes
 from gkd.trainer.losses import GroupTargets
 from gkd.trainer.plans import BatchPlan, Blocks, Plans
@@ -204,11 +206,17 @@ class FaceBatches(Dataset[Batch]):
     """Whole batches by their plan."""
 
     def __init__(
-        self, records: Records, targets: JoinedTargets | None, *, temperature: float
+        self,
+        records: Records,
+        targets: JoinedTargets | None,
+        *,
+        temperature: float,
+        signal: Signal = "auto",
     ) -> None:
         self.records = records
         self.targets = targets
         self.temperature = temperature
+        self.signal = signal if targets is None else chosen_signal(signal, targets.spec)
 
     def __getitem__(self, plan: BatchPlan) -> Batch:
         """Decode, mirror and look up one batch.
@@ -228,14 +236,24 @@ class FaceBatches(Dataset[Batch]):
     def _targets(self, plan: BatchPlan) -> GroupTargets | None:
         if self.targets is None:
             return None
-        spec = self.targets.spec
-        batch = at_temperature(
-            self.targets.lookup(plan),
-            self.temperature,
-            group_temperature=spec.group_temperature,
-            temperatures=spec.temperatures,
-        )
-        return GroupTargets.from_batch(batch)
+        spec, stored = self.targets.spec, self.targets.lookup(plan)
+        groups: TargetBatch | None = None
+        if self.signal != "draws":
+            groups = at_temperature(
+                stored,
+                self.temperature,
+                group_temperature=spec.group_temperature,
+                temperatures=spec.temperatures,
+            )
+        if groups is not None and self.signal == "group":
+            return GroupTargets.from_batch(groups)
+        assert spec.draws is not None
+        return GroupTargets.from_batch(drawn_targets(stored, spec.draws, groups))
+
+
+def chosen_signal(signal: Signal, spec: CacheSpec) -> Signal:
+    """What a training takes of a cache: ``signal``, decided where it is auto."""
+    return ("draws" if spec.draws else "group") if signal == "auto" else signal
 
 
 def check_data(
@@ -244,7 +262,7 @@ def check_data(
     *,
     batch_size: int,
     flip: bool,
-    temperature: float,
+    kd: KdConfig,
     world_size: int = 1,
 ) -> None:
     """Refuse data that cannot be trained on, before anything is built.
@@ -287,11 +305,26 @@ def check_data(
             "data.flip: the cache holds targets of the original view only; set data.flip=false, "
             "or cache again with --views original,flipped"
         )
-    if temperature not in targets.spec.temperatures:
-        stored = ", ".join(f"{t:g}" for t in targets.spec.temperatures)
+    _check_signal(targets.spec, kd)
+
+
+def _check_signal(spec: CacheSpec, kd: KdConfig) -> None:
+    draws, signal = spec.draws, chosen_signal(kd.signal, spec)
+    if signal != "group" and draws is None:
         raise ConfigError(
-            f"kd.temperature: the cache holds the secondary mass at {stored}, got {temperature:g}; "
-            "choose one of these or cache again with --temperatures"
+            f"kd.signal: {signal} needs drawn classes, and the cache has none; set "
+            "kd.signal=group, or cache again with --draws"
+        )
+    if signal != "group" and draws is not None and draws.temperature != kd.temperature:
+        raise ConfigError(
+            f"kd.temperature: the classes were drawn at {draws.temperature:g}, got "
+            f"{kd.temperature:g}; set kd.temperature={draws.temperature:g}, or kd.signal=group"
+        )
+    if kd.temperature not in spec.temperatures:
+        stored = ", ".join(f"{t:g}" for t in spec.temperatures)
+        raise ConfigError(
+            f"kd.temperature: the cache holds the secondary mass at {stored}, got "
+            f"{kd.temperature:g}; choose one of these or cache again with --temperatures"
         )
 
 

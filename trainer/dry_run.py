@@ -76,7 +76,7 @@ def dry_run(config: RunConfig, records: Records, targets: JoinedTargets | None) 
         targets,
         batch_size=config.train.batch_size,
         flip=config.data.flip,
-        temperature=config.kd.temperature,
+        kd=config.kd,
     )
     precision = _precision(config)
     model = student_backbone(config.student)

@@ -97,7 +97,7 @@ def train(
         targets,
         batch_size=config.train.batch_size,
         flip=config.data.flip,
-        temperature=config.kd.temperature,
+        kd=config.kd,
         world_size=ranks.world_size,
     )
     note = empty_classes(records, taught=targets is not None)
@@ -118,7 +118,12 @@ def train(
         )
         with opened as log, _stop_signals() as stop:
             _Training(run, records, sets, out, log, stop).go(
-                FaceBatches(records, targets, temperature=config.kd.temperature)
+                FaceBatches(
+                    records,
+                    targets,
+                    temperature=config.kd.temperature,
+                    signal=config.kd.signal,
+                )
             )
         if ranks.first:
             write_report(out)

@@ -48,9 +48,17 @@ def test_it_is_whole_and_has_its_id(expected: dict[str, Any]) -> None:
     assert cache.id == expected["id"]
     assert cache.spec == make.SPEC
     assert verify(PATH, level="hashes").faults == ()
-    # Its draws show the codes' ends, no teacher's probabilities; all else has a meaning.
+    # Its numbers show the codes' ends; no teacher says these together, and nothing else is wrong.
     found = {fault.problem.partition(": ")[2] for fault in verify(PATH).faults}
-    assert found == {"another probability than its entry's"}
+    tail = "a secondary mass at 1 that no tail of classes gives"
+    assert found == {"another probability than its entry's", tail}
+
+
+def test_it_may_be_trained_from() -> None:
+    cache = Cache.open(PATH)
+    for shard in range(cache.spec.num_shards):
+        for view in VIEWS:
+            assert len(cache.read_verified(shard, view)) == len(cache.spec.shard_rows(shard))
 
 
 def test_it_is_small() -> None:

@@ -16,7 +16,7 @@ from gkd.storage.targets import SparseTargets
 from tests.caches import dense_targets, labels_of, make_logits, make_spec
 from tests.storage.strategies import Teaching, teachings
 
-check_targets = functools.partial(meaning.check_targets, every_temperature=True)
+check_targets = functools.partial(meaning.check_targets, deep=True)
 SPEC = make_spec(num_samples=30, threshold=0.9)
 LABELS = labels_of(SPEC)
 TARGETS = dense_targets(make_logits(SPEC, "original"), LABELS, SPEC)[0]

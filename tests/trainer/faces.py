@@ -5,6 +5,7 @@
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,16 +22,19 @@ from gkd.storage.spec import (
     CacheSpec,
     CentersSpec,
     DatasetSpec,
+    DrawsSpec,
     TeacherSpec,
     View,
     preprocess_preset,
 )
+from gkd.storage.targets import encode_log_probs
 from gkd.storage.writer import CacheWriter, ShardSamples
 from gkd.trainer.config import RunConfig, load_config
 from gkd.trainer.data import JoinedTargets, join_targets
 from gkd.trainer.loop import Summary, train
 from gkd.trainer.ranks import ALONE, Ranks, joined_ranks
 from gkd.trainer.verification_set import write_verification_set
+from tests.reference import log_softmax
 
 if TYPE_CHECKING:
     from gkd.storage.targets import SparseTargets
@@ -82,7 +86,20 @@ def teacher_logits(records: Records, view: View) -> npt.NDArray[np.float32]:
     return logits.astype(np.float32)
 
 
-def write_cache(path: Path, records: Records, views: Sequence[View]) -> None:
+def draw(
+    logits: npt.NDArray[np.float32], draws: DrawsSpec, seed: int
+) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.uint16]]:
+    """Classes drawn from dense logits [n, C] by numpy, and the codes of their probabilities."""
+    log_probs = log_softmax(logits.astype(np.float64) / draws.temperature)
+    rng = np.random.default_rng(seed)
+    chosen = [rng.choice(len(row), draws.count, p=np.exp(row)) for row in log_probs]
+    classes = np.stack(chosen).astype(np.uint32)
+    return classes, encode_log_probs(np.take_along_axis(log_probs, classes.astype(int), 1))
+
+
+def write_cache(
+    path: Path, records: Records, views: Sequence[View], draws: DrawsSpec | None = None
+) -> None:
     spec = CacheSpec(
         num_samples=len(records),
         num_classes=records.num_classes,
@@ -105,6 +122,7 @@ def write_cache(path: Path, records: Records, views: Sequence[View]) -> None:
             records.label_order,
             records.fingerprint,
         ),
+        draws=draws,
         software={},
     )
     writer = CacheWriter(path, spec)
@@ -118,6 +136,9 @@ def write_cache(path: Path, records: Records, views: Sequence[View]) -> None:
         for view in views:
             given = logits[view][place], torch.from_numpy(labels)
             targets[view] = partition_logits(*given, SETTINGS).targets
+            if draws is not None:
+                drawn, codes = draw(given[0].numpy(), draws, shard)
+                targets[view] = replace(targets[view], draws=drawn, draw_log2_probs=codes)
         samples = ShardSamples([records.key(row) for row in rows], labels, seen[place], {})
         writer.write_shard(shard, targets, samples, truncated=dict.fromkeys(views, 0))
     writer.finish()

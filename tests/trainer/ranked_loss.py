@@ -19,7 +19,7 @@ STEPS, INPUTS = 50, 20
 
 
 def problem(
-    part: slice = slice(None),
+    part: slice = slice(None), *, drawn: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, GroupTargets]:
     """Embeddings, centres, labels and targets; of ``part`` of the batch and all classes."""
     rng = np.random.default_rng(7)
@@ -32,21 +32,23 @@ def problem(
     log_probs = [F.log_softmax(torch.from_numpy(rng.normal(size=size)), 0) - 0.05 for size in sizes]
     chosen = range(BATCH)[part]
     counts = torch.tensor([sizes[row] for row in chosen])
+    stand_for = [torch.from_numpy(rng.normal(size=size)) for size in sizes]
     targets = GroupTargets(
         offsets=F.pad(counts.cumsum(0), (1, 0)),
         rows=torch.repeat_interleave(counts),
         indices=torch.from_numpy(np.concatenate([groups[row] for row in chosen])),
         log_probs=torch.cat([log_probs[row] for row in chosen]),
         log_secondary=torch.full((len(chosen),), float(np.log(-np.expm1(-0.05)))).double(),
+        log_weights=torch.cat([stand_for[row] for row in chosen]) if drawn else None,
     )
     return embeddings[part], centers, labels[part], targets
 
 
-def evaluate(ranks: Ranks, *, kd: bool) -> tuple[torch.Tensor, ...]:
+def evaluate(ranks: Ranks, *, kd: bool, drawn: bool = False) -> tuple[torch.Tensor, ...]:
     """Loss, its parts, and this rank's gradients by embeddings and centres."""
     size = BATCH // ranks.world_size
     embeddings, centers, labels, targets = problem(
-        slice(ranks.rank * size, (ranks.rank + 1) * size)
+        slice(ranks.rank * size, (ranks.rank + 1) * size), drawn=drawn
     )
     rows = ranks.rows(CLASSES)
     embeddings.requires_grad_()
@@ -134,9 +136,9 @@ def main() -> None:
     with joined_ranks("cpu") as ranks:
         size = BATCH // ranks.world_size
         rows = ranks.rows(CLASSES)
-        for kd in (True, False):
-            values, by_embeddings, by_centers = evaluate(ranks, kd=kd)
-            alone = evaluate(ALONE, kd=kd)
+        for kd, drawn in ((True, False), (True, True), (False, False)):
+            values, by_embeddings, by_centers = evaluate(ranks, kd=kd, drawn=drawn)
+            alone = evaluate(ALONE, kd=kd, drawn=drawn)
             part = alone[1][ranks.rank * size : (ranks.rank + 1) * size]
             torch.testing.assert_close(values, alone[0], rtol=1e-10, atol=1e-12)
             torch.testing.assert_close(

@@ -20,6 +20,7 @@ from gkd.storage.errors import (
     SpecMismatchError,
 )
 from gkd.storage.records import Records, open_records
+from gkd.trainer.config import KdConfig
 from gkd.trainer.data import (
     Batch,
     FaceBatches,
@@ -260,7 +261,7 @@ def assert_same_batches(got: list[Batch], expected: list[Batch]) -> None:
             assert torch.equal(getattr(ours, name), getattr(theirs, name))
         assert ours.targets is not None
         assert theirs.targets is not None
-        for name, value in vars(theirs.targets).items():
+        for name, value in theirs.targets.tensors().items():
             assert torch.equal(getattr(ours.targets, name), value)
 
 
@@ -313,8 +314,8 @@ def test_a_cache_of_one_view_forbids_flips(faces: Path, tmp_path: Path) -> None:
     cache = Cache.open(tmp_path / "one.gkd")
     _, targets = join_targets(records, cache, workers=1, folder=tmp_path)
     with pytest.raises(ConfigError, match=r"data\.flip: .* set data\.flip=false"):
-        check_data(records, targets, batch_size=8, flip=True, temperature=4.0)
-    check_data(records, targets, batch_size=8, flip=False, temperature=4.0)
+        check_data(records, targets, batch_size=8, flip=True, kd=KdConfig())
+    check_data(records, targets, batch_size=8, flip=False, kd=KdConfig())
 
 
 @pytest.mark.parametrize("flip", ["true", "false"])
@@ -334,13 +335,13 @@ def test_a_cache_without_the_original_view_is_refused(
 def test_a_temperature_that_was_not_stored_is_refused(faces: Path) -> None:
     records, targets = load(faces)
     with pytest.raises(ConfigError, match=r"kd\.temperature: .* at 1, 4, got 3"):
-        check_data(records, targets, batch_size=8, flip=True, temperature=3.0)
+        check_data(records, targets, batch_size=8, flip=True, kd=KdConfig(temperature=3.0))
 
 
 def test_less_than_one_batch_is_refused(faces: Path) -> None:
     records = open_records(faces / "faces")
     with pytest.raises(ConfigError, match="has 42 images, fewer than one batch of 43"):
-        check_data(records, None, batch_size=43, flip=True, temperature=4.0)
+        check_data(records, None, batch_size=43, flip=True, kd=KdConfig())
 
 
 def test_a_record_without_a_label_is_refused(faces: Path) -> None:
@@ -348,7 +349,7 @@ def test_a_record_without_a_label_is_refused(faces: Path) -> None:
     records.labels = records.labels.copy()
     records.labels[9] = -1
     with pytest.raises(ConfigError, match=r"1 records of .* the first: .*person_1.2\.jpg"):
-        check_data(records, None, batch_size=8, flip=True, temperature=4.0)
+        check_data(records, None, batch_size=8, flip=True, kd=KdConfig())
 
 
 def test_other_images_do_not_join(faces: Path, tmp_path: Path) -> None:

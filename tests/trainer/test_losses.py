@@ -196,4 +196,4 @@ def test_a_group_without_any_mass_is_pushed_down_and_finite(log_prob: float) -> 
 def test_targets_move_with_everything_they_hold() -> None:
     _, _, targets = random_case(3, 20)
     moved = targets.to(torch.device("meta"))
-    assert {value.device.type for value in vars(moved).values()} == {"meta"}
+    assert {value.device.type for value in moved.tensors().values()} == {"meta"}

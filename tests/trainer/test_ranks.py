@@ -15,6 +15,7 @@ from safetensors import safe_open
 
 from gkd.storage.errors import ConfigError
 from gkd.trainer.checkpoint import read_checkpoint
+from gkd.trainer.config import KdConfig
 from gkd.trainer.data import check_data
 from gkd.trainer.ranks import Ranks
 from tests.paths import ROOT
@@ -147,7 +148,7 @@ def test_ranks_that_cannot_share_are_refused(
             targets,
             batch_size=batch_size,
             flip=True,
-            temperature=4.0,
+            kd=KdConfig(),
             world_size=ranks,
         )
 
