@@ -1,0 +1,119 @@
+"""Students of the LFW pack from n drawn classes, from all classes, and from none; three seeds.
+
+    python -m tests.benchmarks.lfw_draws FOLDER [SEED...]
+
+Runs the public commands: one cache with 128 draws at temperature 4 from all 4,859 classes, cut to n
+by `gkd targets retarget`; one whose groups are all classes, which is plain distillation; and
+`--without-kd`. The student is that of lfw_student.toml at half its width, judged on the pairs of
+lfw_fold9.bin in turns of both kinds. FOLDER keeps caches, runs and curve.png; what is finished
+there is not run again.
+"""
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import mean
+
+from tests.benchmarks.harness import Bar, report
+from tests.benchmarks.lfw_student import (
+    CONFIG,
+    RECORDS,
+    SEEDS,
+    TEACHER,
+    gkd,
+    write_alternating,
+)
+
+NUM_CLASSES = 4859
+COUNTS = (4, 8, 16, 32, 64, 128)
+SMALL = ("--set", "student.width=0.25", "--set", "kd.w_primary=1")
+COMMON = ("--teacher", TEACHER, "--preprocess", "imagenet", "--centers", "class-mean")
+DRAWS = ("--group-temperature", "1", "--draws", str(max(COUNTS)), "--draw-temperature", "4")
+EVERY = ("--group-temperature", "4", "--threshold", "1", "--max-group", str(NUM_CLASSES))
+
+
+def caches(folder: Path) -> Iterator[tuple[str, Path]]:
+    """Name and cache of every teaching."""
+    drawn, every = folder / f"draws-{max(COUNTS)}.gkd", folder / "all.gkd"
+    gkd("cache-teacher", RECORDS, drawn, *COMMON, *DRAWS)
+    gkd("cache-teacher", RECORDS, every, *COMMON, *EVERY)
+    yield "without", every
+    yield "all", every
+    for count in COUNTS:
+        target = folder / f"draws-{count}.gkd"
+        if not (target / "manifest.json").exists():
+            gkd("targets", "retarget", drawn, target, "--draws", count)
+        yield f"{count} draws", target
+
+
+def scores_of(out: Path, cache: Path, pairs: Path, seed: int, *flags: str) -> dict[str, float]:
+    """Train one student to its end and verify it."""
+    settings = ("--config", CONFIG, *SMALL, "--set", f"train.seed={seed}")
+    gkd("train-student", RECORDS, cache, out, *settings, *flags)
+    (judged,) = json.loads(gkd("evaluate", out, pairs, "--json"))
+    return {"accuracy": judged["accuracy"], "AUC": judged["auc"]}
+
+
+def bytes_of(cache: Path) -> float:
+    """Of a sample and view, all in."""
+    told = json.loads(gkd("targets", "stats", cache, "--json"))
+    return float(told["bytes_per_sample"]) / 2
+
+
+def run(folder: Path, seeds: tuple[int, ...]) -> None:
+    """The whole measurement in ``folder``."""
+    folder.mkdir(exist_ok=True)
+    pairs = folder / "alternating.bin"
+    write_alternating(pairs)
+    scores: dict[str, list[dict[str, float]]] = {}
+    ratios: dict[str, float] = {}
+    for name, cache in caches(folder):
+        flags = ("--without-kd",) if name == "without" else ()
+        runs = [folder / f"{name.replace(' ', '-')}-{seed}" for seed in seeds]
+        scores[name] = [
+            scores_of(out, cache, pairs, seed, *flags)
+            for out, seed in zip(runs, seeds, strict=True)
+        ]
+        for what in ("accuracy", "AUC"):
+            values = [each[what] for each in scores[name]]
+            print(f"{name}: {what}", *(f"{value:.4f}" for value in values), file=sys.stderr)
+            ratios[f"{what}, {name}"] = mean(values)
+        if name != "without":
+            ratios[f"bytes a sample and view, {name}"] = bytes_of(cache)
+    bars: dict[str, Bar] = {"bytes a sample and view, 64 draws": ("<=", 260)}
+    for what in ("accuracy", "AUC"):
+        by_name = {name: [each[what] for each in scores[name]] for name in scores}
+        spread = max(max(each) - min(each) for each in by_name.values())
+        short, gain = f"{what}: all less 64 draws / spread", f"{what}: 64 draws' gain / spread"
+        ratios[short] = (mean(by_name["all"]) - mean(by_name["64 draws"])) / spread
+        ratios[gain] = (mean(by_name["64 draws"]) - mean(by_name["without"])) / spread
+        bars |= {short: ("<=", 1.0), gain: (">=", 1.0)}
+    plot(folder / "curve.png", ratios)
+    report("lfw_draws", ratios, bars)
+
+
+def plot(path: Path, ratios: dict[str, float]) -> None:
+    """Area under the ROC over bytes a sample and view."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    axes = figure.subplots()
+    names = [f"{count} draws" for count in COUNTS]
+    axes.plot(
+        [ratios[f"bytes a sample and view, {name}"] for name in names],
+        [ratios[f"AUC, {name}"] for name in names],
+        "o-",
+    )
+    for name in names:
+        place = ratios[f"bytes a sample and view, {name}"], ratios[f"AUC, {name}"]
+        axes.annotate(name, place, xytext=(4, -12), textcoords="offset points", fontsize=8)
+    axes.axhline(ratios["AUC, all"], linestyle="--", label="all 4,859 classes")
+    axes.axhline(ratios["AUC, without"], linestyle=":", label="without distillation")
+    axes.set(xscale="log", xlabel="bytes a sample and view", ylabel="area under the ROC")
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    run(Path(sys.argv[1]), tuple(map(int, sys.argv[2:])) or SEEDS)
