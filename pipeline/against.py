@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gkd.pipeline.centers import Centers, load_centers
-from gkd.pipeline.draw_test import DrawCounts, DrawTest
+from gkd.pipeline.draw_frequencies import DrawCounts, DrawTest
 from gkd.pipeline.run import CLASS_MEAN, centers_path
 from gkd.pipeline.teacher import Embedder
 from gkd.storage.cache import Cache

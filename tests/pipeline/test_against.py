@@ -16,7 +16,7 @@ from gkd.pipeline.against import (
     load_named_centers,
     verify_against,
 )
-from gkd.pipeline.draw_test import DrawCounts
+from gkd.pipeline.draw_frequencies import DrawCounts
 from gkd.storage.cache import Cache
 from gkd.storage.errors import ConfigError, SpecMismatchError
 from gkd.storage.records import open_records
