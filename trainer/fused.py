@@ -18,7 +18,7 @@ import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, ParamSpec, Self, TypeVar
+from typing import Any, Literal, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -38,9 +38,6 @@ from gkd.trainer.losses import (
 )
 from gkd.trainer.ranks import ALONE, Ranks
 from gkd.trainer.sampling import ClassSample, SampledCenters
-
-P = ParamSpec("P")
-T = TypeVar("T")
 
 # Classes of a chunk: its logits stay in a CPU's caches.
 CHUNK_CLASSES = 1024
@@ -487,7 +484,7 @@ class _Exponentials(NamedTuple):
 
 
 @functools.cache
-def _compiled(function: Callable[P, T]) -> Callable[P, T]:
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, fullgraph=True)
 
 
