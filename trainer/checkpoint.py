@@ -132,7 +132,8 @@ def write_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
     """Publish a checkpoint: written aside, synced, renamed. ``content`` is builtins and tensors."""
     aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        torch.save({"format": FORMAT, **content}, aside)
+        with aside.open("wb") as file:
+            torch.save({"format": FORMAT, **content}, file)
         atomic.sync_file(aside)
         aside.replace(path)
     finally:
@@ -147,28 +148,50 @@ def publish(
     ranks: Ranks,
     *,
     step: int,
-    best: bool,
+    best_step: int,
     keep: int,
+    written: bool = False,
 ) -> None:
-    """Write ``last.pt``; where ``best``, ``best.pt`` too; keep the ``keep`` newest before it.
+    """Write ``last.pt``; at ``best_step``, ``best.pt`` too; keep the ``keep`` newest before it.
 
     Each rank writes its class centres into a folder of their own first, so that what stands is
-    whole at any instant; ``last.pt`` is of another ``step``. Centres of older checkpoints that are
-    not kept are deleted.
+    whole at any instant; ``written`` says that those of this ``step`` stand already. Centres of
+    older checkpoints that are not kept, nor the best, are deleted. All ranks call it.
+
+    Raises:
+        ConfigError: where the disk is full or closed.
     """
-    _write_centers(folder / f"{CENTERS}_{step:09d}", centers, ranks)
-    if not ranks.first:
-        return
-    named = {"centers": {"folder": f"{CENTERS}_{step:09d}", "tensors": list(centers)}}
-    write_checkpoint(folder / LAST, {**content, **named})
-    names = [BEST] if best else []
+    where = folder / f"{CENTERS}_{step:09d}"
+    failed: BaseException | None = None
+    try:
+        if not written:
+            _write_centers(where, centers, ranks)
+        if ranks.first:
+            named = {"centers": {"folder": where.name, "tensors": list(centers)}}
+            _publish(folder, {**content, **named}, step, best_step, keep)
+    except (OSError, RuntimeError, CheckpointException) as error:
+        failed = error
+    if ranks.highest(int(failed is not None)):
+        reason = str(failed or "another rank's disk").strip().splitlines()[-1]
+        raise ConfigError(
+            f"{folder}: the checkpoint of step {step} could not be written ({reason}); make "
+            "room on the disk, or open the folder to this user"
+        ) from failed
+
+
+def _publish(
+    folder: Path, content: Mapping[str, Any], step: int, best_step: int, keep: int
+) -> None:
+    write_checkpoint(folder / LAST, content)
+    names = [BEST] if step == best_step else []
     names += [f"step_{step:09d}.pt"] if keep else []
     for name in names:
         _duplicate(folder / LAST, folder / name)
     if keep:
         for old in sorted(folder.glob("step_*.pt"))[: -(keep + 1)]:
             old.unlink()
-    steps = {f"{step:09d}", *(path.stem.removeprefix("step_") for path in folder.glob("step_*.pt"))}
+    steps = {path.stem.removeprefix("step_") for path in folder.glob("step_*.pt")}
+    steps |= {f"{step:09d}", f"{best_step:09d}"}
     for old in folder.glob(f"{CENTERS}_*"):
         if old.name.removeprefix(f"{CENTERS}_") not in steps:
             shutil.rmtree(old)
@@ -221,6 +244,12 @@ def read_centers(folder: Path, centers: Mapping[str, Tensor]) -> None:
             f"{folder}: expected the class centres of the checkpoint, got {reason}; go on from "
             "another checkpoint, copied over last.pt, or train anew into another folder"
         ) from error
+
+
+def clear_leftovers(folder: Path) -> None:
+    """Remove what a kill left on its way into place."""
+    for aside in folder.glob(".*.pt.*"):
+        aside.unlink()
 
 
 def _duplicate(path: Path, name: Path) -> None:

@@ -15,6 +15,8 @@ from gkd.storage.records import Records
 MEMORY = 100
 # A healthy warm-up lifts the cross-entropy by less; a scale of 64 leaves room for far more.
 DIVERGED = 1.5
+# Cosines are bounded, and so is the cross-entropy of a run that is lost: it need not rise further.
+LONG = 2 * MEMORY
 SHOWN_KEYS = 16
 SHOWN_CLASSES = 5
 
@@ -83,21 +85,26 @@ class Divergence:
 
     first  cross-entropy of the first step
     mean   exponential mean since, over about ``MEMORY`` steps
+    above  steps in a row, after the warm-up, that left the mean above the beginning
     """
 
     first: float | None = None
     mean: float = 0.0
+    above: int = 0
 
-    def add(self, ce: float) -> None:
-        """Take the cross-entropy of one more step into account."""
+    def add(self, ce: float, *, settled: bool) -> None:
+        """Take one more step's cross-entropy into account; ``settled``: the warm-up is over."""
         if self.first is None:
             self.first = self.mean = ce
         self.mean += (ce - self.mean) / MEMORY
+        self.above = self.above + 1 if settled and self.mean > self.first else 0
 
     @property
     def found(self) -> bool:
-        """Whether the mean is above ``DIVERGED`` times the beginning."""
-        return self.first is not None and self.mean > DIVERGED * self.first
+        """Whether the mean is above ``DIVERGED`` times the beginning, or above it for long."""
+        if self.first is None:
+            return False
+        return self.mean > DIVERGED * self.first or self.above >= LONG
 
 
 def finite_weights(modules: Iterable[nn.Module]) -> bool:

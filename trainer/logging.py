@@ -25,7 +25,7 @@ class RunLog:
         path = out / METRICS
         kept = b""
         if step and path.exists():
-            kept = _up_to(path.read_bytes(), step)
+            kept = _up_to(path, step)
         write_file(path, kept)
         self._file = path.open("a")
         self._board = _tensorboard(out / "tensorboard", step)
@@ -52,11 +52,22 @@ class RunLog:
                 self._board.add_scalar(f"{group}/{name}", value, step)
 
 
-def _up_to(content: bytes, step: int) -> bytes:
-    """The whole lines whose step is at most ``step``."""
-    lines = content.splitlines(keepends=True)
+def _up_to(path: Path, step: int) -> bytes:
+    """The whole lines of a log whose step is at most ``step``."""
+
+    def is_kept(number: int, line: bytes) -> bool:
+        try:
+            return bool(json.loads(line)["step"] <= step)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(
+                f"{path}: line {number}: expected a JSON object with a step, got {line[:60]!r}; "
+                "remove the line, or the file to begin the log again"
+            ) from error
+
+    lines = path.read_bytes().splitlines(keepends=True)
     # A line cut off by a kill ends without a newline.
-    return b"".join(x for x in lines if x.endswith(b"\n") and json.loads(x)["step"] <= step)
+    whole = [line for line in lines if line.endswith(b"\n")]
+    return b"".join(line for number, line in enumerate(whole, 1) if is_kept(number, line))
 
 
 def _scalars(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, float]]:

@@ -28,7 +28,13 @@ from gkd.storage.places import require_outside_caches
 from gkd.storage.progress import progress
 from gkd.storage.records import Records
 from gkd.storage.spec import preprocess_preset
-from gkd.trainer.checkpoint import FOLDER, LAST, publish, read_checkpoint
+from gkd.trainer.checkpoint import (
+    FOLDER,
+    LAST,
+    clear_leftovers,
+    publish,
+    read_checkpoint,
+)
 from gkd.trainer.config import RunConfig, to_toml
 from gkd.trainer.data import Batch, FaceBatches, JoinedTargets, check_data, load_batches
 from gkd.trainer.evaluation import VerificationResult, evaluate, module_embed
@@ -113,6 +119,7 @@ def train(
             write_file(out / RUN, msgspec.json.format(_describe(run, records, targets, command)))
             write_file(out / CONFIG, to_toml(config).encode())
             (out / FOLDER).mkdir(exist_ok=True)
+            clear_leftovers(out / FOLDER)
         opened: AbstractContextManager[RunLog | None] = (
             RunLog(out, step=run.step) if ranks.first else nullcontext()
         )
@@ -195,19 +202,30 @@ class _Training:
         )
         # Closed here and now: workers that live on into the interpreter's end would block it.
         with closing(batches):
-            while run.step < run.plans.total_steps:
-                self._rest_of_epoch(batches)
-                improved = self._evaluate() if self._evaluation_due() else False
-                if run.step == run.plans.total_steps:
-                    # Before the last checkpoint: an interrupted end comes by here again.
-                    fit = run.fit.summary(self.records)
-                    if run.ranks.first:
-                        found = list(self.results.values()), dataset.targets, fit
-                        write_findings(self.out, gather(run.step, *found))
-                if improved or self._checkpoint_due():
-                    self._save(best=improved)
+            while run.step < run.plans.total_steps or self._evaluation_due():
+                if not self._evaluation_due():
+                    self._rest_of_epoch(batches)
+                    self._find(dataset.targets)
+                    if self._checkpoint_due():
+                        self._save()
+                # After the checkpoint: whoever is killed here goes on with the evaluation.
+                if self._evaluation_due() and not self.stop.agreed:
+                    improved = self._evaluate()
+                    self._find(dataset.targets)
+                    if improved or run.saved == run.step:
+                        self._save(again=True)
                 if self.stop.agreed:
                     self._leave()
+
+    def _find(self, targets: JoinedTargets | None) -> None:
+        """Write the findings where the training has ended, before its last checkpoint does."""
+        run = self.run
+        if run.step < run.plans.total_steps or self._evaluation_due():
+            return
+        fit = run.fit.summary(self.records)
+        if run.ranks.first:
+            results = list(self.results.values())
+            write_findings(self.out, gather(run.step, results, targets, fit))
 
     def _rest_of_epoch(self, batches: Iterator[Batch]) -> None:
         """Steps up to the next epoch, checkpoint within the epoch, or signal."""
@@ -243,7 +261,7 @@ class _Training:
                     window = _Window(time.perf_counter())
                 advance(size, note)
                 if run.step % steps and self._checkpoint_due():
-                    self._save(best=False)
+                    self._save()
 
     def _next(self, batches: Iterator[Batch]) -> Batch | None:
         """The next batch; None where any rank was asked to end."""
@@ -267,6 +285,7 @@ class _Training:
         last = run.step == run.plans.total_steps
         return (
             not rest
+            and run.evaluated < run.step
             and bool(self.sets)
             and (last or epoch % run.config.evaluation.every_epochs == 0)
         )
@@ -281,6 +300,9 @@ class _Training:
         run = self.run
         improved = self._evaluate_here() if run.ranks.first else False
         improved, run.accuracy, run.best = run.ranks.of_first((improved, run.accuracy, run.best))
+        run.evaluated = run.step
+        if improved:
+            run.best_step = run.step
         return improved
 
     def _evaluate_here(self) -> bool:
@@ -297,35 +319,38 @@ class _Training:
         run.best = mean if improved else run.best
         return improved
 
-    def _save(self, *, best: bool) -> None:
+    def _save(self, *, again: bool = False) -> None:
+        """Write a checkpoint where none stands of this step, or ``again`` with the evaluation."""
         run = self.run
-        if run.saved == run.step:
+        if run.saved == run.step and not again:
             return
         if run.ranks.highest(int(not finite_weights((run.model, run.head)))):
-            raise GkdError(
+            run.ranks.fail(
                 f"after step {run.step} the weights are not finite, so no checkpoint of them "
                 f"was written; what stands in {self.out / FOLDER} is from before: begin again in "
                 "another folder with a lower optimizer.lr or more schedule.warmup_epochs"
             )
-        publish(
-            self.out / FOLDER,
-            run.state(),
-            run.centers(),
-            run.ranks,
-            step=run.step,
-            best=best,
-            keep=run.config.checkpoint.keep,
-        )
+        try:
+            publish(
+                self.out / FOLDER,
+                run.state(),
+                run.centers(),
+                run.ranks,
+                step=run.step,
+                best_step=run.best_step,
+                keep=run.config.checkpoint.keep,
+                written=run.saved == run.step,
+            )
+        except ConfigError as error:
+            run.ranks.fail(f"{error}; run the same command again to go on from the last checkpoint")
         run.saved = run.step
 
     def _leave(self) -> None:
         """Write a checkpoint, and say how to go on."""
         if self.run.step == self.run.plans.total_steps:
             return
-        self._save(best=False)
-        if not self.run.ranks.first:
-            raise SystemExit(1)
-        raise GkdError(
+        self._save()
+        self.run.ranks.fail(
             f"stopped by {self.stop.received or 'another rank'} after step {self.run.step} of "
             f"{self.run.plans.total_steps}; a checkpoint stands in {self.out / FOLDER}: run the "
             "same command again to go on"

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Literal, TypeVar
+from typing import Literal, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,7 +16,7 @@ from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
-from gkd.storage.errors import ConfigError
+from gkd.storage.errors import ConfigError, GkdError
 
 T = TypeVar("T")
 Hook = Literal["float32", "float16", "bfloat16"]
@@ -80,6 +80,10 @@ class Ranks:
         parts = [torch.empty_like(part) for _ in range(self.world_size)]
         dist.all_gather(parts, part)
         return torch.cat(parts)
+
+    def fail(self, message: str) -> NoReturn:
+        """End all ranks, which all call it: the first says why."""
+        raise GkdError(message) if self.first else SystemExit(1)
 
     def of_first(self, value: T) -> T:
         """The first rank's value, a plain object."""

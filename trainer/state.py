@@ -12,7 +12,7 @@ import msgspec
 import torch
 from torch import Tensor, nn
 
-from gkd.storage.errors import ConfigError, GkdError
+from gkd.storage.errors import ConfigError
 from gkd.storage.records import Records
 from gkd.trainer.checkpoint import Identity, read_centers, require_same_run, student_backbone
 from gkd.trainer.config import RunConfig
@@ -39,6 +39,7 @@ class RunState:
     skipped_in_a_row  how many of these were the last ones
     last_skipped      the last of them
     saved             the step of the last checkpoint
+    evaluated         the step of the last evaluation, and ``best_step`` that of the best
 
     ``forward`` is ``model`` as all ranks run it; ``head`` holds this rank's class centres.
     """
@@ -64,6 +65,8 @@ class RunState:
     last_skipped: SkippedStep | None = None
     divergence: Divergence = field(default_factory=Divergence)
     best: float | None = None
+    best_step: int = -1
+    evaluated: int = 0
     accuracy: dict[str, float] = field(default_factory=dict)
 
     @classmethod
@@ -151,8 +154,10 @@ class RunState:
             "identity": list(self.identity),
             "step": self.step,
             "skipped": [self.skipped, self.skipped_in_a_row],
-            "divergence": [self.divergence.first, self.divergence.mean],
+            "divergence": [self.divergence.first, self.divergence.mean, self.divergence.above],
             "best": self.best,
+            "best_step": self.best_step,
+            "evaluated": self.evaluated,
             "accuracy": self.accuracy,
             "rng": {
                 "cpu": torch.get_rng_state(),
@@ -214,6 +219,7 @@ class RunState:
         if self.device.type == "cuda" and state["rng"]["cuda"] is not None:
             torch.cuda.set_rng_state(state["rng"]["cuda"], self.device)
         self.step, self.best, self.accuracy = state["step"], state["best"], state["accuracy"]
+        self.best_step, self.evaluated = state["best_step"], state["evaluated"]
         self.saved = self.step
         self.skipped, self.skipped_in_a_row = state["skipped"]
         self.divergence = Divergence(*state["divergence"])
@@ -315,11 +321,12 @@ class RunState:
         self.kept.put_back()
         self.skipped += 1
         self.skipped_in_a_row += 1
-        keys = tuple(records.key(row) for row in batch.rows.tolist())
+        rows = self.ranks.gather(batch.rows.to(self.device)).tolist()
+        keys = tuple(records.key(row) for row in rows)
         self.last_skipped = SkippedStep(self.step, parts, keys)
         if self.skipped_in_a_row < self.config.train.max_skipped:
             return
-        raise GkdError(
+        self.ranks.fail(
             f"the loss or the gradients were not finite in {self.skipped_in_a_row} steps in a row "
             f"(train.max_skipped), at a learning rate of {self._lr:g}; the last was "
             f"{self.last_skipped} of {records.path}; the last checkpoint stands as it was: begin "
@@ -329,9 +336,10 @@ class RunState:
 
     def _judge(self, ce: float) -> None:
         """Stop a training whose cross-entropy stays far above where it began."""
-        self.divergence.add(ce)
+        warmup = self.config.schedule.warmup_epochs * self.plans.steps_per_epoch
+        self.divergence.add(ce, settled=self.step > warmup)
         if self.divergence.found:
-            raise GkdError(
+            self.ranks.fail(
                 f"the training diverges: at step {self.step} of {self.plans.total_steps} the "
                 f"cross-entropy's running mean is {self.divergence.mean:.4g}, it began at "
                 f"{self.divergence.first:.4g}; the learning rate is {self._lr:g}: begin again in "

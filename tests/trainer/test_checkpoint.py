@@ -50,13 +50,14 @@ def test_a_run_folder_means_its_best_checkpoint_else_its_last(tmp_path: Path) ->
     folder = tmp_path / "checkpoints"
     folder.mkdir()
     first, second = content(0.25), content(0.75)
-    publish(folder, first, CENTERS, ALONE, step=1, best=False, keep=0)
+    publish(folder, first, CENTERS, ALONE, step=1, best_step=-1, keep=0)
     assert next(load_student(tmp_path).backbone.parameters()).unique().item() == 0.25
-    publish(folder, second, CENTERS, ALONE, step=2, best=True, keep=0)
-    publish(folder, first, CENTERS, ALONE, step=3, best=False, keep=0)
+    publish(folder, second, CENTERS, ALONE, step=2, best_step=2, keep=0)
+    publish(folder, first, CENTERS, ALONE, step=3, best_step=2, keep=0)
     assert next(load_student(tmp_path).backbone.parameters()).unique().item() == 0.75
     assert sorted(path.name for path in folder.iterdir()) == [
         "best.pt",
+        "centers_000000002",
         "centers_000000003",
         "last.pt",
     ]
@@ -64,7 +65,7 @@ def test_a_run_folder_means_its_best_checkpoint_else_its_last(tmp_path: Path) ->
 
 def test_older_checkpoints_are_kept_as_asked(tmp_path: Path) -> None:
     for step in (5, 10, 15, 20):
-        publish(tmp_path, content(step=step), CENTERS, ALONE, step=step, best=False, keep=2)
+        publish(tmp_path, content(step=step), CENTERS, ALONE, step=step, best_step=-1, keep=2)
     centers = sorted(path.name for path in tmp_path.glob("centers_*"))
     assert centers == [f"centers_{step:09d}" for step in (10, 15, 20)]
     names = sorted(path.name for path in tmp_path.glob("*.pt"))
@@ -80,7 +81,7 @@ def test_where_links_are_not_known_a_copy_is_made(
         raise OSError("no links here")
 
     monkeypatch.setattr(os, "link", no_links)
-    publish(tmp_path, content(step=1), CENTERS, ALONE, step=1, best=True, keep=0)
+    publish(tmp_path, content(step=1), CENTERS, ALONE, step=1, best_step=1, keep=0)
     assert read_checkpoint(tmp_path / "best.pt")["step"] == 1
 
 

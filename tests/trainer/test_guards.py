@@ -16,7 +16,7 @@ from gkd.storage.records import open_records
 from gkd.storage.rows import Subset
 from gkd.trainer.checkpoint import publish, read_checkpoint
 from gkd.trainer.data import Batch, FaceBatches, load_batches
-from gkd.trainer.guards import DIVERGED, Divergence, finite_weights
+from gkd.trainer.guards import DIVERGED, LONG, Divergence, finite_weights
 from gkd.trainer.loop import train
 from gkd.trainer.ranks import ALONE
 from gkd.trainer.state import RunState
@@ -159,14 +159,29 @@ def test_a_rate_too_high_is_called_divergence(faces: Path, tmp_path: Path) -> No
 def test_a_short_peak_is_no_divergence() -> None:
     watch = Divergence()
     for ce in [40.0, *([100.0] * 20), *([35.0] * 500)]:
-        watch.add(ce)
+        watch.add(ce, settled=False)
         assert not watch.found
     # Mean m after n more steps at 90 from 35: 90 - 55 * 0.99^n > 60 first at n = 61.
     steps = 0
     while not watch.found:
-        watch.add(90.0)
+        watch.add(90.0, settled=False)
         steps += 1
     assert steps == 61
+
+
+def test_a_loss_that_stays_above_its_beginning_is_a_divergence() -> None:
+    """Cosines bound the cross-entropy of a lost run; a warm-up may lift it for a while."""
+    watch = Divergence()
+    for _ in range(1000):
+        watch.add(45.0 if watch.first is None else 55.0, settled=False)
+        assert not watch.found
+    for step in range(LONG):
+        assert not watch.found, step
+        watch.add(55.0, settled=True)
+    assert watch.found
+    for ce in [30.0] * 200:
+        watch.add(ce, settled=True)
+    assert not watch.found
 
 
 def test_counts_outlive_an_interruption(faces: Path, tmp_path: Path) -> None:
@@ -176,7 +191,7 @@ def test_counts_outlive_an_interruption(faces: Path, tmp_path: Path) -> None:
     for _ in range(3):
         state.take_step(next(batches), records)
     again = RunState.build(state.config, records, targets)
-    publish(tmp_path, state.state(), state.centers(), ALONE, step=3, best=False, keep=0)
+    publish(tmp_path, state.state(), state.centers(), ALONE, step=3, best_step=-1, keep=0)
     again.restore(read_checkpoint(tmp_path / "last.pt"), tmp_path / "last.pt")
     assert (again.step, again.skipped, again.skipped_in_a_row) == (3, 3, 3)
     assert again.divergence == state.divergence

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -27,6 +28,7 @@ from gkd.trainer import loop
 from gkd.trainer.checkpoint import load_student, read_checkpoint
 from gkd.trainer.config import load_config
 from gkd.trainer.data import FaceBatches, load_batches
+from gkd.trainer.evaluation import evaluate
 from gkd.trainer.loop import train
 from gkd.trainer.losses import GroupTargets
 from gkd.trainer.plans import BatchPlan
@@ -263,6 +265,76 @@ def test_killed_and_resumed_it_ends_in_the_same_bits(
     run(faces, out, *overrides)
     assert_same_end(out, tmp_path / "whole")
     assert losses(out) == losses(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("ends", [1, 3])
+def test_cut_off_in_an_evaluation_it_goes_on_with_the_evaluation(
+    faces: Path, tmp_path: Path, unbroken: Path, monkeypatch: pytest.MonkeyPatch, ends: int
+) -> None:
+    """At the end of an epoch in between, and at the last: the steps before are not lost."""
+    sets = f'evaluation.sets=["{faces}/pairs.bin"]'
+    done = 0
+
+    def cut_off(*given: Any) -> Any:
+        nonlocal done
+        done += 1
+        if done == ends:
+            raise MemoryError
+        return evaluate(*given)
+
+    monkeypatch.setattr(loop, "evaluate", cut_off)
+    with pytest.raises(MemoryError):
+        run(faces, tmp_path / "out", sets)
+    assert read_checkpoint(tmp_path / "out" / LAST)["step"] == 5 * ends
+    run(faces, tmp_path / "out", sets)
+    assert_same_end(tmp_path / "out", unbroken)
+    told = [[x for x in lines(out) if "accuracy" in x] for out in (tmp_path / "out", unbroken)]
+    assert told[0] == told[1]
+
+
+def test_the_best_checkpoint_can_be_gone_on_with(faces: Path, tmp_path: Path) -> None:
+    out, sets = tmp_path / "out", f'evaluation.sets=["{faces}/pairs.bin"]'
+    run(faces, out, sets, "train.epochs=4")
+    best = read_checkpoint(out / "checkpoints/best.pt")
+    assert best["step"] == best["best_step"]
+    assert (out / "checkpoints" / best["centers"]["folder"]).is_dir()
+    whole = losses(out)
+    shutil.copy(out / "checkpoints/best.pt", out / LAST)
+    run(faces, out, sets, "train.epochs=4")
+    assert losses(out) == whole
+
+
+def test_what_a_kill_left_of_a_checkpoint_is_cleared_away(faces: Path, tmp_path: Path) -> None:
+    run(faces, tmp_path / "out", "train.epochs=1")
+    left = tmp_path / "out/checkpoints/.last.pt.0123456789abcdef0123456789abcdef"
+    left.write_bytes(b"half of one")
+    run(faces, tmp_path / "out", "train.epochs=1")
+    assert not left.exists()
+
+
+def test_a_log_that_is_none_is_refused_by_its_line(faces: Path, tmp_path: Path) -> None:
+    run(faces, tmp_path / "out", "train.epochs=1")
+    with (tmp_path / "out/metrics.jsonl").open("a") as log:
+        log.write("junk\n")
+    with pytest.raises(ConfigError, match=r"metrics\.jsonl: line 6: expected a JSON object"):
+        run(faces, tmp_path / "out", "train.epochs=1")
+
+
+def test_a_disk_that_takes_no_checkpoint_is_told_and_no_half_of_one_stays(
+    faces: Path, tmp_path: Path
+) -> None:
+    """A process whose files may have 100 kB; a checkpoint has more."""
+    stopped = subprocess.run(
+        [sys.executable, "-m", "tests.trainer.faces", faces, tmp_path / "full"],
+        cwd=ROOT,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)),
+        capture_output=True,
+        text=True,
+    )
+    assert stopped.returncode == 1
+    assert "the checkpoint of step 5 could not be written" in stopped.stderr
+    assert "run the same command again" in stopped.stderr
+    assert not list((tmp_path / "full/checkpoints").glob("*.pt*"))
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
