@@ -118,8 +118,13 @@ def emit(value: Any, as_json: bool) -> None:
 
 def _words(value: Any) -> str:
     match value:
-        case bool() | str() | None:
+        case bool() | None:
             return str(value)
+        case str():
+            # A cache's names are a stranger's: they may not steer the terminal.
+            return "".join(
+                each if each.isprintable() else "\N{REPLACEMENT CHARACTER}" for each in value
+            )
         case int():
             return f"{value:,}"
         case float():

@@ -123,7 +123,8 @@ def _partition(
         return _partition_rows(logits.rows(block), settings, numbers[block], chunk)
 
     threads = torch.get_num_threads()
-    if min(threads, len(blocks)) == 1:
+    # Even one block is a single thread's: products of several threads differ in the last bits.
+    if threads == 1:
         return _join(list(map(work, blocks)))
     try:
         with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:

@@ -11,6 +11,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from gkd.storage import atomic, layout
@@ -25,6 +26,10 @@ DIGEST_BYTES = 16
 MAX_METADATA_BYTES = 1 << 20
 # Where a file stands: of a cache on disk, or at an address (gkd.storage.remote).
 Place = Path | str
+# Of a record's key: a path's length twice; of a sample's whole row, unpacked.
+_MOST_KEY_BYTES = 8192
+_MOST_ROW_BYTES = _MOST_KEY_BYTES + 1024
+_MOST_BATCH_BYTES = 1 << 28
 _SAMPLES_SCHEMA = pa.schema(
     [
         ("row", pa.int64()),
@@ -247,10 +252,14 @@ class Cache:
             _corrupt(path, "its sha256 is not the one in its commit record")
         try:
             with pq.ParquetFile(pa.BufferReader(content)) as file:
-                if file.metadata.num_rows != len(rows) or file.schema_arrow != _SAMPLES_SCHEMA:
+                told = file.metadata
+                if told.num_rows != len(rows) or file.schema_arrow != _SAMPLES_SCHEMA:
                     _corrupt(path, f"expected {len(rows)} rows of {_SAMPLES_SCHEMA.names}")
-                table = file.read()
-                table.validate(full=True)
+                size = sum(told.row_group(i).total_byte_size for i in range(told.num_row_groups))
+                if size > len(rows) * _MOST_ROW_BYTES:
+                    _corrupt(path, f"{size:,} bytes unpacked for {len(rows):,} samples")
+                table = _unpack(path, file, size)
+            table.validate(full=True)
         except (pa.ArrowException, OSError) as error:
             _corrupt(path, f"it cannot be decoded ({error})", error)
         if not np.array_equal(table["row"].to_numpy(), np.arange(rows.start, rows.stop)):
@@ -436,6 +445,22 @@ def _incomplete(path: Path, spec: CacheSpec) -> str:
         f"{path}: {written} of {spec.num_shards} shards are written and {layout.MANIFEST} is not; "
         "run the same `gkd cache-teacher` or `gkd targets pull` again to go on"
     )
+
+
+def _unpack(path: Path, file: pq.ParquetFile, size: int) -> pa.Table:
+    """A table of samples of ``size`` bytes, its keys looked at before many are written out.
+
+    Neighbouring keys share what they begin with, so few bytes may mean many; none is longer than
+    all bytes together.
+    """
+    rows = max(1, _MOST_BATCH_BYTES // max(size, 1))
+    batches = []
+    for batch in file.iter_batches(batch_size=rows):
+        longest = pc.max(pc.binary_length(batch["key"])).as_py() or 0
+        if longest > _MOST_KEY_BYTES:
+            _corrupt(path, f"a record key of {longest:,} bytes")
+        batches.append(batch)
+    return pa.Table.from_batches(batches, _SAMPLES_SCHEMA)
 
 
 def _corrupt(place: Place, what: str, cause: BaseException | None = None) -> NoReturn:

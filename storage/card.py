@@ -84,7 +84,7 @@ def card_text(
         licence.strip() if licence else _NO_LICENCE,
         _BESIDES,
         _USE,
-        f"    pip install gkd\n    gkd targets pull ADDRESS {name}.gkd{_training(spec, name)}",
+        f"    gkd targets pull ADDRESS {name}.gkd{_training(spec, name)}",
         views_note(spec),
         "ADDRESS is where this file is, RECORDS your copy of the data set: in any order and "
         "packing, as long as its encoded images are the same bytes. `gkd targets verify "

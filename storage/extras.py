@@ -17,5 +17,6 @@ def require(module: str, extra: str) -> Any:
     except ImportError as error:
         package = module.partition(".")[0]
         raise ConfigError(
-            f"{package} cannot be imported ({error}); install it with: pip install 'gkd[{extra}]'"
+            f"{package} cannot be imported ({error}); install it in the checkout of gkd with: pip "
+            f"install '.[{extra}]'"
         ) from error

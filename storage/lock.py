@@ -94,6 +94,7 @@ class WriteLock:
         self._path = self.folder / f"{uuid.uuid4().hex}.json"
         self._signs = _Signs()
         self._met: set[int] = set()
+        self._lost: set[int] = set()
         self._entered = 0.0
         self._leaving = threading.Event()
         self._beating = threading.Thread(target=self._beat, name="lock", daemon=True)
@@ -146,17 +147,30 @@ class WriteLock:
         while any(state != "dead" for _, _, state in self._others()):
             time.sleep(POLL_SECONDS)
 
-    def _missing(self) -> str:
-        here: dict[int, Holder] = {}
+    def _look(self) -> set[int]:
+        """Ranks that are not dead; remembers who was met alive, and who of this machine died.
+
+        Its dead of earlier runs were cleared away on entering. Another machine's may be left.
+        """
+        here: set[int] = set()
         for _, holder, state in self._others():
-            if holder is not None and state != "dead":
-                here[holder.rank] = holder
-                if state == "alive":
-                    self._met.add(holder.rank)
+            if holder is None:
+                continue
+            if state == "dead":
+                if holder.machine == _machine():
+                    self._lost.add(holder.rank)
+                continue
+            here.add(holder.rank)
+            if state == "alive":
+                self._met.add(holder.rank)
+        return here
+
+    def _missing(self) -> str:
+        here = self._look()
         for rank in range(self.world_size):
             if rank == self.rank or rank in here:
                 continue
-            if rank in self._met:
+            if rank in self._met or rank in self._lost:
                 return f"rank {rank} of {self.world_size} ended before all was written"
             if time.monotonic() - self._entered > ARRIVAL_SECONDS:
                 return (
@@ -195,7 +209,8 @@ class WriteLock:
                 if state == "alive":
                     raise ConfigError(
                         f"{self.target}: another run is writing it: {holder}; wait for its end or "
-                        f"stop it, and run again to go on (it shows itself by {path})"
+                        f"stop it, and run again to go on (it shows itself by {path}; where its "
+                        "host is gone for good, remove that file)"
                     )
                 unclear.append(holder)
         return unclear
@@ -241,6 +256,8 @@ class WriteLock:
         while not self._leaving.wait(BEAT_SECONDS):
             try:
                 os.utime(self._path)
+                # Who comes and goes before this process waits for anybody is seen here.
+                self._look()
             except OSError:
                 # Whether the file still stands is what `check` asks; a server may be away a while.
                 continue

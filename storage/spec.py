@@ -11,6 +11,7 @@ from gkd.storage.errors import ConfigError
 
 FORMAT = 1
 MAX_GROUP = 65535
+MOST_SHARD_NUMBERS = 1 << 26  # of a shard and view beside the entries, in one chunk
 View = Literal["original", "flipped"]
 VIEWS: tuple[View, ...] = ("original", "flipped")
 LabelOrder = Literal["recordio", "natural", "plain"]
@@ -140,11 +141,16 @@ class CacheSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
             ConfigError: naming the field, what it must be and what it is.
         """
         positive = "a positive finite number"
+        draws = self.draws.count if self.draws else 0
         rules: dict[str, tuple[str, bool]] = {
             "format": (f"{FORMAT}, the format of this version of gkd", self.format == FORMAT),
             "num_samples": ("1 or more", self.num_samples >= 1),
             "num_classes": ("1 to 2^32", 1 <= self.num_classes <= 2**32),
-            "shard_samples": ("1 to 2^24", 1 <= self.shard_samples <= 2**24),
+            "shard_samples": (
+                "1 to 2^24, times temperatures or draws at most 2^26",
+                1 <= self.shard_samples <= 2**24
+                and self.shard_samples * max(len(self.temperatures), draws) <= MOST_SHARD_NUMBERS,
+            ),
             "max_group": ("1 to 65535", 1 <= self.max_group <= MAX_GROUP),
             "threshold": ("0 to 1", 0 <= self.threshold <= 1),
             "group_temperature": (positive, _positive(self.group_temperature)),

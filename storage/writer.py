@@ -69,7 +69,8 @@ class CacheWriter:
     def pending(self, rank: int = 0, world_size: int = 1) -> list[int]:
         """Shards that ``rank`` has still to write, ascending.
 
-        One whose commit record is damaged is to be written again.
+        One whose commit record is damaged, or whose files are not there with their sizes, is to be
+        written again.
         """
         # By number, not by place in the list of what is left: ranks list at different times.
         return [
@@ -175,12 +176,16 @@ class CacheWriter:
         if not (self.path / layout.commit_file(shard)).exists():
             return False
         try:
-            read_commit(self.path, self.spec, shard)
+            commit = read_commit(self.path, self.spec, shard)
         except CorruptShardError:
             return False
-        return True
+        return all(
+            (self.path / file).is_file() and (self.path / file).stat().st_size == record.bytes
+            for file, record in commit.files.items()
+        )
 
     def _delete_leftovers(self, shard: int) -> None:
+        (self.path / layout.commit_file(shard)).unlink(missing_ok=True)
         for view in self.spec.views:
             for array in layout.arrays(self.spec, view).values():
                 shutil.rmtree(self.path / array.path / "c" / str(shard), ignore_errors=True)

@@ -16,6 +16,7 @@ import torch
 from click.testing import CliRunner, Result
 
 from gkd.cli import main
+from gkd.commands.shared import emit
 from gkd.storage.records import open_records
 from gkd.storage.synthetic import draw_faces, draw_pairs
 from gkd.trainer.backbones import build_backbone
@@ -405,7 +406,7 @@ def test_a_plot_that_cannot_be_drawn_is_told_before_the_work(
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     told = fails("evaluate", "no.pt", home / "others.bin", "--plot", tmp_path / "x.png")
-    assert "pip install 'gkd[plot]'" in told
+    assert "pip install '.[plot]'" in told
 
 
 def test_wrong_usage_is_exit_code_2(home: Path) -> None:
@@ -428,3 +429,10 @@ def test_an_interrupted_training_goes_on(
         assert "run the same command again to go on" in process.stderr.read()
     assert process.returncode == 1
     assert (tmp_path / "run" / "checkpoints" / "last.pt").exists()
+
+
+def test_names_of_strangers_do_not_steer_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    emit({"teacher": "r50\x1b[2J\x07", "names": ["a\x1b]0;b"]}, False)
+    printed = capsys.readouterr().out
+    assert "r50" in printed
+    assert all(letter.isprintable() or letter == "\n" for letter in printed)

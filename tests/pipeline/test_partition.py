@@ -270,12 +270,14 @@ def test_chunk_size_does_not_decide_the_groups() -> None:
         np.testing.assert_array_equal(other.targets.offsets, whole.targets.offsets)
 
 
-def test_the_number_of_threads_does_not_decide_a_bit() -> None:
+@pytest.mark.parametrize("batch", [5, 11, 200])
+def test_the_number_of_threads_does_not_decide_a_bit(batch: int) -> None:
+    """Of one block of rows neither."""
     rng = np.random.default_rng(5)
     centers = rng.normal(size=(6000, 32)).astype(np.float32)
     centers /= np.linalg.norm(centers, axis=1, keepdims=True)
-    embeddings = torch.from_numpy(rng.normal(size=(200, 32)).astype(np.float32))
-    labels = torch.from_numpy(rng.integers(0, 6000, 200))
+    embeddings = torch.from_numpy(rng.normal(size=(batch, 32)).astype(np.float32))
+    labels = torch.from_numpy(rng.integers(0, 6000, batch))
     threads = torch.get_num_threads()
     results = []
     try:

@@ -7,6 +7,7 @@ from typing import Any
 
 import google_crc32c
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -352,6 +353,22 @@ def test_a_file_shorter_than_its_index_is_refused(cache: Cache) -> None:
     rehash(cache.path)
     with pytest.raises(CorruptShardError, match="5 bytes, fewer than the 20 of its index"):
         Cache.open(cache.path).read_shard(0, "original")
+
+
+@pytest.mark.parametrize(
+    ("length", "message"),
+    [(20_000_000, "bytes unpacked for 40 samples"), (200_000, "a record key of 200,000 bytes")],
+)
+def test_a_bomb_in_a_table_of_samples_is_refused(cache: Cache, length: int, message: str) -> None:
+    """Few bytes on disk, one entry of the dictionary, and each row would be a copy of it."""
+    path = cache.path / "samples/000000.parquet"
+    table = pq.read_table(path)
+    table = table.set_column(1, table.schema.field("key"), pa.array(["k" * length] * 40))
+    pq.write_table(table, path, compression="zstd")
+    assert path.stat().st_size < 20_000
+    rehash(cache.path)
+    with pytest.raises(CorruptShardError, match=message):
+        Cache.open(cache.path).read_samples(0)
 
 
 def test_another_table_of_samples_is_refused(cache: Cache) -> None:

@@ -31,5 +31,5 @@ def test_the_docstring_draws_the_tree() -> None:
 
 
 def test_a_missing_extra_is_named() -> None:
-    with pytest.raises(errors.ConfigError, match=r"no_such_module.*pip install 'gkd\[plot\]'"):
+    with pytest.raises(errors.ConfigError, match=r"no_such_module.*pip install '\.\[plot\]'"):
         extras.require("no_such_module.part", "plot")

@@ -192,6 +192,18 @@ def test_waiting_ends_with_an_error_when_a_rank_dies(target: Path, quick: None) 
         kill.join()
 
 
+def test_a_rank_that_died_before_anybody_waited_for_it_is_missed(
+    target: Path, quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At once, not after the time that a rank has to come."""
+    monkeypatch.setattr(lock, "ARRIVAL_SECONDS", 1e9)
+    with WriteLock(target, 0, 2) as held:
+        with another_process(target, 1, 2) as pid:
+            os.kill(pid, signal.SIGKILL)
+        with pytest.raises(IncompleteCacheError, match="rank 1 of 2 ended"):
+            held.wait_for(lambda: False)
+
+
 def test_waiting_ends_with_an_error_when_a_rank_on_another_machine_falls_silent(
     target: Path, quick: None
 ) -> None:

@@ -20,7 +20,7 @@ def test_a_spec_survives_json() -> None:
         ("format", 2, "format: expected 1, .* got 2"),
         ("num_samples", 0, "num_samples: expected 1 or more, got 0"),
         ("num_classes", 2**32 + 1, "num_classes: expected 1 to 2\\^32, got 4294967297"),
-        ("shard_samples", 0, "shard_samples: expected 1 to 2\\^24, got 0"),
+        ("shard_samples", 0, "shard_samples: expected 1 to 2\\^24, .*, got 0"),
         ("max_group", 65536, "max_group: expected 1 to 65535, got 65536"),
         ("threshold", 1.5, "threshold: expected 0 to 1, got 1.5"),
         ("group_temperature", 0.0, "group_temperature: expected a positive .* got 0.0"),
@@ -31,6 +31,7 @@ def test_a_spec_survives_json() -> None:
         ("margin", float("nan"), "margin: expected a finite number, got nan"),
         ("views", ("flipped", "original"), "views: expected original, flipped or both"),
         ("draws", DrawsSpec(0, 1.0, "all"), "draws: expected 1 or more draws"),
+        ("draws", DrawsSpec(1 << 24, 1.0, "all"), "times temperatures or draws at most"),
     ],
 )
 def test_numbers_that_the_format_cannot_hold_are_refused(

@@ -170,6 +170,23 @@ def test_a_shard_whose_commit_record_is_damaged_is_written_again(
     assert writer.finish() == cache.id
 
 
+@pytest.mark.parametrize("damage", ["cut", "longer", "gone"])
+def test_a_shard_whose_files_are_not_there_is_written_again(tmp_path: Path, damage: str) -> None:
+    """Before the manifest vouches for them."""
+    cache = make_cache(tmp_path / "c")
+    (cache.path / "manifest.json").unlink()
+    path = cache.path / "original/indices/c/1/0"
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] if damage == "cut" else content + b"x")
+    if damage == "gone":
+        path.unlink()
+    writer = CacheWriter(cache.path, cache.spec)
+    assert writer.pending() == [1]
+    write_shard(writer, 1)
+    assert writer.finish() == cache.id
+    assert path.read_bytes() == content
+
+
 def test_the_record_of_another_shard_is_no_commit(tmp_path: Path) -> None:
     cache = make_cache(tmp_path / "c")
     commits = cache.path / "commits"

@@ -275,7 +275,7 @@ def test_plot_is_an_image(tmp_path: Path) -> None:
 
 def test_plot_names_the_missing_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
-    with pytest.raises(ConfigError, match=r"pip install 'gkd\[plot\]'"):
+    with pytest.raises(ConfigError, match=r"pip install '\.\[plot\]'"):
         plot_roc([], tmp_path / "roc.png")
 
 

@@ -515,5 +515,5 @@ def test_without_tensorboard_it_is_said_and_trains(
 ) -> None:
     monkeypatch.setitem(sys.modules, "tensorboard", None)
     run(faces, tmp_path / "out", "train.epochs=1")
-    assert capsys.readouterr().err.count("pip install 'gkd[tensorboard]'") == 1
+    assert capsys.readouterr().err.count("pip install '.[tensorboard]'") == 1
     assert not (tmp_path / "out/tensorboard").exists()

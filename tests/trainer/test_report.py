@@ -282,7 +282,7 @@ def test_without_matplotlib_it_stands(
     page = parsed(write_report(tmp_path / "run").parent)
     assert page.images() == []
     assert page.tables == parsed(finished).tables
-    assert "pip install 'gkd[plot]'" in page.text
+    assert "pip install '.[plot]'" in page.text
     assert f"gkd report {tmp_path / 'run'}" in page.text
 
 
