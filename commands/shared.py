@@ -105,6 +105,11 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def world_size() -> int:
+    """How many processes torchrun started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def emit(value: Any, as_json: bool) -> None:
     """Print a result: one JSON object, or a line a field."""
     fields = msgspec.to_builtins(value, str_keys=True, enc_hook=str)

@@ -25,10 +25,13 @@ from gkd.commands.shared import (
     rank,
     sort_option,
     workers_option,
+    world_size,
 )
 
 if TYPE_CHECKING:
     from gkd.pipeline.teacher import Precision
+    from gkd.storage.records import Records
+    from gkd.trainer.data import JoinedTargets, Order
     from gkd.trainer.dry_run import DryRun
 
 NO_TARGETS = Path("-")
@@ -190,6 +193,7 @@ def train_student(
     """
     from gkd.storage.cache import Cache
     from gkd.storage.records import open_records
+    from gkd.trainer.compiling import require_compiler
     from gkd.trainer.config import load_config
     from gkd.trainer.data import join_targets
     from gkd.trainer.devices import choose_device
@@ -201,32 +205,50 @@ def train_student(
     chosen = [f"student.name={student}"] if student else []
     chosen += ["kd.enabled=false"] if without_kd else []
     run = load_config(config, [*settings, *chosen])
-    records = open_records(source, sort=sort)
-    joined = None
-    if path != NO_TARGETS:
+
+    def load(order: "Order") -> "tuple[Records, JoinedTargets | None]":
+        records = open_records(source, sort=sort)
+        if path == NO_TARGETS:
+            return records, None
         # Without distillation as well: both runs leave out what the cache left out.
         records, joined = join_targets(
             records,
             Cache.open(path),
             workers=os.cpu_count() or 1,
             drop_unmatched=drop_unmatched,
-            # Where no target is read, none need be made ready.
-            order=run.data.order if run.kd.enabled and not dry else "blocks",
+            order=order,
         )
         if joined.unmatched and rank() == 0:
-            click.echo(
-                f"{joined.unmatched:,} images without targets are left out, {len(records):,} stay",
-                err=True,
-            )
+            left = f"{joined.unmatched:,} images without targets are left out"
+            click.echo(f"{left}, {len(records):,} stay", err=True)
+        return records, joined
+
     if dry:
-        emit_dry_run(dry_run(run, records, joined), as_json)
+        if rank() == 0:
+            emit_dry_run(dry_run(run, *load("blocks"), world_size=world_size()), as_json)
         return
-    with joined_ranks(choose_device(run.train.device).type) as ranks:
-        command = ["gkd", *sys.argv[1:]]
-        summary = train(run, records, joined, out, command=command, ranks=ranks)
+    device = choose_device(run.train.device)
+    # Before the data is made ready, which may take one node far longer than another.
+    with joined_ranks(device.type) as ranks:
+        if run.train.compile:
+            require_compiler(device)
+        # Where no target is read, none need be made ready.
+        records, joined = load(run.data.order if run.kd.enabled else "blocks")
+        summary = train(run, records, joined, out, command=own_command(), ranks=ranks)
     if ranks.first:
         emit(summary, as_json)
         click.echo(f"see {out / REPORT}", err=True)
+
+
+def own_command() -> list[str]:
+    """What was typed to start this process, as far as a rank can know what torchrun was told."""
+    typed = sys.argv[1:]
+    if world_size() == 1:
+        return ["gkd", *typed]
+    each = int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
+    nodes = world_size() // each
+    launcher = ["torchrun", *([f"--nnodes={nodes}"] if nodes > 1 else [])]
+    return [*launcher, f"--nproc-per-node={each}", "-m", "gkd.cli", *typed]
 
 
 def emit_dry_run(told: "DryRun", as_json: bool) -> None:
@@ -234,6 +256,7 @@ def emit_dry_run(told: "DryRun", as_json: bool) -> None:
     if as_json:
         emit(told, as_json)
         return
+    share = "" if told.ranks == 1 else f" of one of {told.ranks} ranks"
     lines = {
         "images": f"{told.images:,} of {told.classes:,} classes",
         "steps": f"{told.total_steps:,}: {told.epochs:,} epochs of {told.steps_per_epoch:,}",
@@ -241,8 +264,8 @@ def emit_dry_run(told: "DryRun", as_json: bool) -> None:
         "FLOPs an image": f"{told.flops_per_image / 1e9:,.3f} G, forward",
         "FLOPs a step": f"{told.flops_per_step / 1e12:,.3f} T, forward and backward",
         "precision": told.precision,
-        **{f"memory, {name.replace('_', ' ')}": _mib(n) for name, n in told.memory.items()},
-        "memory in all": _mib(told.memory_total),
+        **{f"memory{share}, {name.replace('_', ' ')}": _mib(n) for name, n in told.memory.items()},
+        f"memory{share} in all": _mib(told.memory_total),
         "targets": f"{_mib(told.targets_bytes)}, {told.targets_held}",
     }
     width = max(map(len, lines))

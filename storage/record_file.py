@@ -125,7 +125,9 @@ class RecordFile(Records):
             expected, remedy = "a whole number from 0", "write the pack with class numbers"
         else:
             expected = f"a class from 0 to {self._property - 1}"
-            remedy = "correct the first line of the property file if it belongs to another pack"
+            remedy = "write this record again or leave it out"
+            if label >= self._property and float(label).is_integer():
+                remedy = "correct the first line of the property file if it belongs to another pack"
         return CorruptRecordError(
             f"{self.where(row)}: expected {expected}, got label {label:g}; {remedy}"
         )

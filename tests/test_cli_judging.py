@@ -84,6 +84,8 @@ def test_every_protocol_in_one_call(home: Path, tmp_path: Path) -> None:
     assert tiny["cmc"] == sorted(tiny["cmc"])
     table = works("evaluate", home / "network.pt", *sets, "--plot", tmp_path / "roc.png").stdout
     assert f"{templates['tar_at_far']['1e-01']:.2%}" in table
+    assert f"{templates['auc']:.4f}" in table
+    assert f"{templates['eer']:.2%}" in table
     assert f"{tiny['rank']['1']:.2%}" in table
     assert f"{pairs['accuracy']:.2%}" in table
     assert (tmp_path / "roc.png").read_bytes().startswith(b"\x89PNG")
@@ -110,6 +112,20 @@ def test_embeddings_are_kept_where_one_says(home: Path, kept: Path, tmp_path: Pa
     assert not kept.exists()
     assert "Evaluating" not in works(*evaluate).stderr
     assert "exclude each other" in fails(*evaluate, "--no-cache", code=2)
+
+
+def test_a_result_outlives_a_folder_that_takes_nothing(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluate = ("evaluate", home / "network.pt", home / "tiny", "--json")
+    told = works(*evaluate, "--no-cache").stdout
+    monkeypatch.setenv("GKD_CACHE_DIR", "/proc/c")
+    result = works(*evaluate)
+    assert result.stdout == told
+    assert "/proc/c/embeddings: the embeddings cannot be kept (" in result.stderr
+    file = works(*evaluate, "--cache", home / "network.pt")
+    assert file.stdout == told
+    assert "network.pt: the embeddings cannot be kept (" in file.stderr
 
 
 def test_a_mistake_ends_in_one_message(home: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ Defaults are the published recipe of grouped distillation for MobileFaceNet (Zha
 """
 
 import difflib
+import math
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -25,6 +26,9 @@ CountOrNone = Annotated[int, Meta(ge=0)]
 # Far beyond any network that people train: a slip of the hand is told, not allocated.
 EmbeddingDim = Annotated[int, Meta(ge=1, le=8192)]
 Width = Annotated[float, Meta(gt=0, le=8)]
+# Sixteen times the field's: from there on a softmax is an argmax.
+Scale = Annotated[float, Meta(gt=0, le=1024)]
+Epochs = Annotated[float, Meta(gt=0, le=1e6)]
 # BatchNorm over the batch needs two images.
 BatchSize = Annotated[int, Meta(ge=2)]
 # What torch and numpy both take.
@@ -80,7 +84,7 @@ class HeadConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
     kind: Literal["cosface", "arcface", "combined"] = "cosface"
     margin: NonNegative | None = None
-    scale: Positive = 64.0
+    scale: Scale = 64.0
     m1: Positive = 1.0
     m2: NonNegative = 0.0
     m3: NonNegative = 0.0
@@ -154,7 +158,7 @@ class ScheduleConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     warmup_epochs: NonNegative = 4.0
     final_lr: NonNegative = 2.5e-7
     power: Positive = 1.0
-    milestones: tuple[Positive, ...] = (10.0, 16.0, 18.0)
+    milestones: tuple[Epochs, ...] = (10.0, 16.0, 18.0)
     gamma: Positive = 0.1
 
 
@@ -206,7 +210,7 @@ class CheckpointConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     keep          older checkpoints that stay beside last.pt, as step_NUMBER.pt
     """
 
-    every_epochs: Positive = 1.0
+    every_epochs: Epochs = 1.0
     keep: CountOrNone = 0
 
 
@@ -253,6 +257,7 @@ def load_config(path: Path | None = None, overrides: Iterable[str] = ()) -> RunC
         config = msgspec.convert(content, RunConfig)
     except msgspec.ValidationError as error:
         raise ConfigError(_explain(str(error), content, origins)) from error
+    _require_finite(config, origins)
     _require_consistent(config, origins)
     return config
 
@@ -339,6 +344,9 @@ def _explain(message: str, content: Mapping[str, Any], origins: Mapping[str, str
     if element:
         value = value[int(element.rstrip("]"))]
     expected = expected.partition(", got")[0].replace("`", "").replace("Expected", "expected")
+    if expected == "expected array":
+        example = _toml(value) if isinstance(value, str | int | float) else "..."
+        expected = f"expected a list, {key}=[{example}]"
     if expected.startswith("Invalid enum"):
         expected = f"expected one of {', '.join(map(repr, _choices(section, name)))}"
     return f"{origins[key]}: {place}: {expected}, got {value!r}"
@@ -348,6 +356,13 @@ def _choices(section: str, name: str) -> tuple[Any, ...]:
     table = next(f.type for f in msgspec.structs.fields(RunConfig) if f.name == section)
     kind = next(f.type for f in msgspec.structs.fields(table) if f.name == name)
     return tuple(kind.__args__)
+
+
+def _require_finite(config: RunConfig, origins: Mapping[str, str]) -> None:
+    """Refuse what TOML takes for a number: inf and nan."""
+    for key, value in _flat(msgspec.to_builtins(config)):
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{origins[key]}: {key}: expected a finite number, got {value!r}")
 
 
 def _require_consistent(config: RunConfig, origins: Mapping[str, str]) -> None:

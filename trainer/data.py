@@ -28,7 +28,7 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 from gkd.storage.blocks import Block, ShardStore
 from gkd.storage.cache import Cache
 from gkd.storage.drawn import drawn_targets
-from gkd.storage.errors import ConfigError, GkdError
+from gkd.storage.errors import ConfigError, CorruptRecordError, GkdError
 from gkd.storage.join import SKIPPED, join
 from gkd.storage.materialise import DIGESTS, TargetStore, default_folder, materialise
 from gkd.storage.records import Records
@@ -289,8 +289,9 @@ def check_data(
     unlabelled = np.flatnonzero(records.labels < 0)
     if len(unlabelled):
         raise ConfigError(
-            f"{len(unlabelled)} records of {records.path} have no readable label, the first: "
-            f"{records.where(int(unlabelled[0]))}; `gkd records verify` lists them all"
+            f"{len(unlabelled)} records of {records.path} have no label that is a class, the "
+            f"first: {_label_fault(records, int(unlabelled[0]))}; `gkd records verify` lists them "
+            "all"
         )
     check_classes(records)
     if targets is None:
@@ -306,6 +307,15 @@ def check_data(
             "or cache again with --views original,flipped"
         )
     _check_signal(targets.spec, kd)
+
+
+def _label_fault(records: Records, row: int) -> str:
+    """What the records themselves say of a row without a label."""
+    try:
+        records.encoded(row)
+    except CorruptRecordError as error:
+        return str(error)
+    return records.where(row)
 
 
 def _check_signal(spec: CacheSpec, kd: KdConfig) -> None:

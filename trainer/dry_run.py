@@ -23,6 +23,7 @@ from gkd.trainer.fused import grouped_margin_loss
 from gkd.trainer.heads import MarginHead
 from gkd.trainer.loop import targets_in_use
 from gkd.trainer.plans import Plans
+from gkd.trainer.ranks import Ranks
 from gkd.trainer.schedules import make_optimizer
 
 # Two batches tell what grows with the batch from what does not.
@@ -34,20 +35,21 @@ HELD = {"full": "memory-mapped files on disk", "blocks": "two blocks in memory"}
 
 @dataclass(frozen=True)
 class DryRun:
-    """The costs of a training on one device; bytes, and floating-point operations (a
-    multiply-add counts two).
+    """The costs of a training; bytes, and floating-point operations (a multiply-add counts two).
 
     parameters       of backbone and head, and how many of them learn
     flops_per_image  of the backbone's forward pass
     flops_per_step   forward and backward of backbone and class layer, for a whole batch: three
                      times the forward, for each product has two for its gradients; of the class
                      layer these are of the centres that learn
-    memory           by part, at the height of a step; a library's workspaces not counted
+    ranks            that share a batch and the class centres; parameters and operations are of all
+    memory           of one rank by part, at the height of a step; no workspaces of libraries
     targets_bytes    of the targets in use, held as ``targets_held`` says
     """
 
     images: int
     classes: int
+    ranks: int
     precision: str
     parameters: dict[str, int]
     flops_per_image: int
@@ -61,8 +63,10 @@ class DryRun:
     total_steps: int
 
 
-def dry_run(config: RunConfig, records: Records, targets: JoinedTargets | None) -> DryRun:
-    """Costs of the training that ``train`` would begin; the device need not be there.
+def dry_run(
+    config: RunConfig, records: Records, targets: JoinedTargets | None, *, world_size: int = 1
+) -> DryRun:
+    """Costs of the training that ``train`` would begin; neither device nor ranks need be there.
 
     ``targets`` are to be joined for reading in blocks, so that none are copied.
 
@@ -77,6 +81,7 @@ def dry_run(config: RunConfig, records: Records, targets: JoinedTargets | None) 
         batch_size=config.train.batch_size,
         flip=config.data.flip,
         kd=config.kd,
+        world_size=world_size,
     )
     precision = _precision(config)
     model = student_backbone(config.student)
@@ -90,16 +95,20 @@ def dry_run(config: RunConfig, records: Records, targets: JoinedTargets | None) 
     plans = Plans(len(records), batch, config.train.epochs, config.train.seed, config.data.flip)
     flops = backbone_flops(model)
     learning = learning_centers(config, targets, records.num_classes)
-    memory = _memory(config, model, head, learning, DTYPES[precision])
+    # The first rank has most of the centres.
+    centers = len(Ranks(0, world_size).rows(records.num_classes))
+    own = learning_centers(config, targets, centers)
+    memory = _memory(config, model, head.weight[:centers], own, DTYPES[precision], world_size)
     dim = config.student.embedding_dim
     return DryRun(
         images=len(records),
         classes=records.num_classes,
+        ranks=world_size,
         precision=precision,
         parameters={
             "backbone": _count(model),
             "head": _count(head),
-            "learning": sum(p.numel() for p in _learning(model, head)),
+            "learning": sum(p.numel() for p in (*_learning(model), head.weight)),
         },
         flops_per_image=flops,
         flops_per_step=batch * (3 * flops + 2 * dim * (len(head.weight) + 2 * learning)),
@@ -179,28 +188,35 @@ def learning_centers(config: RunConfig, targets: JoinedTargets | None, num_class
 def _memory(
     config: RunConfig,
     model: nn.Module,
-    head: MarginHead,
+    centers: Tensor,
     learning_centers: int,
     dtype: torch.dtype,
+    world_size: int,
 ) -> dict[str, int]:
-    batch = config.train.batch_size
-    learning = _learning(model, head)
-    copies: dict[str, int] = {}
+    """By part, of a rank that has these ``centers``."""
+    batch = config.train.batch_size // world_size
+    backbone, weight = _learning(model), nn.Parameter(centers.detach())
+    shared: dict[str, int] = {}
+    if world_size > 1:
+        # DistributedDataParallel sends copies of the gradients.
+        shared["gradients_sent"] = _bytes(backbone)
+    learning = [*backbone, weight]
     gradients = _bytes(learning)
-    if learning_centers < len(head.weight):
-        some = nn.Parameter(head.weight[:learning_centers].detach())
-        gradients += _bytes([some]) - _bytes([head.weight])
-        copies = {"sampled_centers": _bytes([some]) + optimizer_bytes(config, [some])}
+    if learning_centers < len(weight):
+        some = nn.Parameter(centers[:learning_centers].detach())
+        gradients += _bytes([some]) - _bytes([weight])
+        shared["sampled_centers"] = _bytes([some]) + optimizer_bytes(config, [some])
     return {
-        **copies,
+        **shared,
         "backbone_weights": _bytes([*model.parameters(), *model.buffers()]),
-        "class_centers": _bytes([head.weight]),
+        "class_centers": _bytes([weight]),
         "gradients": gradients,
         "optimizer_state": optimizer_bytes(config, learning),
         # As read, and as floats where the backbone keeps its own, shorter copy.
         "images": batch * 3 * FACE_SIZE**2 * (1 if dtype == torch.float32 else 5),
         "activations": activation_bytes(model, batch, dtype, last=config.train.channels_last),
-        "class_layer": class_layer_bytes(config, batch, len(head.weight)),
+        # The ranks' embeddings are gathered: each works through the whole batch.
+        "class_layer": class_layer_bytes(config, config.train.batch_size, len(weight)),
     }
 
 
@@ -302,8 +318,8 @@ def _precision(config: RunConfig) -> str:
     return "bfloat16" if cuda and torch.cuda.is_bf16_supported() else "float32"
 
 
-def _learning(model: nn.Module, head: nn.Module) -> list[nn.Parameter]:
-    return [p for p in (*model.parameters(), *head.parameters()) if p.requires_grad]
+def _learning(model: nn.Module) -> list[nn.Parameter]:
+    return [p for p in model.parameters() if p.requires_grad]
 
 
 def _count(module: nn.Module) -> int:

@@ -52,24 +52,36 @@ class EmbeddingStore:
         return self.folder / f"{key}.safetensors"
 
     def load(self, faces: str, count: int) -> npt.NDArray[np.float32] | None:
-        """The embeddings float32 [count, D]; None where there are none, or a damaged file."""
+        """The embeddings float32 [count, D]; None where there are none, or none to be read."""
         path = self.path(faces)
-        if not path.is_file():
-            return None
         try:
+            if not path.is_file():
+                return None
             embeddings = _read(path, count)
         except (CorruptDataError, safetensors.SafetensorError) as error:
             print(f"{path}: damaged ({error}); the images are embedded again", file=sys.stderr)
+            return None
+        except OSError as error:
+            told = f"cannot be read ({error.strerror}); the images are embedded again"
+            print(f"{path}: {told}", file=sys.stderr)
             return None
         touch(path)
         return embeddings
 
     def save(self, faces: str, embeddings: npt.NDArray[np.float32]) -> None:
-        """Keep the embeddings, whole or not at all."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        """Keep the embeddings, whole or not at all; a note where the disk takes none of them."""
         metadata = {"sha256": _sha256(embeddings), "model": self.model, "faces": faces}
-        with atomic.written_aside(self.path(faces)) as aside:
-            safetensors.numpy.save_file({ARRAY: embeddings}, aside, metadata)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with atomic.written_aside(self.path(faces)) as aside:
+                safetensors.numpy.save_file({ARRAY: embeddings}, aside, metadata)
+        except (OSError, safetensors.SafetensorError) as error:
+            # What they were made for goes on: the result is worth more than the next time's speed.
+            print(
+                f"{self.folder}: the embeddings cannot be kept ({error}); set GKD_CACHE_DIR or "
+                "--cache to a folder that you may write to, or leave this with --no-cache",
+                file=sys.stderr,
+            )
 
 
 def _read(path: Path, count: int) -> npt.NDArray[np.float32]:

@@ -149,7 +149,8 @@ def ijb_table(results: Sequence[IjbResult]) -> Table:
     table = Table(title="IJB 1:1 verification")
     table.add_column("set", overflow="fold")
     told = [far for far in FARS if any(result.tar_at_far[far] is not None for result in results)]
-    for heading in ("images", "templates", "pairs", *(f"TAR at {far:.0e}" for far in told)):
+    headings = ("images", "templates", "pairs", "AUC", "EER")
+    for heading in (*headings, *(f"TAR at {far:.0e}" for far in told)):
         table.add_column(heading, justify="right")
     for result in results:
         table.add_row(
@@ -157,6 +158,8 @@ def ijb_table(results: Sequence[IjbResult]) -> Table:
             f"{result.images:,}",
             f"{result.templates:,}",
             f"{result.genuine_pairs + result.impostor_pairs:,}",
+            f"{result.auc:.4f}",
+            f"{result.eer:.2%}",
             *("-" if tar is None else f"{tar:.2%}" for tar in map(result.tar_at_far.get, told)),
         )
     return table

@@ -10,9 +10,9 @@ from typing import Literal, NoReturn, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
+from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -21,7 +21,10 @@ from gkd.storage.errors import ConfigError, GkdError
 T = TypeVar("T")
 Hook = Literal["float32", "float16", "bfloat16"]
 
-# A rank may wait while another evaluates or prepares data; torchrun ends those whose peers died.
+# All ranks start at once: one that is not here by then, or whose torchrun is gone, will not come.
+ARRIVAL = timedelta(minutes=10)
+# Once all are here a rank may wait long, while another evaluates or prepares data; torchrun ends
+# those whose peers died.
 PATIENCE = timedelta(hours=6)
 
 
@@ -99,9 +102,8 @@ class Ranks:
             return model
         parallel = DistributedDataParallel(model)
         if hook != "float32":
-            half = default_hooks.fp16_compress_hook
-            brain = default_hooks.bf16_compress_hook
-            parallel.register_comm_hook(None, half if hook == "float16" else brain)
+            dtype = torch.float16 if hook == "float16" else torch.bfloat16
+            parallel.register_comm_hook(dtype, _rounded_mean)
         return parallel
 
     def scaler(self, device: torch.device, *, enabled: bool) -> torch.amp.GradScaler:
@@ -129,7 +131,9 @@ ALONE = Ranks()
 def joined_ranks(device: str) -> Iterator[Ranks]:
     """The ranks that torchrun started, joined until the end, or this process alone.
 
-    ``device`` is cpu or cuda, by which they talk: gloo or NCCL.
+    ``device`` is cpu or cuda, by which they talk: gloo or NCCL. To be called before anything that
+    takes one rank longer than another: they wait ``ARRIVAL`` for each other here, and ``PATIENCE``
+    ever after.
 
     Raises:
         ConfigError: where the other ranks cannot be reached.
@@ -141,7 +145,17 @@ def joined_ranks(device: str) -> Iterator[Ranks]:
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     try:
-        dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=PATIENCE)
+        store, rank, _ = next(rendezvous("env://", timeout=ARRIVAL))
+        store.set(f"arrived/{rank}", "")
+        store.wait([f"arrived/{each}" for each in range(world_size)], ARRIVAL)
+        store.set_timeout(PATIENCE)
+        dist.init_process_group(
+            "nccl" if device == "cuda" else "gloo",
+            store=store,
+            rank=rank,
+            world_size=world_size,
+            timeout=PATIENCE,
+        )
     except (RuntimeError, ValueError) as error:
         raise ConfigError(
             f"the other ranks of WORLD_SIZE={world_size} cannot be reached ({error}); start all of "
@@ -151,6 +165,24 @@ def joined_ranks(device: str) -> Iterator[Ranks]:
         yield Ranks(dist.get_rank(), dist.get_world_size())
     finally:
         dist.destroy_process_group()
+
+
+def _rounded_mean(
+    dtype: torch.dtype,
+    bucket: dist.GradBucket,  # type: ignore[name-defined]
+) -> torch.futures.Future[Tensor]:
+    """The mean of the ranks' gradients, sent in ``dtype``.
+
+    torch's own hooks do this too, but that for bfloat16 refuses gloo, which can send it.
+    """
+    gradients: Tensor = bucket.buffer()
+    rounded = gradients.to(dtype).div_(dist.get_world_size())
+    work = dist.all_reduce(rounded, async_op=True)
+    assert work is not None
+    future: torch.futures.Future[Tensor] = work.get_future().then(
+        lambda sent: gradients.copy_(sent.value()[0])
+    )
+    return future
 
 
 def _collective_device() -> torch.device:

@@ -286,6 +286,7 @@ def _origin(run: Run) -> Iterator[str]:
         "Data set fingerprint": data.dataset,
         "Cache id": data.cache_id or "none: trained without distillation",
         "Parameters": ", ".join(f"{name} {n:,}" for name, n in described.parameters.items()),
+        "Ranks": f"{described.ranks:,}",
         "Device": described.device,
         "Precision": described.precision,
         "Versions": ", ".join(f"{name} {number}" for name, number in described.versions.items()),

@@ -32,6 +32,7 @@ class Described(msgspec.Struct, frozen=True):
 
     command: tuple[str, ...]
     versions: dict[str, str]
+    ranks: int
     device: str
     precision: str
     dataset: Dataset

@@ -146,6 +146,17 @@ def test_labels_outside_the_classes_are_faults(tmp_path: Path) -> None:
         records.encoded(3)
 
 
+@pytest.mark.parametrize("label", [-1.0, 2.5, float("nan"), float("inf")])
+def test_property_is_not_blamed_for_what_is_no_number_of_a_class(
+    tmp_path: Path, label: float
+) -> None:
+    packed = {0: payload(0, b"a"), 1: payload(label, b"b")}
+    records = open_records(write_pack(tmp_path, packed, classes=2))
+    with pytest.raises(CorruptRecordError) as error:
+        records.encoded(1)
+    assert f"expected a class from 0 to 1, got label {label:g}; write this" in str(error.value)
+
+
 @pytest.mark.parametrize("label", [-1.0, 0.5, float("nan"), float("inf"), 2.0**32])
 def test_labels_that_are_no_class_are_faults(tmp_path: Path, label: float) -> None:
     records = open_records(write_pack(tmp_path, {0: payload(7, b"a"), 1: payload(label, b"b")}))

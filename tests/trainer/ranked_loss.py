@@ -132,6 +132,24 @@ def losses_of_steps(ranks: Ranks) -> torch.Tensor:
     return torch.stack(losses)
 
 
+def check_hooks(ranks: Ranks) -> None:
+    """Gradients rounded on the way are the mean of the ranks' own to that dtype's precision."""
+    inputs = torch.from_numpy(np.random.default_rng(9).normal(size=(BATCH, INPUTS))).float()
+    size = BATCH // ranks.world_size
+    mine = slice(ranks.rank * size, (ranks.rank + 1) * size)
+    for hook, dtype in (("float16", torch.float16), ("bfloat16", torch.bfloat16)):
+        network = nn.Linear(INPUTS, 1, bias=False)
+        model = ranks.parallel(network, hook=hook)  # type: ignore[arg-type]
+        model(inputs[mine]).sum().backward()
+        gradient = network.weight.grad
+        assert gradient is not None
+        assert torch.equal(gradient, gradient.to(dtype).float())
+        exact = inputs.double().sum(0, keepdim=True) / ranks.world_size
+        largest = inputs.abs().sum(0).max().item()
+        bound = 2 * torch.finfo(dtype).eps * largest
+        torch.testing.assert_close(gradient.double(), exact, rtol=0, atol=bound)
+
+
 def main() -> None:
     with joined_ranks("cpu") as ranks:
         size = BATCH // ranks.world_size
@@ -147,6 +165,7 @@ def main() -> None:
             torch.testing.assert_close(
                 by_centers, alone[2][rows.start : rows.stop], rtol=1e-9, atol=1e-12
             )
+        check_hooks(ranks)
         check_sample(ranks, problem()[2], evaluate(ALONE, kd=False)[2])
         ours, alone_losses = losses_of_steps(ranks), losses_of_steps(ALONE)
         assert alone_losses[-5:].mean() < 0.8 * alone_losses[:5].mean()

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -88,6 +89,11 @@ def test_heads_mean_their_margins(overrides: list[str], margin: Margin) -> None:
         ("optimizer.nesterov=1", "--set: optimizer.nesterov: expected bool, got 1"),
         ("student.input_size=57", "expected one of 112, 56, 28, got 57"),
         ("head.kind=sphere", "expected one of 'cosface', 'arcface', 'combined', got 'sphere'"),
+        ("head.scale=1e30", "--set: head.scale: expected float <= 1024.0, got 1e+30"),
+        ("checkpoint.every_epochs=1e308", "every_epochs: expected float <= 1000000.0, got 1e+308"),
+        ("schedule.milestones=[1,inf]", "milestones[1]: expected float <= 1000000.0, got inf"),
+        ("schedule.milestones=3", "expected a list, schedule.milestones=[3], got 3"),
+        ("evaluation.sets=no.bin", """expected a list, evaluation.sets=["no.bin"], got 'no.bin'"""),
         ("evaluation.sets=[1]", "--set: evaluation.sets[0]: expected str, got 1"),
         ("epochs=3", "--set epochs=3: expected section.key=value, e.g. train.epochs=10"),
         ("train.epochs", "--set train.epochs: expected section.key=value"),
@@ -101,6 +107,40 @@ def test_mistakes_are_named(override: str, message: str) -> None:
     with pytest.raises(ConfigError) as error:
         load_config(None, [override])
     assert message in str(error.value)
+
+
+def float_keys() -> list[str]:
+    """Every key that takes a number with a fraction, told by its being one now or taking one."""
+    content = msgspec.to_builtins(RunConfig())
+    keys = []
+    for section, names in content.items():
+        for name in names:
+            value = 1.5 if name != "milestones" else [1.5]
+            try:
+                msgspec.convert({section: {name: value}}, RunConfig)
+            except msgspec.ValidationError as error:
+                if "Expected `float`" not in str(error):
+                    continue
+            keys.append(f"{section}.{name}")
+    return keys
+
+
+def test_every_number_is_finite() -> None:
+    keys = float_keys()
+    assert {"head.margin", "optimizer.momentum", "kd.ramp", "student.width"} < set(keys)
+    assert len(keys) == 21
+    for key in keys:
+        for number in ("inf", "-inf", "nan"):
+            value = f"[1.0, {number}]" if key == "schedule.milestones" else number
+            with pytest.raises(ConfigError) as error:
+                load_config(None, [f"{key}={value}"])
+            assert str(error.value).startswith(f"--set: {key}")
+            assert str(error.value).endswith(f"got {number}")
+
+
+def test_a_number_that_is_not_finite_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"optimizer\.lr: expected a finite number, got inf"):
+        load_config(None, ["optimizer.lr=inf"])
 
 
 def test_margin_of_a_combined_head_is_refused() -> None:

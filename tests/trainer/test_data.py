@@ -33,6 +33,7 @@ from gkd.trainer.data import (
 from gkd.trainer.loop import train
 from gkd.trainer.plans import BatchPlan, Plans
 from tests.reference import log_softmax
+from tests.storage.packs import insightface_records, write_pack
 from tests.tampering import flip_bit
 from tests.trainer.faces import SETTINGS, load, small_config, teacher_logits, write_cache
 
@@ -350,6 +351,16 @@ def test_a_record_without_a_label_is_refused(faces: Path) -> None:
     records.labels[9] = -1
     with pytest.raises(ConfigError, match=r"1 records of .* the first: .*person_1.2\.jpg"):
         check_data(records, None, batch_size=8, flip=True, kd=KdConfig())
+
+
+def test_a_label_outside_the_classes_is_told_as_it_is(tmp_path: Path) -> None:
+    records = open_records(write_pack(tmp_path, insightface_records([3, 2, 4]), classes=2))
+    with pytest.raises(ConfigError) as error:
+        check_data(records, None, batch_size=4, flip=True, kd=KdConfig())
+    told = str(error.value)
+    assert told.startswith(f"4 records of {tmp_path}/train.rec have no label that is a class")
+    assert "key 6, offset" in told
+    assert "expected a class from 0 to 1, got label 2; correct the first line of the pro" in told
 
 
 def test_other_images_do_not_join(faces: Path, tmp_path: Path) -> None:

@@ -222,7 +222,7 @@ def test_labels_outside_the_classes_are_refused(faces: Path, tmp_path: Path) -> 
     ):
         train(config, Subset(records, np.arange(42), 4), None, tmp_path / "out")
     records.labels[5] = -1
-    with pytest.raises(ConfigError, match=r"1 records of .* have no readable label"):
+    with pytest.raises(ConfigError, match=r"1 records of .* have no label that is a class"):
         train(config, records, None, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

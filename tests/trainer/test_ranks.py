@@ -3,23 +3,30 @@
 import itertools
 import json
 import os
+import re
+import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
 import pytest
+import torch.distributed as dist
 from safetensors import safe_open
 
 from gkd.storage.errors import ConfigError
+from gkd.storage.records import open_records
 from gkd.trainer.checkpoint import read_checkpoint
 from gkd.trainer.config import KdConfig
 from gkd.trainer.data import check_data
+from gkd.trainer.dry_run import dry_run
 from gkd.trainer.ranks import Ranks
 from tests.paths import ROOT
-from tests.trainer.faces import load, run
+from tests.trainer.faces import SMALL, load, run, small_config
 from tests.trainer.test_loop import LAST, losses
 
 # Each rank's BatchNorm sees its own images only: what stays the same is what does not depend on it.
@@ -128,6 +135,114 @@ def test_the_same_ranks_end_in_the_same_bits(faces: Path, tmp_path: Path) -> Non
     kill(process)
     finished(train(faces, out, 2))
     assert losses(out) == losses(tmp_path / "whole")
+
+
+LEAST = """
+import sys, time
+from datetime import timedelta
+from gkd.trainer import ranks
+
+name, seconds, slow = sys.argv[1:]
+setattr(ranks, name, timedelta(seconds=float(seconds)))
+with ranks.joined_ranks("cpu") as joined:
+    if joined.first:
+        time.sleep(float(slow))
+    joined.barrier()
+"""
+
+
+def ranked(rank: int, port: int, *arguments: object, **environment: str) -> str:
+    """Rank of two on its own, as a process that torchrun started; what it says at its end."""
+    env = {"RANK": f"{rank}", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}
+    done = subprocess.run(
+        [sys.executable, "-c", LEAST, *map(str, arguments)],
+        cwd=ROOT,
+        env={**os.environ, **env, "MASTER_PORT": f"{port}", **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode != 0
+    return done.stderr
+
+
+def agent_store() -> Any:
+    """What torchrun holds for its ranks to find each other by."""
+    host = "localhost", 0
+    return dist.TCPStore(*host, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
+
+
+UNREACHED = "ConfigError: the other ranks of WORLD_SIZE=2 cannot be reached"
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_whose_torchrun_died_does_not_wait_for_long(rank: int) -> None:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    assert UNREACHED in ranked(rank, port, "ARRIVAL", 2, 0)
+
+
+def test_a_rank_that_never_comes_is_not_waited_for_for_long() -> None:
+    store = agent_store()
+    told = ranked(0, store.port, "ARRIVAL", 2, 0, TORCHELASTIC_USE_AGENT_STORE="True")
+    assert UNREACHED in told
+
+
+def test_ranks_that_have_met_wait_for_each_other_as_long_as_patience_says() -> None:
+    store = agent_store()
+    with ThreadPoolExecutor() as pool:
+        told = list(
+            pool.map(
+                lambda rank: ranked(
+                    *(rank, store.port, "PATIENCE", 3, 9), TORCHELASTIC_USE_AGENT_STORE="True"
+                ),
+                range(2),
+            )
+        )
+    assert "Timed out" in told[1]
+    assert UNREACHED not in told[0] + told[1]
+
+
+def typed(faces: Path, out: Path, *more: str) -> list[object]:
+    """``gkd train-student`` on two ranks' worth of data."""
+    settings = [word for setting in (*SMALL, *FAST) for word in ("--set", setting)]
+    return ["train-student", faces / "faces", faces / "targets.gkd", out, *settings, *more]
+
+
+def test_a_dry_run_of_ranks_tells_once_what_one_of_them_takes(faces: Path, tmp_path: Path) -> None:
+    command = typed(faces, tmp_path / "run", "--dry-run")
+    told = json.loads(finished(torchrun(2, "gkd.cli", *command, "--json")))
+    records = open_records(faces / "faces")
+    settings = (*FAST, "kd.enabled=false")
+    both, half = (
+        dry_run(small_config(*settings, f"train.batch_size={size}"), records, None)
+        for size in (12, 6)
+    )
+    assert told["ranks"] == 2
+    assert told["memory"]["class_centers"] == 3 * 8 * 4
+    for part in ("activations", "images"):
+        assert told["memory"][part] == half.memory[part] < both.memory[part]
+    learning = both.parameters["learning"] - 6 * 8
+    assert told["memory"]["gradients_sent"] == 4 * learning
+    assert told["memory"]["gradients"] == told["memory"]["optimizer_state"] == 4 * (learning + 24)
+    for whole in ("parameters", "flops_per_step", "total_steps"):
+        assert told[whole] == getattr(both, whole)
+    shown = finished(torchrun(2, "gkd.cli", *command))
+    assert shown.count("memory of one of 2 ranks, class centers") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_command_of_ranks_is_told_with_its_launcher(faces: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    command = typed(faces, out, "--set", "train.gradient_hook=bfloat16")
+    finished(torchrun(2, "gkd.cli", *command))
+    described = json.loads((out / "run.json").read_text())
+    expected = ["torchrun", "--nproc-per-node=2", "-m", "gkd.cli", *map(str, command)]
+    assert described["command"] == expected
+    page = (out / "report.html").read_text()
+    assert "torchrun --nproc-per-node=2 -m gkd.cli train-student" in page
+    assert re.search(r"<td[^>]*>Ranks</td><td[^>]*>2</td>", page)
 
 
 @pytest.mark.parametrize(
