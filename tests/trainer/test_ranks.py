@@ -27,7 +27,7 @@ from gkd.trainer.dry_run import dry_run
 from gkd.trainer.ranks import Ranks
 from tests.paths import ROOT
 from tests.trainer.faces import SMALL, load, run, small_config
-from tests.trainer.test_loop import LAST, losses
+from tests.trainer.test_loop import LAST, last_centers, losses
 
 # Each rank's BatchNorm sees its own images only: what stays the same is what does not depend on it.
 FAST = ("train.epochs=3", "train.batch_size=12", "checkpoint.every_epochs=0.34")
@@ -70,7 +70,7 @@ def test_two_ranks_train_as_told(faces: Path, tmp_path: Path) -> None:
     described = json.loads((tmp_path / "two/run.json").read_text())
     assert described["ranks"] == 2
     assert described["parameters"]["head"] == 6 * 8
-    shards = sorted((tmp_path / "two/checkpoints").glob("centers_*/*.safetensors"))
+    shards = sorted(last_centers(tmp_path / "two").iterdir())
     assert [shape_of(shard) for shard in shards] == [[3, 8], [3, 8]]
     assert (tmp_path / "two/report.html").exists()
     # It learns as one process does.
