@@ -456,7 +456,8 @@ def _unpack(path: Path, file: pq.ParquetFile, size: int) -> pa.Table:
     rows = max(1, _MOST_BATCH_BYTES // max(size, 1))
     batches = []
     for batch in file.iter_batches(batch_size=rows):
-        longest = pc.max(pc.binary_length(batch["key"])).as_py() or 0
+        lengths = pc.call_function("binary_length", [batch["key"]])
+        longest = pc.call_function("max", [lengths]).as_py() or 0
         if longest > _MOST_KEY_BYTES:
             _corrupt(path, f"a record key of {longest:,} bytes")
         batches.append(batch)
