@@ -18,6 +18,7 @@ import multiprocessing
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -172,7 +173,10 @@ def in_a_child(work: Callable[[], int]) -> int:
 def compare() -> None:
     torch.set_num_threads(1)
     layer = Layer(NUM_CLASSES)
-    groups = {mean: random_targets(NUM_CLASSES, mean, layer.labels) for mean in (19, 2000)}
+    groups = {mean: random_targets(NUM_CLASSES, mean, layer.labels) for mean in (19, 64, 2000)}
+    weights = torch.zeros_like(groups[64].log_probs)
+    everything = torch.full((BATCH,), -torch.inf)
+    drawn = replace(groups[64], log_weights=weights, log_secondary=everything)
     seconds = least_seconds(
         {
             "products": layer.products,
@@ -180,6 +184,8 @@ def compare() -> None:
             "without targets": lambda: layer.fused(None),
             "mean 19": lambda: layer.fused(groups[19]),
             "mean 2000": lambda: layer.fused(groups[2000]),
+            "mean 64": lambda: layer.fused(groups[64]),
+            "64 draws": lambda: layer.fused(drawn),
         }
     )
     print({name: round(value, 3) for name, value in seconds.items()}, file=sys.stderr)
@@ -188,6 +194,7 @@ def compare() -> None:
         "mean 19 / three products": seconds["mean 19"] / products,
         "mean 2000 / three products": seconds["mean 2000"] / products,
         "mean 19 / plain head without targets": seconds["mean 19"] / plain,
+        "64 draws / groups of 64": seconds["64 draws"] / seconds["mean 64"],
         "without targets / three products": seconds["without targets"] / products,
         "plain head without targets / three products": plain / products,
         "MB above centres and gradient": in_a_child(measure_extra_bytes) / MEGABYTE,
