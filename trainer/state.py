@@ -219,7 +219,9 @@ class RunState:
         if self.device.type == "cuda" and state["rng"]["cuda"] is not None:
             torch.cuda.set_rng_state(state["rng"]["cuda"], self.device)
         self.step, self.best, self.accuracy = state["step"], state["best"], state["accuracy"]
-        self.best_step, self.evaluated = state["best_step"], state["evaluated"]
+        # Runs that were begun before these were kept evaluated before they wrote a checkpoint.
+        self.best_step = state.get("best_step", -1)
+        self.evaluated = state.get("evaluated", self.step)
         self.saved = self.step
         self.skipped, self.skipped_in_a_row = state["skipped"]
         self.divergence = Divergence(*state["divergence"])
