@@ -112,7 +112,10 @@ def plot(path: Path, ratios: dict[str, float]) -> None:
     axes.axhline(ratios["AUC, all"], linestyle="--", label="all 4,859 classes")
     axes.axhline(ratios["AUC, without"], linestyle=":", label="without distillation")
     axes.set(xscale="log", xlabel="bytes a sample and view", ylabel="area under the ROC")
-    axes.legend()
+    ticks = [30, 60, 120, 240, 480]
+    axes.set_xticks(ticks, list(map(str, ticks)))
+    axes.minorticks_off()
+    axes.legend(loc="lower right")
     figure.savefig(path, dpi=120)
 
 
