@@ -140,7 +140,8 @@ def _verify_against(
     named = cache.spec
     embedder = build_embedder(
         teacher,
-        arch=arch or named.teacher.arch,
+        # Weights in the place of an ONNX file are another teacher, which their digest tells.
+        arch=arch or ("auto" if named.teacher.arch == "onnx" else named.teacher.arch),
         preprocess=named.preprocess,
         device=device,
         precision=cast("Precision", named.precision),
