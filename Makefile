@@ -31,8 +31,8 @@ types: $(READY)
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 test: $(READY)
-	$(BIN)/coverage run -m pytest
-	$(BIN)/coverage report
+	OMP_WAIT_POLICY=passive $(BIN)/pytest --numprocesses auto --maxprocesses 8 --dist worksteal \
+		--cov --cov-report term:skip-covered
 
 # Storage alone under a newer Python with the newest zarr; it needs no torch.
 newest:

@@ -20,7 +20,7 @@ from gkd.storage import atomic, layout
 from gkd.storage.cache import Cache, parse_spec, regular_file
 from gkd.storage.card import views_note
 from gkd.storage.disk import disk_errors
-from gkd.storage.errors import ConfigError, CorruptShardError, SpecMismatchError
+from gkd.storage.errors import ConfigError, CorruptShardError, GkdError, SpecMismatchError
 from gkd.storage.layout import Commit, FileRecord, ViewRecord, file_record
 from gkd.storage.lock import WriteLock
 from gkd.storage.parallel import for_each
@@ -90,8 +90,9 @@ def push(
     records = {layout.commit_file(k): record_of(layout.encode_json(c)) for k, c in commits.items()}
     check = read_back or remote.folder is not None
     with _tally("push", data | records) as tally:
-        for part in (data, records):
-            _send_all(cache.path, remote, part, tally, read_back=check)
+        with _while_it_stands(remote):
+            for part in (data, records):
+                _send_all(cache.path, remote, part, tally, read_back=check)
         manifest = regular_file(cache.path, layout.MANIFEST).read_bytes()
         _require_claim(remote, cache.id)
         remote.write(layout.MANIFEST, manifest)
@@ -241,6 +242,24 @@ def _require_claim(remote: Remote, cache_id: str) -> None:
             f"{remote.address}: expected a push of the cache {cache_id} alone, found one of the "
             f"cache {found} begun there; choose another address, or delete what is there"
         )
+
+
+@contextmanager
+def _while_it_stands(remote: Remote) -> Iterator[None]:
+    """Say of a failure that the place is gone, where that is why: backends tell a hundred ways."""
+    try:
+        yield
+    except GkdError as error:
+        try:
+            gone = remote.size(CLAIM) is None
+        except GkdError:
+            raise error from None  # nothing there answers, and the first failure says it
+        if gone:
+            raise ConfigError(
+                f"{remote.address}: gone while the cache was sent, with its bucket or folder; see "
+                "who deleted it, make it again, then run the same command again"
+            ) from error
+        raise
 
 
 def _send_all(

@@ -43,8 +43,8 @@ class S3Server:
             "AWS_SECRET_ACCESS_KEY": SECRET,
             "AWS_ENDPOINT_URL": self.endpoint,
             "AWS_DEFAULT_REGION": "us-east-1",
-            # Dead servers are given up soon.
-            "AWS_MAX_ATTEMPTS": "1",
+            # Dead servers are given up soon; now and then this one answers 500 and then works.
+            "AWS_MAX_ATTEMPTS": "3",
             "AWS_CONFIG_FILE": os.devnull,
             "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
         }

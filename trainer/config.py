@@ -48,12 +48,15 @@ class DataConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
              time, and shuffled within, for nodes without the disk. Where records stand sorted by
              identity, a block has the identities of its shards only. Without distillation full
     block_shards  shards of the cache in a block; two blocks are in memory
+    empty_classes  refuse classes without an image, or keep them: filtered records leave some, and
+             their centres then learn from the targets, and from being told from the others, alone
     """
 
     flip: bool = True
     workers: CountOrNone = 4
     order: Literal["full", "blocks"] = "full"
     block_shards: Count = 4
+    empty_classes: Literal["refuse", "keep"] = "refuse"
 
 
 class StudentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -36,7 +36,7 @@ from gkd.storage.rows import Subset, kept_digests
 from gkd.storage.spec import CacheSpec
 from gkd.storage.target_arrays import concatenate
 from gkd.storage.targets import SparseTargets, TargetBatch, at_temperature
-from gkd.trainer.config import KdConfig, Signal
+from gkd.trainer.config import DataConfig, KdConfig, Signal
 from gkd.trainer.guards import check_classes
 from gkd.trainer.losses import GroupTargets
 from gkd.trainer.plans import BatchPlan, Blocks, Plans
@@ -261,7 +261,7 @@ def check_data(
     targets: JoinedTargets | None,
     *,
     batch_size: int,
-    flip: bool,
+    data: DataConfig,
     kd: KdConfig,
     world_size: int = 1,
 ) -> None:
@@ -293,7 +293,7 @@ def check_data(
             f"first: {_label_fault(records, int(unlabelled[0]))}; `gkd records verify` lists them "
             "all"
         )
-    check_classes(records)
+    check_classes(records, keep_empty=data.empty_classes == "keep")
     if targets is None:
         return
     if "original" not in targets.store.views:
@@ -301,7 +301,7 @@ def check_data(
             "the cache holds targets of the flipped view only, and every training shows images as "
             "they are; cache again with --views original,flipped"
         )
-    if flip and "flipped" not in targets.store.views:
+    if data.flip and "flipped" not in targets.store.views:
         raise ConfigError(
             "data.flip: the cache holds targets of the original view only; set data.flip=false, "
             "or cache again with --views original,flipped"

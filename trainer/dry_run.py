@@ -79,7 +79,7 @@ def dry_run(
         records,
         targets,
         batch_size=config.train.batch_size,
-        flip=config.data.flip,
+        data=config.data,
         kd=config.kd,
         world_size=world_size,
     )

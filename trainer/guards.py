@@ -119,11 +119,12 @@ def _peak(tensor: Tensor) -> Tensor:
     return tensor.abs().amax() if tensor.numel() else tensor.new_zeros(())
 
 
-def check_classes(records: Records) -> None:
+def check_classes(records: Records, *, keep_empty: bool) -> None:
     """Refuse labels that the class layer has no centre for, or classes that leave nothing to tell.
 
     Raises:
-        ConfigError: naming the first record at fault, or the only identity.
+        ConfigError: naming the first record at fault, the only identity, or, unless
+            ``keep_empty``, the first classes without an image.
     """
     outside = np.flatnonzero((records.labels < 0) | (records.labels >= records.num_classes))
     if len(outside):
@@ -134,25 +135,19 @@ def check_classes(records: Records) -> None:
             f"{records.num_classes - 1}: `gkd records verify` lists damaged records, and a pack's "
             "`property` file says how many classes there are"
         )
-    if len(np.unique(records.labels)) < 2:
+    present = np.unique(records.labels)
+    if len(present) < 2:
         raise ConfigError(
             f"{records.path}: expected images of two identities at least, got those of class "
             f"{records.labels[0]} alone; a class layer has nothing to tell apart"
         )
 
-
-def empty_classes(records: Records, *, taught: bool) -> str:
-    """A warning where classes have no image, else an empty string.
-
-    Filtered records leave such classes, and so do those of a teacher that knows more identities.
-    """
-    counts = np.bincount(records.labels, minlength=records.num_classes)
-    empty = np.flatnonzero(counts == 0)
-    if not len(empty):
-        return ""
-    shown = ", ".join(map(str, empty[:SHOWN_CLASSES])) + (", ..." * (len(empty) > SHOWN_CLASSES))
-    source = "what the targets say of them" if taught else "being told from the others"
-    return (
-        f"{len(empty):,} of {records.num_classes:,} classes have no image in {records.path} "
-        f"({shown}); their centres learn from {source} alone"
-    )
+    empty = records.num_classes - len(present)
+    if empty and not keep_empty:
+        without = np.setdiff1d(np.arange(records.num_classes), present)[:SHOWN_CLASSES]
+        shown = ", ".join(map(str, without)) + ", ..." * (empty > SHOWN_CLASSES)
+        raise ConfigError(
+            f"{records.path}: {empty:,} of {records.num_classes:,} classes have no image "
+            f"({shown}); where the records were filtered, or are a part of a data set, set "
+            "data.empty_classes=keep, else correct `property` or the labels"
+        )

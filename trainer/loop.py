@@ -2,7 +2,6 @@
 
 import platform
 import signal
-import sys
 import threading
 import time
 from collections import Counter
@@ -39,7 +38,7 @@ from gkd.trainer.config import RunConfig, to_toml
 from gkd.trainer.data import Batch, FaceBatches, JoinedTargets, check_data, load_batches
 from gkd.trainer.evaluation import VerificationResult, evaluate, module_embed
 from gkd.trainer.findings import gather, write_findings
-from gkd.trainer.guards import empty_classes, finite_weights
+from gkd.trainer.guards import finite_weights
 from gkd.trainer.logging import RunLog
 from gkd.trainer.losses import GkdLoss
 from gkd.trainer.ranks import ALONE, Ranks
@@ -102,13 +101,10 @@ def train(
         records,
         targets,
         batch_size=config.train.batch_size,
-        flip=config.data.flip,
+        data=config.data,
         kd=config.kd,
         world_size=ranks.world_size,
     )
-    note = empty_classes(records, taught=targets is not None)
-    if note:
-        print(note, file=sys.stderr)
     sets = _load_sets(config.evaluation.sets)
     run = RunState.build(config, records, targets, ranks)
     with _claimed(out, ranks):

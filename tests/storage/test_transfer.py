@@ -11,8 +11,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
+import fsspec
 import msgspec
 import numpy as np
 import pytest
@@ -633,6 +635,23 @@ def test_a_server_that_dies_midway_is_one_message(
     assert json.loads(out)["copied_files"] < json.loads(out)["files"]
     pull(ADDRESS, back)
     assert contents(back) == contents(many.path)
+
+
+def test_a_bucket_deleted_during_a_push_is_one_message_that_names_it(
+    many: Cache, server: S3Server, tmp_path: Path
+) -> None:
+    process = run("push", many.path, ADDRESS)
+    wait_for_files(server.buckets / "faces/team/cache.gkd", 80, process)
+    owner = fsspec.filesystem("s3", skip_instance_cache=True, use_listings_cache=False)
+    while process.poll() is None:
+        # What is on its way there fails the first attempts, as of a bucket that is not empty.
+        with suppress(OSError):
+            owner.rm("faces", recursive=True)
+    _, err = process.communicate()
+    assert process.returncode == 1
+    (message,) = [line for line in err.splitlines() if line.startswith("Error: ")]
+    assert message.startswith(f"Error: {ADDRESS}: gone while the cache was sent, with its bucket")
+    assert "Traceback" not in err
 
 
 def test_an_interrupted_pull_says_how_to_go_on(

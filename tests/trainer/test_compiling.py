@@ -31,7 +31,8 @@ def test_a_machine_without_a_compiler_is_told_at_once(faces: Path, tmp_path: Pat
         text=True,
     )
     assert done.returncode == 1
-    (message,) = done.stderr.splitlines()
+    assert "Traceback" not in done.stderr
+    message = done.stderr.splitlines()[-1]  # torch's compilers may have words of their own before
     assert "train.compile: torch.compile does not work here" in message
     assert "or set train.compile=false" in message
     assert not (tmp_path / "run").exists()

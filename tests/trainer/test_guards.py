@@ -233,12 +233,12 @@ def test_one_identity_is_refused(faces: Path, tmp_path: Path) -> None:
         train(small_config("kd.enabled=false"), records, None, tmp_path / "out")
 
 
-def test_classes_without_an_image_are_told(
-    faces: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_classes_without_an_image_are_refused_unless_kept(faces: Path, tmp_path: Path) -> None:
     records = Subset(open_records(faces / "faces"), np.arange(7, 42), 9)
-    train(small_config("kd.enabled=false", "train.epochs=1"), records, None, tmp_path / "out")
-    told = "4 of 9 classes have no image in"
-    assert capsys.readouterr().err.count(told) == 1
-    run(faces, tmp_path / "whole", "train.epochs=1")
-    assert "no image" not in capsys.readouterr().err
+    settings = ("kd.enabled=false", "train.epochs=1")
+    told = r"faces: 4 of 9 classes have no image \(0, 6, 7, 8\); .* set data.empty_classes=keep"
+    with pytest.raises(ConfigError, match=told):
+        train(small_config(*settings), records, None, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    kept = small_config(*settings, "data.empty_classes=keep")
+    assert train(kept, records, None, tmp_path / "out").steps == 4

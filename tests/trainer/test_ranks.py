@@ -21,7 +21,7 @@ from safetensors import safe_open
 from gkd.storage.errors import ConfigError
 from gkd.storage.records import open_records
 from gkd.trainer.checkpoint import read_checkpoint
-from gkd.trainer.config import KdConfig
+from gkd.trainer.config import DataConfig, KdConfig
 from gkd.trainer.data import check_data
 from gkd.trainer.dry_run import dry_run
 from gkd.trainer.ranks import Ranks
@@ -262,7 +262,7 @@ def test_ranks_that_cannot_share_are_refused(
             records,
             targets,
             batch_size=batch_size,
-            flip=True,
+            data=DataConfig(),
             kd=KdConfig(),
             world_size=ranks,
         )
