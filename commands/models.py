@@ -101,7 +101,8 @@ def export(run: Path, out: Path, licence: str | None, note: str | None, as_json:
     """Write the student of RUN, a run folder or a checkpoint, for programs without gkd.
 
     OUT.onnx takes any batch size and was checked against torch. OUT.safetensors holds the weights
-    under arcface_torch's names. Beside it OUT.md says what the model is and how to use it.
+    under the names of who published the network. Beside it OUT.md says what the model is and how to
+    use it.
     """
     from gkd.trainer.model_card import export_student
 

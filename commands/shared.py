@@ -61,7 +61,9 @@ arch_option = click.option(
     "--arch",
     default="auto",
     show_default=True,
-    help="Backbone of a .pt, .pth or .safetensors file, e.g. iresnet50; auto for .onnx.",
+    metavar="NAME|package.module:factory",
+    help="Backbone of a .pt, .pth, .ckpt or .safetensors file, e.g. iresnet50; auto tells it from "
+    "the keys. With package.module:factory your own code makes the network: it is run as it is.",
 )
 workers_option = click.option(
     "--workers",

@@ -140,6 +140,11 @@ class TorchEmbedder:
         autocast = AUTOCAST.get(self.precision)
         with torch.autocast(torch.device(self.device).type, autocast, enabled=autocast is not None):
             embeddings = self._module(pixels)
+        if not isinstance(embeddings, torch.Tensor):
+            raise GkdError(
+                f"{self.name}: expected embeddings [{len(images)}, D] for {len(images)} images, "
+                f"got a {type(embeddings).__name__}; the teacher must return one tensor"
+            )
         return _checked(embeddings.float().cpu().numpy(), len(images), self.name)
 
 

@@ -1,1 +1,1 @@
-"""Records and cached targets on disk: numpy, no torch."""
+"""Records and cached targets on disk: numpy; torch only where a file of torch's is read."""

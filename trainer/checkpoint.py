@@ -22,10 +22,10 @@ from torch.distributed.tensor import DTensor
 
 from gkd.storage import atomic
 from gkd.storage.errors import ConfigError, SpecMismatchError
+from gkd.storage.torch_files import read_torch_file
 from gkd.trainer.backbones import build_backbone
 from gkd.trainer.config import RunConfig, StudentConfig, differences
 from gkd.trainer.ranks import Ranks
-from gkd.trainer.torch_files import read_torch_file
 
 FORMAT = 1
 FOLDER = "checkpoints"

@@ -15,6 +15,7 @@ import msgspec
 from msgspec import Meta
 
 from gkd.storage.errors import ConfigError
+from gkd.trainer.backbones.build import BackboneName
 from gkd.trainer.heads import Margin
 
 Positive = Annotated[float, Meta(gt=0)]
@@ -34,7 +35,6 @@ BatchSize = Annotated[int, Meta(ge=2)]
 # What torch and numpy both take.
 Seed = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 Signal = Literal["auto", "group", "draws", "hybrid"]
-BackboneName = Literal["iresnet18", "iresnet34", "iresnet50", "iresnet100", "mobilefacenet"]
 
 
 class DataConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -62,8 +62,11 @@ class DataConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 class StudentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """``[student]``.
 
-    name           iresnet18, iresnet34, iresnet50, iresnet100 or mobilefacenet
-    width          multiplier of the channels; by default as published: 2 for mobilefacenet, else 1
+    name           mobilefacenet, mbf_large; iresnet18, 34, 50, 100 or 200; vit_t, s, b or l; ir_18,
+                   34, 50, 101, 152 or 200, and evolve_ir_50, 101 or 152 (ir_se_50 and so on with
+                   squeeze and excitation): see ``gkd.trainer.backbones``
+    width          multiplier of the channels; by default as published: 2 for mobilefacenet, 4 for
+                   mbf_large, else 1
     embedding_dim  length of an embedding
     input_size     112, or 56 or 28: the network pools its 112x112 images to that first
     """

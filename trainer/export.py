@@ -57,7 +57,7 @@ def export_onnx(model: nn.Module, out: Path, *, preprocess: Preprocess, name: st
 
 
 def export_safetensors(model: nn.Module, out: Path, *, preprocess: Preprocess, name: str) -> None:
-    """Write the backbone's state dict to ``out``: float32, under ``arcface_torch``'s key names.
+    """Write the backbone's state dict to ``out``: float32, under its publisher's key names.
 
     Carries the same metadata as the ONNX file.
     """

@@ -21,11 +21,21 @@ RUN = "run.json"
 # Names that arcface_torch's get_model takes.
 PUBLISHED_NAMES = {
     "mobilefacenet": "mbf",
+    "mbf_large": "mbf_large",
     "iresnet18": "r18",
     "iresnet34": "r34",
     "iresnet50": "r50",
     "iresnet100": "r100",
+    "iresnet200": "r200",
+    "vit_t": "vit_t",
+    "vit_s": "vit_s",
+    "vit_b": "vit_b",
+    "vit_l": "vit_l_dp005_mask_005",
 }
+ARCFACE_TORCH = "insightface's `recognition/arcface_torch`"
+ADAFACE = "AdaFace (`net.py`, which returns the embedding normalised, and its length)"
+EVOLVE = "face.evoLVe"
+IR_DIM = 512  # the only embeddings of AdaFace's and face.evoLVe's networks
 FORMATS: dict[str, Callable[..., None]] = {".onnx": export_onnx, ".safetensors": export_safetensors}
 _NO_LICENCE = (
     "No licence was stated. Ask whoever gave you this model before you use it or pass it on."
@@ -214,19 +224,20 @@ def _usage(config: StudentConfig, file: str) -> str:
             + "\n\nThe file's metadata says the same to programs: `input_shape`, `channel_order`, "
             + ("`preprocess_mean`, `preprocess_std` and `embedding_dim`.")
         )
-    built = _published(config)
-    if built is None:
+    published = _published(config)
+    if published is None:
         return (
-            "The weights have `arcface_torch`'s names, but no network of its own is of this width "
-            "or input size: export this student as ONNX to use it without gkd. With gkd:\n\n"
+            "No published network is of this width, input size or embedding: export this student "
+            "as ONNX to use it without gkd. With gkd:\n\n"
         ) + _python(
             "from pathlib import Path",
             "from gkd.trainer.backbones import load_backbone",
             f'model = load_backbone("auto", Path({json.dumps(file)})).module',
         )
+    codebase, built = published
     return (
-        "The weights have the names of insightface's `recognition/arcface_torch`, and load into "
-        "its network. With that folder on Python's path:\n\n"
+        f"The weights have the names of {codebase}, and load into its network. With that folder "
+        "on Python's path:\n\n"
         + _python(
             "from safetensors.torch import load_file",
             *built,
@@ -237,19 +248,26 @@ def _usage(config: StudentConfig, file: str) -> str:
     )
 
 
-def _published(config: StudentConfig) -> tuple[str, str] | None:
-    """Lines that build the network as arcface_torch has it; None where it has none like it."""
+def _published(config: StudentConfig) -> tuple[str, tuple[str, str]] | None:
+    """The codebase that has this network, and lines that build it there; None where none has."""
     width = default_width(config.name) if config.width is None else config.width
     if config.input_size != 112:
         return None
     if width == default_width(config.name):
-        name = PUBLISHED_NAMES[config.name]
-        return (
-            "from backbones import get_model",
-            f'model = get_model("{name}", fp16=False, num_features={config.embedding_dim})',
-        )
+        if config.name in PUBLISHED_NAMES:
+            name = PUBLISHED_NAMES[config.name]
+            return ARCFACE_TORCH, (
+                "from backbones import get_model",
+                f'model = get_model("{name}", fp16=False, num_features={config.embedding_dim})',
+            )
+        if config.embedding_dim != IR_DIM:
+            return None
+        name = config.name.removeprefix("evolve_").upper()
+        if name.lower() == config.name:
+            return ADAFACE, (f"from net import {name}", f"model = {name}(input_size=(112, 112))")
+        return EVOLVE, (f"from backbone.model_irse import {name}", f"model = {name}([112, 112])")
     if config.name == "mobilefacenet" and width == int(width):
-        return (
+        return ARCFACE_TORCH, (
             "from backbones.mobilefacenet import MobileFaceNet",
             f"model = MobileFaceNet(num_features={config.embedding_dim}, scale={int(width)})",
         )

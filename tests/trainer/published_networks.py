@@ -75,7 +75,13 @@ def bottleneck(inputs: int, outputs: int, hidden: int, stride: int, residual: bo
 
 
 class MobileFaceNet(nn.Module):
-    def __init__(self, fp16: bool = False, num_features: int = 512, scale: int = 2) -> None:
+    def __init__(
+        self,
+        fp16: bool = False,
+        num_features: int = 512,
+        scale: int = 2,
+        blocks: tuple[int, ...] = (1, 4, 6, 2),
+    ) -> None:
         super().__init__()
         a, b = 64 * scale, 128 * scale
 
@@ -85,13 +91,13 @@ class MobileFaceNet(nn.Module):
 
         self.layers = nn.Sequential(
             unit(3, a, 3, stride=2),
-            unit(a, a, 3, groups=64),
+            unit(a, a, 3, groups=64) if blocks[0] == 1 else repeated(a, 128, blocks[0]),
             bottleneck(a, a, 128, 2, False),
-            repeated(a, 128, 4),
+            repeated(a, 128, blocks[1]),
             bottleneck(a, b, 256, 2, False),
-            repeated(b, 256, 6),
+            repeated(b, 256, blocks[2]),
             bottleneck(b, b, 512, 2, False),
-            repeated(b, 256, 2),
+            repeated(b, 256, blocks[3]),
         )
         self.conv_sep = unit(b, 512)
         whole = Layers(nn.Conv2d(512, 512, 7, groups=512, bias=False), nn.BatchNorm2d(512))
@@ -106,4 +112,6 @@ class MobileFaceNet(nn.Module):
 def get_model(name: str, **options: Any) -> nn.Module:
     if name == "mbf":
         return MobileFaceNet(**options)
+    if name == "mbf_large":
+        return MobileFaceNet(**{"scale": 4, **options}, blocks=(2, 8, 12, 4))
     return IResNet({"r18": (2, 2, 2, 2), "r34": (3, 4, 6, 3)}[name], options["num_features"])

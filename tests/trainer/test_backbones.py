@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from gkd.storage.errors import ConfigError
+from gkd.storage.torch_files import read_torch_file
 from gkd.trainer.backbones import build_backbone, load_backbone
-from gkd.trainer.torch_files import read_torch_file
 
 EXPECTED = "expected a file that torch.save wrote, of tensors only"
 NORM = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")

@@ -79,6 +79,18 @@ def test_operations_are_those_of_the_layers(name: str) -> None:
     assert told == counted
 
 
+def test_operations_of_a_transformer_by_hand() -> None:
+    """Nine patches of 64 channels, twelve blocks; attention's two products count as well."""
+    settings = small_config("student.name=vit_t", "student.width=0.25", "student.embedding_dim=8")
+    patches, channels = 9, 64
+    attention = 2 * patches * patches * channels
+    block = patches * channels * channels * (3 + 1 + 4 + 4) + attention
+    embedding = patches * 3 * 81 * channels
+    feature = patches * channels * channels + channels * 8
+    expected = 2 * (embedding + 12 * block + feature)
+    assert backbone_flops(student_backbone(settings.student)) == expected
+
+
 def test_activations_by_hand() -> None:
     """The input, and what the ReLU gave: each is saved twice and counted once."""
     model = nn.Sequential(nn.Conv2d(3, 4, 1, bias=False), nn.ReLU(), nn.Conv2d(4, 2, 1, bias=False))

@@ -20,10 +20,16 @@ from gkd.storage.atomic import sha256_file
 from gkd.storage.errors import ConfigError
 from gkd.storage.spec import preprocess_preset
 from gkd.trainer.backbones import load_backbone
-from gkd.trainer.checkpoint import load_student, student_backbone, write_checkpoint
+from gkd.trainer.checkpoint import (
+    Identity,
+    Student,
+    load_student,
+    student_backbone,
+    write_checkpoint,
+)
 from gkd.trainer.config import load_config
 from gkd.trainer.evaluation import module_embed
-from gkd.trainer.model_card import export_student
+from gkd.trainer.model_card import card_text, export_student
 
 HERE = Path(__file__).parent
 FINGERPRINT, CACHE, TEACHER = "fa" * 32, "ca" * 32, "7e" * 32
@@ -142,6 +148,29 @@ def test_five_lines_load_the_weights_without_gkd(
     np.testing.assert_allclose(got, expected, atol=1e-5 * float(np.linalg.norm(expected)))
 
 
+@pytest.mark.parametrize(
+    ("settings", "built"),
+    [
+        (("student.name=vit_t", "student.embedding_dim=24"), 'get_model("vit_t", fp16=False, num_'),
+        (
+            ("student.name=vit_l",),
+            'get_model("vit_l_dp005_mask_005", fp16=False, num_features=512)',
+        ),
+        (("student.name=ir_se_50",), "model = IR_SE_50(input_size=(112, 112))"),
+        (("student.name=evolve_ir_101",), "model = IR_101([112, 112])"),
+        (("student.name=ir_50", "student.embedding_dim=24"), "load_backbone("),
+        (("student.name=mbf_large", "student.width=2"), "load_backbone("),
+    ],
+)
+def test_the_card_builds_each_network_where_it_was_published(
+    settings: tuple[str, ...], built: str
+) -> None:
+    config = load_config(None, settings)
+    student = Student(torch.nn.Linear(1, 1), config, Identity(9, 3, FINGERPRINT, ""), 1, {})
+    text = card_text(student, {}, preprocess_preset("arcface"), file="s.safetensors", sha256="0")
+    assert built in text
+
+
 @pytest.fixture(scope="module")
 def exported_onnx(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with run/ and student.onnx."""
@@ -188,7 +217,10 @@ def test_weights_carry_the_metadata_and_load_into_gkd(tmp_path: Path) -> None:
     embed = module_embed(loaded, preprocess_preset("arcface"), torch.device("cpu"))
     np.testing.assert_array_equal(embed(face()[None]), embedding_here(run))
     lines = code_of(exported.card)
-    assert "no network of its own is of this width or input size" in exported.card.read_text()
+    assert (
+        "No published network is of this width, input size or embedding"
+        in exported.card.read_text()
+    )
     assert 'load_backbone("auto", Path("student.safetensors"))' in lines[-1]
 
 

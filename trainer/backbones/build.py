@@ -1,31 +1,64 @@
 """Backbones by name."""
 
 import difflib
+from typing import Literal, get_args
 
 from torch import nn
 
 from gkd.storage.errors import ConfigError
-from gkd.trainer.backbones.iresnet import BLOCKS, IResNet
-from gkd.trainer.backbones.mobilefacenet import MobileFaceNet
+from gkd.trainer.backbones import ir, iresnet, mobilefacenet, vit
+from gkd.trainer.backbones.common import Family, Sizes
 
-BACKBONES = (*BLOCKS, "mobilefacenet")
+BackboneName = Literal[
+    "iresnet18",
+    "iresnet34",
+    "iresnet50",
+    "iresnet100",
+    "iresnet200",
+    "mobilefacenet",
+    "mbf_large",
+    "vit_t",
+    "vit_s",
+    "vit_b",
+    "vit_l",
+    "ir_18",
+    "ir_34",
+    "ir_50",
+    "ir_101",
+    "ir_152",
+    "ir_200",
+    "ir_se_50",
+    "ir_se_101",
+    "ir_se_152",
+    "ir_se_200",
+    "evolve_ir_50",
+    "evolve_ir_101",
+    "evolve_ir_152",
+    "evolve_ir_se_50",
+    "evolve_ir_se_101",
+    "evolve_ir_se_152",
+]
+BACKBONES: tuple[str, ...] = get_args(BackboneName)
+FAMILIES = (iresnet.FAMILY, mobilefacenet.FAMILY, vit.FAMILY, ir.FAMILY)
 
 
-def check_name(name: str) -> None:
-    """Refuse a backbone that does not exist.
+def family_of(name: str) -> Family:
+    """The family that a backbone is of.
 
     Raises:
-        ConfigError: naming the ones that do.
+        ConfigError: for a name that is none, naming the ones that are.
     """
-    if name not in BACKBONES:
-        near = difflib.get_close_matches(name, BACKBONES, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise ConfigError(f"backbone: expected one of {', '.join(BACKBONES)}, got {name!r}{hint}")
+    for family in FAMILIES:
+        if name in family.widths:
+            return family
+    near = difflib.get_close_matches(name, BACKBONES, n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    raise ConfigError(f"backbone: expected one of {', '.join(BACKBONES)}, got {name!r}{hint}")
 
 
 def default_width(name: str) -> float:
-    """Width that was published: 2 for ``mobilefacenet`` (its ``scale``), 1 for the others."""
-    return 2.0 if name == "mobilefacenet" else 1.0
+    """Width that was published: 2 for ``mobilefacenet`` and 4 for ``mbf_large``, else 1."""
+    return family_of(name).widths[name]
 
 
 def build_backbone(
@@ -39,8 +72,5 @@ def build_backbone(
     Raises:
         ConfigError: for an unknown name, or a width or input size that cannot be.
     """
-    check_name(name)
     width = default_width(name) if width is None else width
-    if name == "mobilefacenet":
-        return MobileFaceNet(embedding_dim=embedding_dim, width=width, input_size=input_size)
-    return IResNet(BLOCKS[name], embedding_dim=embedding_dim, width=width, input_size=input_size)
+    return family_of(name).build(name, Sizes(embedding_dim, width, input_size))

@@ -1,4 +1,9 @@
-"""What the backbone families share: input pooling and the size of feature maps."""
+"""What the backbone families share: how one is described, input pooling, sizes of feature maps."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +14,51 @@ from gkd.storage.images import FACE_SHAPE
 
 FACE_SIZE = FACE_SHAPE[0]
 INPUT_SIZES = (112, 56, 28)
+
+
+class Sizes(NamedTuple):
+    """What the shapes of a state dict tell: all that ``Family.build`` takes beside a name."""
+
+    embedding_dim: int
+    width: float
+    input_size: int
+
+
+@dataclass(frozen=True)
+class Family:
+    """Networks of one kind, and how their state dicts are known.
+
+    widths      name -> the width that was published
+    build       (name, sizes) -> a freshly initialised network
+    recognise   state dict -> the name whose blocks these keys have, or None
+    size_keys   keys whose shapes tell the sizes, and how many dimensions each has
+    sizes       (name, state dict with these keys) -> sizes
+    optional    endings of keys that a file may lack: nothing that is computed needs them
+    """
+
+    widths: Mapping[str, float]
+    build: Callable[[str, Sizes], nn.Module]
+    recognise: Callable[[Mapping[str, Tensor]], str | None]
+    size_keys: Mapping[str, int]
+    sizes: Callable[[str, Mapping[str, Tensor]], Sizes]
+    optional: tuple[str, ...] = ("num_batches_tracked",)
+
+
+def numbered(keys: Iterable[str], prefix: str, suffix: str) -> int:
+    """How many numbers stand between ``prefix`` and ``suffix``, which has no dot at its start."""
+    found = {
+        key.removeprefix(prefix).partition(".")[0]
+        for key in keys
+        if key.startswith(prefix) and key.endswith(suffix)
+    }
+    return sum(each.isdecimal() for each in found)
+
+
+def input_size_of(inputs: int, channels: float) -> int:
+    """Input size of a network whose last map of ``channels`` has ``inputs`` numbers in all."""
+    sides = {halved(size, times=4): size for size in INPUT_SIZES}
+    # Another side fits none of the networks: the comparison of shapes says so.
+    return sides.get(math.isqrt(int(inputs / channels)), INPUT_SIZES[0])
 
 
 class InputPool(nn.Module):

@@ -4,15 +4,27 @@ Duta et al., Improved Residual Networks for Image and Video Recognition, 2020, i
 arcface_torch (deepinsight/insightface), whose state-dict key names these modules carry.
 """
 
+from collections.abc import Mapping
+
 from torch import Tensor, nn
 
-from gkd.trainer.backbones.common import InputPool, freeze_at_one, halved, scaled
+from gkd.trainer.backbones.common import (
+    Family,
+    InputPool,
+    Sizes,
+    freeze_at_one,
+    halved,
+    input_size_of,
+    numbered,
+    scaled,
+)
 
 BLOCKS: dict[str, tuple[int, int, int, int]] = {
     "iresnet18": (2, 2, 2, 2),
     "iresnet34": (3, 4, 6, 3),
     "iresnet50": (3, 4, 14, 3),
     "iresnet100": (3, 13, 30, 3),
+    "iresnet200": (6, 26, 60, 6),
 }
 CHANNELS = (64, 128, 256, 512)
 
@@ -91,3 +103,32 @@ class IResNet(nn.Module):
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         embeddings: Tensor = self.features(self.fc(self.bn2(x).flatten(1)))
         return embeddings
+
+
+def _build(name: str, sizes: Sizes) -> nn.Module:
+    return IResNet(
+        BLOCKS[name],
+        embedding_dim=sizes.embedding_dim,
+        width=sizes.width,
+        input_size=sizes.input_size,
+    )
+
+
+def _recognise(state: Mapping[str, Tensor]) -> str | None:
+    blocks = tuple(numbered(state, f"layer{stage}.", ".conv1.weight") for stage in (1, 2, 3, 4))
+    return next((name for name, expected in BLOCKS.items() if blocks == expected), None)
+
+
+def _sizes(name: str, state: Mapping[str, Tensor]) -> Sizes:
+    width = state["conv1.weight"].shape[0] / CHANNELS[0]
+    embedding_dim, inputs = state["fc.weight"].shape
+    return Sizes(embedding_dim, width, input_size_of(inputs, CHANNELS[-1] * width))
+
+
+FAMILY = Family(
+    widths=dict.fromkeys(BLOCKS, 1.0),
+    build=_build,
+    recognise=_recognise,
+    size_keys={"conv1.weight": 4, "fc.weight": 2},
+    sizes=_sizes,
+)

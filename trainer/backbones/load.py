@@ -1,62 +1,81 @@
 """Backbones from the state dicts that people hold."""
 
-import math
-import re
-from collections.abc import Mapping
+import functools
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import safetensors
 import safetensors.torch
+import torch
 from torch import Tensor, nn
 
 from gkd.storage.errors import ConfigError
-from gkd.trainer.backbones.build import BACKBONES, build_backbone, check_name
-from gkd.trainer.backbones.common import INPUT_SIZES, halved
-from gkd.trainer.backbones.iresnet import BLOCKS
-from gkd.trainer.torch_files import read_torch_file
+from gkd.storage.torch_files import read_torch_file
+from gkd.trainer.backbones.build import BACKBONES, FAMILIES, build_backbone, family_of
+from gkd.trainer.backbones.factory import is_factory, make_network
 
 # Under which training code nests the backbone's state dict.
 NESTS = ("state_dict", "state_dict_backbone", "backbone", "model")
+# What DDP, torch.compile, Lightning modules, CVLface and FaceX-Zoo put before a network's keys.
+WRAPPERS = ("module.", "_orig_mod.", "model.", "net.", "backbone.")
+# And what some of them keep beside it: the class layer.
+BESIDE = "head."
 SHOWN = 5
+# Share of the keys, of both sides together, that makes a file a damaged one and not another thing.
+ALIKE = 0.5
 
 
 class LoadedBackbone(NamedTuple):
-    """A backbone in eval mode, float [B, 3, 112, 112] to [B, D], and its name in ``BACKBONES``."""
+    """A backbone in eval mode, float [B, 3, 112, 112] to [B, D], and what it was loaded as."""
 
     name: str
     module: nn.Module
 
 
 def load_backbone(name: str, path: Path) -> LoadedBackbone:
-    """A backbone with the weights of a ``.pt``/``.pth`` or ``.safetensors`` file.
+    """A backbone with the weights of a ``.pt``, ``.pth``, ``.ckpt`` or ``.safetensors`` file.
 
-    ``name`` is one of ``BACKBONES``, or ``auto`` to tell it from the keys. Width, embedding
-    dimension and input size are told from shapes. Keys may carry ``module.`` and may be nested
-    as training codes do. No code of the file runs (``weights_only=True``).
+    ``name`` is one of ``BACKBONES``, or ``auto`` to tell it from keys and shapes, or
+    ``package.module:factory``: then that code runs, and makes the network. Width, embedding
+    dimension and input size are told from shapes. Keys may be nested and wrapped as training
+    codes do. No code of the file runs (``weights_only=True``).
 
     Raises:
-        ConfigError: for a file that is none, or whose keys or shapes do not fit, naming them.
+        ConfigError: for a file that is none, or whose keys or shapes do not fit, naming them and
+            the backbone that comes closest.
     """
     path = Path(path)
-    state = read_state_dict(path)
-    if name == "auto":
-        name = _recognise(state, path)
-    check_name(name)
-    backbone = _sized_for(name, state, path)
-    _check_fit(backbone.state_dict(), state, name, path)
-    backbone.load_state_dict(state, strict=False)
-    return LoadedBackbone(name, backbone.eval())
+    if is_factory(name):
+        module = make_network(name)
+        expected = module.state_dict()
+        # A network of the user's may have a wrapper's name in its own keys.
+        state = max(_unwrappings(_read_tensors(path)), key=lambda each: _shared(expected, each))
+        _require_fit(expected, state, name, path)
+    else:
+        state = read_state_dict(path)
+        name = _recognised_or_closest(state, path) if name == "auto" else name
+        module = _sized_for(name, state, path)
+        _require_fit(module.state_dict(), state, name, path)
+    module.load_state_dict(state, strict=False)
+    return LoadedBackbone(name, module.eval())
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """Tensors by key, without ``module.`` prefixes or nesting.
+    """Tensors by key, without what training codes put around a network and before its keys.
 
     Raises:
         ConfigError: for a file that is absent, unreadable or holds no state dict.
     """
+    *_, state = _unwrappings(_read_tensors(path))
+    return state
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
-        raise ConfigError(f"{path}: no such weights file; expected .pt, .pth or .safetensors")
+        raise ConfigError(
+            f"{path}: no such weights file; expected .pt, .pth, .ckpt or .safetensors"
+        )
     content = _read(path)
     for nest in NESTS:
         if isinstance(content, Mapping) and isinstance(content.get(nest), Mapping):
@@ -69,7 +88,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
             f"{path}: expected a state dict of tensors, got {type(content[odd[0]]).__name__} at "
             f"key {odd[0]!r}; save the network's state_dict() alone"
         )
-    return {str(key).removeprefix("module."): value for key, value in content.items()}
+    return {str(key): value for key, value in content.items()}
 
 
 def _read(path: Path) -> Any:
@@ -81,60 +100,108 @@ def _read(path: Path) -> Any:
     return read_torch_file(path)
 
 
-def _recognise(state: Mapping[str, Tensor], path: Path) -> str:
-    """The backbone whose keys these are."""
-    if "layers.0.layers.0.weight" in state and "conv_sep.layers.0.weight" in state:
-        return "mobilefacenet"
-    found = [re.fullmatch(r"layer(\d)\.(\d+)\.conv1\.weight", key) for key in state]
-    stages = [int(match[1]) for match in found if match]
-    blocks = tuple(stages.count(stage) for stage in (1, 2, 3, 4))
-    for name, expected in BLOCKS.items():
-        if blocks == expected:
-            return name
+def _unwrappings(state: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+    """A state dict as it is, and then with one wrapper less around it each time."""
+    yield state
+    while (wrapper := _wrapper(state)) is not None:
+        state = {
+            key.removeprefix(wrapper): value
+            for key, value in state.items()
+            if not key.startswith(BESIDE)
+        }
+        yield state
+
+
+def _wrapper(keys: Collection[str]) -> str | None:
+    return next((w for w in WRAPPERS if any(key.startswith(w) for key in keys)), None)
+
+
+def _recognised(state: Mapping[str, Tensor]) -> str | None:
+    """The backbone whose blocks these keys have."""
+    names = (family.recognise(state) for family in FAMILIES)
+    return next((name for name in names if name is not None), None)
+
+
+def _recognised_or_closest(state: Mapping[str, Tensor], path: Path) -> str:
+    """The backbone whose keys these are, or would be if the file were whole."""
+    recognised = _recognised(state)
+    if recognised is not None:
+        return recognised
+    closest, share = _closest(state)
+    if share >= ALIKE:
+        return closest
     first = ", ".join(list(state)[:SHOWN])
     raise ConfigError(
         f"{path}: its keys are of no backbone of gkd ({', '.join(BACKBONES)}); they begin: {first}"
+        f"{_closeness(state, closest)}. For another network give the code that makes it: --arch "
+        "package.module:factory"
     )
+
+
+def _closeness(state: Collection[str], closest: str) -> str:
+    shared = _shared(_keys(closest), state)
+    return f"; the closest is {closest}, with {shared} of these {len(state)} keys" if shared else ""
+
+
+def _closest(state: Mapping[str, Tensor]) -> tuple[str, float]:
+    """The backbone with most keys in common, and their share of all keys of both."""
+    own = {key for key in state if not key.endswith("num_batches_tracked")}
+
+    def share(name: str) -> float:
+        return len(own & _keys(name)) / len(own | _keys(name))
+
+    closest = max(BACKBONES, key=share)
+    return closest, share(closest)
+
+
+@functools.cache
+def _keys(name: str) -> frozenset[str]:
+    with torch.device("meta"):
+        state = build_backbone(name).state_dict()
+    return frozenset(key for key in state if not key.endswith("num_batches_tracked"))
+
+
+def _shared(expected: Collection[str], state: Collection[str]) -> int:
+    return len(set(expected) & set(state))
 
 
 def _sized_for(name: str, state: Mapping[str, Tensor], path: Path) -> nn.Module:
     """The named backbone with width, embedding dimension and input size told from shapes."""
-    mobile = name == "mobilefacenet"
-    first = "layers.0.layers.0.weight" if mobile else "conv1.weight"
-    last = "features.layers.2.weight" if mobile else "fc.weight"
-    spatial = "features.layers.0.layers.0.weight" if mobile else last
-    for key in (first, last, spatial):
-        if key not in state or state[key].dim() not in (2, 4):
+    family = family_of(name)
+    for key, dims in family.size_keys.items():
+        if key not in state or state[key].dim() != dims or not state[key].numel():
             got = f"shape {list(state[key].shape)}" if key in state else "no such key"
-            fits = _fits(state, name, path)
-            raise ConfigError(f"{path}: not {name}: expected weights at {key!r}, got {got}{fits}")
-    width = state[first].shape[0] / 64
-    channels = 1 if mobile else 512 * width
-    side = math.sqrt(state[spatial][0].numel() / channels)
-    sizes = {halved(size, times=4): size for size in INPUT_SIZES}
-    return build_backbone(
-        name,
-        embedding_dim=state[last].shape[0],
-        width=width,
-        # Another side fits none of the networks: the comparison of shapes says so.
-        input_size=sizes.get(int(side), 112),
-    )
-
-
-def _fits(state: Mapping[str, Tensor], name: str, path: Path) -> str:
-    """The end of a message: which other backbone the keys are of."""
+            raise ConfigError(
+                f"{path}: not {name}: expected weights at {key!r}, got {got}"
+                f"{_likeness(state, name)}"
+            )
+    sizes = family.sizes(name, state)
     try:
-        recognised = _recognise(state, path)
-    except ConfigError:
+        return family.build(name, sizes)
+    except ConfigError as error:
+        raise ConfigError(
+            f"{path}: not {name}: a width of {sizes.width:g}, as its shapes tell, cannot be"
+            f"{_likeness(state, name)}"
+        ) from error
+
+
+def _likeness(state: Mapping[str, Tensor], name: str) -> str:
+    """The end of a message: which other backbone the keys are of, or all but of."""
+    recognised = _recognised(state)
+    if recognised is not None:
+        return f"; the file looks like {recognised}" if recognised != name else ""
+    closest, share = _closest(state)
+    if share < ALIKE:
         return "; the file fits no backbone of gkd"
-    return f"; the file looks like {recognised}" if recognised != name else ""
+    return f"; the file comes closest to {closest}" if closest != name else ""
 
 
-def _check_fit(
+def _require_fit(
     expected: Mapping[str, Tensor], state: Mapping[str, Tensor], name: str, path: Path
 ) -> None:
     # Old checkpoints lack the counters, and the frozen statistics do not need them.
-    missing = [k for k in expected if k not in state and not k.endswith("num_batches_tracked")]
+    optional = ("num_batches_tracked",) if is_factory(name) else family_of(name).optional
+    missing = [key for key in expected if key not in state and not key.endswith(optional)]
     unexpected = [key for key in state if key not in expected]
     misshapen = [
         f"{key} (expected {list(value.shape)}, got {list(state[key].shape)})"
@@ -153,5 +220,5 @@ def _check_fit(
     ]
     if faults:
         raise ConfigError(
-            f"{path}: its keys do not fit {name}; {'; '.join(faults)}{_fits(state, name, path)}"
+            f"{path}: its keys do not fit {name}; {'; '.join(faults)}{_likeness(state, name)}"
         )

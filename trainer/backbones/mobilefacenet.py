@@ -1,16 +1,30 @@
-"""MobileFaceNet, blocks 1-4-6-2.
+"""MobileFaceNet, blocks 1-4-6-2, and the large one, blocks 2-8-12-4.
 
 Chen et al., MobileFaceNets: Efficient CNNs for Accurate Real-Time Face Verification on Mobile
-Devices, 2018, in the form of arcface_torch's ``mbf`` (deepinsight/insightface), whose state-dict
-key names these modules carry.
+Devices, 2018, in the form of arcface_torch's ``mbf`` and ``mbf_large`` (deepinsight/insightface),
+whose state-dict key names these modules carry.
 """
 
 import math
+from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from gkd.trainer.backbones.common import InputPool, freeze_at_one, halved, scaled
+from gkd.trainer.backbones.common import (
+    Family,
+    InputPool,
+    Sizes,
+    freeze_at_one,
+    halved,
+    input_size_of,
+    numbered,
+    scaled,
+)
 
+BLOCKS: dict[str, tuple[int, int, int, int]] = {
+    "mobilefacenet": (1, 4, 6, 2),
+    "mbf_large": (2, 8, 12, 4),
+}
 # The expansions and the last convolution are the same at every width, as published.
 HEAD_CHANNELS = 512
 
@@ -99,26 +113,33 @@ class MobileFaceNet(nn.Module):
     """Float images [B, 3, 112, 112] to un-normalised embeddings [B, embedding_dim].
 
     ``width`` is the published ``scale``: 64 x width channels at first, 128 x width later.
-    ``input_size`` 56 or 28 pools the images first.
+    ``input_size`` 56 or 28 pools the images first. A first one of ``blocks`` is a convolution in
+    the place of bottlenecks.
     """
 
     def __init__(
-        self, *, embedding_dim: int = 512, width: float = 2.0, input_size: int = 112
+        self,
+        blocks: tuple[int, int, int, int] = BLOCKS["mobilefacenet"],
+        *,
+        embedding_dim: int = 512,
+        width: float = 2.0,
+        input_size: int = 112,
     ) -> None:
         super().__init__()
         narrow, wide = scaled(64, width), scaled(128, width)
+        # 64 groups at 128 channels too: not depthwise there, but so published.
+        second = ConvBlock(narrow, narrow, 3, padding=1, groups=math.gcd(64, narrow))
         self.pool = InputPool(input_size)
         self.layers = nn.ModuleList(
             [
                 ConvBlock(3, narrow, 3, stride=2, padding=1),
-                # 64 groups at 128 channels too: not depthwise there, but so published.
-                ConvBlock(narrow, narrow, 3, padding=1, groups=math.gcd(64, narrow)),
+                second if blocks[0] == 1 else Residuals(narrow, 128, blocks[0]),
                 Bottleneck(narrow, narrow, 128, stride=2),
-                Residuals(narrow, 128, 4),
+                Residuals(narrow, 128, blocks[1]),
                 Bottleneck(narrow, wide, 256, stride=2),
-                Residuals(wide, 256, 6),
+                Residuals(wide, 256, blocks[2]),
                 Bottleneck(wide, wide, 512, stride=2),
-                Residuals(wide, 256, 2),
+                Residuals(wide, 256, blocks[3]),
             ]
         )
         self.conv_sep = ConvBlock(wide, HEAD_CHANNELS)
@@ -134,3 +155,41 @@ class MobileFaceNet(nn.Module):
             x = layer(x)
         embeddings: Tensor = self.features(self.conv_sep(x))
         return embeddings
+
+
+def _build(name: str, sizes: Sizes) -> nn.Module:
+    return MobileFaceNet(
+        BLOCKS[name],
+        embedding_dim=sizes.embedding_dim,
+        width=sizes.width,
+        input_size=sizes.input_size,
+    )
+
+
+def _recognise(state: Mapping[str, Tensor]) -> str | None:
+    last = ".layers.0.layers.0.weight"
+    blocks = tuple(numbered(state, f"layers.{place}.layers.", last) for place in (1, 3, 5, 7))
+    # The convolution in the place of the first bottlenecks has no number.
+    blocks = (blocks[0] or 1, *blocks[1:])
+    return next((name for name, expected in BLOCKS.items() if blocks == expected), None)
+
+
+def _sizes(name: str, state: Mapping[str, Tensor]) -> Sizes:
+    width = state["layers.0.layers.0.weight"].shape[0] / 64
+    whole = state["features.layers.0.layers.0.weight"]
+    return Sizes(
+        state["features.layers.2.weight"].shape[0], width, input_size_of(whole[0].numel(), 1)
+    )
+
+
+FAMILY = Family(
+    widths={"mobilefacenet": 2.0, "mbf_large": 4.0},
+    build=_build,
+    recognise=_recognise,
+    size_keys={
+        "layers.0.layers.0.weight": 4,
+        "features.layers.2.weight": 2,
+        "features.layers.0.layers.0.weight": 4,
+    },
+    sizes=_sizes,
+)
