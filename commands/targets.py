@@ -24,6 +24,7 @@ from gkd.commands.shared import (
     require_plot,
     sort_option,
     storage_option,
+    workers_option,
 )
 
 if TYPE_CHECKING:
@@ -198,6 +199,49 @@ def targets_stats(place: str, plot: Path | None, options: dict[str, Any], as_jso
         emit(view, False)
     if not isinstance(figures, CacheStats):
         click.echo("\nQuantiles and masses need the arrays: `gkd targets pull` the cache for them.")
+
+
+@targets.command("confusions")
+@click.argument("path", metavar="TARGETS", type=PATH)
+@click.option("--records", "source", type=PATH, metavar="RECORDS", help="Show faces from these.")
+@click.option("--out", type=PATH, required=True, metavar="FOLDER", help="Where the results go.")
+@click.option(
+    "--most",
+    type=click.IntRange(min=1),
+    default=200,
+    show_default=True,
+    help="Items of each list on the page.",
+)
+@sort_option
+@workers_option
+@as_json
+def targets_confusions(
+    path: Path,
+    source: Path | None,
+    out: Path,
+    most: int,
+    sort: Any,
+    workers: int,
+    as_json: bool,
+) -> None:
+    """List what the teacher of TARGETS confuses, from the cache alone.
+
+    FOLDER gets identities.parquet (pairs that share mass), label_noise.parquet (images that it
+    takes for another identity than their label), hard.parquet (images that no identity claims) and
+    confusions.html, one page with the faces.
+    """
+    from gkd.storage.cache import Cache
+    from gkd.storage.confusion_files import write_confusions
+    from gkd.storage.materialise import DIGESTS, default_folder
+    from gkd.storage.records import open_records
+
+    cache = Cache.open(path)
+    records = open_records(source, sort=sort) if source else None
+    folder = default_folder() / DIGESTS
+    written = write_confusions(
+        cache, out, records=records, most=most, folder=folder, workers=workers
+    )
+    emit(written, as_json)
 
 
 @targets.command("push")

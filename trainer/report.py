@@ -9,11 +9,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, median
 
+from gkd.storage import page
 from gkd.storage.atomic import write_file
 from gkd.storage.disk import disk_errors
 from gkd.storage.errors import ConfigError
 from gkd.storage.extras import require
-from gkd.trainer import figures, page
+from gkd.trainer import figures
 from gkd.trainer.findings import SetScore
 from gkd.trainer.fit import FitSummary
 from gkd.trainer.run_folder import Run, TrainingLine, read_run

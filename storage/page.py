@@ -1,6 +1,7 @@
 """Pieces of a self-contained HTML page. Every string is escaped here: names come from strangers."""
 
 import base64
+import hashlib
 import html
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -44,16 +45,26 @@ pre { background: #f6f7f9; border: 1px solid var(--line); border-radius: 6px; pa
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
-def page(title: str, body: Iterable[str]) -> bytes:
-    """A whole page of pieces that are HTML already."""
+def page(title: str, body: Iterable[str], *, style: str = "", script: str = "") -> bytes:
+    """A whole page of pieces that are HTML already.
+
+    ``style`` comes after ``STYLE``. ``script`` is the page's own, at its end; the policy names it
+    by its hash, so that no other runs.
+    """
+    policy, scripts = POLICY, []
+    if script:
+        sha256 = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+        policy += f"; script-src 'sha256-{sha256}'"
+        scripts = [f"<script>{script}</script>"]
     return "\n".join(
         [
             "<!doctype html>",
             '<html lang="en"><head><meta charset="utf-8">',
-            f'<meta http-equiv="Content-Security-Policy" content="{html.escape(POLICY)}">',
+            f'<meta http-equiv="Content-Security-Policy" content="{html.escape(policy)}">',
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            f"<title>{escape(title)}</title><style>{STYLE}</style></head><body>",
+            f"<title>{escape(title)}</title><style>{STYLE}{style}</style></head><body>",
             *body,
+            *scripts,
             "</body></html>\n",
         ]
     ).encode()
