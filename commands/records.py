@@ -19,7 +19,7 @@ def records() -> None:
 @sort_option
 @as_json
 def records_info(source: Path, sort: Any, as_json: bool) -> None:
-    """Say what RECORDS hold: a folder with train.rec, a .rec file or an image folder."""
+    """Say what RECORDS hold: packs, Parquet files, tar shards or an image folder."""
     from gkd.storage.records import open_records
     from gkd.storage.records_check import records_info
 
@@ -52,13 +52,16 @@ def records_verify(source: Path, sort: Any, workers: int, as_json: bool) -> None
 
 
 @records.command("pack")
-@click.argument("folder", type=PATH)
+@click.argument("source", metavar="RECORDS", type=PATH)
 @click.argument("out", type=PATH)
 @sort_option
 @workers_option
 @as_json
-def records_pack(folder: Path, out: Path, sort: Any, workers: int, as_json: bool) -> None:
-    """Pack an image FOLDER, one folder an identity, into OUT/train.rec in InsightFace's layout."""
+def records_pack(source: Path, out: Path, sort: Any, workers: int, as_json: bool) -> None:
+    """Pack RECORDS of any kind into OUT/train.rec, which MXNet reads too, in their order.
+
+    Images are copied byte for byte, so a cache of RECORDS serves OUT as well.
+    """
     from gkd.storage.packing import pack
 
-    emit(pack(folder, out, sort=sort, workers=workers), as_json)
+    emit(pack(source, out, sort=sort, workers=workers), as_json)

@@ -192,7 +192,7 @@ def train_student(
     torchrun --nproc-per-node N -m gkd.cli train-student ...; train.batch_size is that of all ranks.
     """
     from gkd.storage.cache import Cache
-    from gkd.storage.records import open_records
+    from gkd.storage.records import ParquetRecords, open_records
     from gkd.trainer.compiling import require_compiler
     from gkd.trainer.config import load_config
     from gkd.trainer.data import join_targets
@@ -208,6 +208,13 @@ def train_student(
 
     def load(order: "Order") -> "tuple[Records, JoinedTargets | None]":
         records = open_records(source, sort=sort)
+        if isinstance(records, ParquetRecords) and rank() == 0:
+            click.echo(
+                f"{source}: shuffled reads of Parquet decode half a row group of up to "
+                f"{records.group_rows:,} images for each; `gkd records pack {source} PACK` once, "
+                "and train on PACK: the targets serve it too",
+                err=True,
+            )
         if path == NO_TARGETS:
             return records, None
         # Without distillation as well: both runs leave out what the cache left out.

@@ -33,6 +33,7 @@ class ImageFolder(Records):
     def __init__(self, path: Path, *, sort: Sort = "natural") -> None:
         self.path = path.absolute()
         self.name = self.path.name
+        self.layout, self.indexed = "folder", True
         self.label_order = sort
         key = SORT_KEYS[sort]
         root = Path(os.path.realpath(self.path))

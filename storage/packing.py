@@ -1,4 +1,4 @@
-"""Image folders to record packs in InsightFace's layout, which MXNet reads too."""
+"""Records of any kind to record packs, which MXNet reads too."""
 
 import itertools
 import shutil
@@ -10,12 +10,14 @@ import numpy as np
 
 from gkd.storage.atomic import sync_file, sync_folder
 from gkd.storage.errors import ConfigError, CorruptRecordError
-from gkd.storage.folders import ImageFolder, Sort
+from gkd.storage.folders import Sort
 from gkd.storage.images import FACE_SHAPE, decode_face
 from gkd.storage.lock import WriteLock
 from gkd.storage.parallel import ordered_map, row_blocks
 from gkd.storage.progress import progress
+from gkd.storage.record_file import EXACT_FLOAT32
 from gkd.storage.recordio import RecordWriter, encode_record
+from gkd.storage.records import Records, open_records
 from gkd.storage.writer import delete_leftovers
 
 
@@ -29,31 +31,36 @@ class Packed:
     bytes: int
 
 
-def pack(folder: Path, out: Path, *, sort: Sort = "natural", workers: int = 1) -> Packed:
-    """Pack an image folder into ``out/train.rec``, ``train.idx`` and ``property``.
+def pack(source: Path, out: Path, *, sort: Sort = "natural", workers: int = 1) -> Packed:
+    """Pack records of any kind into ``out/train.rec``, ``train.idx`` and ``property``.
+
+    Where one identity stands after the other, as in an image folder, in the layout of InsightFace:
 
         key 0                 labels [N + 1, N + 1 + C], no image: where the identity records stand
-        keys 1..N             the images, one identity after the other, label c
+        keys 1..N             the images in their order, label c
         keys N + 1..N + C     labels [first, last + 1], no image: the image keys of identity c
-        property              C,112,112
 
-    Files are copied byte for byte, never encoded again; ``workers`` threads decode them to see
+    Otherwise in that of im2rec, keys 0..N - 1, so that images are read and stay in their order.
+    ``property`` is ``C,112,112``.
+
+    Images are copied byte for byte, never encoded again; ``workers`` threads decode them to see
     that each is an aligned face. ``out`` appears when all is written; what a killed run of the
     same name left beside it is deleted. Key 0 counts in float32, as
     the layout wants: beyond 2^24 images it is rounded, and readers count by the index.
 
     Raises:
-        ConfigError: where ``out`` exists or another run is writing it, or ``folder`` is no image
-            folder.
-        CorruptRecordError: for the first file that is no image of 112x112 pixels.
+        ConfigError: where ``out`` exists or another run is writing it, ``source`` is no records,
+            or has classes that float32 labels cannot tell apart.
+        CorruptRecordError: for the first record that is no labelled image of 112x112 pixels.
     """
     if out.exists():
         raise ConfigError(f"{out}: exists already; remove it or choose another name")
-    if not folder.is_dir():
+    records = open_records(source, sort=sort)
+    if records.num_classes > EXACT_FLOAT32:
         raise ConfigError(
-            f"{folder}: expected a folder with one folder of images an identity, got none; name one"
+            f"{source}: expected at most {EXACT_FLOAT32:,} identities, which the float32 labels of "
+            f"a pack can tell apart, got {records.num_classes:,}; use these records as they are"
         )
-    records = ImageFolder(folder, sort=sort)
     out.parent.mkdir(parents=True, exist_ok=True)
     with WriteLock(out):
         delete_leftovers(out)
@@ -63,7 +70,7 @@ def pack(folder: Path, out: Path, *, sort: Sort = "natural", workers: int = 1) -
     return Packed(out, len(records), records.num_classes, size)
 
 
-def _write_pack(records: ImageFolder, out: Path, workers: int) -> None:
+def _write_pack(records: Records, out: Path, workers: int) -> None:
     aside = out.with_name(f".{out.name}.{uuid.uuid4().hex}")
     aside.mkdir()
     try:
@@ -79,8 +86,9 @@ def _write_pack(records: ImageFolder, out: Path, workers: int) -> None:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def _write_records(records: ImageFolder, writer: RecordWriter, workers: int) -> None:
-    count, classes = len(records), records.num_classes
+def _write_records(records: Records, writer: RecordWriter, workers: int) -> None:
+    count, classes, labels = len(records), records.num_classes, records.labels
+    by_identity = bool((labels[1:] >= labels[:-1]).all())
 
     def checked(rows: range) -> list[memoryview]:
         images = [records.encoded(row) for row in rows]
@@ -93,17 +101,20 @@ def _write_records(records: ImageFolder, writer: RecordWriter, workers: int) -> 
                 ) from error
         return images
 
-    writer.write(0, encode_record([count + 1, count + 1 + classes], b"", id=0))
-    key = 1
+    if by_identity:
+        writer.write(0, encode_record([count + 1, count + 1 + classes], b"", id=0))
+    key = first = int(by_identity)
     with progress("pack images", count, "images") as advance:
         for images in ordered_map(checked, row_blocks(count), workers=workers):
             for encoded in images:
-                label = float(records.labels[key - 1])
+                label = float(labels[key - first])
                 writer.write(key, encode_record(label, encoded, id=key))
                 key += 1
             advance(len(images))
-    # Labels ascend with the rows, so the first row of each class bounds its keys.
-    firsts = np.searchsorted(records.labels, np.arange(classes + 1)) + 1
+    if not by_identity:
+        return
+    # The first row of each class bounds its keys.
+    firsts = np.searchsorted(labels, np.arange(classes + 1)) + 1
     for first, end in itertools.pairwise(firsts):
         writer.write(key, encode_record([float(first), float(end)], b"", id=key))
         key += 1

@@ -3,23 +3,16 @@
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
+from gkd.storage.classes import MAX_CLASSES, labelled_classes, read_property
 from gkd.storage.errors import ConfigError, CorruptRecordError
 from gkd.storage.progress import progress
 from gkd.storage.recordio import Headers, RecordReader, read_index
 from gkd.storage.rows import QUIET_ROWS, Records
 
-Layout = Literal["insightface", "im2rec"]
-# Classes are stored as uint32 in a cache.
-MAX_CLASSES = 2**32
-# More classes than this, and than so many an image, no labels prove: a part of a large data set
-# numbers far fewer, and one damaged label would cost gigabytes for classes that are not there.
-MOST_UNPROVED_CLASSES = 1_000_000
-MOST_CLASSES_AN_IMAGE = 16
 # From here on a float32 label cannot name every class.
 EXACT_FLOAT32 = 2**24
 HEADER_BLOCK = 1 << 18
@@ -61,7 +54,7 @@ class RecordFile(Records):
             keys = np.arange(len(offsets))
         headers = _read_headers(self._reader, offsets)
         metadata = _metadata(keys, headers)
-        self.layout: Layout = "insightface" if metadata.any() else "im2rec"
+        self.layout = "insightface" if metadata.any() else "im2rec"
         images = ~metadata
         if not images.any():
             raise ConfigError(
@@ -73,7 +66,7 @@ class RecordFile(Records):
         self._property = read_property(self.path.with_name("property"))
         bound = MAX_CLASSES if self._property is None else self._property
         self.labels = _classes(headers.labels[images], self.sizes, bound)
-        self.num_classes = self._labelled_classes() if self._property is None else self._property
+        self.num_classes = self._property or labelled_classes(self.labels, self.where)
 
     def key(self, row: int) -> str:
         """The record's key in the index, or its number in the file."""
@@ -107,18 +100,6 @@ class RecordFile(Records):
             except OSError as error:
                 raise CorruptRecordError(f"{path}: {error.strerror}; put it back") from error
 
-    def _labelled_classes(self) -> int:
-        row = int(self.labels.argmax())
-        classes = int(self.labels[row]) + 1
-        most = max(MOST_UNPROVED_CLASSES, MOST_CLASSES_AN_IMAGE * len(self))
-        if classes > most:
-            raise ConfigError(
-                f"{self.where(row)}: expected a label below {most:,} among {len(self):,} images, "
-                f"got {classes - 1:,}; correct this record, or if there are so many identities say "
-                "so in a file named property beside the pack, with the line IDENTITIES,112,112"
-            )
-        return classes
-
     def _label_fault(self, row: int) -> CorruptRecordError:
         (label, *_) = self._reader.read(int(self._offsets[row])).labels
         if self._property is None:
@@ -131,24 +112,6 @@ class RecordFile(Records):
         return CorruptRecordError(
             f"{self.where(row)}: expected {expected}, got label {label:g}; {remedy}"
         )
-
-
-def read_property(path: Path) -> int | None:
-    """The number of classes by the first line ``classes,height,width`` of a pack's property file.
-
-    Raises:
-        ConfigError: for another first line.
-    """
-    if not path.exists():
-        return None
-    first = path.read_text(errors="replace").partition("\n")[0].strip()
-    count = first.partition(",")[0].strip()
-    if not (count.isascii() and count.isdigit() and 0 < int(count) <= MAX_CLASSES):
-        raise ConfigError(
-            f"{path}: expected a first line like 93431,112,112 (classes, height, width), "
-            f"got {first[:80]!r}; correct or remove the file"
-        )
-    return int(count)
 
 
 def _read_headers(reader: RecordReader, offsets: npt.NDArray[np.int64]) -> Headers:

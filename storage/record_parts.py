@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from gkd.storage.record_file import RecordFile
-from gkd.storage.rows import Records
+from gkd.storage.rows import Layout, Records
 
 
 class RecordParts(Records):
@@ -26,7 +26,7 @@ class RecordParts(Records):
         self.path = self.parts[0].path.parent
         self.name = self.path.name
         self.label_order = self.parts[0].label_order
-        layouts = {part.layout for part in self.parts}
+        layouts: set[Layout] = {part.layout for part in self.parts}
         self.layout = layouts.pop() if len(layouts) == 1 else "mixed"
         self.indexed = all(part.indexed for part in self.parts)
         self.num_classes = max(part.num_classes for part in self.parts)

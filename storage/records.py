@@ -5,32 +5,46 @@ from pathlib import Path
 from gkd.storage.errors import ConfigError
 from gkd.storage.folders import ImageFolder, Sort, natural_key
 from gkd.storage.images import digest
+from gkd.storage.parquet_records import PARQUET, ParquetRecords
 from gkd.storage.record_file import RecordFile
 from gkd.storage.record_parts import RecordParts
 from gkd.storage.rows import Records, digests
+from gkd.storage.shards import find_shards
+from gkd.storage.webdataset_records import TAR, WebDatasetRecords
 
 __all__ = [
     "ImageFolder",
+    "ParquetRecords",
     "RecordFile",
     "RecordParts",
     "Records",
     "Sort",
+    "WebDatasetRecords",
     "digest",
     "digests",
     "open_records",
 ]
 
 
-def open_records(path: str | Path, *, sort: Sort = "natural") -> Records:
-    """Open a folder with ``train.rec``, a ``.rec`` file, or a folder with one folder an identity.
+EXPECTED = (
+    "expected a folder with train.rec, a .rec file, or Parquet files, tar shards or one folder of "
+    "images an identity in a folder"
+)
+_PACKED_TAR = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
-    A folder without ``train.rec`` and with other packs is all of them, in natural order of their
-    names: parts of one data set, with one numbering of the identities.
-    ``sort`` orders the identities of an image folder; packs carry their own labels.
+
+def open_records(path: str | Path, *, sort: Sort = "natural") -> Records:
+    """Open a pack, Parquet files, tar shards or an image folder, whichever ``path`` is.
+
+    A file is told by its suffix: ``.rec``, ``.parquet`` or ``.tar``. A folder is the first of: its
+    ``train.rec``; its other packs, in natural order of their names, parts of one data set with one
+    numbering of the identities; its ``.tar`` files; its ``.parquet`` files (of either also those in
+    its folder ``data``); its folders of images, one an identity.
+    ``sort`` orders the identities of an image folder; the others carry their own labels.
 
     Raises:
         ConfigError: where ``path`` is none of these, or holds no image.
-        CorruptRecordError: where a pack's index cannot be read.
+        CorruptRecordError: where an index cannot be read.
     """
     path = Path(path)
     if path.is_dir():
@@ -38,17 +52,22 @@ def open_records(path: str | Path, *, sort: Sort = "natural") -> Records:
         if pack.exists():
             return RecordFile(pack)
         packs = sorted(path.glob("*.rec"), key=lambda part: natural_key(part.name))
-        match packs:
-            case []:
-                return ImageFolder(path, sort=sort)
-            case [alone]:
-                return RecordFile(alone)
-            case _:
-                return RecordParts(packs)
-    if path.is_file() and path.suffix == ".rec":
-        return RecordFile(path)
+        if packs:
+            return RecordFile(packs[0]) if len(packs) == 1 else RecordParts(packs)
+        if find_shards(path, TAR):
+            return WebDatasetRecords(path)
+        if find_shards(path, PARQUET):
+            return ParquetRecords(path)
+        for suffix in _PACKED_TAR:
+            if compressed := find_shards(path, suffix):
+                return WebDatasetRecords(compressed[0])  # which says why not
+        return ImageFolder(path, sort=sort)
+    if path.is_file():
+        if path.suffix == ".rec":
+            return RecordFile(path)
+        if path.suffix == PARQUET:
+            return ParquetRecords(path)
+        if path.name.endswith((TAR, *_PACKED_TAR)):
+            return WebDatasetRecords(path)
     got = "another file" if path.exists() else "nothing there"
-    raise ConfigError(
-        f"{path}: expected a folder with train.rec, a .rec file, or a folder with "
-        f"one folder of images an identity, got {got}; name one of these"
-    )
+    raise ConfigError(f"{path}: {EXPECTED}, got {got}; name one of these")

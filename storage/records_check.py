@@ -9,9 +9,7 @@ from gkd.storage.errors import CorruptRecordError
 from gkd.storage.images import decode, decode_face
 from gkd.storage.parallel import ordered_map, row_blocks
 from gkd.storage.progress import progress
-from gkd.storage.record_file import RecordFile
-from gkd.storage.record_parts import RecordParts
-from gkd.storage.rows import Records
+from gkd.storage.rows import Layout, Records
 from gkd.storage.spec import LabelOrder
 
 PERCENTILES = (0, 5, 25, 50, 75, 95, 100)
@@ -21,9 +19,8 @@ PERCENTILES = (0, 5, 25, 50, 75, 95, 100)
 class RecordsInfo:
     """What records hold, by their headers; no image but the first is decoded.
 
-    layout                "insightface", "im2rec", "mixed" (parts of both) or "folder"
-    indexed               False for a pack without an .idx file, which was scanned
-    num_classes           by the property file, the labels or the folders
+    layout, indexed       as of ``Records``
+    num_classes           by the property file, the names of classes, the labels or the folders
     identities            different labels that occur
     labels                smallest and largest label
     unreadable            records whose header is broken or whose label is no class
@@ -34,7 +31,7 @@ class RecordsInfo:
 
     path: Path
     name: str
-    layout: str
+    layout: Layout
     indexed: bool
     label_order: LabelOrder
     images: int
@@ -62,12 +59,11 @@ def records_info(records: Records) -> RecordsInfo:
     readable = records.labels[records.labels >= 0]
     identities, counts = np.unique(readable, return_counts=True)
     percentiles = np.percentile(counts, PERCENTILES) if len(counts) else np.zeros(len(PERCENTILES))
-    pack = records if isinstance(records, RecordFile | RecordParts) else None
     return RecordsInfo(
         path=records.path,
         name=records.name,
-        layout=pack.layout if pack else "folder",
-        indexed=pack.indexed if pack else True,
+        layout=records.layout,
+        indexed=records.indexed,
         label_order=records.label_order,
         images=len(records),
         num_classes=records.num_classes,

@@ -8,7 +8,7 @@ import time
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +24,7 @@ QUIET_ROWS = 100_000
 # Less is hashed again as fast as it is looked for.
 LEAST_KEPT_BYTES = 1 << 28
 SETTLED_SECONDS = 2.0
+Layout = Literal["insightface", "im2rec", "mixed", "folder", "parquet", "webdataset"]
 
 
 class Records(Protocol):
@@ -31,6 +32,8 @@ class Records(Protocol):
 
     path         absolute, as opened
     name         short name of the data set
+    layout       how it is stored; a pack's is "insightface" or "im2rec", "mixed" of parts of both
+    indexed      False for packs without an .idx file, which were scanned
     label_order  how the identities got their numbers
     num_classes  labels are below it
     labels       int64 [N], -1 where a record's header is unreadable or its label is no class
@@ -39,6 +42,8 @@ class Records(Protocol):
 
     path: Path
     name: str
+    layout: Layout
+    indexed: bool
     label_order: LabelOrder
     num_classes: int
     labels: npt.NDArray[np.int64]
@@ -105,6 +110,7 @@ class Subset(Records):
     ) -> None:
         self.records, self.rows = records, rows
         self.path, self.name = records.path, records.name
+        self.layout, self.indexed = records.layout, records.indexed
         self.label_order = records.label_order
         self.num_classes = records.num_classes if num_classes is None else num_classes
         self.labels, self.sizes = records.labels[rows], records.sizes[rows]
