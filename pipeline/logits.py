@@ -42,11 +42,14 @@ class Logits(Protocol):
 
 @dataclass(frozen=True)
 class CosineLogits:
-    """Logits from embeddings and centres; ``label_margin`` is scale * margin."""
+    """Logits from embeddings and centres; ``label_margin`` is scale * margin.
 
-    scaled: Tensor  # [B, D], of length scale
+    Centres of half precision become float32 a chunk at a time: only their rounding is felt.
+    """
+
+    scaled: Tensor  # float32 [B, D], of length scale
     labels: Tensor
-    centers: Tensor
+    centers: Tensor  # [C, D]
     label_margin: float
 
     @property
@@ -56,17 +59,17 @@ class CosineLogits:
 
     def of_labels(self) -> Tensor:
         """Logit of each label, [B]."""
-        return (self.scaled * self.centers[self.labels]).sum(1) - self.label_margin
+        return (self.scaled * self.centers[self.labels].float()).sum(1) - self.label_margin
 
     def fill(self, out: Tensor, start: int) -> None:
         """Write the logits [B, n] of the classes from ``start`` on, without margin."""
-        torch.mm(self.scaled, self.centers[start : start + out.shape[1]].T, out=out)
+        torch.mm(self.scaled, self.centers[start : start + out.shape[1]].float().T, out=out)
 
     def of(self, rows: Tensor, classes: Tensor) -> Tensor:
         """Logits [m, n] of some classes, row by row, so that few centres are copied at once."""
         counts = torch.bincount(rows, minlength=len(self.scaled)).tolist()
         products = [
-            self.centers.index_select(0, some.flatten()) @ embedding
+            self.centers.index_select(0, some.flatten()).float() @ embedding
             for some, embedding in zip(classes.split(counts), self.scaled, strict=True)
         ]
         is_label = classes == self.labels[rows, None]

@@ -59,7 +59,7 @@ def partition(
     Args:
         embeddings: float [B, D], of any length: they are L2-normalised here.
         labels: int [B], the margin's class.
-        centers: float32 [C, D], L2-normalised.
+        centers: float32, float16 or bfloat16 [C, D], L2-normalised.
         settings: temperatures, threshold, cap, scale and margin.
         uniforms: float64 [B, n] of [0, 1), one a draw; only where the settings have draws.
         class_chunk: classes whose logits are held at once; by default what suits the device.

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from gkd.pipeline.partition import Partition, partition, partition_logits
 from gkd.pipeline.settings import PartitionSettings
 from gkd.storage.errors import ConfigError
+from gkd.storage.spec import DrawsSpec
 from gkd.storage.targets import decode_log_probs
 from tests.reference import class_order, dense_group, dense_secondary, log_sum_exp
 
@@ -325,3 +326,19 @@ def test_an_empty_batch_is_an_empty_partition() -> None:
 def test_settings_outside_their_range_are_refused(name: str, value: object, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         replace(PartitionSettings(), **{name: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_centers_in_half_precision_are_their_rounded_values(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(3)
+    centers = torch.nn.functional.normalize(torch.randn(300, 24, generator=generator))
+    rounded, labels = centers.to(dtype), torch.arange(7)
+    embeddings = centers[:7] + 0.1 * torch.randn(7, 24, generator=generator)
+    config = PartitionSettings(draws=DrawsSpec(5, 4.0, "all"))
+    uniforms = np.random.default_rng(0).random((7, 5))
+    ours, theirs = (
+        partition(embeddings, labels, array, config, uniforms=uniforms, class_chunk=128).targets
+        for array in (rounded, rounded.float())
+    )
+    for name in ("offsets", "indices", "log2_probs", "secondary", "draws", "draw_log2_probs"):
+        np.testing.assert_array_equal(getattr(ours, name), getattr(theirs, name))

@@ -1,6 +1,7 @@
 """Teachers from ONNX files and torch modules, and what is refused of them."""
 
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -149,12 +150,32 @@ def torch_embedder(module: nn.Module, **options: Any) -> TorchEmbedder:
     )
 
 
-@pytest.mark.parametrize("channels_last", [False, True])
-def test_a_torch_module_embeds_in_evaluation_mode(channels_last: bool) -> None:
-    embedder = torch_embedder(Means(), device="cpu", channels_last=channels_last)
+def test_a_torch_module_embeds_in_evaluation_mode() -> None:
+    embedder = torch_embedder(Means(), device="cpu")
     assert (embedder.embedding_dim, embedder.precision) == (3, "float32")
     embeddings = embedder(images(5)[:, :, ::-1])
     np.testing.assert_allclose(embeddings, means_by_hand(images(5)), atol=1e-5)
+
+
+@pytest.mark.parametrize("bgr", [False, True])
+@pytest.mark.parametrize("preset", ["arcface", "imagenet", "raw"])
+def test_a_module_gets_the_very_pixels_of_the_preset(preset: str, bgr: bool) -> None:
+    preprocess = preprocess_preset(preset, bgr=bgr)
+    embedder = TorchEmbedder(
+        nn.Flatten(), name="pixels", arch="test", sha256="0" * 64, preprocess=preprocess
+    )
+    pixels = embedder(images(3)).reshape(3, 3, 112, 112)
+    np.testing.assert_array_equal(pixels, preprocess.apply(images(3)))
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+def test_a_compiled_module_embeds_as_the_plain_one() -> None:
+    compiled = torch_embedder(Means(), device="cpu", compile=True)
+    assert compiled.compiled
+    np.testing.assert_allclose(
+        compiled(images(20)), means_by_hand(images(20)[:, :, ::-1]), atol=1e-5
+    )
 
 
 def test_autocast_is_used_on_request() -> None:

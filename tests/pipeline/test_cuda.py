@@ -1,0 +1,62 @@
+"""What a GPU computes for a cache: embeddings and groups against the CPU's.
+
+Every path here has a test of its own on the CPU; these run where there is a GPU.
+"""
+
+import numpy as np
+import pytest
+import torch
+
+from gkd.pipeline.embed import IN_FLIGHT
+from gkd.pipeline.partition import partition
+from gkd.pipeline.settings import PartitionSettings
+from gkd.pipeline.teacher import TorchEmbedder
+from gkd.storage.parallel import ordered_map
+from gkd.storage.spec import preprocess_preset
+from gkd.trainer.backbones import build_backbone
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@pytest.mark.parametrize(
+    ("precision", "compile", "least"),
+    [("float32", False, 0.9999), ("bfloat16", False, 0.99), ("float16", True, 0.99)],
+)
+def test_batches_in_flight_are_embedded_as_on_the_cpu(
+    precision: str, compile: bool, least: float
+) -> None:
+    torch.manual_seed(0)
+    module = build_backbone("iresnet18", width=0.25, embedding_dim=64, input_size=112).eval()
+    rng = np.random.default_rng(0)
+    batches = [rng.integers(0, 256, (32, 112, 112, 3)).astype(np.uint8) for _ in range(8)]
+    here, there = (
+        TorchEmbedder(
+            module,
+            name="random",
+            arch="iresnet18",
+            sha256="0" * 64,
+            preprocess=preprocess_preset("arcface"),
+            device=device,
+            precision=precision,  # type: ignore[arg-type]
+            compile=compile and device == "cuda",
+        )
+        for device, precision in (("cpu", "float32"), ("cuda", precision))
+    )
+    found = list(ordered_map(there, batches, workers=IN_FLIGHT))
+    for batch, theirs in zip(batches, found, strict=True):
+        ours = here(batch)
+        cosines = (ours * theirs).sum(1) / np.linalg.norm(ours, axis=1)
+        assert (cosines / np.linalg.norm(theirs, axis=1)).min() > least
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_groups_are_the_cpus(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    centers = torch.nn.functional.normalize(torch.randn(20_000, 64, generator=generator)).to(dtype)
+    labels = torch.randint(20_000, (48,), generator=generator)
+    embeddings = centers[labels].float() + 0.1 * torch.randn(48, 64, generator=generator)
+    settings = PartitionSettings(group_temperature=2.0)
+    ours = partition(embeddings, labels, centers, settings).targets
+    theirs = partition(embeddings, labels, centers.cuda(), settings).targets
+    np.testing.assert_allclose(theirs.secondary, ours.secondary, atol=2e-3)
+    np.testing.assert_allclose(theirs.sizes, ours.sizes, rtol=0.02, atol=2)
