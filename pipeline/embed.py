@@ -22,6 +22,7 @@ from gkd.storage.rows import Records
 from gkd.storage.spec import DatasetSpec, Preprocess, TeacherSpec, View
 
 SETTINGS = "settings.json"
+IN_FLIGHT = 2  # batches on an accelerator: one is copied to or from it while the other is computed
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,8 @@ def embed(
 ) -> Generator[EmbeddedBatch, None, None]:
     """Embeddings of batches of rows, in their order, decoded ahead by ``workers`` threads.
 
-    A teacher on a device of its own runs ahead of the consumer as well, in one more thread. All
-    queues are bounded: whoever takes slowly slows the decoding down.
+    A teacher on a device of its own runs ahead of the consumer as well, in threads that keep
+    ``IN_FLIGHT`` batches there. All queues are bounded: whoever takes slowly slows the decoding down.
 
     Raises:
         CorruptRecordError: at the first unreadable record, unless ``skip_corrupt``.
@@ -77,7 +78,7 @@ def embed(
             # The consumer computes on the same cores, and changes how many threads torch has.
             yield from map(embed_batch, decoded)
         else:
-            with closing(ordered_map(embed_batch, decoded, workers=1)) as embedded:
+            with closing(ordered_map(embed_batch, decoded, workers=IN_FLIGHT)) as embedded:
                 yield from embedded
 
 

@@ -14,9 +14,8 @@ so the exponentials of scaled cosines are summed as they are where the scale let
 maximum), and for T = 1, 2 or 4 those of z come from those of z/T by squaring.
 """
 
-import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Self
 
@@ -25,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from gkd.trainer.exponentials import Exponentials, compiled
 from gkd.trainer.gathering import gather_batch
 from gkd.trainer.heads import Margin, apply_margin, at_least_float32, margin_logits
 from gkd.trainer.losses import (
@@ -45,10 +45,6 @@ CHUNK_CLASSES = 1024
 ACCELERATOR_LOGITS = 1 << 24
 # A norm below this is taken for this, as torch.nn.functional.normalize does.
 EPSILON = 1e-12
-# Exponents this far below zero vanish; a power of two, so that no dtype rounds it.
-FAR = 2.0**100
-# Squaring multiplies an exponential's rounding error; up to here it is below the logits' own.
-SQUARED_TEMPERATURES = (1.0, 2.0, 4.0)
 
 
 class LayerLoss(NamedTuple):
@@ -280,8 +276,8 @@ def class_sums(unit: Tensor, centers: Tensor, picks: Picks, objective: Objective
     unit     [B, D]   normalised embeddings
     centers  [C, D]   not normalised
     """
-    plan = _Exponentials.plan(unit, centers, objective)
-    sum_up = _compiled(_Exponentials.log_sums) if objective.compiled else _Exponentials.log_sums
+    plan = _plan(unit, centers, objective)
+    sum_up = compiled(Exponentials.log_sums) if objective.compiled else Exponentials.log_sums
     scaled = (unit * (objective.scale / plan.divisor)).T
     norms = torch.empty_like(centers[:, 0])
     picked = unit.new_zeros(len(picks.places))
@@ -356,13 +352,14 @@ def class_gradients(
 
     Where the centres are a ``sample``, each drawn one counts as often as it stands for others.
     """
-    plan = _Exponentials.plan(unit, centers, objective)
-    slope = _compiled(_Exponentials.gradient) if objective.compiled else _Exponentials.gradient
+    plan = _plan(unit, centers, objective)
+    slope = compiled(Exponentials.gradient) if objective.compiled else Exponentials.gradient
     softened = (unit * (objective.scale / plan.divisor)).T
     scaled = unit * objective.scale
     at_picks = (terms.at_picks * factor).index_select(0, picks.order)
-    dense = plan.coefficients(terms, factor)
-    drawn = plan.coefficients(terms, factor * sample.weight) if sample else dense
+    sums = terms.log_all, terms.log_tail, terms.tail
+    dense = plan.coefficients(*sums, factor, unit.dtype)
+    drawn = plan.coefficients(*sums, factor * sample.weight, unit.dtype) if sample else dense
     certain = sample.certain if sample else 0
     grad_scaled, grad_centers = torch.zeros_like(unit), torch.empty_like(centers)
     chunks = list(picks.chunks(len(centers), certain))
@@ -400,92 +397,13 @@ class _ChunkBuffers(NamedTuple):
         return directions, torch.mm(directions, scaled, out=self.logits[: len(centers)])
 
 
-class _Dense(NamedTuple):
-    """Gradient outside the picks: softmax * exp(z - shift) + tail * exp(z / T - soft_shift)."""
-
-    softmax: Tensor
-    tail: Tensor
-    shift: Tensor
-    soft_shift: Tensor
-
-
-class _Exponentials(NamedTuple):
-    """How the exponentials of z and of z / T are taken, from ``base = z / divisor``.
-
-    bounded    no sum of them leaves the floating-point range: they are taken without a shift
-    squarings  of exp(z / T) that make exp(z), or None where each is taken by itself
-    """
-
-    divisor: float
-    squarings: int | None
-    bounded: bool
-    temperature: float
-    distil: bool
-
-    @classmethod
-    def plan(cls, unit: Tensor, centers: Tensor, objective: Objective) -> Self:
-        temperature = objective.weights.temperature
-        distil = objective.distil
-        steepest = objective.scale / min(1.0, temperature if distil else 1.0)
-        room = math.log(torch.finfo(unit.dtype).max) - math.log(unit.shape[0] * centers.shape[0])
-        bounded = steepest < room - 4.0
-        if distil and bounded and temperature in SQUARED_TEMPERATURES:
-            return cls(temperature, round(math.log2(temperature)), bounded, temperature, distil)
-        return cls(1.0, None, bounded, temperature, distil)
-
-    def log_sums(self, base: Tensor) -> tuple[Tensor, Tensor]:
-        """Logsumexp over classes [n, B] of z and of z / T, float64 [B]. Overwrites ``base``."""
-        if self.squarings is not None:
-            soft = base.exp_().sum(0).double().log()
-            for _ in range(self.squarings):
-                base.mul_(base)
-            return base.sum(0).double().log(), soft
-        soft = torch.full_like(base[0], -math.inf, dtype=torch.float64)
-        if self.distil:
-            soft = self._log_sum(base / self.temperature)
-        return self._log_sum(base), soft
-
-    def _log_sum(self, values: Tensor) -> Tensor:
-        if self.bounded:
-            return values.exp_().sum(0).double().log()
-        peak = values.amax(0).clamp_(min=torch.finfo(values.dtype).min)
-        return peak.double() + values.sub_(peak).exp_().sum(0).double().log()
-
-    def coefficients(self, terms: PickedTerms, factor: Tensor) -> _Dense:
-        """What ``gradient`` multiplies the exponentials by, in their dtype."""
-        # Without a tail every class of the row is picked, and no exponential may be infinite.
-        log_tail = terms.log_tail.masked_fill(terms.log_tail == -math.inf, FAR)
-        softmax, shift = self._over(terms.log_all, terms.at_picks.dtype)
-        tail, soft_shift = self._over(log_tail, terms.at_picks.dtype)
-        softmax, tail = softmax * factor, tail * terms.tail * factor
-        return _Dense(softmax.to(shift), tail.to(shift), shift, soft_shift)
-
-    def _over(self, log_sum: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """1 / exp(log_sum) as a coefficient (float64) and a shift, whose rounding is made good."""
-        shift = torch.zeros_like(log_sum, dtype=dtype) if self.bounded else log_sum.to(dtype)
-        return torch.exp(shift.double() - log_sum), shift
-
-    def gradient(self, base: Tensor, dense: _Dense) -> Tensor:
-        """Gradient by z of the classes that are not picked [n, B]."""
-        if self.squarings is not None:
-            soft = torch.exp(base)
-            sharp = soft
-            for _ in range(self.squarings):
-                sharp = sharp * sharp if sharp is soft else sharp.mul_(sharp)
-            return torch.addcmul(soft * dense.tail, sharp, dense.softmax)
-        sharp = base.clone() if self.bounded else base - dense.shift
-        grad = sharp.exp_().mul_(dense.softmax)
-        if self.distil:
-            soft = base / self.temperature
-            if not self.bounded:
-                soft.sub_(dense.soft_shift)
-            grad.addcmul_(soft.exp_(), dense.tail)
-        return grad
-
-
-@functools.cache
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(function, fullgraph=True)
+def _plan(unit: Tensor, centers: Tensor, objective: Objective) -> Exponentials:
+    return Exponentials.plan(
+        terms=len(unit) * len(centers),
+        dtype=unit.dtype,
+        scale=objective.scale,
+        temperature=objective.weights.temperature if objective.distil else None,
+    )
 
 
 def _label_logits(picked: Tensor, objective: Objective) -> tuple[Tensor, Tensor]:

@@ -77,6 +77,24 @@ def test_two_ranks_train_as_told(faces: Path, tmp_path: Path) -> None:
     assert np.mean([line[2] for line in ours[-3:]]) < np.mean([line[2] for line in ours[:3]])
 
 
+def test_a_skipped_step_tells_the_records_of_all_ranks(faces: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    lost = (
+        "optimizer.lr=1e6",
+        "train.epochs=9",
+        "train.max_skipped=2",
+        "checkpoint.every_epochs=9",
+    )
+    process = train(faces, out, 2, *lost)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode != 0
+    assert "were not finite in 2 steps in a row (train.max_skipped)" in err
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    told = [set(line["records"]) for line in lines if "not_finite" in line]
+    assert [len(keys) for keys in told] == [12] * len(told)
+    assert told
+
+
 def kill(process: "subprocess.Popen[str]") -> None:
     """kill -9, torchrun and its ranks."""
     for each in [
