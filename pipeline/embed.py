@@ -60,7 +60,8 @@ def embed(
     """Embeddings of batches of rows, in their order, decoded ahead by ``workers`` threads.
 
     A teacher on a device of its own runs ahead of the consumer as well, in threads that keep
-    ``IN_FLIGHT`` batches there. All queues are bounded: whoever takes slowly slows the decoding down.
+    ``IN_FLIGHT`` batches there. All queues are bounded: whoever takes slowly slows the decoding
+    down.
 
     Raises:
         CorruptRecordError: at the first unreadable record, unless ``skip_corrupt``.
