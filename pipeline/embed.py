@@ -23,6 +23,7 @@ from gkd.storage.spec import DatasetSpec, Preprocess, TeacherSpec, View
 
 SETTINGS = "settings.json"
 IN_FLIGHT = 2  # batches on an accelerator: one is copied to or from it while the other is computed
+SAMPLED_SHARDS, SAMPLED_IMAGES = 4, 512
 
 
 @dataclass(frozen=True)
@@ -198,6 +199,23 @@ class EmbeddingStore:
     def has(self, shard: int) -> bool:
         """Whether the shard's embeddings are kept."""
         return self._path(shard).exists()
+
+    def shards(self) -> list[int]:
+        """The shards that are kept, ascending."""
+        return sorted(int(path.stem) for path in self.folder.glob("[0-9]*.npz"))
+
+    def sample(self, view: View) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+        """Rows [n] of the records and their embeddings [n, D]: a random few of a few shards."""
+        kept, rng = self.shards(), np.random.default_rng(0)
+        places = np.linspace(0, len(kept) - 1, min(len(kept), SAMPLED_SHARDS)).astype(int)
+        rows, embeddings = [], []
+        for place in places.tolist():
+            batch = self.load(kept[place], [view])
+            count = min(SAMPLED_IMAGES // len(places), len(batch.kept))
+            some = np.sort(rng.choice(len(batch.kept), count, replace=False))
+            rows.append(batch.rows.start + batch.kept[some])
+            embeddings.append(batch.embeddings[view][some])
+        return np.concatenate(rows), np.concatenate(embeddings)
 
     def save(self, shard: int, batch: EmbeddedBatch) -> None:
         """Keep the embeddings of a whole shard."""

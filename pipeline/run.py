@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
@@ -15,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from gkd.pipeline.calibration import sample_images, tell_groups, tell_presets
 from gkd.pipeline.centers import Centers, ClassMeans, read_npy, require_images
-from gkd.pipeline.draws import uniform_numbers
 from gkd.pipeline.embed import (
     EmbeddedBatch,
     EmbeddingSource,
@@ -26,9 +25,9 @@ from gkd.pipeline.embed import (
     join_batches,
     split_batch,
 )
-from gkd.pipeline.partition import Partition, partition
 from gkd.pipeline.settings import PartitionSettings
-from gkd.pipeline.shards import Background, PartitionedBatch, committing
+from gkd.pipeline.shards import Background, PartitionedBatch, committing, partition_batch
+from gkd.pipeline.specs import cache_spec, dataset_spec, teacher_spec
 from gkd.pipeline.teacher import Embedder
 from gkd.storage import atomic, layout
 from gkd.storage.cache import Cache, committed_shards, read_spec
@@ -38,7 +37,7 @@ from gkd.storage.errors import ConfigError
 from gkd.storage.lock import WriteLock
 from gkd.storage.progress import Advance, progress
 from gkd.storage.rows import Records
-from gkd.storage.spec import VIEWS, CacheSpec, CentersSpec, DatasetSpec, TeacherSpec, View
+from gkd.storage.spec import VIEWS, CacheSpec, CentersSpec, View
 from gkd.storage.writer import CacheWriter, delete_leftovers, require_writable
 
 CLASS_MEAN: Literal["class-mean"] = "class-mean"
@@ -162,12 +161,17 @@ def cache_teacher(
     """
     rank = int(os.environ.get("RANK", "0")) if rank is None else rank
     world_size = int(os.environ.get("WORLD_SIZE", "1")) if world_size is None else world_size
-    _check_labels(records)
+    check_labels(records)
     run = _Run(records, out.absolute(), embedder, settings, rank, world_size)
     return run.make(centers)
 
 
-def _check_labels(records: Records) -> None:
+def check_labels(records: Records) -> None:
+    """Check that there are images and that their labels are classes.
+
+    Raises:
+        ConfigError: where not.
+    """
     if not len(records):
         raise ConfigError(f"{records.path}: expected images, got none")
     highest = int(records.labels.max())
@@ -181,6 +185,30 @@ def _check_labels(records: Records) -> None:
             f"{records.path}: labels go up to {highest:,}, but there are {records.num_classes:,} "
             "identities; check the first line of `property`"
         )
+
+
+def require_class_images(records: Records) -> None:
+    """Check that every class has an image for its mean.
+
+    Raises:
+        ConfigError: naming classes without one.
+    """
+    labels = records.labels
+    # Counted by class, the classes of a wrong `property` would fill any memory.
+    if records.num_classes > len(labels):
+        raise ConfigError(
+            f"class-mean centres: {records.num_classes:,} classes, but only "
+            f"{len(labels):,} images, so that some class has none; give the teacher's own "
+            "centres by --centers FILE, or correct the first line of `property`"
+        )
+    require_images(np.bincount(labels[labels >= 0], minlength=records.num_classes))
+
+
+def on_device(centers: npt.NDArray[np.float32], embedder: Embedder) -> torch.Tensor:
+    """Centres [C, D] where they are to be multiplied: on the teacher's GPU, if it has one."""
+    array = torch.from_numpy(centers)
+    on_gpu = embedder.device.startswith("cuda") and torch.cuda.is_available()
+    return array.to(embedder.device) if on_gpu else array
 
 
 class _Run:
@@ -200,16 +228,7 @@ class _Run:
         self.shard_samples = settings.shard_samples or auto_shard_samples(
             settings.partition.max_group, len(records)
         )
-        self.teacher = TeacherSpec(
-            embedder.name, embedder.arch, embedder.sha256, embedder.embedding_dim
-        )
-        self.dataset = DatasetSpec(
-            records.name,
-            len(records),
-            records.num_classes,
-            records.label_order,
-            records.fingerprint,
-        )
+        self.dataset = dataset_spec(records)
         self.num_shards = -(-len(records) // self.shard_samples)
         self.images = 0
         self.lock = WriteLock(self.out, rank, world_size)
@@ -239,7 +258,10 @@ class _Run:
         if self.rank:
             self.lock.wait_for((self.out / layout.METADATA).exists)
         writer = CacheWriter(self.out, spec, guard=self.lock.check)
-        self._write_shards(writer, torch.from_numpy(centers.array), store)
+        array = on_device(centers.array, self.embedder)
+        if self.rank == 0 and not committed_shards(self.out):
+            self._calibrate(array, store, own_means=centers.kind == CLASS_MEAN)
+        self._write_shards(writer, array, store)
         if self.rank:
             self.lock.wait_for((self.out / layout.MANIFEST).exists)
             return
@@ -256,6 +278,21 @@ class _Run:
         self.lock.wait_until_alone()
         if store is not None:
             store.remove()
+
+    def _calibrate(
+        self, centers: torch.Tensor, store: EmbeddingStore | None, *, own_means: bool
+    ) -> None:
+        """Say whether settings and centres make sense; the other ranks do not wait for it."""
+        views, workers = self.settings.views, self.settings.workers
+        if store is not None:
+            rows, embeddings = store.sample(views[0])
+        else:
+            if not own_means:
+                tell_presets(self.records, self.embedder, views, workers=workers)
+            rows, embeddings = sample_images(self.records, self.embedder, views, workers=workers)
+        if len(rows):
+            labels, settings = self.records.labels[rows], self.settings.partition
+            tell_groups(embeddings, labels, centers, settings, own_means=own_means)
 
     def _rows(self, shard: int) -> range:
         start = shard * self.shard_samples
@@ -280,32 +317,18 @@ class _Run:
             )
 
     def _spec(self, centers: CentersSpec) -> CacheSpec:
-        config = self.settings.partition
-        packages = ["gkd", "torch", "numpy", "zarr"]
-        packages += ["onnxruntime"] if self.embedder.arch == "onnx" else []
-        return CacheSpec(
-            num_samples=len(self.records),
-            num_classes=self.records.num_classes,
-            shard_samples=self.shard_samples,
-            max_group=config.max_group,
-            threshold=config.threshold,
-            group_temperature=config.group_temperature,
-            temperatures=config.temperatures,
-            scale=config.scale,
-            margin=config.margin,
+        return cache_spec(
+            self.dataset,
+            self.embedder,
+            centers,
+            self.settings.partition,
             views=self.settings.views,
-            preprocess=self.embedder.preprocess,
-            precision=self.embedder.precision,
-            teacher=self.teacher,
-            centers=centers,
-            dataset=self.dataset,
-            draws=config.draws,
-            software={package: version(package) for package in packages},
+            shard_samples=self.shard_samples,
         )
 
     def _store(self) -> EmbeddingStore:
         source = EmbeddingSource(
-            self.teacher,
+            teacher_spec(self.embedder),
             self.embedder.preprocess,
             self.embedder.precision,
             self.dataset,
@@ -316,14 +339,9 @@ class _Run:
     def _class_means(self, store: EmbeddingStore) -> Centers:
         """Centres from the embeddings of all shards, which are computed where they are missing."""
         labels = self.records.labels
-        # Counted by class, the classes of a wrong `property` would fill any memory.
-        if self.records.num_classes > len(labels):
-            raise ConfigError(
-                f"class-mean centres: {self.records.num_classes:,} classes, but only "
-                f"{len(labels):,} images, so that some class has none; give the teacher's own "
-                "centres by --centers FILE, or correct the first line of `property`"
-            )
-        require_images(np.bincount(labels[labels >= 0], minlength=self.records.num_classes))
+        require_class_images(self.records)
+        if self.rank == 0 and not store.shards():
+            tell_presets(self.records, self.embedder, VIEWS, workers=self.settings.workers)
         self._keep_embeddings(store)
         path = centers_path(self.out)
         ready = store.folder / "centers.npy"
@@ -399,9 +417,8 @@ class _Run:
         pending = writer.pending(self.rank, self.world_size)
         whole = sum(len(self._rows(shard)) for shard in mine)
         left = sum(len(self._rows(shard)) for shard in pending)
-        if self.embedder.device.startswith("cuda") and torch.cuda.is_available():
-            centers = centers.to(self.embedder.device)
         parts: list[PartitionedBatch] = []
+        settings, class_chunk = self.settings.partition, self.settings.class_chunk
         what = "run teacher and partition" if store is None else "partition"
         with (
             Background() as background,
@@ -410,7 +427,8 @@ class _Run:
         ):
             for shard, batch in batches:
                 background.check()
-                parts.append(self._partition(batch, centers))
+                labels = self.records.labels[batch.rows.start + batch.kept]
+                parts.append(partition_batch(batch, labels, centers, settings, class_chunk))
                 advance(len(batch.rows))
                 if batch.rows.stop == self._rows(shard).stop:
                     background.start(committing(writer, shard, self.records, parts))
@@ -421,22 +439,6 @@ class _Run:
         if self.world_size > 1:
             what = f"{what}, rank {self.rank} of {self.world_size}"
         return progress(what, total, "images", done, quiet_below=total + 1 if self.rank else 0)
-
-    def _partition(self, batch: EmbeddedBatch, centers: torch.Tensor) -> PartitionedBatch:
-        labels = torch.from_numpy(self.records.labels[batch.rows.start + batch.kept])
-        draws, digests = self.settings.partition.draws, batch.digests[batch.kept]
-        views: dict[View, Partition] = {
-            view: partition(
-                torch.from_numpy(batch.embeddings[view]),
-                labels,
-                centers,
-                self.settings.partition,
-                uniforms=None if draws is None else uniform_numbers(draws, view, digests),
-                class_chunk=self.settings.class_chunk,
-            )
-            for view in self.settings.views
-        }
-        return PartitionedBatch(batch.rows, batch.kept, views, batch.digests, batch.skipped)
 
 
 def _saving(

@@ -8,8 +8,13 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
 
-from gkd.pipeline.partition import Partition
+from gkd.pipeline.draws import uniform_numbers
+from gkd.pipeline.embed import EmbeddedBatch
+from gkd.pipeline.partition import Partition, partition
+from gkd.pipeline.settings import PartitionSettings
 from gkd.storage.rows import Records
 from gkd.storage.spec import View
 from gkd.storage.target_arrays import concatenate, optional_arrays
@@ -26,6 +31,29 @@ class PartitionedBatch:
     views: Mapping[View, Partition]
     digests: npt.NDArray[np.uint8]
     skipped: Mapping[int, str]
+
+
+def partition_batch(
+    batch: EmbeddedBatch,
+    labels: npt.NDArray[np.int64],
+    centers: Tensor,
+    settings: PartitionSettings,
+    class_chunk: int | None = None,
+) -> PartitionedBatch:
+    """Groups of a batch in all its views; ``labels`` int64 [m] are of the kept images."""
+    draws, digests = settings.draws, batch.digests[batch.kept]
+    views: dict[View, Partition] = {
+        view: partition(
+            torch.from_numpy(embeddings),
+            torch.from_numpy(labels),
+            centers,
+            settings,
+            uniforms=None if draws is None else uniform_numbers(draws, view, digests),
+            class_chunk=class_chunk,
+        )
+        for view, embeddings in batch.embeddings.items()
+    }
+    return PartitionedBatch(batch.rows, batch.kept, views, batch.digests, batch.skipped)
 
 
 def committing(
