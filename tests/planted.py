@@ -1,0 +1,83 @@
+"""Wrong labels planted in real records, and how many of them a list of confusions finds."""
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from gkd.pipeline.teacher import OnnxEmbedder
+from gkd.storage.confusions import Confusions
+from gkd.storage.rows import Records, Subset
+from gkd.storage.spec import preprocess_preset
+from tests.paths import SHARED_DATA
+
+LEAST_IMAGES = 4  # of an identity that takes part in a swap
+LEAST_SPLIT = 8  # of one whose images are divided among two labels
+FIRST = 100
+
+
+@dataclass(frozen=True)
+class Planted:
+    """Labels with faults: ``swapped`` rows [n], and pairs of classes that are one person."""
+
+    records: Records
+    labels_before: npt.NDArray[np.int64]
+    swapped: npt.NDArray[np.int64]
+    split: list[tuple[int, int]]
+
+
+def plant(records: Records, seed: int, *, swaps: int = 50, splits: int = 5) -> Planted:
+    """Swap labels two by two, at most one of an identity, and split some other identities."""
+    rng = np.random.default_rng(seed)
+    before = records.labels
+    labels, counts = before.copy(), np.bincount(before)
+    chosen = rng.choice(np.flatnonzero(counts >= LEAST_IMAGES), swaps, replace=False)
+    rows = np.array([rng.choice(np.flatnonzero(before == each)) for each in chosen])
+    labels[rows[0::2]], labels[rows[1::2]] = before[rows[1::2]], before[rows[0::2]]
+    large = np.setdiff1d(np.flatnonzero(counts >= LEAST_SPLIT), chosen)
+    split = []
+    for number, each in enumerate(rng.choice(large, splits, replace=False).tolist()):
+        own = rng.permutation(np.flatnonzero(before == each))
+        labels[own[: len(own) // 2]] = records.num_classes + number
+        split.append((each, records.num_classes + number))
+    made = Subset(records, np.arange(len(records)), records.num_classes + splits)
+    made.labels = labels
+    return Planted(made, before, rows, split)
+
+
+def figures(found: Confusions, planted: Planted) -> dict[str, float]:
+    """How many of what was planted is found, and where."""
+    listed = found.label_noise.slice(0, FIRST).to_pylist()
+    named = {item["row"]: item["other"] for item in listed}
+    ranks = {
+        (item["a"], item["b"]): rank
+        for rank, item in enumerate(found.identities.to_pylist(), start=1)
+    }
+    swapped = planted.swapped.tolist()
+    return {
+        "swapped labels among the first 100": sum(row in named for row in swapped),
+        "of them named after their own identity": sum(
+            named.get(row) == planted.labels_before[row] for row in swapped
+        ),
+        "lowest rank of a split identity": max(
+            ranks.get(pair, len(ranks) + 1) for pair in planted.split
+        ),
+    }
+
+
+class RememberingTeacher(OnnxEmbedder):
+    """The shared teacher, which sees an image once however often it is asked."""
+
+    def __init__(self) -> None:
+        self._known: dict[bytes, npt.NDArray[np.float32]] = {}
+        path = SHARED_DATA / "teachers" / "mobilefacenet.onnx"
+        super().__init__(path, preprocess_preset("imagenet"), device="cpu")
+
+    def __call__(self, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+        names = [hashlib.blake2b(image.tobytes(), digest_size=16).digest() for image in images]
+        new = [place for place, name in enumerate(names) if name not in self._known]
+        if new:
+            for place, embedding in zip(new, super().__call__(images[new]), strict=True):
+                self._known[names[place]] = embedding
+        return np.stack([self._known[name] for name in names])
