@@ -32,12 +32,13 @@ def plant(records: Records, seed: int, *, swaps: int = 50, splits: int = 5) -> P
     rng = np.random.default_rng(seed)
     before = records.labels
     labels, counts = before.copy(), np.bincount(before)
-    chosen = rng.choice(np.flatnonzero(counts >= LEAST_IMAGES), swaps, replace=False)
+    divided = rng.choice(np.flatnonzero(counts >= LEAST_SPLIT), splits, replace=False)
+    others = np.setdiff1d(np.flatnonzero(counts >= LEAST_IMAGES), divided)
+    chosen = rng.choice(others, swaps, replace=False)
     rows = np.array([rng.choice(np.flatnonzero(before == each)) for each in chosen])
     labels[rows[0::2]], labels[rows[1::2]] = before[rows[1::2]], before[rows[0::2]]
-    large = np.setdiff1d(np.flatnonzero(counts >= LEAST_SPLIT), chosen)
     split = []
-    for number, each in enumerate(rng.choice(large, splits, replace=False).tolist()):
+    for number, each in enumerate(divided.tolist()):
         own = rng.permutation(np.flatnonzero(before == each))
         labels[own[: len(own) // 2]] = records.num_classes + number
         split.append((each, records.num_classes + number))
