@@ -18,6 +18,7 @@ MOST_BYTES = 1 << 27
 # A file held open keeps its footer in memory, which can be megabytes.
 MOST_FILES = 8
 MOST_CURSORS = 8
+_FEWER = "expected as many rows as the file's footer says, got fewer; fetch the file again"
 
 
 class ParquetBlocks:
@@ -51,8 +52,11 @@ class ParquetBlocks:
         number, inside = divmod(place, BLOCK_ROWS)
         with self._lock:
             block = self._block(file, group, number)
+        if inside >= len(block):
+            raise CorruptRecordError(_FEWER)
         value = block[inside].as_buffer()
-        return None if value is None else memoryview(value)
+        # pyarrow's view is of signed bytes, which decoders do not take.
+        return None if value is None else memoryview(value).cast("B")
 
     def open(self, file: int) -> Any:
         """The file, opened by pyarrow.
@@ -112,12 +116,11 @@ class ParquetBlocks:
                 if len(self._cursors) > MOST_CURSORS:
                     self._cursors.popitem(last=False)
                 return block
-        raise CorruptRecordError(
-            f"expected {number + 1} blocks of {BLOCK_ROWS} rows in the row group by the file's "
-            "footer, got fewer; fetch the file again"
-        )
+        raise CorruptRecordError(_FEWER)
 
     def _keep(self, place: tuple[int, int, int], block: Any) -> None:
+        if place in self._kept:
+            self._bytes -= self._kept.pop(place).nbytes
         self._kept[place] = block
         self._bytes += block.nbytes
         while self._bytes > MOST_BYTES and len(self._kept) > 1:

@@ -61,26 +61,23 @@ class ParquetRecords(Records):
         self._blocks = ParquetBlocks(shards.paths, columns.image)
         # Rows before each row group, and row groups before each file.
         self._ends, self._groups = [0], [0]
-        labels, images = [np.empty(0, np.int64)], False
-        for number in range(len(shards.paths)):
+        labels = [np.empty(0, np.int64)]
+        for number, shard in enumerate(shards.paths):
             footer = self._blocks.open(number).metadata
-            groups = [footer.row_group(group) for group in range(footer.num_row_groups)]
-            images = images or any(_may_hold(group, columns.image) for group in groups)
-            self._groups.append(self._groups[-1] + len(groups))
-            self._ends.extend(
-                itertools.accumulate((g.num_rows for g in groups), initial=self._ends.pop())
-            )
+            rows = [footer.row_group(group).num_rows for group in range(footer.num_row_groups)]
             labels.append(self._read_labels(number))
             shards.append(len(labels[-1]))
+            if min(rows, default=0) < 0 or sum(rows) != len(labels[-1]):
+                raise CorruptRecordError(
+                    f"{shard}: expected {sum(rows)} labels as the file's footer says, got "
+                    f"{len(labels[-1])}; fetch or write it again"
+                )
+            self._groups.append(self._groups[-1] + len(rows))
+            self._ends.extend(itertools.accumulate(rows, initial=self._ends.pop()))
         self.labels = np.concatenate(labels)
         if not len(self):
             raise ConfigError(f"{self.path}: expected rows with images, got none; name other files")
-        if not images:
-            raise ConfigError(
-                f"{self.path}: expected the images in {columns.image}, got no bytes in any row; "
-                "where there are only their paths, write the files again with the images in them, "
-                "or name the folder of the images"
-            )
+        self._require_images()
         self.num_classes = self._classes or labelled_classes(self.labels, self.where)
 
     @functools.cached_property
@@ -146,6 +143,20 @@ class ParquetRecords(Records):
         group = bisect.bisect_right(self._ends, row) - 1
         return number, group - self._groups[number], row - self._ends[group]
 
+    def _require_images(self) -> None:
+        """Refuse rows that name their images only, told by the first of them."""
+        number, group, _ = self._place(0)
+        try:
+            first = next(self._blocks.blocks(number, group))
+        except (CorruptRecordError, StopIteration):
+            return  # told where a row is read
+        if first.null_count == len(first):
+            raise ConfigError(
+                f"{self.path}: expected the images in {self._blocks.column}, got no bytes in the "
+                f"first {len(first)} rows; where there are only paths, write the files again with "
+                "the images in them, or name the folder of the images"
+            )
+
     def _read_labels(self, number: int) -> npt.NDArray[np.int64]:
         """Labels of a file, -1 for what is no class and where a row group cannot be decoded."""
         file = self._blocks.open(number)
@@ -184,18 +195,6 @@ def _common_columns(paths: Sequence[Path]) -> Columns:
         first = columns
     assert first is not None  # a data set has a file
     return first
-
-
-def _may_hold(group: Any, column: str) -> bool:
-    """Whether any value of the row group's column is not null, as far as its statistics tell."""
-    for place in range(group.num_columns):
-        chunk = group.column(place)
-        if chunk.path_in_schema == column:
-            statistics = chunk.statistics
-            if statistics is None or not statistics.has_null_count:
-                return bool(chunk.num_values)
-            return bool(chunk.num_values > statistics.null_count)
-    return False
 
 
 def _class_numbers(column: Any, bound: int) -> npt.NDArray[np.int64]:

@@ -207,7 +207,7 @@ def _index(path: Path, view: memoryview, bound: int, advance: Callable[[int], No
                 starts.append(sample.start)
                 hashes.append(hash(sample.key))
                 alone = len(images) == 1
-                if not alone or not isinstance(label, int) or label >= bound:
+                if not alone or not isinstance(label, int) or not 0 <= label < bound:
                     label = -1
                 labels.append(label)
                 offset, size = sample.fields[images[0]] if alone else (-1, -1)

@@ -21,6 +21,7 @@ from gkd.storage.records import open_records
 from gkd.storage.synthetic import draw_faces, draw_pairs
 from gkd.trainer.backbones import build_backbone
 from gkd.trainer.verification_set import write_verification_set
+from tests.storage.test_forms import write_form
 
 TINY = (
     *("--set", "student.name=iresnet18", "--set", "student.width=0.125"),
@@ -130,6 +131,28 @@ def test_records_are_packed_described_and_verified(home: Path, tmp_path: Path) -
     assert (info["images"], info["identities"], info["layout"]) == (32, 8, "insightface")
     assert "32" in works("records", "info", tmp_path / "pack")
     assert "32 images, 8 identities, 0 faults" in works("records", "verify", tmp_path / "pack")
+
+
+def test_published_forms_are_described_cached_and_trained_on(
+    home: Path, tmp_path: Path, monkeypatch_module: pytest.MonkeyPatch
+) -> None:
+    faces = open_records(home / "faces")
+    parquet = write_form("parquets", faces, tmp_path / "hub")
+    tar = write_form("tar", faces, tmp_path / "shards")
+    for path, layout in ((parquet, "parquet"), (tar, "webdataset")):
+        info = json.loads(works("records", "info", path, "--json"))
+        assert (info["images"], info["identities"], info["layout"]) == (32, 8, layout)
+        assert "32 images, 8 identities, 0 faults" in works("records", "verify", path)
+    out, teacher = tmp_path / "targets.gkd", ("--teacher", home / "teacher.pt")
+    works("cache-teacher", parquet, out, *teacher, "--centers", "class-mean")
+    against = json.loads(works("targets", "verify", out, "--against", tar, *teacher, "--json"))
+    assert against["ok"]
+    works("records", "pack", parquet, tmp_path / "pack")
+    for source in (tar, tmp_path / "pack"):
+        works("train-student", source, out, tmp_path / f"run-{source.name}", *TINY)
+    told = gkd("train-student", parquet, out, tmp_path / "run", *TINY, "--dry-run")
+    assert told.exit_code == 0
+    assert "half a row group of up to 7 images for each; `gkd records pack" in told.stderr
 
 
 def test_every_fault_of_records_is_listed(home: Path, tmp_path: Path) -> None:

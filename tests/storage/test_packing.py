@@ -124,5 +124,5 @@ def test_an_existing_output_is_kept(tmp_path: Path) -> None:
 
 
 def test_what_is_no_folder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"gone: expected a folder with one folder .* got none"):
+    with pytest.raises(ConfigError, match=r"gone: expected a folder with .* got nothing there"):
         pack(tmp_path / "gone", tmp_path / "pack")
