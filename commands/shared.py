@@ -194,15 +194,27 @@ def require_plot(path: Path) -> None:
 
 
 def build_embedder(
-    path: Path, *, arch: str, preprocess: "Preprocess", device: str, precision: "Precision"
+    path: Path,
+    *,
+    arch: str,
+    preprocess: "Preprocess",
+    device: str,
+    precision: "Precision",
+    compile: bool = False,
 ) -> "Embedder":
     """Any model that a command takes: an ONNX file, weights, or a run of ``train-student``."""
     from gkd.pipeline.teacher import OnnxEmbedder, TorchEmbedder
     from gkd.storage.atomic import sha256_file
+    from gkd.storage.errors import ConfigError
     from gkd.trainer.backbones import load_backbone
     from gkd.trainer.checkpoint import chosen_checkpoint
 
     if path.suffix == ".onnx":
+        if compile:
+            raise ConfigError(
+                f"{path}: --compile: expected weights for a network of torch, got an ONNX file, "
+                "which onnxruntime optimises by itself; leave --compile out"
+            )
         return OnnxEmbedder(path, preprocess, device=device)
     weights = chosen_checkpoint(path) if path.is_dir() else path
     backbone = load_backbone(arch, weights)
@@ -214,4 +226,5 @@ def build_embedder(
         preprocess=preprocess,
         device=device,
         precision=precision,
+        compile=compile,
     )

@@ -31,6 +31,7 @@ from gkd.commands.shared import (
 if TYPE_CHECKING:
     from gkd.pipeline.teacher import Precision
     from gkd.storage.records import Records
+    from gkd.storage.spec import CenterPrecision
     from gkd.trainer.data import JoinedTargets, Order
     from gkd.trainer.dry_run import DryRun
 
@@ -73,6 +74,14 @@ NO_TARGETS = Path("-")
 @click.option("--batch-size", type=int, default=128, show_default=True)
 @device_option
 @precision_option
+@click.option(
+    "--center-precision",
+    type=click.Choice(["float32", "float16", "bfloat16"]),
+    default="float32",
+    show_default=True,
+    help="Of the centres in memory; the run tells what half of it changes.",
+)
+@click.option("--compile", is_flag=True, help="torch.compile the teacher's network.")
 @workers_option
 @click.option("--shard-samples", type=int, help="Samples a shard; by default from --max-group.")
 @click.option("--skip-corrupt", is_flag=True, help="Leave unreadable records out, and say which.")
@@ -102,6 +111,8 @@ def cache_teacher(
     batch_size: int,
     device: str,
     precision: "Precision",
+    center_precision: "CenterPrecision",
+    compile: bool,
     workers: int,
     shard_samples: int | None,
     skip_corrupt: bool,
@@ -139,13 +150,19 @@ def cache_teacher(
         workers=workers,
         skip_corrupt=skip_corrupt,
         shard_samples=shard_samples,
+        center_precision=center_precision,
         licence=licence,
         note=note,
     )
     records = open_records(source, sort=sort)
     preprocess = preprocess_preset(preset, bgr=bgr)
     embedder = build_embedder(
-        teacher, arch=arch, preprocess=preprocess, device=device, precision=precision
+        teacher,
+        arch=arch,
+        preprocess=preprocess,
+        device=device,
+        precision=precision,
+        compile=compile,
     )
     if CLASS_MEAN in centers:
         summary = run(records, out, embedder, CLASS_MEAN, settings)

@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from gkd.pipeline.centers import Centers, load_centers
+from gkd.pipeline.centers import Centers, load_centers, round_centers
 from gkd.pipeline.draw_frequencies import DrawCounts, DrawTest
 from gkd.pipeline.run import CLASS_MEAN, centers_path
 from gkd.pipeline.teacher import Embedder
@@ -120,7 +120,7 @@ def verify_against(
     wrong: list[str] = []
     counts = DrawCounts()
     for view, row, place, log_probs, group in _recomputed(
-        cache, records, embedder, centers, rows, places, samples.labels
+        cache, records, embedder, _as_multiplied(centers, cache.spec), rows, places, samples.labels
     ):
         label = int(samples.labels[row])
         differences = compare(cache.spec, group, label, log_probs)
@@ -159,6 +159,11 @@ def load_named_centers(cache: Cache, files: Sequence[Path]) -> Centers:
         )
     array = load_centers(files or [beside], spec.num_classes, spec.teacher.embedding_dim)
     return Centers(array, spec.centers.kind, spec.centers.name)
+
+
+def _as_multiplied(centers: Centers, spec: CacheSpec) -> npt.NDArray[np.float32]:
+    """The centres [C, D] with the rounding that the cache's logits have seen."""
+    return round_centers(centers.array, spec.centers.precision).float().numpy()
 
 
 def allowed_differences(spec: CacheSpec) -> Differences:
@@ -375,7 +380,7 @@ def _recomputed(
     cache: Cache,
     records: Records,
     embedder: Embedder,
-    centers: Centers,
+    centers: npt.NDArray[np.float32],
     rows: npt.NDArray[np.int64],
     places: npt.NDArray[np.int64],
     labels: npt.NDArray[np.int64],
@@ -413,12 +418,12 @@ def _recomputed(
 
 def _logits(
     embeddings: npt.NDArray[np.float32],
-    centers: Centers,
+    centers: npt.NDArray[np.float32],
     labels: npt.NDArray[np.int64],
     spec: CacheSpec,
 ) -> npt.NDArray[np.float32]:
     """z = scale * (cos - margin * [class = label]), float32 [B, C]."""
     unit = embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True)
-    cosines = unit @ centers.array.T
+    cosines = unit @ centers.T
     cosines[np.arange(len(labels)), labels] -= spec.margin
     return np.asarray(spec.scale * cosines, np.float32)

@@ -270,7 +270,7 @@ def check_groups(
     own = (unit * centers[classes]).sum(1)
     nearest = torch.full_like(own, -1.0)
     for start in range(0, len(centers), CLASS_CHUNK):
-        cosines = unit @ centers[start : start + CLASS_CHUNK].T
+        cosines = unit @ centers[start : start + CLASS_CHUNK].float().T
         inside = ((classes >= start) & (classes < start + cosines.shape[1])).nonzero()[:, 0]
         cosines[inside, classes[inside] - start] = -1.0
         nearest = torch.maximum(nearest, cosines.amax(1))

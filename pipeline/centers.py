@@ -15,8 +15,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from gkd.storage.errors import ConfigError, SpecMismatchError
-from gkd.storage.spec import CentersSpec
+from gkd.storage.spec import CenterPrecision, CentersSpec
 
+BLOCK = 8192  # classes worked on at once
 NAMED = 5  # classes listed in a message
 ROUNDING = 1e-6  # of the length of a float32 vector that was normalised before
 
@@ -66,6 +67,21 @@ class Centers:
         """Kind, name and digest of the centres as little-endian float32, row by row."""
         digest = hashlib.sha256(self.array.astype("<f4").tobytes()).hexdigest()
         return CentersSpec(self.kind, self.name, digest)
+
+
+def round_centers(array: npt.NDArray[np.float32], precision: CenterPrecision) -> torch.Tensor:
+    """Centres [C, D] in a precision, as logits are computed from them."""
+    return torch.from_numpy(array).to(getattr(torch, precision))
+
+
+def rounding(array: npt.NDArray[np.float32], precision: CenterPrecision) -> float:
+    """The most that a cosine to any centre changes: the longest of the roundings as vectors."""
+    most = 0.0
+    for start in range(0, len(array), BLOCK):
+        block = torch.from_numpy(array[start : start + BLOCK])
+        change = round_centers(array[start : start + BLOCK], precision).float() - block
+        most = max(most, float(torch.linalg.vector_norm(change, dim=1).max()))
+    return most
 
 
 class ClassMeans:

@@ -3,6 +3,7 @@
 import io
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing
@@ -10,12 +11,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from gkd.pipeline.calibration import sample_images, tell_groups, tell_presets
-from gkd.pipeline.centers import Centers, ClassMeans, read_npy, require_images
+from gkd.pipeline.centers import (
+    Centers,
+    ClassMeans,
+    read_npy,
+    require_images,
+    round_centers,
+    rounding,
+)
 from gkd.pipeline.embed import (
     EmbeddedBatch,
     EmbeddingSource,
@@ -37,7 +46,7 @@ from gkd.storage.errors import ConfigError
 from gkd.storage.lock import WriteLock
 from gkd.storage.progress import Advance, progress
 from gkd.storage.rows import Records
-from gkd.storage.spec import VIEWS, CacheSpec, CentersSpec, View
+from gkd.storage.spec import VIEWS, CacheSpec, CenterPrecision, CentersSpec, View
 from gkd.storage.writer import CacheWriter, delete_leftovers, require_writable
 
 CLASS_MEAN: Literal["class-mean"] = "class-mean"
@@ -58,7 +67,8 @@ SAMPLE_BYTES = 100  # of a view: a rough floor for the disk that a cache needs
 class CacheSettings:
     """How a cache is made; ``partition`` and ``views`` decide what it holds.
 
-    ``licence`` and ``note`` are words for the card.
+    ``licence`` and ``note`` are words for the card. ``center_precision`` is that of the centres
+    where they are multiplied: half of the memory, at a rounding that the run tells.
     ``shard_samples`` None chooses by ``auto_shard_samples``, ``class_chunk`` None by the device.
 
     Raises:
@@ -72,6 +82,7 @@ class CacheSettings:
     skip_corrupt: bool = False
     shard_samples: int | None = None
     class_chunk: int | None = None
+    center_precision: CenterPrecision = "float32"
     licence: str | None = None
     note: str | None = None
 
@@ -204,9 +215,13 @@ def require_class_images(records: Records) -> None:
     require_images(np.bincount(labels[labels >= 0], minlength=records.num_classes))
 
 
-def on_device(centers: npt.NDArray[np.float32], embedder: Embedder) -> torch.Tensor:
+def on_device(
+    centers: npt.NDArray[np.float32],
+    embedder: Embedder,
+    precision: CenterPrecision = "float32",
+) -> torch.Tensor:
     """Centres [C, D] where they are to be multiplied: on the teacher's GPU, if it has one."""
-    array = torch.from_numpy(centers)
+    array = round_centers(centers, precision)
     on_gpu = embedder.device.startswith("cuda") and torch.cuda.is_available()
     return array.to(embedder.device) if on_gpu else array
 
@@ -258,7 +273,15 @@ class _Run:
         if self.rank:
             self.lock.wait_for((self.out / layout.METADATA).exists)
         writer = CacheWriter(self.out, spec, guard=self.lock.check)
-        array = on_device(centers.array, self.embedder)
+        precision = self.settings.center_precision
+        array = on_device(centers.array, self.embedder, precision)
+        if self.rank == 0 and precision != "float32":
+            most, scale = rounding(centers.array, precision), self.settings.partition.scale
+            print(
+                f"centres in {precision}: no cosine differs by more than {most:.1e} from "
+                f"float32's, no logit by more than {scale * most:.1e}",
+                file=sys.stderr,
+            )
         if self.rank == 0 and not committed_shards(self.out):
             self._calibrate(array, store, own_means=centers.kind == CLASS_MEAN)
         self._write_shards(writer, array, store)
@@ -320,7 +343,7 @@ class _Run:
         return cache_spec(
             self.dataset,
             self.embedder,
-            centers,
+            msgspec.structs.replace(centers, precision=self.settings.center_precision),
             self.settings.partition,
             views=self.settings.views,
             shard_samples=self.shard_samples,
@@ -456,7 +479,7 @@ def _finished_means(out: Path) -> Centers | None:
     if spec.centers.kind != CLASS_MEAN:
         return None
     centers = Centers(read_npy(path), CLASS_MEAN, CLASS_MEAN)
-    return centers if centers.spec == spec.centers else None
+    return centers if centers.spec.sha256 == spec.centers.sha256 else None
 
 
 def _save_array(path: Path, array: npt.NDArray[np.float32]) -> None:

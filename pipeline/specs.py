@@ -10,7 +10,13 @@ from gkd.storage.spec import CacheSpec, CentersSpec, DatasetSpec, TeacherSpec, V
 
 def teacher_spec(embedder: Embedder) -> TeacherSpec:
     """The teacher by name, network and digest."""
-    return TeacherSpec(embedder.name, embedder.arch, embedder.sha256, embedder.embedding_dim)
+    return TeacherSpec(
+        embedder.name,
+        embedder.arch,
+        embedder.sha256,
+        embedder.embedding_dim,
+        compiled=embedder.compiled,
+    )
 
 
 def dataset_spec(records: Records) -> DatasetSpec:

@@ -32,6 +32,7 @@ class Embedder(Protocol):
     embedding_dim: int
     preprocess: Preprocess
     precision: str
+    compiled: bool
     device: str
 
     def __call__(self, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
@@ -91,6 +92,8 @@ def own_cores() -> int:
 
 class TorchEmbedder:
     """A torch module float [B, 3, 112, 112] -> [B, D] as a teacher, in evaluation mode.
+
+    ``compile`` has torch.compile make its kernels, at the first batch of each length.
 
     Raises:
         ConfigError: for a device that is not there.
@@ -193,6 +196,7 @@ class OnnxEmbedder:
     """
 
     arch = "onnx"
+    compiled = False
 
     def __init__(
         self,

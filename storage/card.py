@@ -174,6 +174,7 @@ def _making(spec: CacheSpec) -> list[str]:
         if centers.kind == "class-mean"
         else code(centers.name)
     )
+    rounded = "" if centers.precision == "float32" else f", rounded to {centers.precision}"
     temperatures = ", ".join(f"{temperature:g}" for temperature in spec.temperatures)
     software = ", ".join(f"{name} {version}" for name, version in sorted(spec.software.items()))
     lines = [
@@ -181,7 +182,7 @@ def _making(spec: CacheSpec) -> list[str]:
         f"{teacher.embedding_dim:,}; sha256 of its weights `{teacher.sha256}`",
         f"Its input: pixels as {code(preprocess.name)} has them, "
         f"{'BGR' if preprocess.bgr else 'RGB'}; arithmetic in {spec.precision}",
-        f"Centres of the identities: {source}; sha256 `{centers.sha256}`",
+        f"Centres of the identities: {source}{rounded}; sha256 `{centers.sha256}`",
         f"Data: {code(spec.dataset.name)}, {spec.dataset.num_images:,} images of "
         f"{spec.dataset.num_classes:,} identities, fingerprint `{spec.dataset.fingerprint}`",
         f"Logits: {spec.scale:g} times the cosine, {spec.margin:g} less of it for the label",

@@ -60,21 +60,32 @@ def preprocess_preset(name: str, *, bgr: bool = False) -> Preprocess:
     )
 
 
-class TeacherSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The network whose predictions are cached; ``sha256`` is of its weights file."""
+class TeacherSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """The network whose predictions are cached; ``sha256`` is of its weights file.
+
+    ``compiled`` says that torch.compile made its kernels; JSON leaves a false out.
+    """
 
     name: str
     arch: str
     sha256: str
     embedding_dim: int
+    compiled: bool = False
 
 
-class CentersSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The teacher's class centres; ``sha256`` is of the normalised float32 [C, D] array."""
+CenterPrecision = Literal["float32", "float16", "bfloat16"]
+
+
+class CentersSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """The teacher's class centres; ``sha256`` is of the normalised float32 [C, D] array.
+
+    Logits are those of the array rounded to ``precision``; JSON leaves float32 out.
+    """
 
     kind: Literal["file", "class-mean"]
     name: str
     sha256: str
+    precision: CenterPrecision = "float32"
 
 
 class DatasetSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

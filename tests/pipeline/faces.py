@@ -34,6 +34,7 @@ class PixelEmbedder:
     embedding_dim = EMBEDDING_DIM
     preprocess = preprocess_preset("arcface")
     precision = "float32"
+    compiled = False
     device = "cpu"
 
     def __init__(self, seconds: float = 0.0) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from gkd.pipeline.against import (
     AgainstReport,
@@ -53,6 +54,26 @@ def test_a_true_cache_passes_to_the_stored_precision(folder: Path, cache: Cache)
     assert report.found.secondary.keys() == {"1", "2", "4"}
     assert max(report.found.secondary.values()) < 1e-4
     assert report.first_wrong == ""
+
+
+@pytest.mark.parametrize("precision", ["float16", "bfloat16"])
+def test_centres_of_half_precision_are_told_and_recomputed(
+    folder: Path, tmp_path: Path, precision: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "half.gkd"
+    make(folder, out, class_mean=True, settings=replace(SETTINGS, center_precision=precision))
+    cache = Cache.open(out)
+    assert cache.spec.centers.precision == precision
+    array = load_named_centers(cache, []).array
+    rounded = torch.from_numpy(array).to(getattr(torch, precision)).double().numpy()
+    most = np.linalg.norm(rounded - array, axis=1).max()
+    assert f"centres in {precision}: no cosine differs by more than {most:.1e}" in (
+        capsys.readouterr().err
+    )
+    assert f"rounded to {precision}" in (out / "README.md").read_text()
+    report = recompute(cache, folder, sample=1000)
+    assert report.ok
+    assert max(report.found.secondary.values()) < 1e-4
 
 
 def test_the_sample_is_drawn_by_its_seed(folder: Path, cache: Cache) -> None:
