@@ -418,6 +418,12 @@ def test_a_wrong_option_of_cache_teacher_is_explained(
     assert not (home / "out.gkd").exists()
 
 
+def test_an_onnx_teacher_is_not_compiled(home: Path, tmp_path: Path) -> None:
+    teacher = ("--teacher", home / "teacher.onnx", "--centers", "class-mean", "--compile")
+    told = fails("cache-teacher", home / "faces", tmp_path / "c.gkd", *teacher)
+    assert "teacher.onnx: --compile: expected weights for a network of torch, got an ONNX" in told
+
+
 def test_centres_are_class_means_or_files(home: Path) -> None:
     both = ("--centers", "class-mean", "--centers", "x.npy", "--teacher", home / "teacher.pt")
     told = fails("cache-teacher", home / "faces", home / "out.gkd", *both)
