@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from gkd.commands.models import demo, evaluate, export, report
+from gkd.commands.plan import plan
 from gkd.commands.records import records
 from gkd.commands.stages import cache_teacher, train_student
 from gkd.commands.targets import targets
@@ -49,7 +50,17 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
-for command in (cache_teacher, train_student, evaluate, report, export, demo, records, targets):
+for command in (
+    plan,
+    cache_teacher,
+    train_student,
+    evaluate,
+    report,
+    export,
+    demo,
+    records,
+    targets,
+):
     main.add_command(command)
 
 if __name__ == "__main__":

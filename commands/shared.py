@@ -3,13 +3,15 @@
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 import msgspec
 
 if TYPE_CHECKING:
+    from gkd.pipeline.centers import Centers
     from gkd.pipeline.teacher import Embedder, Precision
+    from gkd.storage.records import Records
     from gkd.storage.spec import Preprocess
 
 
@@ -228,3 +230,27 @@ def build_embedder(
         precision=precision,
         compile=compile,
     )
+
+
+def chosen_centers(
+    given: tuple[str, ...], records: "Records", embedder: "Embedder"
+) -> 'Centers | Literal["class-mean"]':
+    """The class centres that ``--centers`` names, from files, or the word for class means.
+
+    Raises:
+        GkdError: where both are named, or the files do not fit records and teacher.
+    """
+    from gkd.pipeline.centers import Centers, load_centers
+    from gkd.pipeline.run import CLASS_MEAN
+    from gkd.storage.errors import ConfigError
+
+    if CLASS_MEAN in given and len(given) > 1:
+        raise ConfigError(
+            f"--centers: expected either {CLASS_MEAN} alone or files, got {' '.join(given)}; "
+            "give one or the other"
+        )
+    if CLASS_MEAN in given:
+        return CLASS_MEAN
+    files = [Path(file) for file in given]
+    array = load_centers(files, records.num_classes, embedder.embedding_dim)
+    return Centers(array, "file", " ".join(file.name for file in files))

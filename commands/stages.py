@@ -14,6 +14,7 @@ from gkd.commands.shared import (
     as_json,
     bgr_option,
     build_embedder,
+    chosen_centers,
     device_option,
     emit,
     licence_option,
@@ -122,19 +123,12 @@ def cache_teacher(
     as_json: bool,
 ) -> None:
     """Run the teacher over RECORDS once and store its primary groups in OUT, or go on with it."""
-    from gkd.pipeline.centers import Centers, load_centers
-    from gkd.pipeline.run import CLASS_MEAN, CacheSettings
+    from gkd.pipeline.run import CacheSettings
     from gkd.pipeline.run import cache_teacher as run
     from gkd.pipeline.settings import PartitionSettings
-    from gkd.storage.errors import ConfigError
     from gkd.storage.records import open_records
     from gkd.storage.spec import DrawsSpec, preprocess_preset
 
-    if CLASS_MEAN in centers and len(centers) > 1:
-        raise ConfigError(
-            f"--centers: expected either {CLASS_MEAN} alone or files, got {' '.join(centers)}; "
-            "give one or the other"
-        )
     settings = CacheSettings(
         partition=PartitionSettings(
             threshold=threshold,
@@ -164,13 +158,7 @@ def cache_teacher(
         precision=precision,
         compile=compile,
     )
-    if CLASS_MEAN in centers:
-        summary = run(records, out, embedder, CLASS_MEAN, settings)
-    else:
-        files = [Path(file) for file in centers]
-        array = load_centers(files, records.num_classes, embedder.embedding_dim)
-        names = " ".join(file.name for file in files)
-        summary = run(records, out, embedder, Centers(array, "file", names), settings)
+    summary = run(records, out, embedder, chosen_centers(centers, records, embedder), settings)
     if rank() == 0:
         speed = {"images_per_second": summary.images_per_second}
         emit({**msgspec.to_builtins(summary), **speed}, as_json)
