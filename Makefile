@@ -7,7 +7,7 @@ READY := $(VENV)/ready
 DEMO := demo-run
 
 .DELETE_ON_ERROR:
-.PHONY: demo check lint types test newest format clean
+.PHONY: demo check lint types browser test newest format clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "gkd needs Python 3.11 or newer, this is %d.%d: make PYTHON=python3.11" % sys.version_info[:2])'
@@ -19,7 +19,7 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)
 	$(BIN)/gkd demo $(DEMO)
 
-check: lint types test
+check: lint types browser test
 
 lint: $(READY)
 	$(BIN)/ruff format --check
@@ -29,6 +29,14 @@ lint: $(READY)
 types: $(READY)
 	$(BIN)/mypy
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+# A browser for the tests of pages; without one, and without the right to install it, they skip.
+browser:
+	@if command -v chromium >/dev/null && command -v chromedriver >/dev/null; then :; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		{ apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium chromium-driver; } \
+			>/dev/null || echo "chromium could not be installed: tests in a browser are skipped"; \
+	else echo "no chromium with its driver, and no right to install it: tests in a browser are skipped"; fi
 
 test: $(READY)
 	OMP_WAIT_POLICY=passive $(BIN)/pytest --numprocesses auto --maxprocesses 8 --dist worksteal \

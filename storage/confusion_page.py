@@ -64,6 +64,7 @@ _SCRIPT = """
 const SHOWN = 10;
 const faces = JSON.parse(document.getElementById("faces").textContent);
 const lists = [...document.querySelectorAll("section.list")];
+const items = [...document.querySelectorAll("section.list li")];
 const tabs = [...document.querySelectorAll("nav button")];
 const filter = document.getElementById("filter");
 const told = document.getElementById("told");
@@ -75,8 +76,8 @@ function show() {
   tabs.forEach((tab, place) => tab.setAttribute("aria-current", String(place === list)));
   lists.forEach((section, place) => { section.hidden = place !== list; });
   const words = filter.value.trim().toLowerCase();
-  const items = [...lists[list].querySelectorAll("li")];
-  const found = items.filter((item) => item.dataset.words.toLowerCase().includes(words));
+  const found = [...lists[list].querySelectorAll("li")].filter(
+    (item) => item.dataset.words.toLowerCase().includes(words));
   const last = Math.max(0, SHOWN * (Math.ceil(found.length / SHOWN) - 1));
   const first = firsts[list] = Math.min(Math.max(0, firsts[list]), last);
   const seen = new Set(found.slice(first, first + SHOWN));

@@ -6,10 +6,10 @@ With p' of ``gkd.storage.beliefs``, the prediction without the label's margin:
                  B_ab = mean of sqrt(p'_a p'_b), and overlap = sqrt(B_ab B_ba). An image that is
                  torn between two classes counts, one that simply belongs to the other does not:
                  so overlap tells one person under two labels from a wrong label.
-    label noise  lead = c_o - c_y in cosines, mean of the views, o being the class that leads most of
-                 those that come first beside the label in a view: above 0 the teacher takes the
-                 image for o. In a view that does not hold it, o counts as far as its absence
-                 allows, but leads by no more than in the other.
+    label noise  lead = c_o - c_y in cosines, mean of the views, o being the class that leads by
+                 most of those that come first beside the label in a view: above 0 the teacher
+                 takes the image for o. In a view that does not hold it, o counts as far as its
+                 absence allows, but leads by no more than in the other.
     hard images  claim = the larger of p'_y and p'_o, means of the views: below 1/2 no class has the
                  image. captured = the mass of all classes that the cache tells of, entropy in nats,
                  both means of the views.
