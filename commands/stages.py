@@ -215,9 +215,9 @@ def train_student(
         records = open_records(source, sort=sort)
         if isinstance(records, ParquetRecords) and rank() == 0:
             click.echo(
-                f"{source}: shuffled reads of Parquet decode half a row group of up to "
-                f"{records.group_rows:,} images for each; `gkd records pack {source} PACK` once, "
-                "and train on PACK: the targets serve it too",
+                f"{source}: a shuffled read of Parquet decodes up to {records.group_rows:,} images "
+                f"beside its own; `gkd records pack {source} PACK` once and train on PACK, which "
+                "the same targets serve",
                 err=True,
             )
         if path == NO_TARGETS:

@@ -25,8 +25,8 @@ class ParquetBlocks:
     """Blocks of ``BLOCK_ROWS`` images of the row groups of ``paths``; for threads and forks.
 
     Parquet says where row groups start, not where values do, so a row group is decoded from its
-    start. Whoever goes through the rows in order decodes each once; whoever jumps decodes half a
-    row group for an image. The last blocks stay in memory, ``MOST_BYTES`` of them.
+    start. Whoever goes through the rows in order decodes each once; whoever jumps decodes up to
+    a whole row group for an image. The last blocks stay in memory, ``MOST_BYTES`` of them.
 
     Pickles by path; a file that changed its size is refused.
     """

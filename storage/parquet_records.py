@@ -35,7 +35,7 @@ class ParquetRecords(Records):
     ``datasets`` writes, else it is the largest label + 1, unless that is far more than so many
     images prove.
 
-    In order, rows are read as fast as they are decompressed; at random, half a row group for each:
+    In order, rows are read as fast as they are decompressed; at random, up to a row group for each:
     whoever reads them often packs them first (``pack``). ``sizes`` takes a pass over all bytes when
     it is first asked for.
 

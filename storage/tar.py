@@ -3,8 +3,8 @@
 A member is a header of 512 bytes and its data, padded to 512; two headers of zeros end the file.
 Read are the names and sizes of ustar, GNU (long names, base-256 sizes, sparse members passed over)
 and pax (``path`` and ``size``). The header's checksum is the sum of its bytes; Adler-32 holds that
-sum modulo 65521 in its lower half, computed in C. Seven times as fast as the standard library's,
-which makes an object a member.
+sum modulo 65521 in its lower half, computed in C. Several times as fast as the standard library's,
+which makes an object of each member.
 
 Source: POSIX.1-2017 pax, "ustar Interchange Format"; GNU tar manual, "Basic Tar Format".
 """

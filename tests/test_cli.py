@@ -152,7 +152,7 @@ def test_published_forms_are_described_cached_and_trained_on(
         works("train-student", source, out, tmp_path / f"run-{source.name}", *TINY)
     told = gkd("train-student", parquet, out, tmp_path / "run", *TINY, "--dry-run")
     assert told.exit_code == 0
-    assert "half a row group of up to 7 images for each; `gkd records pack" in told.stderr
+    assert "decodes up to 7 images beside its own; `gkd records pack" in told.stderr
 
 
 def test_every_fault_of_records_is_listed(home: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from gkd.storage.record_file import RecordFile
 from gkd.storage.recordio import RecordReader, read_index
 from gkd.storage.records import open_records
 from tests.paths import SHARED_DATA, needs_shared_data
+from tests.storage.forms import samples, write_tar
 from tests.storage.packs import insightface_records, jpeg, write_folder, write_pack
 
 # Keys 1 to 6 of insightface_records([2, 1, 3]).
@@ -126,3 +127,13 @@ def test_an_existing_output_is_kept(tmp_path: Path) -> None:
 def test_what_is_no_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"gone: expected a folder with .* got nothing there"):
         pack(tmp_path / "gone", tmp_path / "pack")
+
+
+def test_classes_that_a_pack_cannot_tell_apart_are_refused(tmp_path: Path) -> None:
+    """float32 has no number for every class beyond 2^24."""
+    tar = write_tar(tmp_path / "x.tar", samples([0], [jpeg(0)]))
+    (tmp_path / "property").write_text(f"{2**24},112,112\n")
+    assert open_records(tar).num_classes == 2**24
+    (tmp_path / "property").write_text(f"{2**24 + 1},112,112\n")
+    with pytest.raises(ConfigError, match=r"at most 16,777,216 identities, .* got 16,777,217; use"):
+        pack(tar, tmp_path / "pack")

@@ -316,6 +316,16 @@ def test_damaged_labels_cost_their_rows(tmp_path: Path) -> None:
         records.encoded(1)
 
 
+def test_a_footer_that_promises_more_rows(tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "x.parquet", faces())
+    blocks = opened(path)._blocks
+    for place in (3, 4 * parquet_blocks.BLOCK_ROWS):
+        with pytest.raises(
+            CorruptRecordError, match="as many rows as the file's footer says, got f"
+        ):
+            blocks.get(0, 1, place)
+
+
 def test_checksums_are_held_where_the_file_has_them(tmp_path: Path) -> None:
     options: dict[str, Any] = {"write_page_checksum": True, "compression": "none"}
     path = write_parquet(tmp_path / "x.parquet", faces(), **options)

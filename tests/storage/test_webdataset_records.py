@@ -337,3 +337,11 @@ def test_images_of_another_size_are_faults(tmp_path: Path) -> None:
         CorruptRecordError, match="aligned face of 112x112 pixels, got 96x112; writ"
     ):
         opened(path).image(0)
+
+
+def test_what_cannot_be_read_is_told(tmp_path: Path) -> None:
+    (tmp_path / "x.tar").mkdir()
+    with pytest.raises(
+        CorruptRecordError, match=r"x\.tar: expected a readable file, got: Is a dire"
+    ):
+        open_records(tmp_path)
