@@ -36,7 +36,7 @@ from gkd.storage.target_arrays import cut_out
 from gkd.storage.targets import SparseTargets, in_blocks
 
 MOST_ROWS = 100_000
-MOST_PAIRS = 1 << 24
+MOST_PAIRS = 1 << 23
 _ENTRIES = 16  # of a sample and view
 _LEAST = 1e-4
 _BLOCK_ENTRIES = 1 << 22

@@ -59,7 +59,7 @@ def figures(found: Confusions, planted: Planted) -> dict[str, float]:
     return {
         "swapped labels among the first 100": sum(row in named for row in swapped),
         "of them named after their own identity": sum(
-            named.get(row) == planted.labels_before[row] for row in swapped
+            named.get(row) == int(planted.labels_before[row]) for row in swapped
         ),
         "lowest rank of a split identity": max(
             ranks.get(pair, len(ranks) + 1) for pair in planted.split

@@ -16,7 +16,7 @@ from gkd.storage.confusions import Confusions, confusions
 from gkd.storage.errors import IncompleteCacheError
 from gkd.storage.spec import VIEWS, CacheSpec, DrawsSpec, View
 from gkd.storage.writer import CacheWriter, ShardSamples
-from tests.caches import add_draws, dense_targets, digest_of, make_spec, without
+from tests.caches import add_draws, dense_targets, digest_of, make_cache, make_spec, without
 
 CLASSES, SAMPLES = 12, 90
 SKIPPED = {4: "no image", 71: "no image"}
@@ -272,6 +272,12 @@ def test_examples_are_those_that_the_teacher_is_surest_of(tmp_path: Path) -> Non
         own = np.flatnonzero((made.labels == label) & made.kept)
         assert rows == own[np.argsort(-found.own[own], kind="stable")][:4].tolist()
     assert found.examples([], 4) == {}
+
+
+def test_a_cache_of_skipped_samples_alone_confuses_nothing(tmp_path: Path) -> None:
+    found = confusions(make_cache(tmp_path / "c.gkd", skipped=dict.fromkeys(range(100), "bad")))
+    assert [len(t) for t in (found.identities, found.label_noise, found.hard)] == [0, 0, 0]
+    assert found.examples([3], 2) == {3: []}
 
 
 def test_an_unfinished_cache_is_refused(tmp_path: Path) -> None:
