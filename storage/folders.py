@@ -10,7 +10,7 @@ import numpy as np
 
 from gkd.storage.errors import ConfigError, CorruptRecordError
 from gkd.storage.progress import progress
-from gkd.storage.rows import Records
+from gkd.storage.rows import KINDS, Records
 
 Sort = Literal["natural", "plain"]
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp"})
@@ -57,10 +57,7 @@ class ImageFolder(Records):
                     counts.append(len(images))
                 advance()
         if not names:
-            raise ConfigError(
-                f"{self.path}: expected a folder with train.rec, a .rec file, or a folder with one "
-                "folder of images an identity, got no image; name one of these"
-            )
+            raise ConfigError(f"{self.path}: expected {KINDS}, got no image; name one of these")
         self.num_classes = len(counts)
         self.labels = np.repeat(np.arange(len(counts)), counts)
         self.sizes = np.array(sizes, np.int64)

@@ -8,7 +8,7 @@ from gkd.storage.images import digest
 from gkd.storage.parquet_records import PARQUET, ParquetRecords
 from gkd.storage.record_file import RecordFile
 from gkd.storage.record_parts import RecordParts
-from gkd.storage.rows import Records, digests
+from gkd.storage.rows import KINDS, Records, digests
 from gkd.storage.shards import find_shards
 from gkd.storage.webdataset_records import TAR, WebDatasetRecords
 
@@ -26,10 +26,6 @@ __all__ = [
 ]
 
 
-EXPECTED = (
-    "expected a folder with train.rec, a .rec file, or Parquet files, tar shards or one folder of "
-    "images an identity in a folder"
-)
 _PACKED_TAR = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
 
@@ -70,4 +66,4 @@ def open_records(path: str | Path, *, sort: Sort = "natural") -> Records:
         if path.name.endswith((TAR, *_PACKED_TAR)):
             return WebDatasetRecords(path)
     got = "another file" if path.exists() else "nothing there"
-    raise ConfigError(f"{path}: {EXPECTED}, got {got}; name one of these")
+    raise ConfigError(f"{path}: expected {KINDS}, got {got}; name one of these")

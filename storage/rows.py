@@ -24,6 +24,11 @@ QUIET_ROWS = 100_000
 # Less is hashed again as fast as it is looked for.
 LEAST_KEPT_BYTES = 1 << 28
 SETTLED_SECONDS = 2.0
+# What a user may name as records.
+KINDS = (
+    "a folder with train.rec, a .rec, .parquet or .tar file, a folder of these, or a folder with "
+    "one folder of images an identity"
+)
 Layout = Literal["insightface", "im2rec", "mixed", "folder", "parquet", "webdataset"]
 
 

@@ -248,7 +248,7 @@ def test_a_damaged_header_record_does_not_turn_identities_into_images(tmp_path: 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda path: None, r"expected a folder with train\.rec, a \.rec file, or .* got nothing"),
+        (lambda path: None, r"expected a folder with train\.rec, a \.rec, .* got nothing"),
         (lambda path: path.write_text("x"), r"expected a folder with train\.rec, .* another file;"),
         (lambda path: path.mkdir(), r"expected a folder with train\.rec, .*, got no image"),
         (lambda path: write_pack(path, {}), r"records with images, got 0 records and no image"),
