@@ -19,12 +19,12 @@ def plan_table(plan: Plan) -> Table:
         title=f"{plan.records}: {plan.images:,} images of {plan.classes:,} identities, "
         f"{plan.shards:,} shards",
         box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
+        padding=0,
     )
-    for name in ("T", "threshold", "median", "mean", "95 %", "mass", "cut", "B/image", "cache"):
-        table.add_column(name, justify="right")
+    for name in ("T", "threshold", "median", "mean", "95 %", "mass", "cut", "bytes", "cache"):
+        table.add_column(name, justify="right", no_wrap=True)
     for devices in DEVICES:
-        table.add_column("time" if devices == 1 else f"on {devices}", justify="right")
+        table.add_column("time" if devices == 1 else f"on {devices}", justify="right", no_wrap=True)
     for number, point in enumerate(plan.points):
         last = number + 1 == len(plan.points)
         ends = last or plan.points[number + 1].group_temperature != point.group_temperature
@@ -37,7 +37,7 @@ def _cells(point: PlanPoint) -> list[str]:
         f"{point.group_temperature:g}",
         f"{point.threshold:g}",
         f"{point.median_size:,.0f}",
-        f"{point.mean_size:,.1f}",
+        f"{point.mean_size:,.{0 if point.mean_size >= 100 else 1}f}",
         f"{point.p95_size:,.0f}",
         f"{point.mass:.3f}",
         f"{point.truncated:.1%}",
@@ -58,7 +58,7 @@ def _size(count: float) -> str:
 def _time(seconds: float) -> str:
     if seconds < 100:
         return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:,.1f} h"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:,.3g} h"
 
 
 def plot_plan(plan: Plan, out: Path) -> None:

@@ -29,7 +29,7 @@ class SampleBytes:
     """Bytes that grow with the samples, with the shards, and with neither.
 
     per_sample  data of arrays and of the table of samples, all views
-    per_shard   commit record, its part of the manifest, and the indices of packed arrays
+    per_shard   commit record, its part of the manifest, and what every file has around its data
     fixed       metadata, card and the rest of the manifest
     seconds     that writing the sample took, for each of its samples
     """
@@ -60,18 +60,53 @@ def measure_bytes(
         ConfigError: where the temporary folder has no room.
     """
     shard_samples = min(spec.shard_samples, len(digests))
-    shards = len(digests) // shard_samples
-    count = shards * shard_samples
-    first = (len(records) - count) // 2
-    neighbours = Subset(records, np.arange(first, first + count))
-    small = msgspec.structs.replace(spec, num_samples=count, shard_samples=shard_samples)
+    count = len(digests) // shard_samples * shard_samples
+    whole = _write(spec, records, views, digests, range(count), shard_samples)
+    # What a shard of hardly anything weighs comes with every shard: of headers, footers, checksums.
+    sizes = sum(each.targets.sizes for each in views.values())
+    smallest = int(np.argmin(sizes))
+    least = _write(spec, records, views, digests, range(smallest, smallest + 1), 1).arrays
+    per_sample = (whole.arrays - whole.shards * least) / max(count - whole.shards, 1)
+    return SampleBytes(
+        per_sample=per_sample,
+        per_shard=round(whole.per_shard + _index_bytes(spec) + least - per_sample),
+        fixed=whole.fixed,
+        seconds=whole.seconds / count,
+    )
+
+
+@dataclass(frozen=True)
+class _Written:
+    """A written sample: bytes of the data of all its shards, without indices, and of the rest."""
+
+    shards: int
+    arrays: int
+    per_shard: int
+    fixed: int
+    seconds: float
+
+
+def _write(
+    spec: CacheSpec,
+    records: Records,
+    views: Mapping[View, Partition],
+    digests: npt.NDArray[np.uint8],
+    rows: range,
+    shard_samples: int,
+) -> _Written:
+    """Write some of the sample in whole shards."""
+    shards = len(rows) // shard_samples
+    first = (len(records) - len(rows)) // 2
+    neighbours = Subset(records, np.arange(first, first + len(rows)))
+    small = msgspec.structs.replace(spec, num_samples=len(rows), shard_samples=shard_samples)
     with tempfile.TemporaryDirectory(prefix="gkd-plan-") as folder:
         path = Path(folder) / "sample.gkd"
         writer = CacheWriter(path, small)
         began = time.perf_counter()
         for shard in range(shards):
-            batch = _cut_out(views, digests, small.shard_rows(shard))
-            committing(writer, shard, neighbours, [batch])()
+            inside = small.shard_rows(shard)
+            taken = range(rows.start + inside.start, rows.start + inside.stop)
+            committing(writer, shard, neighbours, [_cut_out(views, digests, taken, inside)])()
         seconds = time.perf_counter() - began
         write_card(path)
         names = [layout.CARD, *(name for name, _ in layout.metadata_files(small))]
@@ -82,20 +117,22 @@ def measure_bytes(
         ]
     one, two = (len(layout.manifest_content(small, files, commits[:1] * n)) for n in (1, 2))
     arrays = sum(file.bytes for commit, _ in commits for file in commit.files.values())
-    return SampleBytes(
-        per_sample=(arrays - shards * _index_bytes(small)) / count,
-        per_shard=commits[0][1].bytes + two - one + _index_bytes(spec),
+    return _Written(
+        shards=shards,
+        arrays=arrays - shards * _index_bytes(small),
+        per_shard=commits[0][1].bytes + two - one,
         fixed=sum(file.bytes for file in files.values()) + 2 * one - two,
-        seconds=seconds / count,
+        seconds=seconds,
     )
 
 
 def _cut_out(
-    views: Mapping[View, Partition], digests: npt.NDArray[np.uint8], rows: range
+    views: Mapping[View, Partition], digests: npt.NDArray[np.uint8], taken: range, rows: range
 ) -> PartitionedBatch:
-    place = slice(rows.start, rows.stop)
+    """Images ``taken`` of the sample as ``rows`` of a cache."""
+    place = slice(taken.start, taken.stop)
     cut: dict[View, Partition] = {
-        view: Partition(cut_out(whole.targets, rows), whole.truncated[place])
+        view: Partition(cut_out(whole.targets, taken), whole.truncated[place])
         for view, whole in views.items()
     }
     return PartitionedBatch(rows, np.arange(len(rows)), cut, digests[place], {})

@@ -12,7 +12,7 @@ from gkd.cli import main
 from gkd.storage.synthetic import draw_faces
 from gkd.trainer.backbones import build_backbone
 
-GRID = ("--group-temperatures", "1,4", "--thresholds", "0.8,0.93")
+GRID = ("--group-temperatures", "1,4", "--thresholds", "0.93")
 
 
 def gkd(*arguments: object) -> Result:
@@ -52,7 +52,7 @@ def test_a_plan_is_a_table_a_plot_and_json(home: Path, tmp_path: Path) -> None:
     told = json.loads(gkd(*plan, *centers, "--json").stdout)
     assert (told["sampled"], told["embedded"], told["images"]) == (10, 10, 18)
     grid = [(point["group_temperature"], point["threshold"]) for point in told["points"]]
-    assert grid == [(1.0, 0.8), (1.0, 0.93), (4.0, 0.8), (4.0, 0.93)]
+    assert grid == [(1.0, 0.93), (4.0, 0.93)]
     plain = json.loads(gkd(*plan, "--centers", home / "centers.npy", "--json").stdout)
     # Four classes and their probabilities take six bytes each, in two views, packed.
     for drawn, without in zip(told["points"], plain["points"], strict=True):

@@ -106,7 +106,7 @@ def test_the_preprocessing_of_the_teacher_is_found(people: Records) -> None:
     assert len(preset_words(right)) == 1
     assert embedder.preprocess == preprocess_preset("arcface"), "the run's own stays"
 
-    embedder.preprocess = Preprocess("odd", (250.0,) * 3, (20.0,) * 3)
+    embedder.preprocess = Preprocess("odd", (250.0, 250.0, 250.0), (20.0, 20.0, 20.0))
     wrong = check_presets(people, embedder, pairs, workers=2)
     assert wrong is not None
     assert wrong.doubtful
