@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from gkd.commands.centers import centers
 from gkd.commands.models import demo, evaluate, export, report
 from gkd.commands.plan import plan
 from gkd.commands.records import records
@@ -50,17 +51,8 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
-for command in (
-    plan,
-    cache_teacher,
-    train_student,
-    evaluate,
-    report,
-    export,
-    demo,
-    records,
-    targets,
-):
+STAGES = (plan, cache_teacher, train_student, evaluate, report, export, demo)
+for command in (*STAGES, records, centers, targets):
     main.add_command(command)
 
 if __name__ == "__main__":

@@ -240,7 +240,7 @@ def chosen_centers(
     Raises:
         GkdError: where both are named, or the files do not fit records and teacher.
     """
-    from gkd.pipeline.centers import Centers, load_centers
+    from gkd.pipeline.centers import open_centers
     from gkd.pipeline.run import CLASS_MEAN
     from gkd.storage.errors import ConfigError
 
@@ -251,6 +251,4 @@ def chosen_centers(
         )
     if CLASS_MEAN in given:
         return CLASS_MEAN
-    files = [Path(file) for file in given]
-    array = load_centers(files, records.num_classes, embedder.embedding_dim)
-    return Centers(array, "file", " ".join(file.name for file in files))
+    return open_centers([Path(file) for file in given], records, embedder)

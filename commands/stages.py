@@ -49,7 +49,8 @@ NO_TARGETS = Path("-")
     required=True,
     multiple=True,
     metavar="FILE|class-mean",
-    help="Class centres [C, D]; several files are joined; or the mean of each class.",
+    help="Class centres [C, D], a folder of parts, or several files, which are joined, parts by "
+    "their rank; or the mean of each class.",
 )
 @click.option("--threshold", type=float, default=0.93, show_default=True)
 @click.option("--group-temperature", type=float, default=2.0, show_default=True)

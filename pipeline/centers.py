@@ -1,57 +1,26 @@
 """A teacher's class centres: read from files, or made as the means of each class's embeddings."""
 
 import hashlib
-import pickle
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+import os
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
+from gkd.pipeline.center_files import BuiltCenters, CenterFile, read_center_files
+from gkd.pipeline.teacher import Embedder
 from gkd.storage.errors import ConfigError, SpecMismatchError
-from gkd.storage.spec import CenterPrecision, CentersSpec
+from gkd.storage.rows import Records
+from gkd.storage.spec import CenterPrecision, CentersKind, CentersSpec
 
 BLOCK = 8192  # classes worked on at once
 NAMED = 5  # classes listed in a message
 ROUNDING = 1e-6  # of the length of a float32 vector that was normalised before
-
-
-def load_centers(
-    paths: Path | Sequence[Path], num_classes: int, embedding_dim: int
-) -> npt.NDArray[np.float32]:
-    """Class centres [C, D] of a file, or of several joined in the order given, L2-normalised.
-
-    ``.npy``; ``.pt`` or ``.pth``, read as weights only: a tensor, or a (nested) dict with exactly
-    one matrix whose rows or columns have the embedding's length; ``.safetensors`` likewise. A
-    matrix [D, C] is turned around; where both sides fit, it is taken as [C, D].
-
-    Raises:
-        ConfigError: where a file cannot be read, holds no such matrix or several, or a centre
-            has no direction.
-        SpecMismatchError: where the centres are not ``num_classes``.
-    """
-    files = [paths] if isinstance(paths, Path) else list(paths)
-    parts = [_read_matrix(path, embedding_dim) for path in files]
-    centers = np.concatenate(parts)
-    place = ", ".join(str(path) for path in files)
-    if len(centers) != num_classes:
-        raise SpecMismatchError(_count_mismatch(place, len(centers), num_classes, parts))
-    lengths = np.linalg.norm(centers.astype(np.float64), axis=1, keepdims=True)
-    bad = np.flatnonzero(~(np.isfinite(lengths[:, 0]) & (lengths[:, 0] > 0)))
-    if len(bad):
-        raise ConfigError(
-            f"{place}: {len(bad):,} of {num_classes:,} centres are zero or not finite, "
-            f"the first of class {bad[0]}; expected a direction for every class"
-        )
-    # Dividing by a length that is one but for rounding would change the digest at every pass.
-    lengths[np.abs(lengths - 1) < ROUNDING] = 1
-    return np.asarray(centers / lengths, np.float32)
+NORMALISED_ROWS = 1 << 16  # at a time, in float64
 
 
 @dataclass(frozen=True)
@@ -59,7 +28,7 @@ class Centers:
     """Class centres float32 [C, D], L2-normalised, and what the cache says of them."""
 
     array: npt.NDArray[np.float32]
-    kind: Literal["file", "class-mean"]
+    kind: CentersKind
     name: str
 
     @property
@@ -82,6 +51,173 @@ def rounding(array: npt.NDArray[np.float32], precision: CenterPrecision) -> floa
         change = round_centers(array[start : start + BLOCK], precision).float() - block
         most = max(most, float(torch.linalg.vector_norm(change, dim=1).max()))
     return most
+
+
+def open_centers(paths: Sequence[Path], records: Records, embedder: Embedder) -> Centers:
+    """Class centres from files for these records and this teacher, of the kind that they say.
+
+    Raises:
+        ConfigError: where they cannot be read, as ``load_centers`` says.
+        SpecMismatchError: where they are not as many as the identities, or ``gkd centers build``
+            made them for another teacher or another numbering of the identities.
+    """
+    files = read_center_files(paths, embedder.embedding_dim)
+    built = [file.built for file in files if file.built is not None]
+    for each in built:
+        _require_same_origin(files[0].path, each, records, embedder)
+    array = join_centers(files, records.num_classes)
+    kind: CentersKind = built[0].kind if len(built) == len(files) == 1 else "file"
+    return Centers(array, kind, " ".join(file.path.name for file in files))
+
+
+def load_centers(
+    paths: Path | Sequence[Path], num_classes: int, embedding_dim: int
+) -> npt.NDArray[np.float32]:
+    """Class centres [C, D] of files, joined as ``read_center_files`` says, L2-normalised.
+
+    Raises:
+        ConfigError: where a file cannot be read, holds no such matrix or several, or a centre
+            has no direction.
+        SpecMismatchError: where the centres are not ``num_classes``.
+    """
+    files = read_center_files([paths] if isinstance(paths, Path) else paths, embedding_dim)
+    return join_centers(files, num_classes)
+
+
+def join_centers(files: Sequence[CenterFile], num_classes: int) -> npt.NDArray[np.float32]:
+    """Class centres [C, D] of all files, L2-normalised; padding at the end is cut off, and told.
+
+    Raises:
+        ConfigError: where a centre has no direction.
+        SpecMismatchError: where the centres are not ``num_classes``.
+    """
+    place = ", ".join(str(file.path) for file in files)
+    centers = np.concatenate([file.array for file in files])
+    padding = padding_of(files, num_classes)
+    if padding:
+        centers = centers[:num_classes]
+        tell(
+            f"{files[-1].path}: the last {padding} of {num_classes + padding:,} centres are left "
+            f"out: {files[0].source} pads them to a multiple of its {len(files)} ranks"
+        )
+    if len(centers) != num_classes:
+        raise SpecMismatchError(_count_mismatch(place, num_classes, files))
+    bad: list[int] = []
+    for start in range(0, num_classes, NORMALISED_ROWS):
+        part = centers[start : start + NORMALISED_ROWS]
+        lengths = np.linalg.norm(part.astype(np.float64), axis=1, keepdims=True)
+        usable = np.isfinite(lengths[:, 0]) & (lengths[:, 0] > 0)
+        bad += (start + np.flatnonzero(~usable)).tolist()
+        # Dividing by a length that is one but for rounding would change the digest at every pass.
+        lengths[(np.abs(lengths - 1) < ROUNDING) | ~usable[:, None]] = 1
+        part[:] = part / lengths
+    if bad:
+        raise ConfigError(
+            f"{place}: {len(bad):,} of {num_classes:,} centres are zero or not finite, "
+            f"the first of class {bad[0]}; expected a direction for every class"
+        )
+    return centers
+
+
+@dataclass(frozen=True)
+class CentersInfo:
+    """What files of class centres hold, as they stand there.
+
+    source       training code that keeps them so; plain where none is known
+    orientation  C x D, or D x C
+    shapes       by file, in the order of joining
+    centers      of all files; ``padding`` of them at the end stand for no identity of the records
+    shortest, median, longest   lengths of the centres
+    """
+
+    kind: CentersKind
+    source: str
+    key: str
+    orientation: str
+    shapes: dict[str, tuple[int, int]]
+    centers: int
+    embedding_dim: int
+    shortest: float
+    median: float
+    longest: float
+    padding: int
+    built: BuiltCenters | None
+
+
+def describe_centers(files: Sequence[CenterFile], records: Records | None) -> CentersInfo:
+    """What files of class centres hold.
+
+    Raises:
+        ConfigError: where their embeddings have several lengths.
+        SpecMismatchError: where they are not as many as the identities of ``records``.
+    """
+    dims = {file.array.shape[1] for file in files}
+    if len(dims) > 1:
+        raise ConfigError(
+            f"{files[0].path}: expected centres of one embedding, got lengths of "
+            f"{', '.join(map(str, sorted(dims)))}; join parts of one checkpoint"
+        )
+    lengths = np.concatenate([np.linalg.norm(file.array, axis=1) for file in files])
+    first, total = files[0], len(lengths)
+    padding = 0 if records is None else padding_of(files, records.num_classes)
+    if records is not None and total - padding != records.num_classes:
+        place = ", ".join(str(file.path) for file in files)
+        raise SpecMismatchError(_count_mismatch(place, records.num_classes, files))
+    return CentersInfo(
+        kind="file" if first.built is None else first.built.kind,
+        source=first.source,
+        key=first.key,
+        orientation="D x C" if first.turned else "C x D",
+        shapes={str(file.path): file.shape for file in files},
+        centers=total,
+        embedding_dim=first.array.shape[1],
+        shortest=float(lengths.min()),
+        median=float(np.median(lengths)),
+        longest=float(lengths.max()),
+        padding=padding,
+        built=first.built,
+    )
+
+
+def padding_of(files: Sequence[CenterFile], num_classes: int) -> int:
+    """Centres at the end of all files that stand for no class: fewer than there are ranks."""
+    surplus = sum(len(file.array) for file in files) - num_classes
+    return surplus if files[-1].padded and 0 < surplus < len(files) else 0
+
+
+def tell(text: str) -> None:
+    """A line on stderr, of one of several ranks."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, file=sys.stderr)
+
+
+def _require_same_origin(
+    path: Path, built: BuiltCenters, records: Records, embedder: Embedder
+) -> None:
+    dataset = built.dataset
+    named = {
+        "teacher's sha256": (built.teacher.sha256, embedder.sha256),
+        "preprocess": (built.preprocess, embedder.preprocess),
+        "identities": (dataset.num_classes, records.num_classes),
+        "label order": (dataset.label_order, records.label_order),
+    }
+    differing = [
+        f"  {what}: of the centres {theirs}, given {ours}"
+        for what, (theirs, ours) in named.items()
+        if theirs != ours
+    ]
+    if differing:
+        raise SpecMismatchError(
+            f"{path}: these centres were made by `gkd centers build` with the teacher "
+            f"{built.teacher.name} and the records {dataset.name}, others are given:\n"
+            + "\n".join(differing)
+            + "\nGive those, or make centres of these: gkd centers build."
+        )
+    if dataset.fingerprint != records.fingerprint:
+        tell(
+            f"{path}: made from {dataset.num_images:,} images of {dataset.name}, which are not "
+            "these very records; the centres are right only where identities have the same numbers"
+        )
 
 
 class ClassMeans:
@@ -135,16 +271,33 @@ def require_images(counts: npt.NDArray[np.int64]) -> None:
         )
 
 
+def require_all_classes(records: Records) -> None:
+    """Check that every identity of the records has an image, so that class means can be.
+
+    Raises:
+        ConfigError: naming identities without one.
+    """
+    labels = records.labels
+    # Counted by class, the classes of a wrong `property` would fill any memory.
+    if records.num_classes > len(labels):
+        raise ConfigError(
+            f"class-mean centres: {records.num_classes:,} classes, but only "
+            f"{len(labels):,} images, so that some class has none; give the teacher's own "
+            "centres by --centers FILE, or correct the first line of `property`"
+        )
+    require_images(np.bincount(labels[labels >= 0], minlength=records.num_classes))
+
+
 def _some(classes: npt.NDArray[np.int64]) -> str:
     return ", ".join(str(c) for c in classes[:NAMED]) + (", ..." if len(classes) > NAMED else "")
 
 
-def _count_mismatch(
-    place: str, got: int, num_classes: int, parts: Sequence[npt.NDArray[Any]]
-) -> str:
+def _count_mismatch(place: str, num_classes: int, files: Sequence[CenterFile]) -> str:
+    counts = [len(file.array) for file in files]
+    got = sum(counts)
     message = f"{place}: {got:,} centres, but the records have {num_classes:,} identities"
-    if len(parts) > 1:
-        message += f" (files of {', '.join(f'{len(part):,}' for part in parts)})"
+    if len(files) > 1:
+        message += f" (files of {', '.join(f'{count:,}' for count in counts)})"
     if got < num_classes:
         reason = (
             "a shard of another rank may be missing, or the teacher was trained on a smaller or "
@@ -156,93 +309,3 @@ def _count_mismatch(
             "of its ranks"
         )
     return f"{message}; {reason}. Give the centres of these very records, or --centers class-mean"
-
-
-def _read_matrix(path: Path, embedding_dim: int) -> npt.NDArray[np.float32]:
-    """The one matrix of a file as [C, D]."""
-    if not path.is_file():
-        raise ConfigError(f"{path}: expected a file of class centres, got nothing there")
-    found = {
-        name: array
-        for name, array in _read_arrays(path)
-        if array.ndim == 2 and embedding_dim in array.shape
-    }
-    if len(found) != 1:
-        held = ", ".join(f"{name} {list(array.shape)}" for name, array in found.items())
-        seen = held or ", ".join(
-            f"{name or 'an array'} {list(array.shape)}" for name, array in _read_arrays(path)
-        )
-        raise ConfigError(
-            f"{path}: expected exactly one matrix of centres [C, {embedding_dim}] for the "
-            f"teacher's embeddings of length {embedding_dim}, got {len(found)}: "
-            f"{seen[:400] or 'no array'}"
-        )
-    (array,) = found.values()
-    matrix = array if array.shape[1] == embedding_dim else array.T
-    return np.ascontiguousarray(matrix, np.float32)
-
-
-def _read_arrays(path: Path) -> Iterator[tuple[str, npt.NDArray[Any]]]:
-    match path.suffix:
-        case ".npy":
-            yield "", read_npy(path)
-        case ".pt" | ".pth":
-            for name, tensor in _tensors("", _read_torch(path)):
-                yield name, tensor.detach().float().numpy()
-        case ".safetensors":
-            try:
-                tensors = load_file(path)
-            except SafetensorError as error:
-                raise ConfigError(f"{path}: expected a safetensors file, got {error}") from error
-            for name, tensor in tensors.items():
-                yield name, tensor.float().numpy()
-        case suffix:
-            raise ConfigError(
-                f"{path}: expected class centres as .npy, .pt, .pth or .safetensors, got {suffix!r}"
-            )
-
-
-def read_npy(path: Path) -> npt.NDArray[Any]:
-    """An array of floats from a ``.npy`` file.
-
-    Raises:
-        ConfigError: for another file.
-    """
-    try:
-        array = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        raise ConfigError(f"{path}: expected a .npy array of numbers, got {error}") from error
-    if not isinstance(array, np.ndarray) or array.dtype.kind != "f":
-        got = getattr(array, "dtype", type(array).__name__)
-        raise ConfigError(f"{path}: expected a .npy array of floats, got {got}")
-    return array
-
-
-def _read_torch(path: Path) -> Any:
-    try:
-        with warnings.catch_warnings():
-            # torch warns of pickle protocols that it does not expect, then reads or refuses them.
-            warnings.simplefilter("ignore", UserWarning)
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        # Not in torch's words: they advise to load without the guard against foreign code.
-        raise ConfigError(
-            f"{path}: holds more than tensors and plain containers, so that loading it could run "
-            "code, or is no torch file; save the centres alone, as a tensor or .npy"
-        ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        reason = (str(error).strip() or "a file that is cut off").splitlines()[0].split(". ")[0]
-        raise ConfigError(
-            f"{path}: expected a torch file, got one that cannot be read ({reason}); get it "
-            "again, or save the centres as .npy"
-        ) from error
-
-
-def _tensors(prefix: str, value: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """Floating tensors of nested dicts, by dotted name."""
-    if isinstance(value, torch.Tensor):
-        if value.is_floating_point():
-            yield prefix, value
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from _tensors(f"{prefix}.{key}" if prefix else str(key), item)

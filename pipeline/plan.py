@@ -17,7 +17,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from gkd.pipeline.calibration import tell_presets
-from gkd.pipeline.centers import Centers
+from gkd.pipeline.centers import Centers, require_all_classes
 from gkd.pipeline.embed import split_batch
 from gkd.pipeline.partition import Partition
 from gkd.pipeline.plan_sample import (
@@ -37,7 +37,6 @@ from gkd.pipeline.run import (
     auto_shard_samples,
     check_labels,
     on_device,
-    require_class_images,
 )
 from gkd.pipeline.sample_bytes import measure_bytes
 from gkd.pipeline.settings import PartitionSettings
@@ -155,7 +154,7 @@ def plan(
     """
     check_labels(records)
     if centers == CLASS_MEAN:
-        require_class_images(records)
+        require_all_classes(records)
     config = settings.cache
     views = VIEWS if centers == CLASS_MEAN else config.views
     began = time.perf_counter()

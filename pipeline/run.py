@@ -3,7 +3,6 @@
 import io
 import os
 import shutil
-import sys
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing
@@ -17,13 +16,14 @@ import numpy.typing as npt
 import torch
 
 from gkd.pipeline.calibration import sample_images, tell_groups, tell_presets
+from gkd.pipeline.center_files import read_npy
 from gkd.pipeline.centers import (
     Centers,
     ClassMeans,
-    read_npy,
-    require_images,
+    require_all_classes,
     round_centers,
     rounding,
+    tell,
 )
 from gkd.pipeline.embed import (
     EmbeddedBatch,
@@ -178,7 +178,7 @@ def cache_teacher(
 
 
 def check_labels(records: Records) -> None:
-    """Check that there are images and that their labels are classes.
+    """Check that there are images, and that their labels are classes.
 
     Raises:
         ConfigError: where not.
@@ -196,23 +196,6 @@ def check_labels(records: Records) -> None:
             f"{records.path}: labels go up to {highest:,}, but there are {records.num_classes:,} "
             "identities; check the first line of `property`"
         )
-
-
-def require_class_images(records: Records) -> None:
-    """Check that every class has an image for its mean.
-
-    Raises:
-        ConfigError: naming classes without one.
-    """
-    labels = records.labels
-    # Counted by class, the classes of a wrong `property` would fill any memory.
-    if records.num_classes > len(labels):
-        raise ConfigError(
-            f"class-mean centres: {records.num_classes:,} classes, but only "
-            f"{len(labels):,} images, so that some class has none; give the teacher's own "
-            "centres by --centers FILE, or correct the first line of `property`"
-        )
-    require_images(np.bincount(labels[labels >= 0], minlength=records.num_classes))
 
 
 def on_device(
@@ -275,12 +258,11 @@ class _Run:
         writer = CacheWriter(self.out, spec, guard=self.lock.check)
         precision = self.settings.center_precision
         array = on_device(centers.array, self.embedder, precision)
-        if self.rank == 0 and precision != "float32":
+        if precision != "float32":
             most, scale = rounding(centers.array, precision), self.settings.partition.scale
-            print(
+            tell(
                 f"centres in {precision}: no cosine differs by more than {most:.1e} from "
-                f"float32's, no logit by more than {scale * most:.1e}",
-                file=sys.stderr,
+                f"float32's, no logit by more than {scale * most:.1e}"
             )
         if self.rank == 0 and not committed_shards(self.out):
             self._calibrate(array, store, own_means=centers.kind == CLASS_MEAN)
@@ -362,7 +344,7 @@ class _Run:
     def _class_means(self, store: EmbeddingStore) -> Centers:
         """Centres from the embeddings of all shards, which are computed where they are missing."""
         labels = self.records.labels
-        require_class_images(self.records)
+        require_all_classes(self.records)
         if self.rank == 0 and not store.shards():
             tell_presets(self.records, self.embedder, VIEWS, workers=self.settings.workers)
         self._keep_embeddings(store)

@@ -169,11 +169,12 @@ def _content(spec: CacheSpec, commits: Sequence[Commit]) -> list[str]:
 
 def _making(spec: CacheSpec) -> list[str]:
     teacher, centers, preprocess = spec.teacher, spec.centers, spec.preprocess
-    source = (
-        "the mean of each identity's embeddings"
-        if centers.kind == "class-mean"
-        else code(centers.name)
-    )
+    means = "the mean of each identity's embeddings"
+    source = {
+        "file": code(centers.name),
+        "class-mean": means,
+        "refined": f"{means}, refined by a margin head over frozen embeddings",
+    }[centers.kind]
     rounded = "" if centers.precision == "float32" else f", rounded to {centers.precision}"
     temperatures = ", ".join(f"{temperature:g}" for temperature in spec.temperatures)
     software = ", ".join(f"{name} {version}" for name, version in sorted(spec.software.items()))

@@ -14,6 +14,7 @@ MAX_GROUP = 65535
 MOST_SHARD_NUMBERS = 1 << 26  # of a shard and view beside the entries, in one chunk
 View = Literal["original", "flipped"]
 VIEWS: tuple[View, ...] = ("original", "flipped")
+CentersKind = Literal["file", "class-mean", "refined"]
 LabelOrder = Literal["recordio", "natural", "plain"]
 
 
@@ -79,10 +80,13 @@ CenterPrecision = Literal["float32", "float16", "bfloat16"]
 class CentersSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """The teacher's class centres; ``sha256`` is of the normalised float32 [C, D] array.
 
-    Logits are those of the array rounded to ``precision``; JSON leaves float32 out.
+
+    ``file``: the teacher's own; ``class-mean``: the mean of each class's embeddings; ``refined``:
+    these, trained on by a margin head over frozen embeddings. Logits are those of the array rounded
+    to ``precision``; JSON leaves float32 out.
     """
 
-    kind: Literal["file", "class-mean"]
+    kind: CentersKind
     name: str
     sha256: str
     precision: CenterPrecision = "float32"

@@ -108,12 +108,39 @@ def test_draws_are_cached_verified_and_cut(home: Path, tmp_path: Path) -> None:
     assert "--draw-temperature: expected one of --temperatures, which are 1,2,4, got 3.0" in told
 
 
+def test_centres_are_made_described_and_used(home: Path, tmp_path: Path) -> None:
+    made, teacher = tmp_path / "made.safetensors", ("--teacher", home / "teacher.pt")
+    told = json.loads(
+        works("centers", "build", home / "faces", made, *teacher, "--refine", 2, "--json")
+    )
+    assert (told["kind"], told["centers"], told["images"]) == ("refined", 8, 32)
+    assert told["refined"]["loss"] < told["class_mean"]["loss"]
+    described = works("centers", "info", made, "--records", home / "faces")
+    assert re.search(r"kind +refined\n", described)
+    assert re.search(r"orientation +C x D\n", described)
+    out = tmp_path / "targets.gkd"
+    works("cache-teacher", home / "faces", out, *teacher, "--centers", made)
+    assert "refined by a margin head" in (out / "README.md").read_text()
+    against = ("--against", home / "faces", *teacher, "--centers", made, "--json")
+    assert json.loads(works("targets", "verify", out, *against))["ok"]
+    told_wrong = fails(
+        *("cache-teacher", home / "faces", tmp_path / "b.gkd", *teacher),
+        *("--bgr", "--centers", made),
+    )
+    assert "preprocess: of the centres" in told_wrong
+    assert "is there already" in fails("centers", "build", home / "faces", made, *teacher)
+    assert "8 centres, but the records have 6" in fails(
+        "centers", "info", made, "--records", home / "others"
+    )
+
+
 def test_help_names_every_command() -> None:
     listed = works("--help")
     for command in ("cache-teacher", "train-student", "evaluate", "report", "export", "demo"):
         assert command in listed
     assert "verify" in works("targets", "--help")
     assert "pack" in works("records", "--help")
+    assert "build" in works("centers", "--help")
 
 
 def test_help_needs_no_heavy_import() -> None:

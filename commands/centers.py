@@ -1,0 +1,113 @@
+"""``gkd centers``: look at the class centres of a teacher, or make some."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+import msgspec
+
+from gkd.commands.shared import (
+    PATH,
+    arch_option,
+    as_json,
+    bgr_option,
+    build_embedder,
+    device_option,
+    emit,
+    precision_option,
+    preprocess_option,
+    sort_option,
+    workers_option,
+)
+
+if TYPE_CHECKING:
+    from gkd.pipeline.teacher import Precision
+
+
+@click.group()
+def centers() -> None:
+    """Look at a teacher's class centres, or make some."""
+
+
+@centers.command("info")
+@click.argument("files", metavar="FILE...", type=PATH, nargs=-1, required=True)
+@click.option("--records", "source", type=PATH, help="Hold their number against these RECORDS.")
+@sort_option
+@as_json
+def centers_info(files: tuple[Path, ...], source: Path | None, sort: Any, as_json: bool) -> None:
+    """Say what FILEs of class centres hold; parts, or the folder of them, are joined."""
+    from gkd.pipeline.center_files import read_center_files
+    from gkd.pipeline.centers import describe_centers
+    from gkd.storage.records import open_records
+
+    records = None if source is None else open_records(source, sort=sort)
+    emit(describe_centers(read_center_files(files), records), as_json)
+
+
+@centers.command("build")
+@click.argument("source", metavar="RECORDS", type=PATH)
+@click.argument("out", metavar="OUT.safetensors", type=PATH)
+@click.option("--teacher", type=PATH, required=True, help="ONNX file, weights or run folder.")
+@arch_option
+@preprocess_option
+@bgr_option
+@click.option("--batch-size", type=click.IntRange(min=1), default=128, show_default=True)
+@device_option
+@precision_option
+@workers_option
+@click.option("--skip-corrupt", is_flag=True, help="Leave unreadable records out.")
+@click.option(
+    "--refine",
+    "epochs",
+    type=click.IntRange(min=1),
+    metavar="EPOCHS",
+    help="Train the class means on by a CosFace head over the frozen embeddings.",
+)
+@click.option("--seed", type=click.IntRange(min=0), default=0, help="Of the order, with --refine.")
+@sort_option
+@as_json
+def centers_build(
+    source: Path,
+    out: Path,
+    teacher: Path,
+    arch: str,
+    preset: str,
+    bgr: bool,
+    batch_size: int,
+    device: str,
+    precision: "Precision",
+    workers: int,
+    skip_corrupt: bool,
+    epochs: int | None,
+    seed: int,
+    sort: Any,
+    as_json: bool,
+) -> None:
+    """Make class centres of RECORDS for a teacher that came without, or go on with it.
+
+    They are the mean embeddings of both views of each identity's images, with --refine trained on.
+    OUT says what it was made from, and --centers OUT of cache-teacher takes it for that alone.
+    """
+    from gkd.pipeline.build_centers import build_centers
+    from gkd.pipeline.refine import refine_settings
+    from gkd.storage.records import open_records
+    from gkd.storage.spec import preprocess_preset
+
+    records = open_records(source, sort=sort)
+    embedder = build_embedder(
+        teacher,
+        arch=arch,
+        preprocess=preprocess_preset(preset, bgr=bgr),
+        device=device,
+        precision=precision,
+    )
+    summary = build_centers(
+        records,
+        out,
+        embedder,
+        settings=None if epochs is None else refine_settings(epochs, seed),
+        batch_size=batch_size,
+        workers=workers,
+        skip_corrupt=skip_corrupt,
+    )
+    emit(msgspec.to_builtins(summary), as_json)
