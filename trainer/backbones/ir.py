@@ -169,7 +169,7 @@ def _recognise(state: Mapping[str, Tensor]) -> str | None:
     units = numbered(state, "body.", ".res_layer.0.weight")
     first = "body.0.res_layer."
     layers = {key.removeprefix(first).partition(".")[0] for key in state if key.startswith(first)}
-    evolve = f"{first}2.running_mean" not in state
+    evolve = not any(f"{first}{place}.running_mean" in state for place in (2, 5))
     squeeze = ("5" if evolve else "se_block") in layers
     for name, form in FORMS.items():
         told = (sum(form.blocks), form.bottleneck, form.squeeze, form.evolve)
