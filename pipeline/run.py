@@ -322,10 +322,13 @@ class _Run:
             )
 
     def _spec(self, centers: CentersSpec) -> CacheSpec:
+        precision = self.settings.center_precision
+        if precision != "float32":
+            centers = msgspec.structs.replace(centers, rounded_to=precision)
         return cache_spec(
             self.dataset,
             self.embedder,
-            msgspec.structs.replace(centers, precision=self.settings.center_precision),
+            centers,
             self.settings.partition,
             views=self.settings.views,
             shard_samples=self.shard_samples,

@@ -77,19 +77,24 @@ class TeacherSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
 CenterPrecision = Literal["float32", "float16", "bfloat16"]
 
 
-class CentersSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+class CentersSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The teacher's class centres; ``sha256`` is of the normalised float32 [C, D] array.
 
 
     ``file``: the teacher's own; ``class-mean``: the mean of each class's embeddings; ``refined``:
     these, trained on by a margin head over frozen embeddings. Logits are those of the array rounded
-    to ``precision``; JSON leaves float32 out.
+    to ``rounded_to``, where that is there.
     """
 
     kind: CentersKind
     name: str
     sha256: str
-    precision: CenterPrecision = "float32"
+    rounded_to: Literal["float16", "bfloat16"] | msgspec.UnsetType = msgspec.UNSET
+
+    @property
+    def precision(self) -> CenterPrecision:
+        """What the centres were when they were multiplied."""
+        return "float32" if self.rounded_to is msgspec.UNSET else self.rounded_to
 
 
 class DatasetSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
