@@ -3,8 +3,9 @@
 python -m tests.benchmarks.plan
 
 From half and from a fifth of the images, so that the other class means have stand-ins, and as by
-default, which for a pack of this size means that all class means are known. The time is that of a
-run whose teacher computes; all else is made from the embeddings that it kept.
+default, which for a pack of this size means that all class means are known. Times are of runs on a
+part of the pack whose teacher computes, in turns with their forecasts; all sizes are made from
+embeddings that were kept.
 """
 
 import sys
@@ -12,6 +13,7 @@ import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 import numpy.typing as npt
@@ -23,12 +25,14 @@ from gkd.pipeline.settings import PartitionSettings
 from gkd.pipeline.teacher import OnnxEmbedder
 from gkd.storage.cache import Cache
 from gkd.storage.records import Records, open_records
+from gkd.storage.rows import Subset
 from gkd.storage.spec import DrawsSpec, preprocess_preset
 from gkd.storage.stats import stats
 from tests.benchmarks.harness import Bar, report
 from tests.paths import SHARED_DATA
 
 SEEDS = range(4)
+PART, ROUNDS = 1000, 7  # identities that are timed, and how often
 THRESHOLD = 0.93
 DEFAULTS = CacheSettings()
 DRAWS = CacheSettings(partition=PartitionSettings(draws=DrawsSpec(64, 4.0, "all")))
@@ -72,6 +76,22 @@ def cached(
         return size, float(mean), seconds
 
 
+def times(records: Records, embedder: OnnxEmbedder) -> float:
+    """Seconds forecast / taken, of a part of the pack: median of rounds, as others use machines."""
+    kept = np.flatnonzero(records.labels < PART)
+    part = Subset(records, kept, num_classes=PART)
+    settings = PlanSettings(
+        samples=len(part) // 8, group_temperatures=(2.0,), thresholds=(THRESHOLD,)
+    )
+    found = []
+    for _ in range(ROUNDS):
+        forecast = plan(part, embedder, CLASS_MEAN, settings).points[0].seconds
+        _, _, taken = cached(part, embedder, DEFAULTS, 2.0)
+        print(f"T = 2: {forecast:.1f} s forecast from half, {taken:.1f} s taken", file=sys.stderr)
+        found.append(forecast / taken)
+    return median(found)
+
+
 def main() -> None:
     """Forecast, run, compare."""
     records, embedder = open_records(SHARED_DATA / "lfw"), Remembering()
@@ -84,14 +104,12 @@ def main() -> None:
         settings = PlanSettings(cache=cache, samples=share[samples], thresholds=(THRESHOLD,))
         return plan(records, embedder, CLASS_MEAN, settings)
 
-    forecast = made("half").points[1].seconds
-    truth = {2.0: cached(records, embedder, DEFAULTS, 2.0)}
-    taken = truth[2.0][2]
-    print(f"T = 2: {forecast:.1f} s forecast from half, {taken:.1f} s taken", file=sys.stderr)
-    ratios["seconds, T = 2, from half: forecast / cache-teacher"] = forecast / taken
-    ratios["seconds, T = 2, from half: error"] = abs(forecast / taken - 1)
-    bars["seconds, T = 2, from half: error"] = ("<=", TIME)
+    ratios["seconds, T = 2, from half: forecast / cache-teacher"] = times(records, embedder)
+    what = "seconds, T = 2, from half: error"
+    ratios[what] = abs(ratios["seconds, T = 2, from half: forecast / cache-teacher"] - 1)
+    bars[what] = ("<=", TIME)
 
+    truth = {2.0: cached(records, embedder, DEFAULTS, 2.0)}
     embedder.recall = True
     for temperature in (1.0, 4.0):
         truth[temperature] = cached(records, embedder, DEFAULTS, temperature)
