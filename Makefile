@@ -39,7 +39,7 @@ browser:
 	else echo "no chromium with its driver, and no right to install it: tests in a browser are skipped"; fi
 
 test: $(READY)
-	OMP_WAIT_POLICY=passive $(BIN)/pytest --numprocesses auto --maxprocesses 8 --dist worksteal \
+	OMP_WAIT_POLICY=passive $(BIN)/pytest --numprocesses logical --maxprocesses 8 --dist worksteal \
 		--cov --cov-report term:skip-covered
 
 # Storage alone under a newer Python with the newest zarr; it needs no torch.

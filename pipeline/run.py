@@ -317,7 +317,7 @@ class _Run:
         free = shutil.disk_usage(folder).free
         if free < needed:
             raise ConfigError(
-                f"{path}: about {needed / 1e9:,.1f} GB are needed, {free / 1e9:,.1f} GB are free "
+                f"{path}: about {needed / 1e6:,.1f} MB are needed, {free / 1e6:,.1f} MB are free "
                 f"on the disk of {folder}; make room or choose another place"
             )
 

@@ -4,8 +4,8 @@ import errno
 import hashlib
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from pathlib import Path
+from contextlib import contextmanager, suppress
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import fsspec
@@ -86,6 +86,18 @@ class Remote:
         entries = [(each["name"].strip("/"), each["size"]) for each in found]
         names = {name.rpartition("/")[2] for name, size in entries if (name, size) != marker}
         return sorted(name for name in names if not name.startswith("."))
+
+    def around(self, file: str) -> str | None:
+        """Address of the nearest folder above that holds such a file, None without one."""
+        protocol, colon, _ = self.address.partition("://")
+        for folder in PurePosixPath(self._root).parents:
+            if not folder.name:
+                return None
+            # What is above may be closed to us, or to ask of it may make no sense.
+            with suppress(Exception):
+                if self._files.isfile(str(folder / file)):
+                    return f"{protocol}://{folder}" if colon else str(folder)
+        return None
 
     def size(self, file: str) -> int | None:
         """Bytes of a file, None where there is none."""

@@ -216,6 +216,11 @@ def _claim(remote: Remote, cache_id: str) -> None:
     """Make sure that the address is free or this cache's, and take it."""
     if remote.folder is not None:
         require_outside_caches(remote.folder)
+    elif (around := remote.around(CLAIM)) is not None:
+        raise ConfigError(
+            f"{remote.address}: inside the cache {around}, which would not be whole any more; name "
+            "a place outside of it"
+        )
     manifest = remote.read(layout.MANIFEST, MAX_RECORD_BYTES)
     if manifest is not None and record_of(manifest).sha256 != cache_id:
         raise SpecMismatchError(

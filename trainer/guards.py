@@ -144,7 +144,9 @@ def check_classes(records: Records, *, keep_empty: bool) -> None:
 
     empty = records.num_classes - len(present)
     if empty and not keep_empty:
-        without = np.setdiff1d(np.arange(records.num_classes), present)[:SHOWN_CLASSES]
+        # Never as many numbers as there are classes: that count may be a stranger's.
+        lowest = np.arange(min(records.num_classes, len(present) + SHOWN_CLASSES))
+        without = np.setdiff1d(lowest, present)[:SHOWN_CLASSES]
         shown = ", ".join(map(str, without)) + ", ..." * (empty > SHOWN_CLASSES)
         raise ConfigError(
             f"{records.path}: {empty:,} of {records.num_classes:,} classes have no image "

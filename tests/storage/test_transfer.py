@@ -484,6 +484,14 @@ def test_a_cache_goes_to_s3_and_back(cache: Cache, server: S3Server, tmp_path: P
     assert remote_stats(RemoteCache.open(Remote(ADDRESS))).id == cache.id
 
 
+def test_a_cache_at_an_address_is_no_place_for_another(cache: Cache, server: S3Server) -> None:
+    push(cache.path, ADDRESS)
+    with pytest.raises(ConfigError, match=rf"original/x: inside the cache {ADDRESS}, which would"):
+        push(cache.path, f"{ADDRESS}/original/x")
+    assert not (server.buckets / "faces/team/cache.gkd/original/x").exists()
+    push(cache.path, f"{ADDRESS}.second")
+
+
 def test_read_back_finds_and_mends_what_the_size_does_not_tell(
     cache: Cache, server: S3Server, tmp_path: Path
 ) -> None:

@@ -240,5 +240,8 @@ def test_classes_without_an_image_are_refused_unless_kept(faces: Path, tmp_path:
     with pytest.raises(ConfigError, match=told):
         train(small_config(*settings), records, None, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+    huge = Subset(records, np.arange(35), 2**40)
+    with pytest.raises(ConfigError, match=r"of 1,099,511,627,776 classes have no image \(0, 6, 7"):
+        train(small_config(*settings), huge, None, tmp_path / "out")
     kept = small_config(*settings, "data.empty_classes=keep")
     assert train(kept, records, None, tmp_path / "out").steps == 4
