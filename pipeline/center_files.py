@@ -277,7 +277,9 @@ def _read(path: Path) -> Any:
         return _read_safetensors(path)
     if path.suffix in (".pt", ".pth", ".ckpt") or rank_of(path) is not None:
         return read_torch_file(
-            path, what="class centres", alone="the centres alone, as a tensor or .npy"
+            path,
+            what="class centres",
+            remedy="get it again, or save the centres alone, as a tensor or .npy",
         )
     raise ConfigError(
         f"{path}: expected class centres as .npy, .pt, .pth, .ckpt or .safetensors, got "

@@ -7,6 +7,7 @@ import pickle
 import re
 import warnings
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,14 @@ class Inert:
 
 
 def read_torch_file(
-    path: Path, *, what: str = "weights", alone: str = "the network's state_dict() alone"
+    path: Path,
+    *,
+    what: str = "weights",
+    remedy: str = "get it again, or save the network's state_dict() alone",
 ) -> Any:
     """Content of a ``.pt`` or ``.pth`` on the CPU: tensors and builtins, and ``Inert`` settings.
 
-    ``what`` the file should hold and what to save ``alone`` are words for messages.
+    ``what`` the file should hold and the ``remedy``, what to do, are words for messages.
 
     Raises:
         ConfigError: for a file that is damaged, or would run code.
@@ -44,8 +48,8 @@ def read_torch_file(
             raise
         raise ConfigError(
             f"{path}: cannot be read as {what}: expected a file that torch.save wrote, of "
-            f"tensors only and none that would run code, got {_described(path, error)}; "
-            f"get it again, or save {alone}"
+            f"tensors only and none that would run code, got {_described(path, error)}"
+            + (f"; {remedy}" if remedy else "")
         ) from error
 
 
@@ -64,6 +68,19 @@ def _load(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True)
 
 
+def damaged_part(path: Path) -> str:
+    """The first part of a torch file in zip form whose bytes are not those written; else empty.
+
+    torch writes a CRC of each part, and does not look at it when it reads.
+    """
+    try:
+        with zipfile.ZipFile(path) as file:
+            return file.testzip() or ""
+    # Damaged headers: zipfile raises its own, and what any field out of place brings.
+    except (zipfile.BadZipFile, zlib.error, RuntimeError, ValueError, EOFError) as error:
+        return f"its directory ({error})"
+
+
 def _described(path: Path, error: Exception) -> str:
     """What a file that torch refused is; torch's own words advise to run its code."""
     named = re.search(r"GLOBAL ([\w.]+)", str(error))
@@ -76,4 +93,4 @@ def _described(path: Path, error: Exception) -> str:
         return "another zip archive, or a damaged one"
     if start == ZIP_START:
         return f"one that is cut off after {size:,} bytes"
-    return f"{size:,} bytes starting {start.hex() or 'nowhere'}"
+    return f"{size:,} bytes starting {start.hex()}" if size else "an empty file"

@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 
 from gkd.storage import atomic
 from gkd.storage.errors import ConfigError, SpecMismatchError
-from gkd.storage.torch_files import read_torch_file
+from gkd.storage.torch_files import damaged_part, read_torch_file
 from gkd.trainer.backbones import build_backbone
 from gkd.trainer.config import RunConfig, StudentConfig, differences
 from gkd.trainer.ranks import Ranks
@@ -119,13 +119,51 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             f"{path}: expected a checkpoint, found none; give the folder of a run of "
             "`gkd train-student`, or one of the .pt files in its checkpoints/"
         )
-    content = read_torch_file(path)
+    try:
+        return _whole(path)
+    except ConfigError as error:
+        raise ConfigError(f"{error}; {_ways_on(path)}") from error
+
+
+def _whole(path: Path) -> dict[str, Any]:
+    """A checkpoint's content; raises ConfigError where it is damaged or none, with no remedy."""
+    content = read_torch_file(path, remedy="")
     if not isinstance(content, Mapping) or content.get("format") != FORMAT:
         raise ConfigError(
             f"{path}: not a checkpoint of gkd's format {FORMAT}; weights of other programs are "
             "read as a backbone, not as a run"
         )
+    damaged = damaged_part(path)
+    if damaged:
+        raise ConfigError(
+            f"{path}: its bytes are not those that were written: the checksum of {damaged} does "
+            "not fit"
+        )
     return dict(content)
+
+
+def _ways_on(damaged: Path) -> str:
+    """What to do in place of a checkpoint, or a folder of class centres, that is ``damaged``."""
+    whole: dict[str, int] = {}
+    for path in damaged.parent.glob("*.pt"):
+        try:
+            content = _whole(path)
+        except (ConfigError, OSError):
+            continue
+        centers = content.get("centers", {})
+        folder = damaged.parent / centers.get("folder", CENTERS)
+        if folder != damaged and not _fault(folder, centers.get("sha256", {})):
+            whole[path.name] = content.get("step", 0)
+    newest = sorted(whole, key=lambda name: -whole[name])
+    told = ", ".join(f"{name} (step {whole[name]})" for name in newest)
+    if not told:
+        return "no whole checkpoint stands beside it: train into another folder"
+    if damaged.suffix == ".pt" and damaged.name != LAST:
+        return f"give a whole one that stands beside it: {told}"
+    return (
+        f"to go on from a whole one that stands beside it, {told}, remove {LAST}, copy that one to "
+        f"{LAST} and run the same command again"
+    )
 
 
 def write_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
@@ -167,8 +205,10 @@ def publish(
         if not written:
             _write_centers(where, centers, ranks)
         if ranks.first:
-            named = {"centers": {"folder": where.name, "tensors": list(centers)}}
-            _publish(folder, {**content, **named}, step, best_step, keep)
+            digests = {file.name: atomic.sha256_file(file) for file in sorted(where.iterdir())}
+            named = {"folder": where.name, "tensors": list(centers), "sha256": digests}
+            write_checkpoint(folder / LAST, {**content, "centers": named})
+            settle(folder, step=step, best_step=best_step, keep=keep)
     except (OSError, RuntimeError, CheckpointException) as error:
         failed = error
     if ranks.highest(int(failed is not None)):
@@ -179,14 +219,16 @@ def publish(
         ) from failed
 
 
-def _publish(
-    folder: Path, content: Mapping[str, Any], step: int, best_step: int, keep: int
-) -> None:
-    write_checkpoint(folder / LAST, content)
+def settle(folder: Path, *, step: int, best_step: int, keep: int) -> None:
+    """Make the rest fit ``last.pt``, which is of ``step``: its other names, and what is too old.
+
+    A resumed run calls it too, for one that was killed after it wrote ``last.pt``.
+    """
     names = [BEST] if step == best_step else []
     names += [f"step_{step:09d}.pt"] if keep else []
     for name in names:
-        _duplicate(folder / LAST, folder / name)
+        if not _same_file(folder / LAST, folder / name):
+            _duplicate(folder / LAST, folder / name)
     if keep:
         for old in sorted(folder.glob("step_*.pt"))[: -(keep + 1)]:
             old.unlink()
@@ -218,8 +260,17 @@ def _write_centers(folder: Path, centers: Mapping[str, Tensor], ranks: Ranks) ->
         atomic.sync_folder(folder)
 
 
-def read_centers(folder: Path, centers: Mapping[str, Tensor]) -> None:
+def read_centers(
+    folder: Path,
+    centers: Mapping[str, Tensor],
+    ranks: Ranks,
+    *,
+    sha256: Mapping[str, str],
+) -> None:
     """Fill class centres, and what belongs to them, from whatever number of ranks wrote them.
+
+    ``sha256`` is the hex digest of each file, empty for a checkpoint that was written before there
+    were any. All ranks call it.
 
     Raises:
         ConfigError: where they are missing, damaged or of another shape.
@@ -229,6 +280,9 @@ def read_centers(folder: Path, centers: Mapping[str, Tensor]) -> None:
             f"{folder}: expected the class centres of the checkpoint beside it, got nothing; copy "
             "the whole folder of checkpoints, not one file"
         )
+    fault = _fault(folder, sha256) if ranks.first else ""
+    if ranks.highest(int(bool(fault))):
+        ranks.fail(f"{fault}; {_ways_on(folder)}")
     alone = not any(isinstance(tensor, DTensor) for tensor in centers.values())
     try:
         with warnings.catch_warnings():
@@ -241,15 +295,32 @@ def read_centers(folder: Path, centers: Mapping[str, Tensor]) -> None:
     except (CheckpointException, SafetensorError, OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[-1]
         raise ConfigError(
-            f"{folder}: expected the class centres of the checkpoint, got {reason}; go on from "
-            "another checkpoint, copied over last.pt, or train anew into another folder"
+            f"{folder}: expected the class centres of the checkpoint, got {reason}; "
+            f"{_ways_on(folder)}"
         ) from error
+
+
+def _fault(folder: Path, sha256: Mapping[str, str]) -> str:
+    """What is wrong with the files of class centres; empty where they are as they were written."""
+    for name, expected in sha256.items():
+        file = folder / name
+        found = atomic.sha256_file(file) if file.is_file() else "no file"
+        if found != expected:
+            return (
+                f"{file}: expected the class centres of the checkpoint as they were written "
+                f"(sha256 {expected[:12]}), got {found[:12]}"
+            )
+    return "" if folder.is_dir() else f"{folder}: expected class centres, got nothing"
 
 
 def clear_leftovers(folder: Path) -> None:
     """Remove what a kill left on its way into place."""
     for aside in folder.glob(".*.pt.*"):
         aside.unlink()
+
+
+def _same_file(path: Path, name: Path) -> bool:
+    return name.exists() and name.samefile(path)
 
 
 def _duplicate(path: Path, name: Path) -> None:

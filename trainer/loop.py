@@ -33,6 +33,7 @@ from gkd.trainer.checkpoint import (
     clear_leftovers,
     publish,
     read_checkpoint,
+    settle,
 )
 from gkd.trainer.config import RunConfig, to_toml
 from gkd.trainer.data import Batch, FaceBatches, JoinedTargets, check_data, load_batches
@@ -116,6 +117,13 @@ def train(
             write_file(out / CONFIG, to_toml(config).encode())
             (out / FOLDER).mkdir(exist_ok=True)
             clear_leftovers(out / FOLDER)
+            if run.saved >= 0:
+                settle(
+                    out / FOLDER,
+                    step=run.saved,
+                    best_step=run.best_step,
+                    keep=config.checkpoint.keep,
+                )
         opened: AbstractContextManager[RunLog | None] = (
             RunLog(out, step=run.step) if ranks.first else nullcontext()
         )

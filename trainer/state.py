@@ -212,7 +212,13 @@ class RunState:
         }
         if kept:
             self.optimizer.state[self.head.weight] = kept
-        read_centers(path.parent / state["centers"]["folder"], self.centers())
+        named = state["centers"]
+        read_centers(
+            path.parent / named["folder"],
+            self.centers(),
+            self.ranks,
+            sha256=named.get("sha256", {}),
+        )
         self.scheduler.load_state_dict(state["scheduler"])
         self.scaler.load_state_dict(state["scaler"])
         torch.set_rng_state(state["rng"]["cpu"])

@@ -1,19 +1,22 @@
 """Checkpoints: whole or absent, read without running anything, refused where they do not fit."""
 
 import os
+import re
 from pathlib import Path
 
 import msgspec
 import pytest
 import torch
 
-from gkd.storage.errors import ConfigError, SpecMismatchError
+from gkd.storage.errors import ConfigError, GkdError, SpecMismatchError
 from gkd.trainer.checkpoint import (
     Identity,
     load_student,
     publish,
+    read_centers,
     read_checkpoint,
     require_same_run,
+    settle,
     student_backbone,
     write_checkpoint,
 )
@@ -23,6 +26,7 @@ from tests.trainer.faces import small_config
 CONFIG = small_config()
 IDENTITY = Identity(10, 3, "aa", "bb")
 CENTERS = {"weight": torch.ones(3, 8)}
+CENTERS_FILE = "shard-00001-model-00001-of-00001.safetensors"
 
 
 def content(value: float = 0.5, **more: object) -> dict[str, object]:
@@ -114,6 +118,68 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
         (tmp_path / "x.pt").write_bytes(whole[:cut])
         with pytest.raises(ConfigError, match=r"x\.pt: cannot be read as weights"):
             load_student(tmp_path / "x.pt")
+
+
+def flip(path: Path, part: bytes) -> None:
+    """Another lowest bit in the middle of where ``part`` stands in a file."""
+    whole = bytearray(path.read_bytes())
+    assert whole.count(part) == 1
+    whole[whole.index(part) + len(part) // 2] ^= 1
+    path.write_bytes(whole)
+
+
+def test_a_flipped_bit_is_found_and_a_whole_checkpoint_named(tmp_path: Path) -> None:
+    mark = torch.arange(7, 1007)
+    for step in (5, 10, 15):
+        state = content(step=step, mark=mark)
+        publish(tmp_path, state, CENTERS, ALONE, step=step, best_step=5, keep=3)
+    last, best = tmp_path / "last.pt", tmp_path / "best.pt"
+    flip(last, mark.numpy().tobytes())  # step_000000015.pt is the same file
+    flip(tmp_path / "centers_000000010" / CENTERS_FILE, CENTERS["weight"].numpy().tobytes())
+    with pytest.raises(ConfigError) as error:
+        read_checkpoint(last)
+    message = str(error.value)
+    assert re.search(r"last\.pt: .* the checksum of archive/data/\d+ does not fit", message)
+    named = set(re.findall(r"(\S+\.pt) \(step (\d+)\)", message))
+    assert named == {("best.pt", "5"), ("step_000000005.pt", "5")}
+    assert "remove last.pt, copy that one to last.pt and run the same command again" in message
+    flip(best, mark.numpy().tobytes())
+    with pytest.raises(ConfigError, match="no whole checkpoint stands beside it: train into"):
+        read_checkpoint(last)
+    with pytest.raises(ConfigError, match=r"best\.pt: its bytes are not those that were written"):
+        load_student(tmp_path / "best.pt")
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "gone"])
+def test_damaged_centers_are_found(tmp_path: Path, damage: str) -> None:
+    for step in (5, 10):
+        publish(tmp_path, content(step=step), CENTERS, ALONE, step=step, best_step=-1, keep=1)
+    file = tmp_path / "centers_000000010" / CENTERS_FILE
+    if damage == "flip":
+        flip(file, CENTERS["weight"].numpy().tobytes())
+    elif damage == "cut":
+        file.write_bytes(file.read_bytes()[:-40])
+    else:
+        file.unlink()
+    digests = read_checkpoint(tmp_path / "last.pt")["centers"]["sha256"]
+    with pytest.raises(GkdError) as error:
+        read_centers(file.parent, {"weight": torch.empty(3, 8)}, ALONE, sha256=digests)
+    message = str(error.value)
+    assert f"{file}: expected the class centres of the checkpoint as they were written" in message
+    assert "got no file" in message or damage != "gone"
+    assert "beside it, step_000000005.pt (step 5), remove last.pt, copy" in message
+
+
+def test_what_a_kill_left_undone_beside_the_last_is_made_good(tmp_path: Path) -> None:
+    """Killed between the rename of last.pt and the link of best.pt."""
+    for step in (5, 10):
+        publish(tmp_path, content(step=step), CENTERS, ALONE, step=step, best_step=5, keep=0)
+    write_checkpoint(
+        tmp_path / "last.pt", {**read_checkpoint(tmp_path / "last.pt"), "best_step": 10}
+    )
+    settle(tmp_path, step=10, best_step=10, keep=0)
+    assert read_checkpoint(tmp_path / "best.pt")["step"] == 10
+    assert [path.name for path in tmp_path.glob("centers_*")] == ["centers_000000010"]
 
 
 def test_files_of_something_else_are_named(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from gkd.storage.errors import ConfigError, GkdError
 from gkd.storage.records import open_records
 from gkd.storage.rows import Subset
-from gkd.trainer.checkpoint import publish, read_checkpoint
+from gkd.trainer.checkpoint import publish, read_checkpoint, write_checkpoint
 from gkd.trainer.data import Batch, FaceBatches, load_batches
 from gkd.trainer.guards import DIVERGED, LONG, Divergence, finite_weights
 from gkd.trainer.loop import train
@@ -201,6 +201,10 @@ def test_weights_of_another_embedding_size_are_refused(faces: Path, tmp_path: Pa
     out = tmp_path / "out"
     run(faces, out, "train.epochs=1")
     (file,) = (out / "checkpoints").glob("centers_*/*.safetensors")
+    last = out / "checkpoints/last.pt"
+    state = read_checkpoint(last)
+    del state["centers"]["sha256"]  # as before there were any
+    write_checkpoint(last, state)
     wrong = load_file(file) | {"weight": torch.zeros(6, 16)}
     save_file(wrong, file, metadata=metadata_of(file))
     with pytest.raises(ConfigError, match=r"centers_000000005: expected the class centres"):
