@@ -177,7 +177,7 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     precision      of the backbone: float32, bfloat16, float16, or auto (bfloat16 on a GPU that has
                    it, else float32); the class layer is always float32
     seed           of weights, order and flips
-    log_every      steps between two lines of metrics.jsonl
+    log_every      steps between two lines of metrics.jsonl; each epoch's end has one too
     max_skipped    steps in a row whose loss or gradients are not finite, after which it stops
     channels_last  memory format of the backbone
     compile        torch.compile for the exponentials of the class layer: one kernel for several on

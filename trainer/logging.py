@@ -7,11 +7,57 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import torch
+from torch import Tensor
+
 from gkd.storage.atomic import write_file
 from gkd.storage.errors import ConfigError
 from gkd.storage.extras import require
+from gkd.trainer.losses import GkdLoss
 
 METRICS = "metrics.jsonl"
+LOSSES = ("loss", "ce", "primary", "binary")
+
+
+class Window:
+    """Sums over the steps since the last line of the log.
+
+    Their losses outlive an interruption by ``state``, so that the lines do not tell of it; their
+    times do not.
+    """
+
+    def __init__(self, state: Mapping[str, Any] | None = None) -> None:
+        self._losses: Tensor | None = state["losses"] if state else None
+        self._taken: int = state["taken"] if state else 0
+        self._timed, self._seconds, self._waited = 0, 0.0, 0.0
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint: builtins and a tensor."""
+        return {"losses": self._losses, "taken": self._taken}
+
+    def add(self, loss: GkdLoss, *, seconds: float, waited: float, skipped: bool) -> None:
+        """Take one more step into account: how long it took, and how much of that for its data."""
+        if not skipped:
+            parts = torch.stack([part.detach() for part in loss])
+            self._losses = parts if self._losses is None else self._losses.to(parts) + parts
+            self._taken += 1
+        self._timed += 1
+        self._seconds += seconds
+        self._waited += waited
+
+    def means(self, batch_size: int) -> dict[str, Any]:
+        """Mean losses, images a second, and the share of the time spent waiting for data.
+
+        The losses are those of steps that were taken; None where every one was skipped.
+        """
+        means: list[float | None] = [None] * len(LOSSES)
+        if self._losses is not None:
+            means = (self._losses / self._taken).tolist()
+        return {
+            **dict(zip(LOSSES, means, strict=True)),
+            "images_per_second": self._timed * batch_size / self._seconds,
+            "data_wait": self._waited / self._seconds,
+        }
 
 
 class RunLog:

@@ -17,7 +17,6 @@ from typing import Any
 import filelock
 import msgspec
 import torch
-from torch import Tensor
 
 from gkd.storage.atomic import write_file
 from gkd.storage.blocks import ShardStore
@@ -40,8 +39,7 @@ from gkd.trainer.data import Batch, FaceBatches, JoinedTargets, check_data, load
 from gkd.trainer.evaluation import VerificationResult, evaluate, module_embed
 from gkd.trainer.findings import gather, write_findings
 from gkd.trainer.guards import finite_weights
-from gkd.trainer.logging import RunLog
-from gkd.trainer.losses import GkdLoss
+from gkd.trainer.logging import RunLog, Window
 from gkd.trainer.ranks import ALONE, Ranks
 from gkd.trainer.report import write_report
 from gkd.trainer.run_folder import CONFIG, RUN
@@ -51,7 +49,6 @@ from gkd.trainer.verification_set import VerificationSet, load_verification_set
 PACKAGES = ("gkd", "torch", "numpy")
 # What a rank tells the others before a step.
 _ASKED, _FAILED = 1, 2
-LOSSES = ("loss", "ce", "primary", "binary")
 
 
 @dataclass(frozen=True)
@@ -149,40 +146,6 @@ class _Stop:
     agreed: bool = False
 
 
-@dataclass
-class _Window:
-    """Sums since the last line of the log."""
-
-    began: float
-    losses: Tensor | None = None
-    steps: int = 0
-    taken: int = 0
-    waited: float = 0.0
-
-    def add(self, loss: GkdLoss, waited: float, *, skipped: bool) -> None:
-        if not skipped:
-            parts = torch.stack([part.detach() for part in loss])
-            self.losses = parts if self.losses is None else self.losses + parts
-            self.taken += 1
-        self.steps += 1
-        self.waited += waited
-
-    def means(self, batch_size: int) -> dict[str, Any]:
-        """Mean losses, images a second, and the share of the time spent waiting for data.
-
-        The losses are those of steps that were taken; None where every one was skipped.
-        """
-        seconds = time.perf_counter() - self.began
-        means: list[float | None] = [None] * len(LOSSES)
-        if self.losses is not None:
-            means = (self.losses / self.taken).tolist()
-        return {
-            **dict(zip(LOSSES, means, strict=True)),
-            "images_per_second": self.steps * batch_size / seconds,
-            "data_wait": self.waited / seconds,
-        }
-
-
 @dataclass(frozen=True)
 class _Training:
     """One go at a training, to its end or to a signal."""
@@ -238,7 +201,6 @@ class _Training:
         epoch, done = divmod(run.step, steps)
         what = f"epoch {epoch + 1}/{config.train.epochs}"
         run.model.train()
-        window = _Window(time.perf_counter())
         total = steps * size
         quiet = 0 if run.ranks.first else total + 1
         with progress(what, total, "images", done * size, quiet_below=quiet) as advance:
@@ -251,18 +213,21 @@ class _Training:
                 lr = run.optimizer.param_groups[0]["lr"]
                 loss = run.take_step(batch, self.records)
                 skipped = run.skipped_in_a_row > 0
-                window.add(loss, waited, skipped=skipped)
+                seconds = time.perf_counter() - asked
+                run.window.add(loss, seconds=seconds, waited=waited, skipped=skipped)
                 if skipped and run.last_skipped is not None and self.log:
                     self.log.write(run.step, run.last_skipped.told(), group="train")
+                run.require_sound(self.records)
                 note = ""
-                if run.step % config.train.log_every == 0:
-                    means = window.means(size)
+                # At each epoch's end too, so that every step is in a line of its epoch.
+                if run.step % config.train.log_every == 0 or run.step % steps == 0:
+                    means = run.window.means(size)
                     values = {"epoch": run.epoch, **means, "lr": lr, "skipped": run.skipped}
                     if self.log:
                         self.log.write(run.step, values, group="train")
                     left = (run.plans.total_steps - run.step) * size / means["images_per_second"]
                     note = _note(values, left)
-                    window = _Window(time.perf_counter())
+                    run.window = Window()
                 advance(size, note)
                 if run.step % steps and self._checkpoint_due():
                     self._save()
@@ -331,7 +296,7 @@ class _Training:
         if run.ranks.highest(int(not finite_weights((run.model, run.head)))):
             run.ranks.fail(
                 f"after step {run.step} the weights are not finite, so no checkpoint of them "
-                f"was written; what stands in {self.out / FOLDER} is from before: begin again in "
+                f"was written to {self.out / FOLDER}; {run.standing}: begin again in "
                 "another folder with a lower optimizer.lr or more schedule.warmup_epochs"
             )
         try:
@@ -346,7 +311,7 @@ class _Training:
                 written=run.saved == run.step,
             )
         except ConfigError as error:
-            run.ranks.fail(f"{error}; run the same command again to go on from the last checkpoint")
+            run.ranks.fail(f"{error}, and run the same command again; {run.standing}")
         run.saved = run.step
 
     def _leave(self) -> None:

@@ -96,7 +96,7 @@ def _column(lines: Sequence[TrainingLine], name: str) -> list[float]:
 def _training(run: Run, drawing: bool) -> Iterator[str]:
     yield page.heading(2, "Training")
     if not run.training:
-        yield page.paragraph("No step was logged: train.log_every is more than all of them.")
+        yield page.paragraph("No step was logged yet.")
         return
     if drawing:
         curves = {}

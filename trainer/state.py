@@ -23,6 +23,7 @@ from gkd.trainer.fused import LayerLoss, grouped_margin_loss
 from gkd.trainer.gathering import classes_in_use
 from gkd.trainer.guards import Divergence, KeptBuffers, SkippedStep, gradient_norm
 from gkd.trainer.heads import MarginHead
+from gkd.trainer.logging import Window
 from gkd.trainer.losses import GkdLoss
 from gkd.trainer.plans import Plans
 from gkd.trainer.ranks import ALONE, Ranks
@@ -40,6 +41,8 @@ class RunState:
     last_skipped      the last of them
     saved             the step of the last checkpoint
     evaluated         the step of the last evaluation, and ``best_step`` that of the best
+    highest_lr        learning rate so far
+    window            the steps that are in no line of the log yet
 
     ``forward`` is ``model`` as all ranks run it; ``head`` holds this rank's class centres.
     """
@@ -67,6 +70,8 @@ class RunState:
     best: float | None = None
     best_step: int = -1
     evaluated: int = 0
+    highest_lr: float = 0.0
+    window: Window = field(default_factory=Window)
     accuracy: dict[str, float] = field(default_factory=dict)
 
     @classmethod
@@ -158,6 +163,8 @@ class RunState:
             "best": self.best,
             "best_step": self.best_step,
             "evaluated": self.evaluated,
+            "highest_lr": self.highest_lr,
+            "window": self.window.state(),
             "accuracy": self.accuracy,
             "rng": {
                 "cpu": torch.get_rng_state(),
@@ -231,6 +238,9 @@ class RunState:
         self.saved = self.step
         self.skipped, self.skipped_in_a_row = state["skipped"]
         self.divergence = Divergence(*state["divergence"])
+        # Absent from runs that were begun before these were kept.
+        self.highest_lr = state.get("highest_lr", 0.0)
+        self.window = Window(state.get("window"))
 
     @property
     def epoch(self) -> float:
@@ -243,11 +253,9 @@ class RunState:
         Where its loss or its gradients are not finite, it changes no weight and is counted in
         ``skipped``; float16 leaves that to the gradient scaler, which takes a smaller scale next.
 
-        Raises:
-            GkdError: after ``train.max_skipped`` such steps in a row, or where the cross-entropy
-                has been far above its beginning for long.
         """
         self.kept.keep()
+        self.highest_lr = max(self.highest_lr, float(self.optimizer.param_groups[0]["lr"]))
         with self._sampled(batch) as sampled:
             loss = self._loss(batch, sampled)
             self.optimizer.zero_grad(set_to_none=True)
@@ -272,7 +280,8 @@ class RunState:
             )
             return loss.means
         self.skipped_in_a_row = 0
-        self._judge(parts[1])
+        warmup = self.config.schedule.warmup_epochs * self.plans.steps_per_epoch
+        self.divergence.add(parts[1], settled=self.step > warmup)
         if self.step > self.plans.total_steps - self.plans.steps_per_epoch:
             self.fit.add(batch.rows, loss.label_cosines)
         return loss.means
@@ -325,36 +334,42 @@ class RunState:
         return torch.hypot(norm, self.ranks.sum(of_centers.square()).sqrt())
 
     def _skip(self, parts: dict[str, float], batch: Batch, records: Records) -> None:
-        """Put the running statistics back, count, and stop where it is one too many."""
+        """Put the running statistics back, and count."""
         self.kept.put_back()
         self.skipped += 1
         self.skipped_in_a_row += 1
         rows = self.ranks.gather(batch.rows.to(self.device)).tolist()
         keys = tuple(records.key(row) for row in rows)
         self.last_skipped = SkippedStep(self.step, parts, keys)
-        if self.skipped_in_a_row < self.config.train.max_skipped:
-            return
-        self.ranks.fail(
-            f"the loss or the gradients were not finite in {self.skipped_in_a_row} steps in a row "
-            f"(train.max_skipped), at a learning rate of {self._lr:g}; the last was "
-            f"{self.last_skipped} of {records.path}; the last checkpoint stands as it was: begin "
-            "again in another folder with a lower optimizer.lr or more schedule.warmup_epochs, or "
-            "look at these images"
-        )
 
-    def _judge(self, ce: float) -> None:
-        """Stop a training whose cross-entropy stays far above where it began."""
-        warmup = self.config.schedule.warmup_epochs * self.plans.steps_per_epoch
-        self.divergence.add(ce, settled=self.step > warmup)
+    def require_sound(self, records: Records) -> None:
+        """Stop a training that the last step shows to be lost.
+
+        Raises:
+            GkdError: after ``train.max_skipped`` skipped steps in a row, or where the cross-entropy
+                has been far above its beginning for long.
+        """
+        remedy = (
+            "begin again in another folder with a lower optimizer.lr or more schedule.warmup_epochs"
+        )
+        if self.skipped_in_a_row >= self.config.train.max_skipped:
+            self.ranks.fail(
+                "the loss or the gradients were not finite in "
+                f"{self.skipped_in_a_row} steps in a row (train.max_skipped), the highest learning "
+                f"rate so far was {self.highest_lr:g}; the last was {self.last_skipped} of "
+                f"{records.path}; {self.standing}: {remedy}, or look at these images"
+            )
         if self.divergence.found:
             self.ranks.fail(
                 f"the training diverges: at step {self.step} of {self.plans.total_steps} the "
                 f"cross-entropy's running mean is {self.divergence.mean:.4g}, it began at "
-                f"{self.divergence.first:.4g}; the learning rate is {self._lr:g}: begin again in "
-                "another folder with a lower optimizer.lr or more schedule.warmup_epochs"
+                f"{self.divergence.first:.4g}; the highest learning rate so far was "
+                f"{self.highest_lr:g}: {remedy}"
             )
 
     @property
-    def _lr(self) -> float:
-        """The learning rate of the step to come."""
-        return float(self.optimizer.param_groups[0]["lr"])
+    def standing(self) -> str:
+        """The last checkpoint, in words."""
+        if self.saved < 0:
+            return "no checkpoint was written before"
+        return f"the checkpoint of step {self.saved} stands as it was"

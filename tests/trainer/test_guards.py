@@ -122,9 +122,12 @@ def test_after_so_many_in_a_row_it_stops_by_name(faces: Path, tmp_path: Path) ->
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     skipped = [line for line in lines if "not_finite" in line]
     assert [len(line["records"]) for line in skipped] == [8] * len(skipped)
+    fatal = int(message.partition("the last was step ")[2].split()[0])
+    assert [line["step"] for line in skipped[-4:]] == list(range(fatal - 3, fatal + 1))
     assert skipped[-1]["not_finite"]["gradient_norm"] == "nan"
     kept = read_checkpoint(out / "checkpoints/last.pt")
-    assert kept["step"] < int(message.partition("the last was step ")[2].split()[0])
+    assert kept["step"] < fatal
+    assert f"the checkpoint of step {kept['step']} stands as it was" in message
     assert all(torch.isfinite(value).all() for value in kept["model"].values())
 
 
@@ -146,9 +149,11 @@ def test_a_rate_too_high_is_called_divergence(faces: Path, tmp_path: Path) -> No
         run(
             *(faces, tmp_path / "out", "optimizer.lr=1000", "optimizer.weight_decay=0"),
             *("schedule.kind=step", "student.embedding_dim=64", "train.epochs=40"),
+            "schedule.milestones=[2, 4]",
         )
     message = str(error.value)
     assert "the training diverges: at step" in message
+    assert "the highest learning rate so far was 1000" in message
     assert "lower optimizer.lr or more schedule.warmup_epochs" in message
     lines = (tmp_path / "out/metrics.jsonl").read_text().splitlines()
     entropies = [json.loads(line)["ce"] for line in lines]

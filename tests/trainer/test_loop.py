@@ -270,6 +270,32 @@ def test_killed_and_resumed_it_ends_in_the_same_bits(
     assert losses(out) == losses(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("at", [4, 7])
+def test_lines_over_many_steps_do_not_tell_of_an_interruption(
+    faces: Path, tmp_path: Path, unbroken: Path, monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    """Means over the steps up to a multiple of 3 or an epoch's end."""
+    take_step, overrides = RunState.take_step, ("train.log_every=3", "checkpoint.every_epochs=0.4")
+
+    def cut_off(state: RunState, *given: Any) -> Any:
+        if state.step == at:
+            raise MemoryError
+        return take_step(state, *given)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(RunState, "take_step", cut_off)
+        with pytest.raises(MemoryError):
+            run(faces, tmp_path / "out", *overrides)
+    assert read_checkpoint(tmp_path / "out" / LAST)["step"] == {4: 4, 7: 6}[at]
+    run(faces, tmp_path / "out", *overrides)
+    every = {step: parts for step, *parts in losses(unbroken)}
+    seen = losses(tmp_path / "out")
+    assert [step for step, *_ in seen] == [3, 5, 6, 9, 10, 12, 15]
+    for begin, (end, *parts) in zip([0, *(step for step, *_ in seen)], seen, strict=False):
+        means = np.mean([every[step] for step in range(begin + 1, end + 1)], 0)
+        np.testing.assert_allclose(parts, means, rtol=1e-5)
+
+
 @pytest.mark.parametrize("ends", [1, 3])
 def test_cut_off_in_an_evaluation_it_goes_on_with_the_evaluation(
     faces: Path, tmp_path: Path, unbroken: Path, monkeypatch: pytest.MonkeyPatch, ends: int
