@@ -1,10 +1,11 @@
 """Checkpoints: written whole or not at all, read without running their code."""
 
 import os
+import re
 import shutil
 import uuid
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -210,13 +211,35 @@ def publish(
             write_checkpoint(folder / LAST, {**content, "centers": named})
             settle(folder, step=step, best_step=best_step, keep=keep)
     except (OSError, RuntimeError, CheckpointException) as error:
+        if worker_death(error):  # no fault of the disk, it was met here by chance
+            raise
         failed = error
     if ranks.highest(int(failed is not None)):
-        reason = str(failed or "another rank's disk").strip().splitlines()[-1]
+        reason = _reason(failed) if failed else "another rank's disk"
         raise ConfigError(
             f"{folder}: the checkpoint of step {step} could not be written ({reason}); make "
             "room on the disk, or open the folder to this user"
         ) from failed
+
+
+def worker_death(error: BaseException) -> str:
+    """What torch says of a killed data worker, wherever it raised it; empty for another error."""
+    told = (re.search(r"DataLoader worker.*", str(each)) for each in _chain(error))
+    return next((found[0] for found in told if found), "")
+
+
+def _reason(error: BaseException) -> str:
+    """What the system said, where torch's own words hide it; else the last line."""
+    for each in _chain(error):
+        if isinstance(each, OSError) and each.strerror:
+            return each.strerror
+    return str(error).strip().splitlines()[-1]
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def settle(folder: Path, *, step: int, best_step: int, keep: int) -> None:

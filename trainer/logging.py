@@ -2,7 +2,9 @@
 
 import json
 import sys
+import threading
 from collections.abc import Mapping
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -11,7 +13,8 @@ import torch
 from torch import Tensor
 
 from gkd.storage.atomic import write_file
-from gkd.storage.errors import ConfigError
+from gkd.storage.disk import disk_errors
+from gkd.storage.errors import ConfigError, GkdError
 from gkd.storage.extras import require
 from gkd.trainer.losses import GkdLoss
 
@@ -68,13 +71,16 @@ class RunLog:
     """
 
     def __init__(self, out: Path, *, step: int) -> None:
-        path = out / METRICS
+        self._path = path = out / METRICS
+        self._folder = out / "tensorboard"
         kept = b""
         if step and path.exists():
             kept = _up_to(path, step)
-        write_file(path, kept)
+        with disk_errors(path):
+            write_file(path, kept)
         self._file = path.open("a")
-        self._board = _tensorboard(out / "tensorboard", step)
+        self._excepthook, threading.excepthook = threading.excepthook, self._except
+        self._board = _tensorboard(self._folder, step)
 
     def __enter__(self) -> Self:
         return self
@@ -85,17 +91,31 @@ class RunLog:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._file.close()
-        if self._board is not None:
-            self._board.close()
+        # A full disk refuses the rest again: the first error tells of it.
+        with suppress(OSError, GkdError) if error else nullcontext(), disk_errors(self._path):
+            self._file.close()
+        try:
+            with suppress(OSError, GkdError) if error else nullcontext(), disk_errors(self._folder):
+                if self._board is not None:
+                    self._board.close()
+        finally:
+            threading.excepthook = self._excepthook
+
+    def _except(self, args: threading.ExceptHookArgs) -> None:
+        # What ends TensorBoard's thread is raised again by the next value that it is given.
+        told = type(args.thread).__module__.startswith("tensorboard.")
+        if not (told and isinstance(args.exc_value, OSError)):
+            self._excepthook(args)
 
     def write(self, step: int, values: Mapping[str, Any], *, group: str) -> None:
         """Log the values of a step; TensorBoard names them ``group/name``."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
+        with disk_errors(self._path):
+            self._file.write(json.dumps({"step": step, **values}) + "\n")
+            self._file.flush()
         if self._board is not None:
-            for name, value in _scalars(values):
-                self._board.add_scalar(f"{group}/{name}", value, step)
+            with disk_errors(self._folder):
+                for name, value in _scalars(values):
+                    self._board.add_scalar(f"{group}/{name}", value, step)
 
 
 def _up_to(path: Path, step: int) -> bytes:

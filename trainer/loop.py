@@ -17,6 +17,7 @@ from typing import Any
 import filelock
 import msgspec
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
 
 from gkd.storage.atomic import write_file
 from gkd.storage.blocks import ShardStore
@@ -33,6 +34,7 @@ from gkd.trainer.checkpoint import (
     publish,
     read_checkpoint,
     settle,
+    worker_death,
 )
 from gkd.trainer.config import RunConfig, to_toml
 from gkd.trainer.data import Batch, FaceBatches, JoinedTargets, check_data, load_batches
@@ -168,7 +170,7 @@ class _Training:
             pin=run.device.type == "cuda",
         )
         # Closed here and now: workers that live on into the interpreter's end would block it.
-        with closing(batches):
+        with self._worker_deaths(), closing(batches):
             while run.step < run.plans.total_steps or self._evaluation_due():
                 if not self._evaluation_due():
                     self._rest_of_epoch(batches)
@@ -184,6 +186,21 @@ class _Training:
                 if self.stop.agreed:
                     self._leave()
 
+    @contextmanager
+    def _worker_deaths(self) -> Iterator[None]:
+        """Name a worker's death, which torch raises wherever the training stands just then."""
+        try:
+            yield
+        except (RuntimeError, CheckpointException) as error:
+            reason = worker_death(error)
+            if not reason:
+                raise
+            raise GkdError(
+                f"a process that prepares data died ({reason}); often memory ran out: set fewer "
+                "data.workers or give more memory, and run the same command again; "
+                f"{self.run.standing}"
+            ) from error
+
     def _find(self, targets: JoinedTargets | None) -> None:
         """Write the findings where the training has ended, before its last checkpoint does."""
         run = self.run
@@ -192,7 +209,8 @@ class _Training:
         fit = run.fit.summary(self.records)
         if run.ranks.first:
             results = list(self.results.values())
-            write_findings(self.out, gather(run.step, results, targets, fit))
+            with disk_errors(self.out):
+                write_findings(self.out, gather(run.step, results, targets, fit))
 
     def _rest_of_epoch(self, batches: Iterator[Batch]) -> None:
         """Steps up to the next epoch, checkpoint within the epoch, or signal."""

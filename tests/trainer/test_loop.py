@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -401,9 +402,39 @@ def test_a_disk_that_takes_no_checkpoint_is_told_and_no_half_of_one_stays(
         text=True,
     )
     assert stopped.returncode == 1
-    assert "the checkpoint of step 5 could not be written" in stopped.stderr
+    assert "the checkpoint of step 5 could not be written (File too large)" in stopped.stderr
+    assert "no checkpoint was written before" in stopped.stderr
     assert "run the same command again" in stopped.stderr
     assert not list((tmp_path / "full/checkpoints").glob("*.pt*"))
+
+
+def test_a_full_disk_under_the_log_is_told_in_one_message(faces: Path, tmp_path: Path) -> None:
+    """A process whose files may have 3000 bytes: what it writes first fits, its log does not."""
+    command = [sys.executable, "-m", "tests.trainer.faces", str(faces), str(tmp_path / "full")]
+    stopped = subprocess.run(
+        [*command, "train.epochs=10", "checkpoint.every_epochs=10"],
+        cwd=ROOT,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000)),
+        capture_output=True,
+        text=True,
+    )
+    assert stopped.returncode == 1
+    assert "Exception in thread" not in stopped.stderr
+    told = stopped.stderr.strip().splitlines()[-1]
+    assert re.search(r"full/(metrics\.jsonl|tensorboard): the disk has no room for it", told)
+
+
+def test_a_data_worker_that_is_killed_is_told(faces: Path, tmp_path: Path) -> None:
+    settings = "train.epochs=500", "data.workers=1", "checkpoint.every_epochs=0.2"
+    with started(faces, tmp_path / "out", *settings) as process:
+        wait_for_step(process, tmp_path / "out", 3)
+        for worker in psutil.Process(process.pid).children():
+            worker.kill()
+        assert process.wait(timeout=30) == 1
+    told = (tmp_path / "words").read_text().strip().splitlines()[-1]
+    assert "GkdError: a process that prepares data died (DataLoader worker" in told
+    assert "fewer data.workers or give more memory, and run the same command again; the c" in told
+    assert re.search(r"the checkpoint of step \d+ stands as it was", told)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
