@@ -60,12 +60,24 @@ class IdentityFit:
         if len(self._pending) >= PENDING:
             self._fetch()
 
+    def state(self) -> Tensor | None:
+        """Each image's cosine float32 [N] on the CPU, for a checkpoint; None before any was seen.
+
+        All ranks call it, and all of them have seen some or none.
+        """
+        self._fetch()
+        return None if self._cosines is None else self.ranks.highest_of_each(self._cosines)
+
+    def restore(self, state: Tensor | None) -> None:
+        """Go on from what ``state`` gave."""
+        self._cosines = state
+
     def summary(self, records: Records) -> FitSummary | None:
         """The identities that fit worst; None where no image was measured. All ranks call it."""
-        self._fetch()
-        if self._cosines is None:
+        state = self.state()
+        if state is None:
             return None
-        cosines = self.ranks.highest_of_each(self._cosines).numpy()
+        cosines = state.numpy()
         seen = np.flatnonzero(cosines > UNSEEN)
         return summarise(seen, cosines[seen], records)
 

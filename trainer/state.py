@@ -165,6 +165,7 @@ class RunState:
             "evaluated": self.evaluated,
             "highest_lr": self.highest_lr,
             "window": self.window.state(),
+            "fit": self.fit.state(),
             "accuracy": self.accuracy,
             "rng": {
                 "cpu": torch.get_rng_state(),
@@ -241,6 +242,7 @@ class RunState:
         # Absent from runs that were begun before these were kept.
         self.highest_lr = state.get("highest_lr", 0.0)
         self.window = Window(state.get("window"))
+        self.fit.restore(state.get("fit"))
 
     @property
     def epoch(self) -> float:

@@ -30,6 +30,7 @@ from gkd.trainer.checkpoint import load_student, read_checkpoint
 from gkd.trainer.config import load_config
 from gkd.trainer.data import FaceBatches, load_batches
 from gkd.trainer.evaluation import evaluate
+from gkd.trainer.findings import read_findings
 from gkd.trainer.loop import train
 from gkd.trainer.losses import GroupTargets
 from gkd.trainer.plans import BatchPlan
@@ -320,6 +321,8 @@ def test_cut_off_in_an_evaluation_it_goes_on_with_the_evaluation(
     assert_same_end(tmp_path / "out", unbroken)
     told = [[x for x in lines(out) if "accuracy" in x] for out in (tmp_path / "out", unbroken)]
     assert told[0] == told[1]
+    fits = [read_findings(out) for out in (tmp_path / "out", unbroken)]
+    assert fits[0] == fits[1]
 
 
 def test_the_best_checkpoint_can_be_gone_on_with(faces: Path, tmp_path: Path) -> None:
