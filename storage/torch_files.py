@@ -64,7 +64,11 @@ def _load(path: Path) -> Any:
         named = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
         if not named or not all(map(SETTINGS.fullmatch, named)):
             raise
-        with torch.serialization.safe_globals([(Inert, name) for name in named]):
+        # Lightning's AttributeDict is filled as a dict is, which torch allows of dicts alone.
+        stands: list[Any] = [
+            (dict if name.endswith(".AttributeDict") else Inert, name) for name in named
+        ]
+        with torch.serialization.safe_globals(stands):
             return torch.load(path, map_location="cpu", weights_only=True)
 
 

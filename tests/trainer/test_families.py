@@ -22,6 +22,7 @@ from gkd.commands.shared import build_embedder
 from gkd.storage.errors import ConfigError, GkdError
 from gkd.storage.records import open_records
 from gkd.storage.spec import preprocess_preset
+from gkd.storage.torch_files import read_torch_file
 from gkd.trainer.backbones import BACKBONES, build_backbone, load_backbone, vit
 from gkd.trainer.dry_run import dry_run
 from gkd.trainer.export import export_onnx
@@ -452,3 +453,20 @@ def test_students_of_every_family_train_and_export(faces: Path, tmp_path: Path, 
     assert summary.steps == told.total_steps == 2
     exported = export_student(tmp_path / "run", tmp_path / "student.safetensors")
     assert load_backbone("auto", exported.path).name == name
+
+
+def test_lightnings_settings_that_are_filled_like_a_dict_are_passed_over(tmp_path: Path) -> None:
+    place = "pytorch_lightning.utilities.parsing"
+    kind = type("AttributeDict", (dict,), {"__module__": place})
+    module = types.ModuleType(place)
+    module.AttributeDict = kind  # type: ignore[attr-defined]
+    parts = ("pytorch_lightning", "pytorch_lightning.utilities")
+    modules = {part: types.ModuleType(part) for part in parts} | {place: module}
+    with pytest.MonkeyPatch.context() as patch:
+        for part, made in modules.items():
+            patch.setitem(sys.modules, part, made)
+        content = {"state_dict": {"a": torch.ones(2)}, "hyper_parameters": kind(lr=0.1, arch="ir")}
+        torch.save(content, tmp_path / "last.ckpt")
+    read = read_torch_file(tmp_path / "last.ckpt")
+    assert read["hyper_parameters"] == {"lr": 0.1, "arch": "ir"}
+    assert "pytorch_lightning" not in sys.modules
