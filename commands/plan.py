@@ -7,20 +7,15 @@ import click
 
 from gkd.commands.shared import (
     PATH,
-    arch_option,
     as_json,
-    bgr_option,
     build_embedder,
     chosen_centers,
-    device_option,
     emit,
-    parse_names,
     parse_numbers,
-    precision_option,
-    preprocess_option,
     require_plot,
     sort_option,
-    workers_option,
+    target_options,
+    teacher_options,
 )
 
 if TYPE_CHECKING:
@@ -29,15 +24,7 @@ if TYPE_CHECKING:
 
 @click.command("plan")
 @click.argument("source", metavar="RECORDS", type=PATH)
-@click.option("--teacher", type=PATH, required=True, help="ONNX file, weights or run folder.")
-@arch_option
-@click.option(
-    "--centers",
-    required=True,
-    multiple=True,
-    metavar="FILE|class-mean",
-    help="Class centres [C, D], or the mean of each class, as cache-teacher takes them.",
-)
+@teacher_options
 @click.option(
     "--samples",
     type=int,
@@ -49,25 +36,7 @@ if TYPE_CHECKING:
 @click.option(
     "--thresholds", callback=parse_numbers, default="0.8,0.9,0.93,0.95,0.99", show_default=True
 )
-@click.option("--temperatures", callback=parse_numbers, default="1,2,4", show_default=True)
-@click.option("--max-group", type=int, default=4096, show_default=True)
-@click.option("--scale", type=float, default=64.0, show_default=True)
-@click.option("--margin", type=float, default=0.4, show_default=True)
-@click.option(
-    "--draws", type=click.IntRange(min=0), default=0, show_default=True, help="Classes to draw."
-)
-@click.option("--draw-temperature", type=float, default=4.0, show_default=True)
-@click.option(
-    "--draw-from", type=click.Choice(["all", "primary"]), default="all", show_default=True
-)
-@click.option("--views", callback=parse_names, default="original,flipped", show_default=True)
-@preprocess_option
-@bgr_option
-@click.option("--batch-size", type=int, default=128, show_default=True)
-@device_option
-@precision_option
-@workers_option
-@click.option("--shard-samples", type=int, help="Samples a shard; by default from --max-group.")
+@target_options
 @click.option("--plot", type=PATH, help="Draw group and cache sizes into this PNG.")
 @sort_option
 @as_json

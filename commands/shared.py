@@ -2,8 +2,9 @@
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import click
 import msgspec
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
     from gkd.pipeline.teacher import Embedder, Precision
     from gkd.storage.records import Records
     from gkd.storage.spec import Preprocess
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 class _Place(click.Path):
@@ -175,6 +178,58 @@ def parse_shards(
             raise click.BadParameter(f"expected shards such as 0-9,12, got {value!r}")
         shards += range(int(first), int(last) + 1)
     return tuple(shards)
+
+
+def together(*options: Callable[[F], F]) -> Callable[[F], F]:
+    """Options that several commands take, in this order."""
+
+    def decorate(command: F) -> F:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+# What a teacher is, and how it is run.
+teacher_options = together(
+    click.option("--teacher", type=PATH, required=True, help="ONNX file, weights or run folder."),
+    arch_option,
+    click.option(
+        "--centers",
+        required=True,
+        multiple=True,
+        metavar="FILE|class-mean",
+        help="Class centres [C, D], a folder of parts, or several files, which are joined, parts "
+        "by their rank; or the mean of each class.",
+    ),
+    preprocess_option,
+    bgr_option,
+    click.option("--batch-size", type=int, default=128, show_default=True),
+    device_option,
+    precision_option,
+    workers_option,
+)
+# What is kept of its predictions, but for the settings that choose the groups.
+target_options = together(
+    click.option("--temperatures", callback=parse_numbers, default="1,2,4", show_default=True),
+    click.option("--max-group", type=int, default=4096, show_default=True),
+    click.option("--scale", type=float, default=64.0, show_default=True),
+    click.option("--margin", type=float, default=0.4, show_default=True),
+    click.option("--views", callback=parse_names, default="original,flipped", show_default=True),
+    click.option("--shard-samples", type=int, help="Samples a shard; by default from --max-group."),
+    click.option(
+        "--draws", type=click.IntRange(min=0), default=0, show_default=True, help="Classes to draw."
+    ),
+    click.option("--draw-temperature", type=float, default=4.0, show_default=True),
+    click.option(
+        "--draw-from",
+        type=click.Choice(["all", "primary"]),
+        default="all",
+        show_default=True,
+        help="All classes, or the primary group before --max-group cuts it.",
+    ),
+)
 
 
 def require_plot(path: Path) -> None:

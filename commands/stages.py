@@ -10,22 +10,16 @@ import msgspec
 
 from gkd.commands.shared import (
     PATH,
-    arch_option,
     as_json,
-    bgr_option,
     build_embedder,
     chosen_centers,
-    device_option,
     emit,
     licence_option,
     note_option,
-    parse_names,
-    parse_numbers,
-    precision_option,
-    preprocess_option,
     rank,
     sort_option,
-    workers_option,
+    target_options,
+    teacher_options,
     world_size,
 )
 
@@ -42,40 +36,11 @@ NO_TARGETS = Path("-")
 @click.command("cache-teacher")
 @click.argument("source", metavar="RECORDS", type=PATH)
 @click.argument("out", type=PATH)
-@click.option("--teacher", type=PATH, required=True, help="ONNX file, weights or run folder.")
-@arch_option
-@click.option(
-    "--centers",
-    required=True,
-    multiple=True,
-    metavar="FILE|class-mean",
-    help="Class centres [C, D], a folder of parts, or several files, which are joined, parts by "
-    "their rank; or the mean of each class.",
-)
+@teacher_options
 @click.option("--threshold", type=float, default=0.93, show_default=True)
 @click.option("--group-temperature", type=float, default=2.0, show_default=True)
-@click.option("--temperatures", callback=parse_numbers, default="1,2,4", show_default=True)
-@click.option("--max-group", type=int, default=4096, show_default=True)
-@click.option("--scale", type=float, default=64.0, show_default=True)
-@click.option("--margin", type=float, default=0.4, show_default=True)
-@click.option(
-    "--draws", type=click.IntRange(min=0), default=0, show_default=True, help="Classes to draw."
-)
-@click.option("--draw-temperature", type=float, default=4.0, show_default=True)
-@click.option(
-    "--draw-from",
-    type=click.Choice(["all", "primary"]),
-    default="all",
-    show_default=True,
-    help="All classes, or the primary group before --max-group cuts it.",
-)
+@target_options
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the draws.")
-@click.option("--views", callback=parse_names, default="original,flipped", show_default=True)
-@preprocess_option
-@bgr_option
-@click.option("--batch-size", type=int, default=128, show_default=True)
-@device_option
-@precision_option
 @click.option(
     "--center-precision",
     type=click.Choice(["float32", "float16", "bfloat16"]),
@@ -84,8 +49,6 @@ NO_TARGETS = Path("-")
     help="Of the centres in memory; the run tells what half of it changes.",
 )
 @click.option("--compile", is_flag=True, help="torch.compile the teacher's network.")
-@workers_option
-@click.option("--shard-samples", type=int, help="Samples a shard; by default from --max-group.")
 @click.option("--skip-corrupt", is_flag=True, help="Leave unreadable records out, and say which.")
 @licence_option
 @note_option
