@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import re
 import shutil
 import signal
@@ -75,17 +74,17 @@ def targets(home: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def run(home: Path, targets: Path, monkeypatch_module: pytest.MonkeyPatch) -> Path:
+def run(home: Path, targets: Path) -> Path:
     sets = ("--set", f"evaluation.sets=['{home / 'others.bin'}']")
     works("train-student", home / "faces", targets, home / "run", *TINY, *sets)
     return home / "run"
 
 
-@pytest.fixture(scope="module")
-def monkeypatch_module(home: Path) -> Iterator[pytest.MonkeyPatch]:
+@pytest.fixture(scope="module", autouse=True)
+def cache_dir(home: Path) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GKD_CACHE_DIR", str(home / "materialised"))
-        yield patch
+        yield home / "materialised"
 
 
 def test_draws_are_cached_verified_and_cut(home: Path, tmp_path: Path) -> None:
@@ -160,9 +159,7 @@ def test_records_are_packed_described_and_verified(home: Path, tmp_path: Path) -
     assert "32 images, 8 identities, 0 faults" in works("records", "verify", tmp_path / "pack")
 
 
-def test_published_forms_are_described_cached_and_trained_on(
-    home: Path, tmp_path: Path, monkeypatch_module: pytest.MonkeyPatch
-) -> None:
+def test_published_forms_are_described_cached_and_trained_on(home: Path, tmp_path: Path) -> None:
     faces = open_records(home / "faces")
     parquet = write_form("parquets", faces, tmp_path / "hub")
     tar = write_form("tar", faces, tmp_path / "shards")
@@ -349,9 +346,8 @@ def test_a_run_is_told_on_a_page_that_can_be_made_again(run: Path) -> None:
 
 @pytest.mark.parametrize("flags", [(), ("--without-kd",)])
 def test_a_dry_run_tells_and_leaves_nothing(
-    home: Path, targets: Path, tmp_path: Path, flags: tuple[str, ...]
+    home: Path, targets: Path, cache_dir: Path, tmp_path: Path, flags: tuple[str, ...]
 ) -> None:
-    cache_dir = Path(os.environ["GKD_CACHE_DIR"])
     before = sorted(cache_dir.rglob("*"))
     train = ("train-student", home / "faces", targets, tmp_path / "run", *TINY, *flags, "--dry-run")
     told = json.loads(works(*train, "--json"))

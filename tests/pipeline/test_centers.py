@@ -97,7 +97,11 @@ def test_too_many_centres_name_the_padding(tmp_path: Path) -> None:
             b"x",
             r"c\.pt: cannot be read as class centres: .*got 1 bytes starting 78; get it",
         ),
-        ("c.pt", b"", r"c\.pt: cannot be read as class centres: .*got 0 bytes .*or save the cent"),
+        (
+            "c.pt",
+            b"",
+            r"c\.pt: cannot be read as class centres: .*got an empty file; .*or save the cent",
+        ),
         (
             "c.pt",
             {"x": Path("p")},
