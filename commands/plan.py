@@ -78,8 +78,7 @@ def plan(
     from gkd.pipeline.plan import PlanSettings
     from gkd.pipeline.plan import plan as run
     from gkd.pipeline.plan_show import plan_table, plot_plan
-    from gkd.pipeline.run import CacheSettings
-    from gkd.pipeline.settings import PartitionSettings
+    from gkd.pipeline.settings import CacheSettings, PartitionSettings
     from gkd.storage.records import open_records
     from gkd.storage.spec import DrawsSpec, preprocess_preset
 

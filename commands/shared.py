@@ -295,8 +295,7 @@ def chosen_centers(
     Raises:
         GkdError: where both are named, or the files do not fit records and teacher.
     """
-    from gkd.pipeline.centers import open_centers
-    from gkd.pipeline.run import CLASS_MEAN
+    from gkd.pipeline.centers import CLASS_MEAN, open_centers
     from gkd.storage.errors import ConfigError
 
     if CLASS_MEAN in given and len(given) > 1:

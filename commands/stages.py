@@ -87,9 +87,8 @@ def cache_teacher(
     as_json: bool,
 ) -> None:
     """Run the teacher over RECORDS once and store its primary groups in OUT, or go on with it."""
-    from gkd.pipeline.run import CacheSettings
     from gkd.pipeline.run import cache_teacher as run
-    from gkd.pipeline.settings import PartitionSettings
+    from gkd.pipeline.settings import CacheSettings, PartitionSettings
     from gkd.storage.records import open_records
     from gkd.storage.spec import DrawsSpec, preprocess_preset
 

@@ -14,9 +14,8 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from gkd.pipeline.centers import Centers, load_centers, round_centers
+from gkd.pipeline.centers import CLASS_MEAN, Centers, centers_path, load_centers, round_centers
 from gkd.pipeline.draw_frequencies import DrawCounts, DrawTest
-from gkd.pipeline.run import CLASS_MEAN, centers_path
 from gkd.pipeline.teacher import Embedder
 from gkd.storage.cache import Cache
 from gkd.storage.errors import ConfigError, SpecMismatchError

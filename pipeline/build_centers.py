@@ -13,16 +13,10 @@ from safetensors.numpy import save_file
 
 from gkd.pipeline.center_files import METADATA, BuiltCenters, RefineSpec
 from gkd.pipeline.centers import Centers, ClassMeans, require_all_classes
-from gkd.pipeline.embed import (
-    EmbeddedBatch,
-    EmbeddingSource,
-    EmbeddingStore,
-    cut,
-    embed,
-    join_batches,
-)
+from gkd.pipeline.embed import check_labels, cut, embed
+from gkd.pipeline.embedding_store import EmbeddingStore, work_path
 from gkd.pipeline.refine import Fit, Labelled, measure, refine
-from gkd.pipeline.run import check_labels, work_path
+from gkd.pipeline.specs import dataset_spec, teacher_spec
 from gkd.pipeline.teacher import Embedder
 from gkd.storage import atomic
 from gkd.storage.disk import disk_errors
@@ -30,7 +24,7 @@ from gkd.storage.errors import ConfigError
 from gkd.storage.lock import WriteLock
 from gkd.storage.progress import progress
 from gkd.storage.rows import Records
-from gkd.storage.spec import VIEWS, CentersKind, DatasetSpec, TeacherSpec
+from gkd.storage.spec import VIEWS, CentersKind
 from gkd.storage.writer import delete_leftovers
 
 SUFFIX = ".safetensors"
@@ -143,31 +137,19 @@ class _Build:
     ) -> None:
         self.records, self.out, self.embedder = records, out, embedder
         self.batch_size, self.workers, self.skip_corrupt = batch_size, workers, skip_corrupt
-        self.parts = cut(range(len(records)), PART_SAMPLES)
         self.images = 0
-        self.teacher = TeacherSpec(
-            embedder.name, embedder.arch, embedder.sha256, embedder.embedding_dim
+        self.store = EmbeddingStore(
+            work_path(out), records, embedder, PART_SAMPLES, skip_corrupt=skip_corrupt
         )
-        self.dataset = DatasetSpec(
-            records.name,
-            len(records),
-            records.num_classes,
-            records.label_order,
-            records.fingerprint,
-        )
-        source = EmbeddingSource(
-            self.teacher, embedder.preprocess, embedder.precision, self.dataset, PART_SAMPLES
-        )
-        self.store = EmbeddingStore(work_path(out), source, skip_corrupt=skip_corrupt)
+        self.parts = range(self.store.num_shards)
 
     def keep_embeddings(self) -> None:
         """Run the teacher over what is not kept yet."""
-        missing = [part for part, _ in enumerate(self.parts) if not self.store.has(part)]
+        missing = [self.store.rows(part) for part in self.parts if not self.store.has(part)]
         if not missing:
             return
-        left = sum(len(self.parts[part]) for part in missing)
-        batches = [rows for part in missing for rows in cut(self.parts[part], self.batch_size)]
-        gathered: list[EmbeddedBatch] = []
+        whole, left = len(self.records), sum(map(len, missing))
+        batches = [rows for part in missing for rows in cut(part, self.batch_size)]
         made = embed(
             self.records,
             batches,
@@ -176,21 +158,14 @@ class _Build:
             workers=self.workers,
             skip_corrupt=self.skip_corrupt,
         )
-        whole = len(self.records)
         with progress("run teacher", whole, "images", whole - left) as advance, closing(made):
-            for batch in made:
-                gathered.append(batch)
-                advance(len(batch.rows))
-                part = batch.rows.start // PART_SAMPLES
-                if batch.rows.stop == self.parts[part].stop:
-                    self.store.save(part, join_batches(gathered))
-                    gathered = []
+            self.store.keep(made, advance)
 
     def class_means(self) -> npt.NDArray[np.float32]:
         """Class means [C, D]; counts the images as well."""
         means = ClassMeans(self.records.num_classes, self.embedder.embedding_dim)
         self.images = 0
-        for part, _ in enumerate(self.parts):
+        for part in self.parts:
             batch = self.store.load(part, VIEWS)
             labels = self.records.labels[batch.rows.start + batch.kept]
             self.images += len(labels)
@@ -211,7 +186,7 @@ class _Build:
         """At most ``MEASURED`` images, evenly taken, in their original view."""
         step = -(-len(self.records) // MEASURED)
         found: list[Labelled] = []
-        for part, _ in enumerate(self.parts):
+        for part in self.parts:
             batch = self.store.load(part, VIEWS[:1])
             rows = batch.rows.start + batch.kept
             taken = rows % step == 0
@@ -224,10 +199,10 @@ class _Build:
         assert centers.kind != "file"
         built = BuiltCenters(
             centers.kind,
-            self.teacher,
+            teacher_spec(self.embedder),
             self.embedder.preprocess,
             self.embedder.precision,
-            self.dataset,
+            dataset_spec(self.records),
             settings,
         )
         text = msgspec.json.encode(built).decode()

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from gkd.pipeline.embed import SAMPLED_IMAGES, cut, embed, join_batches
+from gkd.pipeline.embed import cut, embed, join_batches
+from gkd.pipeline.embedding_store import SAMPLED_IMAGES
 from gkd.pipeline.partition import partition
 from gkd.pipeline.settings import PartitionSettings
 from gkd.pipeline.teacher import Embedder, faulty_rows
@@ -32,12 +33,17 @@ from gkd.storage.spec import Preprocess, View, preprocess_preset
 SEED = 0
 MOST_PAIRS, FEWEST_PAIRS, FEWEST_IMAGES = 128, 32, 32
 BATCH = 64
-# Shares of a run's forward passes that the checks may add.
+# Shares of a run's forward passes that the checks may add, where the fewest are less.
 PAIRS_SHARE, IMAGES_SHARE = 1 / 20, 1 / 40
 PRESETS = tuple(
     preprocess_preset(name, bgr=bgr)
     for name in ("arcface", "imagenet", "raw")
     for bgr in (False, True)
+)
+FEWEST_PASSES = 2 * FEWEST_PAIRS * len(PRESETS)
+NOT_CHECKED = (
+    "calibration: the preprocessing was not checked, which takes "
+    f"{FEWEST_PAIRS} identities of two images and {FEWEST_PASSES // 2} images in both views"
 )
 FIRST_ROUND = 4  # a candidate may leave after this part of the pairs
 HOPELESS = 0.5  # where its mean score is below this part of the best one
@@ -124,15 +130,16 @@ class GroupCheck:
 def pairs_to_score(labels: npt.NDArray[np.int64], passes: int) -> npt.NDArray[np.int64]:
     """Rows [n, 2] of two images of each of n identities, for a run of so many forward passes.
 
-    At most ``MOST_PAIRS``; none where scoring enough of them by all presets would add more than
-    ``PAIRS_SHARE`` to the run, or where too few identities have two images.
+    At most ``MOST_PAIRS``, and as many as add ``PAIRS_SHARE`` to the run when all presets score
+    them, but ``FEWEST_PAIRS``. None where so many would more than double the run, or where too few
+    identities have two images.
     """
     order = np.argsort(labels, kind="stable")
     classes, starts, sizes = np.unique(labels[order], return_index=True, return_counts=True)
     several = np.flatnonzero((sizes > 1) & (classes >= 0))
-    affordable = int(passes * PAIRS_SHARE) // (2 * len(PRESETS))
+    affordable = max(FEWEST_PAIRS, int(passes * PAIRS_SHARE) // (2 * len(PRESETS)))
     count = min(MOST_PAIRS, affordable, len(several))
-    if count < FEWEST_PAIRS:
+    if count < FEWEST_PAIRS or passes < FEWEST_PASSES:
         return np.empty((0, 2), np.int64)
     rng = np.random.default_rng(SEED)
     chosen = rng.choice(several, count, replace=False)
@@ -145,14 +152,12 @@ def sample_images(
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
     """Rows [n] of a random sample and their embeddings [n, D] in the first of ``views``.
 
-    At most ``SAMPLED_IMAGES``, and ``IMAGES_SHARE`` of a run of all images in all views; none where
-    that is too few to tell anything.
+    At most ``SAMPLED_IMAGES``, and ``IMAGES_SHARE`` of a run of all images in all views, but
+    ``FEWEST_IMAGES`` where there are so many.
     """
     known = np.flatnonzero(records.labels >= 0)
-    affordable = int(len(records) * len(views) * IMAGES_SHARE)
+    affordable = max(FEWEST_IMAGES, int(len(records) * len(views) * IMAGES_SHARE))
     count = min(SAMPLED_IMAGES, affordable, len(known))
-    if count < FEWEST_IMAGES:
-        return np.empty(0, np.int64), np.empty((0, embedder.embedding_dim), np.float32)
     rows = np.sort(np.random.default_rng(SEED).choice(known, count, replace=False))
     sample, parts = Subset(records, rows), cut(range(count), BATCH)
     batches = embed(sample, parts, embedder, views[:1], workers=workers, skip_corrupt=True)
@@ -345,14 +350,16 @@ def tell_presets(
 ) -> PresetCheck | None:
     """Check the preprocessing of a run of all ``views`` and print the findings on stderr.
 
-    None where the run is too short for it, or too few images can be read.
+    None, which is told as well, where the run is too short for it or has too few pairs.
 
     Raises:
         GkdError: where the embeddings of the sample have no direction.
     """
     pairs = pairs_to_score(records.labels, len(records) * len(views))
     check = check_presets(records, embedder, pairs, workers=workers) if len(pairs) else None
-    if check is not None:
+    if check is None:
+        _tell([NOT_CHECKED])
+    else:
         _tell(preset_words(check))
     return check
 

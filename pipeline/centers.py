@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +18,7 @@ from gkd.storage.errors import ConfigError, SpecMismatchError
 from gkd.storage.rows import Records
 from gkd.storage.spec import CenterPrecision, CentersKind, CentersSpec
 
+CLASS_MEAN: Literal["class-mean"] = "class-mean"
 BLOCK = 8192  # classes worked on at once
 NAMED = 5  # classes listed in a message
 ROUNDING = 1e-6  # of the length of a float32 vector that was normalised before
@@ -43,6 +45,17 @@ def round_centers(array: npt.NDArray[np.float32], precision: CenterPrecision) ->
     return torch.from_numpy(array).to(getattr(torch, precision))
 
 
+def on_device(
+    centers: npt.NDArray[np.float32],
+    embedder: Embedder,
+    precision: CenterPrecision = "float32",
+) -> torch.Tensor:
+    """Centres [C, D] where they are to be multiplied: on the teacher's GPU, if it has one."""
+    array = round_centers(centers, precision)
+    on_gpu = embedder.device.startswith("cuda") and torch.cuda.is_available()
+    return array.to(embedder.device) if on_gpu else array
+
+
 def rounding(array: npt.NDArray[np.float32], precision: CenterPrecision) -> float:
     """The most that a cosine to any centre changes: the longest of the roundings as vectors."""
     most = 0.0
@@ -51,6 +64,11 @@ def rounding(array: npt.NDArray[np.float32], precision: CenterPrecision) -> floa
         change = round_centers(array[start : start + BLOCK], precision).float() - block
         most = max(most, float(torch.linalg.vector_norm(change, dim=1).max()))
     return most
+
+
+def centers_path(out: Path) -> Path:
+    """Where class-mean centres are kept: NAME.centers.npy beside NAME.gkd."""
+    return out.with_name(f"{out.name.removesuffix('.gkd')}.centers.npy")
 
 
 def open_centers(paths: Sequence[Path], records: Records, embedder: Embedder) -> Centers:

@@ -1,29 +1,20 @@
-"""Records to a teacher's embeddings batch by batch, and a folder that keeps these."""
+"""Records to a teacher's embeddings, batch by batch."""
 
-import io
-import shutil
-import uuid
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from pathlib import Path
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
 
 from gkd.pipeline.teacher import FACE_SIZE, Embedder, faulty_rows
-from gkd.storage import atomic
-from gkd.storage.disk import disk_errors
-from gkd.storage.errors import ConfigError, CorruptRecordError, GkdError, SpecMismatchError
+from gkd.storage.errors import ConfigError, CorruptRecordError, GkdError
 from gkd.storage.images import DIGEST_BYTES, decode_face, digest
 from gkd.storage.parallel import ordered_map
 from gkd.storage.rows import Records
-from gkd.storage.spec import DatasetSpec, Preprocess, TeacherSpec, View
+from gkd.storage.spec import View
 
-SETTINGS = "settings.json"
 IN_FLIGHT = 2  # batches on an accelerator: one is copied to or from it while the other is computed
-SAMPLED_SHARDS, SAMPLED_IMAGES = 4, 512
 
 
 @dataclass(frozen=True)
@@ -42,6 +33,27 @@ class EmbeddedBatch:
     embeddings: Mapping[View, npt.NDArray[np.float32]]
     digests: npt.NDArray[np.uint8]
     skipped: Mapping[int, str]
+
+
+def check_labels(records: Records) -> None:
+    """Check that there are images, and that their labels are classes.
+
+    Raises:
+        ConfigError: where not.
+    """
+    if not len(records):
+        raise ConfigError(f"{records.path}: expected images, got none")
+    highest = int(records.labels.max())
+    if highest < 0:
+        raise ConfigError(
+            f"{records.path}: none of {len(records):,} records could be read; `gkd records verify` "
+            "says what is wrong with each"
+        )
+    if highest >= records.num_classes:
+        raise ConfigError(
+            f"{records.path}: labels go up to {highest:,}, but there are {records.num_classes:,} "
+            "identities; check the first line of `property`"
+        )
 
 
 def cut(rows: range, size: int) -> list[range]:
@@ -167,123 +179,4 @@ def split_batch(batch: EmbeddedBatch, size: int) -> Iterator[EmbeddedBatch]:
             embeddings={view: e[first:last] for view, e in batch.embeddings.items()},
             digests=batch.digests[start:stop],
             skipped={p - start: r for p, r in batch.skipped.items() if start <= p < stop},
-        )
-
-
-class EmbeddingSource(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """All that decides kept embeddings."""
-
-    teacher: TeacherSpec
-    preprocess: Preprocess
-    precision: str
-    dataset: DatasetSpec
-    shard_samples: int
-
-
-class EmbeddingStore:
-    """Embeddings of shards kept in a folder, each file whole or absent.
-
-    Raises:
-        SpecMismatchError: where the folder holds those of another teacher or data set.
-    """
-
-    def __init__(self, folder: Path, source: EmbeddingSource, *, skip_corrupt: bool) -> None:
-        self.folder, self.skip_corrupt = folder, skip_corrupt
-        settings = folder / SETTINGS
-        if not settings.exists():
-            with disk_errors(folder):
-                folder.mkdir(parents=True, exist_ok=True)
-                atomic.write_file(settings, msgspec.json.format(msgspec.json.encode(source)))
-        _require_same(settings, source)
-
-    def has(self, shard: int) -> bool:
-        """Whether the shard's embeddings are kept."""
-        return self._path(shard).exists()
-
-    def shards(self) -> list[int]:
-        """The shards that are kept, ascending."""
-        return sorted(int(path.stem) for path in self.folder.glob("[0-9]*.npz"))
-
-    def sample(self, view: View) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
-        """Rows [n] of the records and their embeddings [n, D]: a random few of a few shards."""
-        kept, rng = self.shards(), np.random.default_rng(0)
-        places = np.linspace(0, len(kept) - 1, min(len(kept), SAMPLED_SHARDS)).astype(int)
-        rows, embeddings = [], []
-        for place in places.tolist():
-            batch = self.load(kept[place], [view])
-            count = min(SAMPLED_IMAGES // len(places), len(batch.kept))
-            some = np.sort(rng.choice(len(batch.kept), count, replace=False))
-            rows.append(batch.rows.start + batch.kept[some])
-            embeddings.append(batch.embeddings[view][some])
-        return np.concatenate(rows), np.concatenate(embeddings)
-
-    def save(self, shard: int, batch: EmbeddedBatch) -> None:
-        """Keep the embeddings of a whole shard."""
-        buffer = io.BytesIO()
-        arrays = {f"embeddings_{view}": e for view, e in batch.embeddings.items()}
-        skipped = np.frombuffer(msgspec.json.encode(dict(batch.skipped)), np.uint8)
-        np.savez(
-            buffer,
-            allow_pickle=False,
-            rows=np.array([batch.rows.start, batch.rows.stop]),
-            kept=batch.kept,
-            digests=batch.digests,
-            skipped=skipped,
-            **arrays,
-        )
-        with disk_errors(self.folder):
-            atomic.write_file(self._path(shard), buffer.getvalue())
-
-    def load(self, shard: int, views: Sequence[View]) -> EmbeddedBatch:
-        """The kept embeddings of a shard.
-
-        Raises:
-            CorruptRecordError: where an earlier run left records out and this one shall not.
-        """
-        with np.load(self._path(shard), allow_pickle=False) as arrays:
-            start, stop = arrays["rows"].tolist()
-            batch = EmbeddedBatch(
-                rows=range(start, stop),
-                kept=arrays["kept"],
-                embeddings={view: arrays[f"embeddings_{view}"] for view in views},
-                digests=arrays["digests"],
-                skipped=msgspec.json.decode(arrays["skipped"].tobytes(), type=dict[int, str]),
-            )
-        if batch.skipped and not self.skip_corrupt:
-            place, reason = next(iter(batch.skipped.items()))
-            raise CorruptRecordError(
-                f"{self._path(shard)}: row {start + place} of the records: {reason}; an earlier "
-                "run left it out by --skip-corrupt: give that again to go on"
-            )
-        return batch
-
-    def remove(self) -> None:
-        """Delete the folder."""
-        # Renamed first: what an interruption leaves is no folder of embeddings without settings.
-        aside = self.folder.with_name(f".{self.folder.name}.{uuid.uuid4().hex}")
-        self.folder.rename(aside)
-        shutil.rmtree(aside)
-
-    def _path(self, shard: int) -> Path:
-        return self.folder / f"{shard:06d}.npz"
-
-
-def _require_same(path: Path, source: EmbeddingSource) -> None:
-    try:
-        kept = msgspec.json.decode(path.read_bytes(), type=EmbeddingSource)
-    except msgspec.DecodeError as error:
-        raise ConfigError(
-            f"{path}: expected the settings of kept embeddings, got {error}; delete "
-            f"{path.parent} to start again"
-        ) from error
-    differing = [
-        f"  {name}: kept {getattr(kept, name)}, this run {getattr(source, name)}"
-        for name in EmbeddingSource.__struct_fields__
-        if getattr(kept, name) != getattr(source, name)
-    ]
-    if differing:
-        raise SpecMismatchError(
-            f"{path.parent} keeps embeddings of another run:\n"
-            + "\n".join(differing)
-            + f"\nRun again as before to go on, or delete {path.parent} to start again."
         )

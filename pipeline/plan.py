@@ -17,8 +17,8 @@ import numpy.typing as npt
 from torch import Tensor
 
 from gkd.pipeline.calibration import tell_presets
-from gkd.pipeline.centers import Centers, require_all_classes
-from gkd.pipeline.embed import split_batch
+from gkd.pipeline.centers import CLASS_MEAN, Centers, on_device, require_all_classes
+from gkd.pipeline.embed import check_labels, split_batch
 from gkd.pipeline.partition import Partition
 from gkd.pipeline.plan_sample import (
     EMBEDDED_EACH,
@@ -31,15 +31,8 @@ from gkd.pipeline.plan_sample import (
     images_of_means,
     random_rows,
 )
-from gkd.pipeline.run import (
-    CLASS_MEAN,
-    CacheSettings,
-    auto_shard_samples,
-    check_labels,
-    on_device,
-)
 from gkd.pipeline.sample_bytes import measure_bytes
-from gkd.pipeline.settings import PartitionSettings
+from gkd.pipeline.settings import CacheSettings, PartitionSettings
 from gkd.pipeline.shards import partition_batch
 from gkd.pipeline.specs import cache_spec, dataset_spec
 from gkd.pipeline.teacher import Embedder
@@ -99,6 +92,8 @@ class PlanPoint:
     mass       mean probability that a group captures, at the group temperature
     truncated  share of the groups that ``max_group`` cuts
     bytes      of all files of the finished cache; ``bytes_per_sample`` in all views
+    error      standard error of ``bytes`` as a share, from how group sizes vary over the sample's
+               identities; what centres do that stand for unknown ones comes on top
     seconds    that one process on this device takes; ``hours`` by number of such devices
     """
 
@@ -111,6 +106,7 @@ class PlanPoint:
     truncated: float
     bytes_per_sample: float
     bytes: int
+    error: float | None
     seconds: float
     images_per_second: float
     hours: Mapping[int, float]
@@ -189,8 +185,7 @@ def plan(
         named,
         config.partition,
         views=config.views,
-        shard_samples=config.shard_samples
-        or auto_shard_samples(config.partition.max_group, len(records)),
+        shard_samples=config.samples_per_shard(len(records)),
     )
     points = []
     grid = [(t, p) for t in settings.group_temperatures for p in settings.thresholds]
@@ -203,7 +198,7 @@ def plan(
             weighed = measure_bytes(of_point, records, groups, found.digests)
             each = embedding.per_image + found.clocks[temperature].per_image + weighed.seconds
             seconds = checking + each * len(records)
-            points.append(_point(of_point, groups, weighed.whole(of_point), seconds))
+            points.append(_point(of_point, groups, found.labels, weighed.whole(of_point), seconds))
             advance()
     return Plan(
         records=records.name,
@@ -315,8 +310,27 @@ def _joined(parts: Sequence[Mapping[View, Partition]]) -> Mapping[View, Partitio
     }
 
 
+def sampling_error(
+    sizes: npt.NDArray[np.int64], labels: npt.NDArray[np.int64], population: int
+) -> float | None:
+    """Standard error of the mean of ``sizes`` [n], as a share of it, as one of ``population``.
+
+    Images of one identity are alike, so their deviations count together; None of one identity.
+    """
+    _, places, images = np.unique(labels, return_inverse=True, return_counts=True)
+    if len(images) < 2:
+        return None
+    together = np.bincount(places, weights=sizes) - images * sizes.mean()
+    variance = len(images) / (len(images) - 1) * (together**2).sum() / len(sizes) ** 2
+    return float(np.sqrt(variance * (1 - len(sizes) / population)) / sizes.mean())
+
+
 def _point(
-    spec: CacheSpec, groups: Mapping[View, Partition], size: int, seconds: float
+    spec: CacheSpec,
+    groups: Mapping[View, Partition],
+    labels: npt.NDArray[np.int64],
+    size: int,
+    seconds: float,
 ) -> PlanPoint:
     sizes = np.concatenate([whole.targets.sizes for whole in groups.values()])
     truncated = np.concatenate([whole.truncated for whole in groups.values()])
@@ -335,6 +349,11 @@ def _point(
         truncated=float(truncated.mean()),
         bytes_per_sample=size / spec.num_samples,
         bytes=size,
+        error=sampling_error(
+            np.sum([whole.targets.sizes for whole in groups.values()], axis=0),
+            labels,
+            spec.num_samples,
+        ),
         seconds=seconds,
         images_per_second=spec.num_samples / seconds,
         hours={devices: seconds * share / 3600 for devices, share in most.items()},

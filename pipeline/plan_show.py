@@ -21,7 +21,7 @@ def plan_table(plan: Plan) -> Table:
         box=box.SIMPLE_HEAD,
         padding=0,
     )
-    for name in ("T", "threshold", "median", "mean", "95 %", "mass", "cut", "bytes", "cache"):
+    for name in ("T", "threshold", "median", "mean", "95 %", "mass", "cut", "bytes", "cache", "+-"):
         table.add_column(name, justify="right", no_wrap=True)
     for devices in DEVICES:
         table.add_column("time" if devices == 1 else f"on {devices}", justify="right", no_wrap=True)
@@ -43,6 +43,7 @@ def _cells(point: PlanPoint) -> list[str]:
         f"{point.truncated:.1%}",
         f"{point.bytes_per_sample:,.0f}",
         _size(point.bytes),
+        "?" if point.error is None else f"{point.error:.0%}",
         *(_time(hours * 3600) for hours in point.hours.values()),
     ]
 

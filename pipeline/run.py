@@ -4,9 +4,9 @@ import io
 import os
 import shutil
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -18,25 +18,20 @@ import torch
 from gkd.pipeline.calibration import sample_images, tell_groups, tell_presets
 from gkd.pipeline.center_files import read_npy
 from gkd.pipeline.centers import (
+    CLASS_MEAN,
     Centers,
     ClassMeans,
+    centers_path,
+    on_device,
     require_all_classes,
-    round_centers,
     rounding,
     tell,
 )
-from gkd.pipeline.embed import (
-    EmbeddedBatch,
-    EmbeddingSource,
-    EmbeddingStore,
-    cut,
-    embed,
-    join_batches,
-    split_batch,
-)
-from gkd.pipeline.settings import PartitionSettings
+from gkd.pipeline.embed import EmbeddedBatch, check_labels, cut, embed, split_batch
+from gkd.pipeline.embedding_store import EmbeddingStore, work_path
+from gkd.pipeline.settings import CacheSettings
 from gkd.pipeline.shards import Background, PartitionedBatch, committing, partition_batch
-from gkd.pipeline.specs import cache_spec, dataset_spec, teacher_spec
+from gkd.pipeline.specs import cache_spec, dataset_spec
 from gkd.pipeline.teacher import Embedder
 from gkd.storage import atomic, layout
 from gkd.storage.cache import Cache, committed_shards, read_spec
@@ -46,58 +41,10 @@ from gkd.storage.errors import ConfigError
 from gkd.storage.lock import WriteLock
 from gkd.storage.progress import Advance, progress
 from gkd.storage.rows import Records
-from gkd.storage.spec import VIEWS, CacheSpec, CenterPrecision, CentersSpec, View
+from gkd.storage.spec import VIEWS, CacheSpec, CentersSpec, View
 from gkd.storage.writer import CacheWriter, delete_leftovers, require_writable
 
-CLASS_MEAN: Literal["class-mean"] = "class-mean"
-MOST_SHARD_SAMPLES = 65_536
-MOST_SHARD_BYTES = 256_000_000
-ENTRY_BYTES = 6
-# Counts among the settings, by the names that users type.
-OPTIONS = {
-    "batch_size": "--batch-size",
-    "workers": "--workers",
-    "shard_samples": "--shard-samples",
-    "class_chunk": "class_chunk",
-}
 SAMPLE_BYTES = 100  # of a view: a rough floor for the disk that a cache needs
-
-
-@dataclass(frozen=True, kw_only=True)
-class CacheSettings:
-    """How a cache is made; ``partition`` and ``views`` decide what it holds.
-
-    ``licence`` and ``note`` are words for the card. ``center_precision`` is that of the centres
-    where they are multiplied: half of the memory, at a rounding that the run tells.
-    ``shard_samples`` None chooses by ``auto_shard_samples``, ``class_chunk`` None by the device.
-
-    Raises:
-        ConfigError: for a value outside its range.
-    """
-
-    partition: PartitionSettings = field(default_factory=PartitionSettings)
-    views: tuple[View, ...] = VIEWS
-    batch_size: int = 128
-    workers: int = 2
-    skip_corrupt: bool = False
-    shard_samples: int | None = None
-    class_chunk: int | None = None
-    center_precision: CenterPrecision = "float32"
-    licence: str | None = None
-    note: str | None = None
-
-    def __post_init__(self) -> None:
-        for name in OPTIONS:
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(
-                    f"{OPTIONS[name]}: expected 1 or more, got {value}; give another number"
-                )
-        if not self.views or self.views != tuple(v for v in VIEWS if v in self.views):
-            raise ConfigError(
-                "--views: expected original, flipped or both in this order, got "
-                f"{','.join(self.views) or 'none'}; give --views original,flipped"
-            )
 
 
 @dataclass(frozen=True)
@@ -122,27 +69,6 @@ class CacheSummary:
     def images_per_second(self) -> float:
         """Images of this run, each in all its views, a second."""
         return self.images / self.seconds
-
-
-def auto_shard_samples(max_group: int, num_samples: int) -> int:
-    """The largest power of two <= 65,536 whose fullest shard has <= 256 MB of a view's entries.
-
-    A data set that is smaller is one shard.
-    """
-    samples = MOST_SHARD_SAMPLES
-    while samples > 1 and ENTRY_BYTES * max_group * samples > MOST_SHARD_BYTES:
-        samples //= 2
-    return min(samples, num_samples)
-
-
-def centers_path(out: Path) -> Path:
-    """Where class-mean centres are kept: NAME.centers.npy beside NAME.gkd."""
-    return out.with_name(f"{out.name.removesuffix('.gkd')}.centers.npy")
-
-
-def work_path(out: Path) -> Path:
-    """Where embeddings are kept until a cache with class-mean centres is finished."""
-    return out.with_name(f"{out.name}.work")
 
 
 def cache_teacher(
@@ -177,38 +103,6 @@ def cache_teacher(
     return run.make(centers)
 
 
-def check_labels(records: Records) -> None:
-    """Check that there are images, and that their labels are classes.
-
-    Raises:
-        ConfigError: where not.
-    """
-    if not len(records):
-        raise ConfigError(f"{records.path}: expected images, got none")
-    highest = int(records.labels.max())
-    if highest < 0:
-        raise ConfigError(
-            f"{records.path}: none of {len(records):,} records could be read; `gkd records verify` "
-            "says what is wrong with each"
-        )
-    if highest >= records.num_classes:
-        raise ConfigError(
-            f"{records.path}: labels go up to {highest:,}, but there are {records.num_classes:,} "
-            "identities; check the first line of `property`"
-        )
-
-
-def on_device(
-    centers: npt.NDArray[np.float32],
-    embedder: Embedder,
-    precision: CenterPrecision = "float32",
-) -> torch.Tensor:
-    """Centres [C, D] where they are to be multiplied: on the teacher's GPU, if it has one."""
-    array = round_centers(centers, precision)
-    on_gpu = embedder.device.startswith("cuda") and torch.cuda.is_available()
-    return array.to(embedder.device) if on_gpu else array
-
-
 class _Run:
     """One process's part of making a cache."""
 
@@ -223,9 +117,7 @@ class _Run:
     ) -> None:
         self.records, self.out, self.embedder = records, out, embedder
         self.settings, self.rank, self.world_size = settings, rank, world_size
-        self.shard_samples = settings.shard_samples or auto_shard_samples(
-            settings.partition.max_group, len(records)
-        )
+        self.shard_samples = settings.samples_per_shard(len(records))
         self.dataset = dataset_spec(records)
         self.num_shards = -(-len(records) // self.shard_samples)
         self.images = 0
@@ -335,14 +227,13 @@ class _Run:
         )
 
     def _store(self) -> EmbeddingStore:
-        source = EmbeddingSource(
-            teacher_spec(self.embedder),
-            self.embedder.preprocess,
-            self.embedder.precision,
-            self.dataset,
+        return EmbeddingStore(
+            work_path(self.out),
+            self.records,
+            self.embedder,
             self.shard_samples,
+            skip_corrupt=self.settings.skip_corrupt,
         )
-        return EmbeddingStore(work_path(self.out), source, skip_corrupt=self.settings.skip_corrupt)
 
     def _class_means(self, store: EmbeddingStore) -> Centers:
         """Centres from the embeddings of all shards, which are computed where they are missing."""
@@ -376,24 +267,16 @@ class _Run:
         size = rows * len(VIEWS) * self.embedder.embedding_dim * 4
         self._check_disk(store.folder, size)
         whole = sum(len(self._rows(shard)) for shard in mine)
-        parts: list[EmbeddedBatch] = []
         with (
-            Background() as background,
             self._progress("run teacher", whole, whole - rows) as advance,
             closing(self._live(missing, VIEWS)) as batches,
         ):
-            for shard, batch in batches:
-                background.check()
-                parts.append(batch)
-                advance(len(batch.rows))
-                if batch.rows.stop == self._rows(shard).stop:
-                    background.start(_saving(store, shard, parts))
-                    parts = []
+            store.keep(batches, advance)
 
     def _live(
         self, shards: Sequence[int], views: Sequence[View]
-    ) -> Generator[tuple[int, EmbeddedBatch], None, None]:
-        """Batches of shards as the teacher sees them, each with its shard."""
+    ) -> Generator[EmbeddedBatch, None, None]:
+        """Batches of shards, as the teacher sees them."""
         size = self.settings.batch_size
         spans = [rows for shard in shards for rows in cut(self._rows(shard), size)]
         for batch in embed(
@@ -405,17 +288,16 @@ class _Run:
             skip_corrupt=self.settings.skip_corrupt,
         ):
             self.images += len(batch.kept)
-            yield batch.rows.start // self.shard_samples, batch
+            yield batch
 
     def _batches(
         self, shards: Sequence[int], store: EmbeddingStore | None
-    ) -> Generator[tuple[int, EmbeddedBatch], None, None]:
+    ) -> Generator[EmbeddedBatch, None, None]:
         """The same from kept embeddings, where a store has them."""
         views = self.settings.views
         for shard in shards:
             if store is not None and store.has(shard):
-                for batch in split_batch(store.load(shard, views), self.settings.batch_size):
-                    yield shard, batch
+                yield from split_batch(store.load(shard, views), self.settings.batch_size)
         yield from self._live([s for s in shards if store is None or not store.has(s)], views)
 
     def _write_shards(
@@ -433,11 +315,12 @@ class _Run:
             self._progress(what, whole, whole - left) as advance,
             closing(self._batches(pending, store)) as batches,
         ):
-            for shard, batch in batches:
+            for batch in batches:
                 background.check()
                 labels = self.records.labels[batch.rows.start + batch.kept]
                 parts.append(partition_batch(batch, labels, centers, settings, class_chunk))
                 advance(len(batch.rows))
+                shard = batch.rows.start // self.shard_samples
                 if batch.rows.stop == self._rows(shard).stop:
                     background.start(committing(writer, shard, self.records, parts))
                     parts = []
@@ -447,12 +330,6 @@ class _Run:
         if self.world_size > 1:
             what = f"{what}, rank {self.rank} of {self.world_size}"
         return progress(what, total, "images", done, quiet_below=total + 1 if self.rank else 0)
-
-
-def _saving(
-    store: EmbeddingStore, shard: int, parts: Sequence[EmbeddedBatch]
-) -> Callable[[], None]:
-    return lambda: store.save(shard, join_batches(parts))
 
 
 def _finished_means(out: Path) -> Centers | None:

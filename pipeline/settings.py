@@ -1,12 +1,22 @@
-"""What decides a primary group and what is drawn."""
+"""What decides a primary group, what is drawn, and how a cache of them is made."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from gkd.storage.errors import ConfigError
-from gkd.storage.spec import DrawsSpec
+from gkd.storage.spec import VIEWS, CenterPrecision, DrawsSpec, View
 
 MAX_GROUP_LIMIT = 65535  # sizes are stored as uint16
+MOST_SHARD_SAMPLES = 65_536
+MOST_SHARD_BYTES = 256_000_000
+ENTRY_BYTES = 6
+# Counts among the settings, by the names that users type.
+OPTIONS = {
+    "batch_size": "--batch-size",
+    "workers": "--workers",
+    "shard_samples": "--shard-samples",
+    "class_chunk": "class_chunk",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +72,55 @@ class PartitionSettings:
     def most_candidates(self) -> float:
         """How many of a row's largest logits can matter."""
         return math.inf if self.draws_from_group else self.max_group
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheSettings:
+    """How a cache is made; ``partition`` and ``views`` decide what it holds.
+
+    ``licence`` and ``note`` are words for the card. ``center_precision`` is that of the centres
+    where they are multiplied: half of the memory, at a rounding that the run tells.
+    ``shard_samples`` None leaves it to ``samples_per_shard``, ``class_chunk`` None to the device.
+
+    Raises:
+        ConfigError: for a value outside its range.
+    """
+
+    partition: PartitionSettings = field(default_factory=PartitionSettings)
+    views: tuple[View, ...] = VIEWS
+    batch_size: int = 128
+    workers: int = 2
+    skip_corrupt: bool = False
+    shard_samples: int | None = None
+    class_chunk: int | None = None
+    center_precision: CenterPrecision = "float32"
+    licence: str | None = None
+    note: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in OPTIONS:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(
+                    f"{OPTIONS[name]}: expected 1 or more, got {value}; give another number"
+                )
+        if not self.views or self.views != tuple(v for v in VIEWS if v in self.views):
+            raise ConfigError(
+                "--views: expected original, flipped or both in this order, got "
+                f"{','.join(self.views) or 'none'}; give --views original,flipped"
+            )
+
+    def samples_per_shard(self, num_samples: int) -> int:
+        """``shard_samples``, or the largest power of two <= 65,536 that keeps shards small.
+
+        That is 256 MB of a view's entries at most. A data set that is smaller is one shard.
+        """
+        if self.shard_samples is not None:
+            return self.shard_samples
+        samples = MOST_SHARD_SAMPLES
+        while samples > 1 and ENTRY_BYTES * self.partition.max_group * samples > MOST_SHARD_BYTES:
+            samples //= 2
+        return min(samples, num_samples)
 
 
 def _is_positive(number: float) -> bool:

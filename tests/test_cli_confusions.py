@@ -20,8 +20,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
 from gkd.cli import main
-from gkd.pipeline.run import CacheSettings
-from gkd.pipeline.settings import PartitionSettings
+from gkd.pipeline.settings import CacheSettings, PartitionSettings
 from gkd.storage.images import digest
 from gkd.storage.records import open_records
 from tests.caches import make_cache

@@ -11,6 +11,33 @@ something. With d = lse_P(u) - lse_tail(u), log b = logsigmoid(d) and log(1-b) =
 The gradient is closed: by u, Binary gives (b-a) q_j/b inside the group and (a-b) q_j/(1-b)
 outside, Primary gives q_j/b - p_j/a inside and nothing outside. So the tail's gradient is one
 number a row times the student's own exponentials, and no dense target ever exists.
+
+From drawn classes an entry j stands for r_j classes of what was drawn from, G. storage/drawn.py
+makes r_j such that E[r_j] = 1 for every class of G, so that sums over G have unbiased estimates,
+E[sum_j r_j p_j f_j] = sum_G p_j f_j. Entries that are stored and not drawn have r_j = 1.
+
+All classes (a = 1). KL(p || q) = sum p_j (log p_j - u_j) + lse(u): the student's logsumexp is exact
+as ever, the sum is linear in r_j. Value and gradient, q_j - r_j p_j, are unbiased for any number n
+of draws; without stored entries r_j p_j = c_j / n, the cross-entropy of the counts.
+
+A primary group. Its mass a is stored exactly. Of its classes only the drawn ones are known, so
+
+    S = sum_j r_j exp(u_j)                      E[S] = sum_G exp(u_j): the weights are c_j / (n p_j)
+    Primary = sum_j r_j (p_j/a) (log(p_j/a) - u_j) + log S
+    b       = S / sum exp(u)                    the denominator is exact, so E[b] = sum_G q
+
+Primary's first sum is unbiased. log S is short of lse_G(u) by Var(S) / (2 E[S]^2) and what is
+smaller, by the second order of the logarithm, and Var(S) falls as 1/n: consistent. So is its
+gradient, r_j (exp(u_j) / S - p_j/a). Where the student agrees with the teacher within G,
+exp(u_j) = k p_j, S = k sum r_j p_j = k a whatever was drawn (without stored entries: sum r_j p_j
+is a for every draw): nothing of Primary, b or Binary is left to chance.
+
+The hold. A drawn b may come near 1 or pass it, where Binary is infinite. So Binary and its slope by
+b are taken at min(b, (1 + a) / 2); the slope of b by u stays that of b itself. What is above a is
+still pulled down, by a bounded force, and below half way from a to 1 nothing changes. The hold binds
+by chance: for a = 0.95 and a student's b = 0.94 in 39 % of the samples at 16 draws, where the mean
+of the held b is 0.90. All in all the gradient of Binary + Primary, of length 0.18, was then off by
+0.052 on average; by 0.017 at 128 draws and 0.004 at 1,024 (tests/trainer/test_drawn.py).
 """
 
 import math

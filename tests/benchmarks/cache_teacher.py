@@ -12,8 +12,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from gkd.pipeline.centers import CLASS_MEAN
 from gkd.pipeline.embed import cut
-from gkd.pipeline.run import CLASS_MEAN, CacheSettings, cache_teacher
+from gkd.pipeline.run import cache_teacher
+from gkd.pipeline.settings import CacheSettings
 from gkd.pipeline.teacher import OnnxEmbedder
 from gkd.storage.parallel import ordered_map
 from gkd.storage.records import Records, open_records

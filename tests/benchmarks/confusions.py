@@ -12,7 +12,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from gkd.pipeline.run import CLASS_MEAN, CacheSettings, cache_teacher
+from gkd.pipeline.centers import CLASS_MEAN
+from gkd.pipeline.run import cache_teacher
+from gkd.pipeline.settings import CacheSettings
 from gkd.storage.cache import Cache
 from gkd.storage.confusions import confusions
 from gkd.storage.records import open_records

@@ -19,9 +19,10 @@ import numpy as np
 import numpy.typing as npt
 
 from gkd.pipeline import plan_sample
+from gkd.pipeline.centers import CLASS_MEAN
 from gkd.pipeline.plan import Plan, PlanSettings, plan
-from gkd.pipeline.run import CLASS_MEAN, CacheSettings, cache_teacher
-from gkd.pipeline.settings import PartitionSettings
+from gkd.pipeline.run import cache_teacher
+from gkd.pipeline.settings import CacheSettings, PartitionSettings
 from gkd.pipeline.teacher import OnnxEmbedder
 from gkd.storage.cache import Cache
 from gkd.storage.records import Records, open_records
@@ -128,6 +129,11 @@ def main() -> None:
             ratios[what] = max(abs(point.bytes / size - 1) for point in points)
             if name != "a fifth":
                 bars[what] = ("<=", SIZE)
+            if name != "all":
+                errors = [point.error for point in points if point.error]
+                ratios[f"bytes, T = {temperature:g}, from {name}: standard error told"] = max(
+                    errors
+                )
     what = "bytes with 64 draws, T = 1, from all: error"
     size, _, _ = cached(records, embedder, DRAWS, 1.0)
     ratios[what] = abs(made("all", cache=DRAWS).points[0].bytes / size - 1)

@@ -11,9 +11,9 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from gkd.pipeline.centers import Centers
-from gkd.pipeline.run import CLASS_MEAN, CacheSettings, CacheSummary, cache_teacher
-from gkd.pipeline.settings import PartitionSettings
+from gkd.pipeline.centers import CLASS_MEAN, Centers
+from gkd.pipeline.run import CacheSummary, cache_teacher
+from gkd.pipeline.settings import CacheSettings, PartitionSettings
 from gkd.storage.records import open_records
 from gkd.storage.spec import preprocess_preset
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gkd.pipeline.run import CacheSettings
+from gkd.pipeline.settings import CacheSettings
 from gkd.storage import layout, lock
 from gkd.storage.errors import IncompleteCacheError
 from tests.pipeline.faces import SETTINGS, PixelEmbedder, make

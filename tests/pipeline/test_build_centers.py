@@ -13,9 +13,10 @@ import torch.nn.functional as F
 
 from gkd.pipeline import refine as module
 from gkd.pipeline.build_centers import BuildSummary, build_centers
-from gkd.pipeline.centers import open_centers
+from gkd.pipeline.centers import centers_path, open_centers
+from gkd.pipeline.embedding_store import work_path
 from gkd.pipeline.refine import measure, refine, refine_settings
-from gkd.pipeline.run import cache_teacher, centers_path, work_path
+from gkd.pipeline.run import cache_teacher
 from gkd.storage.cache import Cache
 from gkd.storage.card import card_text
 from gkd.storage.errors import ConfigError, CorruptRecordError, SpecMismatchError

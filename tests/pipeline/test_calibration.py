@@ -21,8 +21,9 @@ from gkd.pipeline.calibration import (
     sample_images,
     score,
 )
-from gkd.pipeline.run import CLASS_MEAN, CacheSettings, cache_teacher
-from gkd.pipeline.settings import PartitionSettings
+from gkd.pipeline.centers import CLASS_MEAN
+from gkd.pipeline.run import cache_teacher
+from gkd.pipeline.settings import CacheSettings, PartitionSettings
 from gkd.pipeline.teacher import OnnxEmbedder
 from gkd.storage.errors import GkdError
 from gkd.storage.records import Records, open_records
@@ -68,10 +69,10 @@ def test_pairs_are_two_images_of_each_of_some_identities() -> None:
 
 def test_the_check_adds_no_more_than_its_share() -> None:
     labels = np.repeat(np.arange(500), 2)
-    for passes in (7_000, 8_000, 15_000, 40_000):
+    for passes in (300, 384, 8_000, 15_000, 40_000):
         added = pairs_to_score(labels, passes).size * len(PRESETS)
-        assert added <= passes * calibration.PAIRS_SHARE
-        assert (added > 0) == (passes >= 7_680)
+        assert added <= max(384, passes * calibration.PAIRS_SHARE)
+        assert (added > 0) == (passes >= 384)
     assert not len(pairs_to_score(np.arange(1_000), ENOUGH)), "no identity has two images"
 
 
@@ -210,12 +211,11 @@ def test_a_run_says_once_what_it_found_and_the_bytes_stay(
     for kind in (CLASS_MEAN, centers(40)):
         cache_teacher(people, tmp_path / f"{kind == CLASS_MEAN}", ToneEmbedder(), kind, settings)
         told = capsys.readouterr().err
-        assert "pairs" not in told, "160 images are too few"
-        assert told.count("calibration: cosine to the own centre") == (kind == CLASS_MEAN)
+        assert "calibration: the preprocessing was not checked" in told, "160 images are too few"
+        assert told.count("calibration: cosine to the own centre") == 1
     silent = contents(tmp_path / "True")
 
-    monkeypatch.setattr(calibration, "PAIRS_SHARE", 4.0)
-    monkeypatch.setattr(calibration, "IMAGES_SHARE", 1.0)
+    monkeypatch.setattr(calibration, "FEWEST_PASSES", 320)
     embedder = ToneEmbedder()
     embedder.preprocess = preprocess_preset("imagenet", bgr=True)
     cache_teacher(people, tmp_path / "bgr", embedder, CLASS_MEAN, settings)

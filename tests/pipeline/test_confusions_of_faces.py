@@ -4,7 +4,9 @@ from pathlib import Path
 
 import numpy as np
 
-from gkd.pipeline.run import CLASS_MEAN, CacheSettings, cache_teacher
+from gkd.pipeline.centers import CLASS_MEAN
+from gkd.pipeline.run import cache_teacher
+from gkd.pipeline.settings import CacheSettings
 from gkd.storage.cache import Cache
 from gkd.storage.confusions import confusions
 from gkd.storage.records import open_records

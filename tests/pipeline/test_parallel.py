@@ -19,8 +19,8 @@ import pytest
 import torch
 
 from gkd.pipeline.centers import Centers
-from gkd.pipeline.run import CacheSettings, cache_teacher
-from gkd.pipeline.settings import PartitionSettings
+from gkd.pipeline.run import cache_teacher
+from gkd.pipeline.settings import CacheSettings, PartitionSettings
 from gkd.storage import layout
 from gkd.storage.cache import committed_shards
 from gkd.storage.lock import Holder, WriteLock

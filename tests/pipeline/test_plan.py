@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from gkd.pipeline import plan_sample
-from gkd.pipeline.centers import ClassMeans
+from gkd.pipeline.centers import CLASS_MEAN, ClassMeans
 from gkd.pipeline.partition import partition
-from gkd.pipeline.plan import Plan, PlanPoint, PlanSettings, plan
+from gkd.pipeline.plan import Plan, PlanPoint, PlanSettings, plan, sampling_error
 from gkd.pipeline.plan_sample import (
     Clock,
     EmbeddedImages,
@@ -20,8 +20,8 @@ from gkd.pipeline.plan_sample import (
     images_of_means,
     random_rows,
 )
-from gkd.pipeline.run import CLASS_MEAN, CacheSettings, cache_teacher
-from gkd.pipeline.settings import PartitionSettings
+from gkd.pipeline.run import cache_teacher
+from gkd.pipeline.settings import CacheSettings, PartitionSettings
 from gkd.pipeline.stand_ins import stand_ins
 from gkd.pipeline.teacher import OnnxEmbedder
 from gkd.storage.cache import Cache
@@ -110,6 +110,25 @@ def test_time_is_that_of_all_images_and_shards_are_shared(people: Records) -> No
         1: pytest.approx(point.seconds / 3600),
         8: pytest.approx(point.seconds / 3600 * 2 / 9),  # nine shards: some device has two
     }
+
+
+def test_the_error_told_is_that_of_samples_of_identities() -> None:
+    rng = np.random.default_rng(0)
+    images = rng.integers(1, 8, 500)
+    labels = np.repeat(np.arange(500), images)
+    # Images of one identity have groups of like sizes.
+    sizes = np.repeat(rng.lognormal(3, 1, 500), images) * rng.lognormal(0, 0.2, len(labels))
+    sizes = sizes.astype(np.int64) + 1
+    off = []
+    for _ in range(400):
+        taken = np.isin(labels, rng.choice(500, 150, replace=False))
+        error = sampling_error(sizes[taken], labels[taken], len(labels))
+        assert error is not None
+        off.append((sizes[taken].mean() / sizes.mean() - 1) / error)
+    assert 0.85 < np.std(off) < 1.15
+    assert abs(np.mean(off)) < 0.3
+    assert sampling_error(sizes, labels, len(sizes)) == 0
+    assert sampling_error(sizes[labels == 3], labels[labels == 3], len(sizes)) is None
 
 
 def test_a_clock_leaves_the_warm_up_out() -> None:

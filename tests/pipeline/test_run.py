@@ -16,17 +16,12 @@ import numpy.typing as npt
 import pytest
 
 from gkd.pipeline import shards
-from gkd.pipeline.centers import Centers
+from gkd.pipeline.calibration import FEWEST_IMAGES
+from gkd.pipeline.centers import CLASS_MEAN, Centers, centers_path
 from gkd.pipeline.embed import EmbeddedBatch, join_batches, split_batch
-from gkd.pipeline.run import (
-    CLASS_MEAN,
-    CacheSettings,
-    auto_shard_samples,
-    cache_teacher,
-    centers_path,
-    work_path,
-)
-from gkd.pipeline.settings import PartitionSettings
+from gkd.pipeline.embedding_store import work_path
+from gkd.pipeline.run import cache_teacher
+from gkd.pipeline.settings import CacheSettings, PartitionSettings
 from gkd.pipeline.teacher import OnnxEmbedder
 from gkd.storage.cache import Cache
 from gkd.storage.errors import ConfigError, CorruptRecordError, GkdError, SpecMismatchError
@@ -139,7 +134,8 @@ def test_a_cache_holds_what_the_teacher_says(
 
     assert summary.cache_id == cache.id
     assert (summary.samples, summary.skipped, summary.images) == (35, 0, 35)
-    assert embedder.images == 2 * 35, "the teacher sees each view of each image once"
+    # Once each view of each image, and without kept embeddings the sample of the calibration.
+    assert embedder.images == 2 * 35 + (0 if class_mean else FEWEST_IMAGES)
     assert summary.bytes > 0
     assert summary.images_per_second > 0
     for view in VIEWS:
@@ -574,7 +570,8 @@ def test_settings_outside_their_range_are_refused(change: dict[str, Any], messag
 def test_shards_are_as_large_as_their_bytes_allow(
     max_group: int, num_samples: int, expected: int
 ) -> None:
-    assert auto_shard_samples(max_group, num_samples) == expected
+    settings = CacheSettings(partition=PartitionSettings(max_group=max_group))
+    assert settings.samples_per_shard(num_samples) == expected
 
 
 def test_batches_join_and_split() -> None:
