@@ -22,7 +22,7 @@ of draws; without stored entries r_j p_j = c_j / n, the cross-entropy of the cou
 
 A primary group. Its mass a is stored exactly. Of its classes only the drawn ones are known, so
 
-    S = sum_j r_j exp(u_j)                      E[S] = sum_G exp(u_j): the weights are c_j / (n p_j)
+    S = sum_j r_j exp(u_j)                      E[S] = sum_G exp(u_j), by weights a c_j / (n p_j)
     Primary = sum_j r_j (p_j/a) (log(p_j/a) - u_j) + log S
     b       = S / sum exp(u)                    the denominator is exact, so E[b] = sum_G q
 
@@ -34,9 +34,9 @@ is a for every draw): nothing of Primary, b or Binary is left to chance.
 
 The hold. A drawn b may come near 1 or pass it, where Binary is infinite. So Binary and its slope by
 b are taken at min(b, (1 + a) / 2); the slope of b by u stays that of b itself. What is above a is
-still pulled down, by a bounded force, and below half way from a to 1 nothing changes. The hold binds
-by chance: for a = 0.95 and a student's b = 0.94 in 39 % of the samples at 16 draws, where the mean
-of the held b is 0.90. All in all the gradient of Binary + Primary, of length 0.18, was then off by
+still pulled down, by a bounded force; below half way from a to 1 nothing changes. The hold binds by
+chance: for a = 0.95 and a student's b = 0.94 in 39 % of the samples at 16 draws, where the mean of
+the held b is 0.90. All in all the gradient of Binary + Primary, of length 0.18, was then off by
 0.052 on average; by 0.017 at 128 draws and 0.004 at 1,024 (tests/trainer/test_drawn.py).
 """
 
