@@ -19,7 +19,12 @@ import pyarrow.parquet as pq
 from gkd.storage import atomic, layout
 from gkd.storage.cache import read_commit, read_spec
 from gkd.storage.disk import disk_errors
-from gkd.storage.errors import CorruptShardError, IncompleteCacheError, SpecMismatchError
+from gkd.storage.errors import (
+    ConfigError,
+    CorruptShardError,
+    IncompleteCacheError,
+    SpecMismatchError,
+)
 from gkd.storage.layout import ArrayLayout, Commit, ViewRecord, file_record
 from gkd.storage.spec import CacheSpec, View
 from gkd.storage.targets import SparseTargets
@@ -91,13 +96,19 @@ class CacheWriter:
 
         Raises:
             ValueError: where the arguments are not what the spec says, or the shard is committed.
-            ConfigError: where the disk is full or closed; nothing of the shard is left then.
+            ConfigError: where the disk is full or closed, or the cache is not there any more; nothing
+                of the shard is left then.
         """
         if self._is_committed(shard):
             raise ValueError(f"shard {shard} is committed already")
         _check_samples(self.spec, shard, samples)
         for view in self.spec.views:
             _check_targets(self.spec, views[view], samples, view)
+        if not (self.path / layout.METADATA).exists():
+            raise ConfigError(
+                f"{self.path}: expected the cache that was begun here, found it gone; put it back "
+                "to where it was, and run the same command again to go on"
+            )
         self._guard()
         with disk_errors(self.path):
             try:

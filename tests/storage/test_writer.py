@@ -437,6 +437,18 @@ def test_a_guard_stops_the_writing_before_anything_and_before_the_commit(tmp_pat
     assert writer.pending() == [1, 2]
 
 
+def test_a_cache_that_is_moved_away_is_not_begun_anew_without_its_beginning(tmp_path: Path) -> None:
+    writer = CacheWriter(tmp_path / "c", make_spec())
+    write_shard(writer, 0)
+    writer.path.rename(tmp_path / "moved")
+    with pytest.raises(ConfigError, match=r"/c: expected the cache that was begun here, found it"):
+        write_shard(writer, 1)
+    assert not writer.path.exists()
+    (tmp_path / "moved").rename(writer.path)
+    write_shard(writer, 1)
+    assert writer.pending() == [2]
+
+
 def fill_up(place: Path, limit: int | None) -> subprocess.CompletedProcess[str]:
     """Write a cache in a process of its own, whose files may have ``limit`` bytes."""
     code = (
