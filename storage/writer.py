@@ -96,8 +96,8 @@ class CacheWriter:
 
         Raises:
             ValueError: where the arguments are not what the spec says, or the shard is committed.
-            ConfigError: where the disk is full or closed, or the cache is not there any more; nothing
-                of the shard is left then.
+            ConfigError: where the disk is full or closed, or the cache is not there any more;
+                nothing of the shard is left then.
         """
         if self._is_committed(shard):
             raise ValueError(f"shard {shard} is committed already")
