@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from gkd.storage.atomic import sha256_file
+from gkd.pipeline.onnx_files import onnx_sha256
 from gkd.storage.errors import ConfigError, GkdError
 from gkd.storage.extras import require
 from gkd.storage.spec import Preprocess
@@ -210,7 +210,7 @@ class OnnxEmbedder:
         if not path.is_file():
             raise ConfigError(f"{path}: expected a teacher's ONNX file, got nothing there")
         self.name = path.stem
-        self.sha256 = sha256_file(path)
+        self.sha256 = onnx_sha256(path)
         self.preprocess = preprocess
         self.precision = "float32"
         self.device = _onnx_device(runtime, device)

@@ -116,7 +116,7 @@ def test_files_that_are_no_network_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no\.onnx: expected a teacher's ONNX file, got nothing"):
         OnnxEmbedder(tmp_path / "no.onnx", ARCFACE)
     (tmp_path / "text.onnx").write_text("hello")
-    with pytest.raises(ConfigError, match=r"text\.onnx: expected an ONNX network that onnxruntime"):
+    with pytest.raises(ConfigError, match=r"text\.onnx: expected an ONNX network"):
         OnnxEmbedder(tmp_path / "text.onnx", ARCFACE)
 
 
