@@ -311,7 +311,7 @@ def _joined(parts: Sequence[Mapping[View, Partition]]) -> Mapping[View, Partitio
 
 
 def sampling_error(
-    sizes: npt.NDArray[np.int64], labels: npt.NDArray[np.int64], population: int
+    sizes: npt.NDArray[np.number], labels: npt.NDArray[np.int64], population: int
 ) -> float | None:
     """Standard error of the mean of ``sizes`` [n], as a share of it, as one of ``population``.
 

@@ -17,6 +17,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from statistics import mean
 
@@ -35,8 +36,8 @@ BARS = {f"{what}: gain / spread of the seeds": (">=", 1.0) for what in ("accurac
 GROUPS = ("--group-temperature", "4", "--threshold", "0.93", "--max-group", "4859")
 
 
-def main() -> None:
-    """Cache once, train six students, report the gain over the spread of the seeds."""
+def in_folder(run: Callable[[Path], None]) -> None:
+    """Run in the folder that the command names, or in one that goes away."""
     if len(sys.argv) > 1:
         run(Path(sys.argv[1]))
     else:
@@ -45,7 +46,7 @@ def main() -> None:
 
 
 def run(folder: Path) -> None:
-    """The whole measurement in ``folder``."""
+    """Cache once, train six students, report the gain over the spread of the seeds."""
     targets, pairs = folder / "lfw.gkd", folder / "alternating.bin"
     teacher = ("--teacher", TEACHER, "--preprocess", "imagenet", "--centers", "class-mean")
     gkd("cache-teacher", RECORDS, targets, *teacher, *GROUPS)
@@ -95,4 +96,4 @@ def gkd(*arguments: object) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    in_folder(run)

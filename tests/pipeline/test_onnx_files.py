@@ -17,8 +17,7 @@ from tests.paths import SHARED_DATA, needs_shared_data
 
 def network(path: Path, weight: float = 2.0, location: str = "") -> Path:
     """Channel means times a weight, which stands at ``location`` where one is given."""
-    shape = ["n", 3, 112, 112]
-    inputs = [helper.make_tensor_value_info("in", TensorProto.FLOAT, shape)]
+    inputs = [helper.make_tensor_value_info("in", TensorProto.FLOAT, ["n", 3, 112, 112])]
     nodes = [
         helper.make_node("GlobalAveragePool", ["in"], ["pooled"]),
         helper.make_node("Flatten", ["pooled"], ["means"]),
@@ -28,9 +27,11 @@ def network(path: Path, weight: float = 2.0, location: str = "") -> Path:
     weights = [numpy_helper.from_array(np.full(3, weight, np.float32), "weight")]
     graph = helper.make_graph(nodes, "means", inputs, [output], weights)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-    outside = {"save_as_external_data": True, "size_threshold": 0, "location": "weights.data"}
-    onnx.save(model, path, **(outside if location else {}))
-    if location not in ("", "weights.data"):
+    if not location:
+        onnx.save(model, path)
+        return path
+    onnx.save(model, path, save_as_external_data=True, size_threshold=0, location="weights.data")
+    if location != "weights.data":
         model = onnx.load(path, load_external_data=False)
         (entry,) = (e for e in model.graph.initializer[0].external_data if e.key == "location")
         entry.value = location

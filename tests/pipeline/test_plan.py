@@ -118,7 +118,6 @@ def test_the_error_told_is_that_of_samples_of_identities() -> None:
     labels = np.repeat(np.arange(500), images)
     # Images of one identity have groups of like sizes.
     sizes = np.repeat(rng.lognormal(3, 1, 500), images) * rng.lognormal(0, 0.2, len(labels))
-    sizes = sizes.astype(np.int64) + 1
     off = []
     for _ in range(400):
         taken = np.isin(labels, rng.choice(500, 150, replace=False))
