@@ -11,11 +11,10 @@ from gkd.commands.centers import centers
 from gkd.commands.models import demo, evaluate, export, report
 from gkd.commands.plan import plan
 from gkd.commands.records import records
+from gkd.commands.shared import printable
 from gkd.commands.stages import cache_teacher, train_student
 from gkd.commands.targets import targets
 from gkd.storage.errors import GkdError
-
-GO_ON = "interrupted; run the same command again to go on"
 
 
 class Commands(click.Group):
@@ -26,14 +25,28 @@ class Commands(click.Group):
         try:
             return super().invoke(ctx)
         except GkdError as error:
-            raise click.ClickException(str(error)) from error
+            raise click.ClickException(printable(str(error))) from error
         except KeyboardInterrupt as error:
-            raise click.ClickException(GO_ON) from error
+            raise click.ClickException("interrupted") from error
         except BrokenPipeError:  # click's to handle: nobody reads on
             raise
         except OSError as error:
             place = f"{error.filename}: " if error.filename else ""
-            raise click.ClickException(f"{place}{error.strerror or error}") from error
+            raise click.ClickException(printable(f"{place}{error.strerror or error}")) from error
+        except (MemoryError, RuntimeError) as error:
+            if not _memory_ran_out(error):
+                raise
+            reason = printable(str(error).partition("\n")[0])
+            raise click.ClickException(
+                f"memory ran out ({reason or 'no more to be had'}); take a smaller batch "
+                "(--batch-size, train.batch_size), or fewer --workers or data.workers"
+            ) from error
+
+
+def _memory_ran_out(error: Exception) -> bool:
+    """Whether the system's or a GPU's memory did; torch has a class for the latter alone."""
+    is_cuda = type(error).__name__ == "OutOfMemoryError"
+    return isinstance(error, MemoryError) or is_cuda or "can't allocate memory" in str(error)
 
 
 def _interrupt(signum: int, frame: object) -> None:

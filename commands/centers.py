@@ -1,13 +1,14 @@
 """``gkd centers``: look at the class centres of a teacher, or make some."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 import msgspec
 
 from gkd.commands.shared import (
     PATH,
+    Resumable,
     arch_option,
     as_json,
     bgr_option,
@@ -21,7 +22,7 @@ from gkd.commands.shared import (
 )
 
 if TYPE_CHECKING:
-    from gkd.pipeline.teacher import Precision
+    from gkd.storage.spec import Precision
 
 
 @click.group()
@@ -44,7 +45,7 @@ def centers_info(files: tuple[Path, ...], source: Path | None, sort: Any, as_jso
     emit(describe_centers(read_center_files(files), records), as_json)
 
 
-@centers.command("build")
+@centers.command("build", cls=Resumable)
 @click.argument("source", metavar="RECORDS", type=PATH)
 @click.argument("out", metavar="OUT.safetensors", type=PATH)
 @click.option("--teacher", type=PATH, required=True, help="ONNX file, weights or run folder.")
@@ -75,7 +76,7 @@ def centers_build(
     bgr: bool,
     batch_size: int,
     device: str,
-    precision: "Precision",
+    precision: 'Precision | Literal["auto"]',
     workers: int,
     skip_corrupt: bool,
     epochs: int | None,

@@ -1,8 +1,7 @@
 """Networks judged, exported and shown: ``gkd evaluate``, ``export``, ``demo``."""
 
-import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import click
 
@@ -13,13 +12,14 @@ from gkd.commands.shared import (
     bgr_option,
     build_embedder,
     device_option,
+    emit_json,
     precision_option,
     preprocess_option,
     require_plot,
 )
 
 if TYPE_CHECKING:
-    from gkd.pipeline.teacher import Precision
+    from gkd.storage.spec import Precision
 
 
 @click.command("evaluate")
@@ -46,7 +46,7 @@ def evaluate(
     preset: str,
     bgr: bool,
     device: str,
-    precision: "Precision",
+    precision: 'Precision | Literal["auto"]',
     batch_size: int,
     plot: Path | None,
     cache: Path | None,
@@ -108,7 +108,7 @@ def export(run: Path, out: Path, licence: str | None, note: str | None, as_json:
 
     exported = export_student(run, out, licence=licence, note=note)
     if as_json:
-        click.echo(json.dumps(exported.to_builtins()))
+        emit_json(exported.to_builtins())
     else:
         checked = ", checked against torch" if out.suffix == ".onnx" else ""
         click.echo(f"{out}: {exported.bytes:,} bytes{checked}; described in {exported.card}")

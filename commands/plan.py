@@ -1,15 +1,16 @@
 """``gkd plan``: what a cache will cost, before it is made."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 import click
 
 from gkd.commands.shared import (
     PATH,
     as_json,
-    build_embedder,
+    cache_settings,
     chosen_centers,
+    chosen_teacher,
     emit,
     parse_numbers,
     require_plot,
@@ -17,9 +18,6 @@ from gkd.commands.shared import (
     target_options,
     teacher_options,
 )
-
-if TYPE_CHECKING:
-    from gkd.pipeline.teacher import Precision
 
 
 @click.command("plan")
@@ -42,30 +40,13 @@ if TYPE_CHECKING:
 @as_json
 def plan(
     source: Path,
-    teacher: Path,
-    arch: str,
-    centers: tuple[str, ...],
     samples: int,
     group_temperatures: tuple[float, ...],
     thresholds: tuple[float, ...],
-    temperatures: tuple[float, ...],
-    max_group: int,
-    scale: float,
-    margin: float,
-    draws: int,
-    draw_temperature: float,
-    draw_from: Literal["all", "primary"],
-    views: Any,
-    preset: str,
-    bgr: bool,
-    batch_size: int,
-    device: str,
-    precision: "Precision",
-    workers: int,
-    shard_samples: int | None,
     plot: Path | None,
     sort: Any,
     as_json: bool,
+    **options: Any,
 ) -> None:
     """Run the teacher on a sample of RECORDS; say what groups and what cache each setting gives.
 
@@ -78,36 +59,19 @@ def plan(
     from gkd.pipeline.plan import PlanSettings
     from gkd.pipeline.plan import plan as run
     from gkd.pipeline.plan_show import plan_table, plot_plan
-    from gkd.pipeline.settings import CacheSettings, PartitionSettings
     from gkd.storage.records import open_records
-    from gkd.storage.spec import DrawsSpec, preprocess_preset
 
     if plot:
         require_plot(plot)
     settings = PlanSettings(
-        cache=CacheSettings(
-            partition=PartitionSettings(
-                temperatures=temperatures,
-                max_group=max_group,
-                scale=scale,
-                margin=margin,
-                draws=DrawsSpec(draws, draw_temperature, draw_from) if draws else None,
-            ),
-            views=views,
-            batch_size=batch_size,
-            workers=workers,
-            shard_samples=shard_samples,
-        ),
+        cache=cache_settings(options),
         samples=samples,
         group_temperatures=group_temperatures,
         thresholds=thresholds,
     )
     records = open_records(source, sort=sort)
-    preprocess = preprocess_preset(preset, bgr=bgr)
-    embedder = build_embedder(
-        teacher, arch=arch, preprocess=preprocess, device=device, precision=precision
-    )
-    made = run(records, embedder, chosen_centers(centers, records, embedder), settings)
+    embedder = chosen_teacher(options)
+    made = run(records, embedder, chosen_centers(options["centers"], records, embedder), settings)
     if plot:
         plot_plan(made, plot)
     if as_json:

@@ -1,12 +1,19 @@
 """``gkd records``: look at, check and make record packs."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import click
 
-from gkd.commands.shared import PATH, as_json, emit, sort_option, workers_option
+from gkd.commands.shared import (
+    PATH,
+    as_json,
+    emit,
+    emit_json,
+    printable,
+    sort_option,
+    workers_option,
+)
 
 
 @click.group()
@@ -40,10 +47,10 @@ def records_verify(source: Path, sort: Any, workers: int, as_json: bool) -> None
     faults = [str(fault) for fault in report.faults]
     if as_json:
         counts = {"images": report.images, "identities": report.identities}
-        click.echo(json.dumps({**counts, "faults": faults}))
+        emit_json({**counts, "faults": faults})
     else:
         for fault in faults:
-            click.echo(fault)
+            click.echo(printable(fault))
         click.echo(
             f"{report.images:,} images, {report.identities:,} identities, {len(faults):,} faults"
         )

@@ -2,20 +2,36 @@
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import click
 import msgspec
 
+from gkd.storage.launch import usable_cores
+
 if TYPE_CHECKING:
     from gkd.pipeline.centers import Centers
-    from gkd.pipeline.teacher import Embedder, Precision
+    from gkd.pipeline.settings import CacheSettings
+    from gkd.pipeline.teacher import Embedder
     from gkd.storage.records import Records
-    from gkd.storage.spec import Preprocess
+    from gkd.storage.spec import Precision, Preprocess
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+
+class Resumable(click.Command):
+    """A command that goes on where it was interrupted, and says so."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run it; turn an interrupt into a message."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            raise click.ClickException(
+                "interrupted; run the same command again to go on"
+            ) from error
 
 
 class _Place(click.Path):
@@ -73,7 +89,7 @@ arch_option = click.option(
 workers_option = click.option(
     "--workers",
     type=click.IntRange(min=1),
-    default=max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))),
+    default=usable_cores(),
     show_default="cores of this rank",
     help="Threads that decode images.",
 )
@@ -107,25 +123,27 @@ storage_option = click.option(
 )
 
 
-def rank() -> int:
-    """This process's number among those that torchrun started."""
-    return int(os.environ.get("RANK", "0"))
-
-
-def world_size() -> int:
-    """How many processes torchrun started; 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
 def emit(value: Any, as_json: bool) -> None:
     """Print a result: one JSON object, or a line a field."""
-    fields = msgspec.to_builtins(value, str_keys=True, enc_hook=str)
     if as_json:
-        click.echo(json.dumps(fields))
+        emit_json(value)
         return
+    fields = msgspec.to_builtins(value, str_keys=True, enc_hook=str)
     width = max(len(name) for name in fields)
     for name, each in fields.items():
         click.echo(f"{name.replace('_', ' '):{width}}  {_words(each)}")
+
+
+def emit_json(value: Any) -> None:
+    """Print anything as one line of JSON; what is not finite is null there."""
+    click.echo(msgspec.json.encode(value, enc_hook=str))
+
+
+def printable(text: str) -> str:
+    """The text, but for what steers a terminal: a cache's or a record's names are a stranger's."""
+    return "".join(
+        each if each.isprintable() or each == "\n" else "\N{REPLACEMENT CHARACTER}" for each in text
+    )
 
 
 def _words(value: Any) -> str:
@@ -133,16 +151,14 @@ def _words(value: Any) -> str:
         case bool() | None:
             return str(value)
         case str():
-            # A cache's names are a stranger's: they may not steer the terminal.
-            return "".join(
-                each if each.isprintable() else "\N{REPLACEMENT CHARACTER}" for each in value
-            )
+            return printable(value).replace("\n", "\N{REPLACEMENT CHARACTER}")
         case int():
             return f"{value:,}"
         case float():
             return f"{value:,.4g}"
         case dict():
-            return ", ".join(f"{name} {_words(each)}" for name, each in value.items()) or "none"
+            parts = (f"{_words(name)} {_words(each)}" for name, each in value.items())
+            return ", ".join(parts) or "none"
         case _:
             return " ".join(_words(each) for each in value)
 
@@ -208,6 +224,14 @@ teacher_options = together(
     click.option("--batch-size", type=int, default=128, show_default=True),
     device_option,
     precision_option,
+    click.option(
+        "--center-precision",
+        type=click.Choice(["float32", "float16", "bfloat16"]),
+        default="float32",
+        show_default=True,
+        help="Of the centres in memory; the run tells what half of it changes.",
+    ),
+    click.option("--compile", is_flag=True, help="torch.compile the teacher's network."),
     workers_option,
 )
 # What is kept of its predictions, but for the settings that choose the groups.
@@ -230,6 +254,43 @@ target_options = together(
         help="All classes, or the primary group before --max-group cuts it.",
     ),
 )
+
+
+def chosen_teacher(options: Mapping[str, Any]) -> "Embedder":
+    """The teacher of ``teacher_options``."""
+    from gkd.storage.spec import preprocess_preset
+
+    return build_embedder(
+        options["teacher"],
+        preprocess=preprocess_preset(options["preset"], bgr=options["bgr"]),
+        **{name: options[name] for name in ("arch", "device", "precision", "compile")},
+    )
+
+
+def cache_settings(options: Mapping[str, Any]) -> "CacheSettings":
+    """The settings that options of the same names say; others stay at their defaults.
+
+    Raises:
+        ConfigError: for a value outside its range.
+    """
+    from dataclasses import fields
+
+    from gkd.pipeline.settings import CacheSettings, PartitionSettings
+    from gkd.storage.spec import DrawsSpec
+
+    def named(kind: Any) -> dict[str, Any]:
+        return {each.name: options[each.name] for each in fields(kind) if each.name in options}
+
+    draws = None
+    if options["draws"]:
+        draws = DrawsSpec(
+            options["draws"],
+            options["draw_temperature"],
+            options["draw_from"],
+            options.get("seed", 0),  # what a plan forecasts is the same for all
+        )
+    partition = PartitionSettings(**{**named(PartitionSettings), "draws": draws})
+    return CacheSettings(**{**named(CacheSettings), "partition": partition})
 
 
 def require_plot(path: Path) -> None:
@@ -256,10 +317,14 @@ def build_embedder(
     arch: str,
     preprocess: "Preprocess",
     device: str,
-    precision: "Precision",
+    precision: 'Precision | Literal["auto"]',
     compile: bool = False,
 ) -> "Embedder":
-    """Any model that a command takes: an ONNX file, weights, or a run of ``train-student``."""
+    """Any model that a command takes: an ONNX file, weights, or a run of ``train-student``.
+
+    Raises:
+        GkdError: where it cannot be read, or an option does not go with it.
+    """
     from gkd.pipeline.teacher import OnnxEmbedder, TorchEmbedder
     from gkd.storage.atomic import sha256_file
     from gkd.storage.errors import ConfigError
@@ -267,10 +332,16 @@ def build_embedder(
     from gkd.trainer.checkpoint import chosen_checkpoint
 
     if path.suffix == ".onnx":
-        if compile:
+        refused = {
+            "--compile": compile,
+            f"--precision {precision}": precision not in ("auto", "float32"),
+            f"--arch {arch}": arch not in ("auto", "onnx"),
+        }
+        for option in (each for each, holds in refused.items() if holds):
             raise ConfigError(
-                f"{path}: --compile: expected weights for a network of torch, got an ONNX file, "
-                "which onnxruntime optimises by itself; leave --compile out"
+                f"{path}: {option}: expected weights for a network of torch, got an ONNX file, "
+                "which is the network already and which onnxruntime runs as it is; leave "
+                f"{option.split()[0]} out"
             )
         return OnnxEmbedder(path, preprocess, device=device)
     weights = chosen_checkpoint(path) if path.is_dir() else path

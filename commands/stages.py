@@ -1,39 +1,37 @@
 """The two stages: ``gkd cache-teacher`` and ``gkd train-student``."""
 
-import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import click
 import msgspec
 
 from gkd.commands.shared import (
     PATH,
+    Resumable,
     as_json,
-    build_embedder,
+    cache_settings,
     chosen_centers,
+    chosen_teacher,
     emit,
     licence_option,
     note_option,
-    rank,
     sort_option,
     target_options,
     teacher_options,
-    world_size,
 )
+from gkd.storage.launch import all_cores, local_world_size, rank, tell, world_size
 
 if TYPE_CHECKING:
-    from gkd.pipeline.teacher import Precision
     from gkd.storage.records import Records
-    from gkd.storage.spec import CenterPrecision
     from gkd.trainer.data import JoinedTargets, Order
     from gkd.trainer.dry_run import DryRun
 
 NO_TARGETS = Path("-")
 
 
-@click.command("cache-teacher")
+@click.command("cache-teacher", cls=Resumable)
 @click.argument("source", metavar="RECORDS", type=PATH)
 @click.argument("out", type=PATH)
 @teacher_options
@@ -41,93 +39,27 @@ NO_TARGETS = Path("-")
 @click.option("--group-temperature", type=float, default=2.0, show_default=True)
 @target_options
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the draws.")
-@click.option(
-    "--center-precision",
-    type=click.Choice(["float32", "float16", "bfloat16"]),
-    default="float32",
-    show_default=True,
-    help="Of the centres in memory; the run tells what half of it changes.",
-)
-@click.option("--compile", is_flag=True, help="torch.compile the teacher's network.")
 @click.option("--skip-corrupt", is_flag=True, help="Leave unreadable records out, and say which.")
 @licence_option
 @note_option
 @sort_option
 @as_json
-def cache_teacher(
-    source: Path,
-    out: Path,
-    teacher: Path,
-    arch: str,
-    centers: tuple[str, ...],
-    threshold: float,
-    group_temperature: float,
-    temperatures: tuple[float, ...],
-    max_group: int,
-    scale: float,
-    margin: float,
-    draws: int,
-    draw_temperature: float,
-    draw_from: Literal["all", "primary"],
-    seed: int,
-    views: Any,
-    preset: str,
-    bgr: bool,
-    batch_size: int,
-    device: str,
-    precision: "Precision",
-    center_precision: "CenterPrecision",
-    compile: bool,
-    workers: int,
-    shard_samples: int | None,
-    skip_corrupt: bool,
-    licence: str | None,
-    note: str | None,
-    sort: Any,
-    as_json: bool,
-) -> None:
+def cache_teacher(source: Path, out: Path, sort: Any, as_json: bool, **options: Any) -> None:
     """Run the teacher over RECORDS once and store its primary groups in OUT, or go on with it."""
     from gkd.pipeline.run import cache_teacher as run
-    from gkd.pipeline.settings import CacheSettings, PartitionSettings
     from gkd.storage.records import open_records
-    from gkd.storage.spec import DrawsSpec, preprocess_preset
 
-    settings = CacheSettings(
-        partition=PartitionSettings(
-            threshold=threshold,
-            group_temperature=group_temperature,
-            temperatures=temperatures,
-            max_group=max_group,
-            scale=scale,
-            margin=margin,
-            draws=DrawsSpec(draws, draw_temperature, draw_from, seed) if draws else None,
-        ),
-        views=views,
-        batch_size=batch_size,
-        workers=workers,
-        skip_corrupt=skip_corrupt,
-        shard_samples=shard_samples,
-        center_precision=center_precision,
-        licence=licence,
-        note=note,
-    )
+    settings = cache_settings(options)
     records = open_records(source, sort=sort)
-    preprocess = preprocess_preset(preset, bgr=bgr)
-    embedder = build_embedder(
-        teacher,
-        arch=arch,
-        preprocess=preprocess,
-        device=device,
-        precision=precision,
-        compile=compile,
-    )
-    summary = run(records, out, embedder, chosen_centers(centers, records, embedder), settings)
+    embedder = chosen_teacher(options)
+    centers = chosen_centers(options["centers"], records, embedder)
+    summary = run(records, out, embedder, centers, settings)
     if rank() == 0:
         speed = {"images_per_second": summary.images_per_second}
         emit({**msgspec.to_builtins(summary), **speed}, as_json)
 
 
-@click.command("train-student")
+@click.command("train-student", cls=Resumable)
 @click.argument("source", metavar="RECORDS", type=PATH)
 @click.argument("path", metavar="TARGETS", type=PATH)
 @click.argument("out", type=PATH)
@@ -176,12 +108,11 @@ def train_student(
 
     def load(order: "Order") -> "tuple[Records, JoinedTargets | None]":
         records = open_records(source, sort=sort)
-        if isinstance(records, ParquetRecords) and rank() == 0:
-            click.echo(
+        if isinstance(records, ParquetRecords):
+            tell(
                 f"{source}: a shuffled read of Parquet decodes up to {records.group_rows:,} images "
                 f"beside its own; `gkd records pack {source} PACK` once and train on PACK, which "
-                "the same targets serve",
-                err=True,
+                "the same targets serve"
             )
         if path == NO_TARGETS:
             return records, None
@@ -189,13 +120,13 @@ def train_student(
         records, joined = join_targets(
             records,
             Cache.open(path),
-            workers=os.cpu_count() or 1,
+            workers=all_cores(),
             drop_unmatched=drop_unmatched,
             order=order,
         )
-        if joined.unmatched and rank() == 0:
+        if joined.unmatched:
             left = f"{joined.unmatched:,} images without targets are left out"
-            click.echo(f"{left}, {len(records):,} stay", err=True)
+            tell(f"{left}, {len(records):,} stay")
         return records, joined
 
     if dry:
@@ -220,7 +151,7 @@ def own_command() -> list[str]:
     typed = sys.argv[1:]
     if world_size() == 1:
         return ["gkd", *typed]
-    each = int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
+    each = local_world_size()
     nodes = world_size() // each
     launcher = ["torchrun", *([f"--nnodes={nodes}"] if nodes > 1 else [])]
     return [*launcher, f"--nproc-per-node={each}", "-m", "gkd.cli", *typed]

@@ -1,10 +1,8 @@
 """``gkd targets``: look at, check, share and derive caches."""
 
-import json
-import os
 import secrets
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import click
 import msgspec
@@ -12,29 +10,33 @@ import msgspec
 from gkd.commands.shared import (
     PATH,
     PLACE,
+    Resumable,
     as_json,
     build_embedder,
     device_option,
     emit,
+    emit_json,
     licence_option,
     note_option,
     parse_names,
     parse_numbers,
     parse_shards,
+    printable,
     require_plot,
     sort_option,
     storage_option,
     workers_option,
 )
+from gkd.storage.launch import usable_cores
 
 if TYPE_CHECKING:
-    from gkd.pipeline.teacher import Precision
+    from gkd.pipeline.against import AgainstReport
     from gkd.storage.verify import Level
 
 
 @click.group()
 def targets() -> None:
-    """Look at and check caches of targets."""
+    """Look at caches of targets, check, share and derive them."""
 
 
 @targets.command("info")
@@ -82,13 +84,8 @@ def targets_verify(
     deep: bool,
     against: Path | None,
     teacher: Path | None,
-    arch: str | None,
-    centers: tuple[Path, ...],
-    sample: int,
-    seed: int | None,
-    device: str,
-    sort: Any,
     as_json: bool,
+    **recomputing: Any,
 ) -> None:
     """Check every file of TARGETS and list every fault; exit 1 if there is one.
 
@@ -101,22 +98,25 @@ def targets_verify(
         raise click.UsageError("--quick and --deep exclude each other; give one of them")
     if (against is None) != (teacher is None) or (against and (quick or deep)):
         raise click.UsageError("--against RECORDS and --teacher FILE go together, and alone")
+    ok: bool
     if against and teacher:
-        _verify_against(path, against, teacher, arch, centers, sample, seed, device, sort, as_json)
-        return
-    level: Level = "quick" if quick else "deep" if deep else "hashes"
-    report = verify(path, level=level)
-    if as_json:
-        plain = msgspec.to_builtins(report, enc_hook=str)
-        click.echo(json.dumps({**plain, "ok": report.ok}))
+        compared = _verify_against(path, against, teacher, **recomputing)
+        ok = compared.ok
+        emit({**msgspec.to_builtins(compared), "ok": ok}, as_json)
     else:
-        for fault in report.faults:
-            click.echo(str(fault))
-        click.echo(
-            f"{report.shards:,} shards of {report.files:,} files, {report.bytes:,} bytes in "
-            f"shards, {report.entries:,} entries, {len(report.faults):,} faults"
-        )
-    if not report.ok:
+        level: Level = "quick" if quick else "deep" if deep else "hashes"
+        report = verify(path, level=level)
+        ok = report.ok
+        if as_json:
+            emit_json({**msgspec.to_builtins(report, enc_hook=str), "ok": ok})
+        else:
+            for fault in report.faults:
+                click.echo(printable(str(fault)))
+            click.echo(
+                f"{report.shards:,} shards of {report.files:,} files, {report.bytes:,} bytes in "
+                f"shards, {report.entries:,} entries, {len(report.faults):,} faults"
+            )
+    if not ok:
         raise SystemExit(1)
 
 
@@ -124,41 +124,46 @@ def _verify_against(
     path: Path,
     source: Path,
     teacher: Path,
+    *,
     arch: str | None,
     centers: tuple[Path, ...],
     sample: int,
     seed: int | None,
     device: str,
     sort: Any,
-    as_json: bool,
-) -> None:
-
+) -> "AgainstReport":
     from gkd.pipeline.against import load_named_centers, verify_against
     from gkd.storage.cache import Cache
+    from gkd.storage.errors import ConfigError
     from gkd.storage.records import open_records
 
     cache = Cache.open(path)
     named = cache.spec
+    if ":" in named.teacher.arch and arch is None:
+        raise ConfigError(
+            f"{path}: names the code {named.teacher.arch} as its teacher's network, and no code is "
+            "run because a cache names it; where you know and trust it, give --arch "
+            f"{named.teacher.arch} yourself"
+        )
+    arch = arch or named.teacher.arch
+    # An ONNX file where weights were, or the reverse, is another teacher: its digest tells.
+    torch_network = arch != "onnx" and teacher.suffix != ".onnx"
     embedder = build_embedder(
         teacher,
-        # Weights in the place of an ONNX file are another teacher, which their digest tells.
-        arch=arch or ("auto" if named.teacher.arch == "onnx" else named.teacher.arch),
+        arch=arch if torch_network else "auto",
         preprocess=named.preprocess,
         device=device,
-        precision=cast("Precision", named.precision),
+        precision=named.precision if torch_network else "auto",
     )
-    report = verify_against(
+    return verify_against(
         cache,
         open_records(source, sort=sort),
         embedder,
         load_named_centers(cache, centers),
         sample=sample,
         seed=secrets.randbits(32) if seed is None else seed,
-        workers=os.cpu_count() or 1,
+        workers=usable_cores(),
     )
-    emit({**msgspec.to_builtins(report), "ok": report.ok}, as_json)
-    if not report.ok:
-        raise SystemExit(1)
 
 
 @targets.command("stats")
@@ -188,7 +193,7 @@ def targets_stats(place: str, plot: Path | None, options: dict[str, Any], as_jso
         if plot:
             plot_stats(figures, plot)
     if as_json:
-        click.echo(msgspec.json.encode(figures, enc_hook=str).decode())
+        emit_json(figures)
         return
     whole = msgspec.to_builtins(figures, enc_hook=str)
     views = whole.pop("views")
@@ -244,7 +249,7 @@ def targets_confusions(
     emit(written, as_json)
 
 
-@targets.command("push")
+@targets.command("push", cls=Resumable)
 @click.argument("path", metavar="TARGETS", type=PATH)
 @click.argument("address", type=PLACE)
 @click.option("--read-back", is_flag=True, help="Read every file back and compare its sha256.")
@@ -262,7 +267,7 @@ def targets_push(
     emit(push(path, address, options=options, read_back=read_back), as_json)
 
 
-@targets.command("pull")
+@targets.command("pull", cls=Resumable)
 @click.argument("address", type=PLACE)
 @click.argument("path", metavar="TARGETS", type=PATH)
 @click.option(
@@ -291,7 +296,7 @@ def targets_pull(
     emit(pull(address, path, shards=shards, views=views, options=options), as_json)
 
 
-@targets.command("retarget")
+@targets.command("retarget", cls=Resumable)
 @click.argument("path", metavar="IN", type=PATH)
 @click.argument("out", type=PATH)
 @click.option("--threshold", type=float, help="At most that of IN.")
@@ -301,7 +306,8 @@ def targets_pull(
 @click.option("--draws", type=int, help="The first so many of IN's draws, or 0.")
 @licence_option
 @note_option
-def targets_retarget(path: Path, out: Path, **settings: Any) -> None:
+@as_json
+def targets_retarget(path: Path, out: Path, as_json: bool, **settings: Any) -> None:
     """Derive a stricter cache OUT from IN without the teacher, or go on with it.
 
     What is not given stays as in IN. What IN cannot answer exactly is refused with the reason.
@@ -309,23 +315,23 @@ def targets_retarget(path: Path, out: Path, **settings: Any) -> None:
     from gkd.storage.cache import Cache
     from gkd.storage.retarget import retarget
 
-    click.echo(f"{out}: {retarget(Cache.open(path), out, **settings)}")
+    id = retarget(Cache.open(path), out, **settings)
+    emit({"path": out, "id": id}, as_json)
 
 
-@targets.command("merge")
+@targets.command("merge", cls=Resumable)
 @click.argument("out", type=PATH)
 @click.argument("paths", metavar="IN...", type=PATH, nargs=-1, required=True)
 @licence_option
 @note_option
-def targets_merge(
-    out: Path, paths: tuple[Path, ...], licence: str | None, note: str | None
-) -> None:
+@as_json
+def targets_merge(out: Path, paths: tuple[Path, ...], as_json: bool, **words: Any) -> None:
     """Join caches IN... of disjoint records, one teacher and equal settings into OUT."""
     from gkd.storage.cache import Cache
     from gkd.storage.merge import merge
 
-    id = merge([Cache.open(path) for path in paths], out, licence=licence, note=note)
-    click.echo(f"{out}: {id}")
+    id = merge([Cache.open(path) for path in paths], out, **words)
+    emit({"path": out, "id": id}, as_json)
 
 
 @targets.command("gc")
@@ -342,7 +348,7 @@ def targets_gc(older_than: float, dry_run: bool, as_json: bool) -> None:
 
     found = collect(older_than=older_than, dry_run=dry_run)
     if as_json:
-        click.echo(json.dumps(msgspec.to_builtins(found, enc_hook=str)))
+        emit_json(found)
         return
     for each in found:
         did = f"stays, {each.why}" if each.why else "would go" if dry_run else "removed"

@@ -118,14 +118,14 @@ def verify_against(
     each: list[Differences] = []
     wrong: list[str] = []
     counts = DrawCounts()
-    for view, row, place, log_probs, group in _recomputed(
+    for view, row, place, logits, group in _recomputed(
         cache, records, embedder, _as_multiplied(centers, cache.spec), rows, places, samples.labels
     ):
         label = int(samples.labels[row])
-        differences = compare(cache.spec, group, label, log_probs)
+        differences = compare(cache.spec, group, label, logits)
         each.append(differences)
         if group.draws is not None:
-            counts.add(group.draws[0], _drawn_from(cache.spec, label, log_probs))
+            counts.add(group.draws[0], _drawn_from(cache.spec, label, logits))
         if differences.exceed(allowed):
             wrong.append(f"{records.where(place)}, row {row} of the cache, {view} view")
     return AgainstReport(

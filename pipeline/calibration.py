@@ -10,7 +10,6 @@ swapped channels move a score by a few hundredths of it, and still show.
 """
 
 import copy
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -26,6 +25,7 @@ from gkd.pipeline.partition import partition
 from gkd.pipeline.settings import PartitionSettings
 from gkd.pipeline.teacher import Embedder, faulty_rows
 from gkd.storage.errors import CorruptRecordError, GkdError
+from gkd.storage.launch import tell
 from gkd.storage.parallel import ordered_map
 from gkd.storage.rows import Records, Subset
 from gkd.storage.spec import Preprocess, View, preprocess_preset
@@ -357,10 +357,8 @@ def tell_presets(
     """
     pairs = pairs_to_score(records.labels, len(records) * len(views))
     check = check_presets(records, embedder, pairs, workers=workers) if len(pairs) else None
-    if check is None:
-        _tell([NOT_CHECKED])
-    else:
-        _tell(preset_words(check))
+    for line in [NOT_CHECKED] if check is None else preset_words(check):
+        tell(line)
     return check
 
 
@@ -374,12 +372,8 @@ def tell_groups(
 ) -> None:
     """Check the groups of a sample and print the findings on stderr."""
     check = check_groups(embeddings, labels, centers, settings)
-    _tell(group_words(check, settings, own_means=own_means))
-
-
-def _tell(lines: Sequence[str]) -> None:
-    for line in lines:
-        print(line, file=sys.stderr, flush=True)
+    for line in group_words(check, settings, own_means=own_means):
+        tell(line)
 
 
 def _options(preset: Preprocess) -> str:

@@ -1,10 +1,9 @@
 """A teacher's class centres: read from files, or made as the means of each class's embeddings."""
 
 import hashlib
-import os
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -15,6 +14,7 @@ import torch
 from gkd.pipeline.center_files import BuiltCenters, CenterFile, read_center_files
 from gkd.pipeline.teacher import Embedder
 from gkd.storage.errors import ConfigError, SpecMismatchError
+from gkd.storage.launch import tell
 from gkd.storage.rows import Records
 from gkd.storage.spec import CenterPrecision, CentersKind, CentersSpec
 
@@ -33,10 +33,10 @@ class Centers:
     kind: CentersKind
     name: str
 
-    @property
+    @cached_property
     def spec(self) -> CentersSpec:
         """Kind, name and digest of the centres as little-endian float32, row by row."""
-        digest = hashlib.sha256(self.array.astype("<f4").tobytes()).hexdigest()
+        digest = hashlib.sha256(np.ascontiguousarray(self.array, "<f4").data).hexdigest()
         return CentersSpec(self.kind, self.name, digest)
 
 
@@ -201,12 +201,6 @@ def padding_of(files: Sequence[CenterFile], num_classes: int) -> int:
     """Centres at the end of all files that stand for no class: fewer than there are ranks."""
     surplus = sum(len(file.array) for file in files) - num_classes
     return surplus if files[-1].padded and 0 < surplus < len(files) else 0
-
-
-def tell(text: str) -> None:
-    """A line on stderr, of one of several ranks."""
-    if os.environ.get("RANK", "0") == "0":
-        print(text, file=sys.stderr)
 
 
 def _require_same_origin(

@@ -268,7 +268,7 @@ def _grid_groups(sample: Sample, settings: PlanSettings, embedder: Embedder) -> 
     clocks = {t: Clock() for t in settings.group_temperatures}
     seen: list[EmbeddedImages] = []
     for images, array in sample.parts:
-        centers = on_device(array, embedder)
+        centers = on_device(array, embedder, settings.cache.center_precision)
         seen.append(images)
         with progress("partition", len(images) * len(keys), "images") as advance:
             for key in keys:

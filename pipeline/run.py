@@ -1,7 +1,6 @@
 """The first stage: records and a teacher in, a cache of its primary groups out."""
 
 import io
-import os
 import shutil
 import time
 from collections.abc import Generator, Mapping, Sequence
@@ -25,7 +24,6 @@ from gkd.pipeline.centers import (
     on_device,
     require_all_classes,
     rounding,
-    tell,
 )
 from gkd.pipeline.embed import EmbeddedBatch, check_labels, cut, embed, split_batch
 from gkd.pipeline.embedding_store import EmbeddingStore, work_path
@@ -33,7 +31,7 @@ from gkd.pipeline.settings import CacheSettings
 from gkd.pipeline.shards import Background, PartitionedBatch, committing, partition_batch
 from gkd.pipeline.specs import cache_spec, dataset_spec
 from gkd.pipeline.teacher import Embedder
-from gkd.storage import atomic, layout
+from gkd.storage import atomic, launch, layout
 from gkd.storage.cache import Cache, committed_shards, read_spec
 from gkd.storage.card import write_card
 from gkd.storage.disk import disk_errors
@@ -96,10 +94,15 @@ def cache_teacher(
         SpecMismatchError: where ``out`` was begun with other settings, teacher or data.
         GkdError: where the teacher's output is unusable.
     """
-    rank = int(os.environ.get("RANK", "0")) if rank is None else rank
-    world_size = int(os.environ.get("WORLD_SIZE", "1")) if world_size is None else world_size
     check_labels(records)
-    run = _Run(records, out.absolute(), embedder, settings, rank, world_size)
+    run = _Run(
+        records,
+        out.absolute(),
+        embedder,
+        settings,
+        launch.rank() if rank is None else rank,
+        launch.world_size() if world_size is None else world_size,
+    )
     return run.make(centers)
 
 
@@ -144,7 +147,7 @@ class _Run:
             centers = found or self._class_means(store or self._store())
         self._check_centers(centers)
         spec = self._spec(centers.spec)
-        self._check_disk(self.out, len(self.records) * len(spec.views) * SAMPLE_BYTES)
+        self._check_disk(self.out, self._rows_to_write() * len(spec.views) * SAMPLE_BYTES)
         if self.rank:
             self.lock.wait_for((self.out / layout.METADATA).exists)
         writer = CacheWriter(self.out, spec, guard=self.lock.check)
@@ -152,7 +155,7 @@ class _Run:
         array = on_device(centers.array, self.embedder, precision)
         if precision != "float32":
             most, scale = rounding(centers.array, precision), self.settings.partition.scale
-            tell(
+            launch.tell(
                 f"centres in {precision}: no cosine differs by more than {most:.1e} from "
                 f"float32's, no logit by more than {scale * most:.1e}"
             )
@@ -203,6 +206,10 @@ class _Run:
                 f"of length {expected[1]}, got {list(centers.array.shape)}; give the centres of "
                 "this teacher and these records, or --centers class-mean"
             )
+
+    def _rows_to_write(self) -> int:
+        done = set(committed_shards(self.out)) if self.out.exists() else set()
+        return sum(len(self._rows(shard)) for shard in range(self.num_shards) if shard not in done)
 
     def _check_disk(self, path: Path, needed: int) -> None:
         folder = next(p for p in path.parents if p.exists())
@@ -263,9 +270,11 @@ class _Run:
         missing = [shard for shard in mine if not store.has(shard)]
         if not missing:
             return
-        rows = sum(len(self._rows(shard)) for shard in missing)
-        size = rows * len(VIEWS) * self.embedder.embedding_dim * 4
+        # Of all ranks, who write to the same disk.
+        left = [shard for shard in range(self.num_shards) if not store.has(shard)]
+        size = sum(map(len, map(self._rows, left))) * len(VIEWS) * self.embedder.embedding_dim * 4
         self._check_disk(store.folder, size)
+        rows = sum(len(self._rows(shard)) for shard in missing)
         whole = sum(len(self._rows(shard)) for shard in mine)
         with (
             self._progress("run teacher", whole, whole - rows) as advance,

@@ -4,9 +4,8 @@ import math
 from dataclasses import dataclass, field
 
 from gkd.storage.errors import ConfigError
-from gkd.storage.spec import VIEWS, CenterPrecision, DrawsSpec, View
+from gkd.storage.spec import MAX_GROUP, VIEWS, CenterPrecision, DrawsSpec, View
 
-MAX_GROUP_LIMIT = 65535  # sizes are stored as uint16
 MOST_SHARD_SAMPLES = 65_536
 MOST_SHARD_BYTES = 256_000_000
 ENTRY_BYTES = 6
@@ -51,14 +50,14 @@ class PartitionSettings:
         _check("--temperatures", temperatures, fits, "one or more finite numbers above 0")
         distinct = len(set(self.temperatures)) == len(self.temperatures)
         _check("--temperatures", temperatures, distinct, "each number once")
-        fits = 1 <= self.max_group <= MAX_GROUP_LIMIT
-        _check("--max-group", self.max_group, fits, f"a number from 1 to {MAX_GROUP_LIMIT:,}")
+        fits = 1 <= self.max_group <= MAX_GROUP
+        _check("--max-group", self.max_group, fits, f"a number from 1 to {MAX_GROUP:,}")
         _check("--scale", self.scale, _is_positive(self.scale), positive)
         _check("--margin", self.margin, math.isfinite(self.margin), "a finite number")
         if self.draws is not None:
             count, temperature = self.draws.count, self.draws.temperature
-            fits = 1 <= count <= MAX_GROUP_LIMIT
-            _check("--draws", count, fits, f"a number from 1 to {MAX_GROUP_LIMIT:,}")
+            fits = 1 <= count <= MAX_GROUP
+            _check("--draws", count, fits, f"a number from 1 to {MAX_GROUP:,}")
             known = temperature in self.temperatures
             expected = f"one of --temperatures, which are {temperatures}"
             _check("--draw-temperature", temperature, known, expected)
@@ -113,12 +112,15 @@ class CacheSettings:
     def samples_per_shard(self, num_samples: int) -> int:
         """``shard_samples``, or the largest power of two <= 65,536 that keeps shards small.
 
-        That is 256 MB of a view's entries at most. A data set that is smaller is one shard.
+        That is 256 MB of a view's entries and draws at most. A data set that is smaller is one
+        shard.
         """
         if self.shard_samples is not None:
             return self.shard_samples
+        draws = self.partition.draws
+        entries = self.partition.max_group + (draws.count if draws else 0)
         samples = MOST_SHARD_SAMPLES
-        while samples > 1 and ENTRY_BYTES * self.partition.max_group * samples > MOST_SHARD_BYTES:
+        while samples > 1 and ENTRY_BYTES * entries * samples > MOST_SHARD_BYTES:
             samples //= 2
         return min(samples, num_samples)
 

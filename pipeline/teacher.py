@@ -15,11 +15,11 @@ from torch import nn
 from gkd.pipeline.onnx_files import onnx_sha256
 from gkd.storage.errors import ConfigError, GkdError
 from gkd.storage.extras import require
-from gkd.storage.spec import Preprocess
+from gkd.storage.launch import usable_cores
+from gkd.storage.spec import Precision, Preprocess
 
 FACE_SIZE = 112
 CPU_BLOCK = 16
-Precision = Literal["auto", "float32", "bfloat16", "float16"]
 AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -31,7 +31,7 @@ class Embedder(Protocol):
     sha256: str
     embedding_dim: int
     preprocess: Preprocess
-    precision: str
+    precision: Precision
     compiled: bool
     device: str
 
@@ -70,7 +70,7 @@ def _own_gpu(device: str, gpus: int) -> str:
     return f"cuda:{int(local_rank) % gpus}"
 
 
-def resolve_precision(precision: Precision, device: str) -> str:
+def resolve_precision(precision: Precision | Literal["auto"], device: str) -> Precision:
     """``auto`` is float32 on a CPU, and on a GPU bfloat16 where it computes it, else float16."""
     if precision != "auto":
         return precision
@@ -83,11 +83,6 @@ def faulty_rows(embeddings: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:
     """Rows of [B, D] that have no direction: not finite, or zero."""
     lengths = np.linalg.norm(embeddings.astype(np.float64), axis=1)
     return np.flatnonzero(~(np.isfinite(lengths) & (lengths > 0)))
-
-
-def own_cores() -> int:
-    """Cores of this machine for one of the ranks that torchrun started on it."""
-    return max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 class TorchEmbedder:
@@ -109,7 +104,7 @@ class TorchEmbedder:
         sha256: str,
         preprocess: Preprocess,
         device: str = "auto",
-        precision: Precision = "auto",
+        precision: Precision | Literal["auto"] = "auto",
         compile: bool = False,
     ) -> None:
         self.name, self.arch, self.sha256 = name, arch, sha256
@@ -212,9 +207,9 @@ class OnnxEmbedder:
         self.name = path.stem
         self.sha256 = onnx_sha256(path)
         self.preprocess = preprocess
-        self.precision = "float32"
+        self.precision: Precision = "float32"
         self.device = _onnx_device(runtime, device)
-        self._session = _session(runtime, path, self.device, threads or own_cores())
+        self._session = _session(runtime, path, self.device, threads or usable_cores())
         self._input, self._fixed_batch, self._dtype = _image_input(self._session, path)
         self._output = self._session.get_outputs()[0].name
         self.embedding_dim = _probe(self, self.name)

@@ -22,6 +22,7 @@ from gkd.storage import atomic, layout
 from gkd.storage.cache import Cache
 from gkd.storage.disk import disk_errors
 from gkd.storage.errors import ConfigError, CorruptDataError
+from gkd.storage.launch import all_cores
 from gkd.storage.progress import progress
 from gkd.storage.spec import VIEWS, CacheSpec, View
 from gkd.storage.target_arrays import (
@@ -49,7 +50,7 @@ _ASIDE = re.compile(rf"\.({_STORE.pattern})\.[0-9a-f]{{32}}")
 _EMBEDDINGS_FILE = re.compile(
     r"[0-9a-f]{64}\.safetensors|\.[0-9a-f]{64}\.safetensors\.[0-9a-f]{32}"
 )
-_DIGESTS_FILE = re.compile(r"[0-9a-f]{64}\.npz|\.[0-9a-f]{64}\.npz\.[0-9a-f]{32}")
+_DIGESTS_FILE = re.compile(r"[0-9a-f]{64}\.(npz|lock)|\.[0-9a-f]{64}\.npz\.[0-9a-f]{32}")
 
 
 class _Description(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -225,7 +226,7 @@ def _build(cache: Cache, views: tuple[View, ...], target: Path) -> None:
         }
         parts = list(lay_out(cache, shards, views))
         with progress("materialise", len(parts), "shards") as advance:
-            for _ in fill(cache, parts, arrays, workers=min(_MAX_WORKERS, os.cpu_count() or 1)):
+            for _ in fill(cache, parts, arrays, workers=min(_MAX_WORKERS, all_cores())):
                 advance()
         for array in arrays.values():
             array.flush()

@@ -14,7 +14,6 @@ differ by the classes in question from what the teacher would give.
 """
 
 import functools
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -28,6 +27,7 @@ import numpy.typing as npt
 from gkd.storage.cache import Cache, digests_of
 from gkd.storage.card import write_card
 from gkd.storage.errors import ConfigError
+from gkd.storage.launch import all_cores
 from gkd.storage.layout import Commit
 from gkd.storage.lock import WriteLock
 from gkd.storage.parallel import ordered_map
@@ -85,7 +85,7 @@ def retarget(
         writer = CacheWriter(out, spec, guard=lock.check)
         pending = writer.pending()
         done = spec.num_shards - len(pending)
-        workers = min(_MAX_WORKERS, os.cpu_count() or 1)
+        workers = min(_MAX_WORKERS, all_cores())
         with progress("retarget", spec.num_shards, "shards", done) as advance:
             for _ in ordered_map(
                 functools.partial(_derive, cache, writer), pending, workers=workers

@@ -10,10 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, Protocol
 
+import filelock
 import numpy as np
 import numpy.typing as npt
 
 from gkd.storage import atomic
+from gkd.storage.disk import disk_errors
 from gkd.storage.errors import CorruptRecordError
 from gkd.storage.images import DIGEST_BYTES, decode_face, digest
 from gkd.storage.parallel import ordered_map, row_blocks
@@ -147,6 +149,10 @@ def kept_digests(records: Records, folder: Path, *, workers: int) -> npt.NDArray
     They are found again as long as path, labels and the size and time of change of every file are
     the same. Files that changed within the last ``SETTLED_SECONDS`` are hashed and not kept:
     another change within one tick of the file system's clock could not be told.
+
+    Raises:
+        ConfigError: where ``folder`` cannot be written.
+        CorruptRecordError: as ``digests`` does.
     """
     if records.sizes.sum() < LEAST_KEPT_BYTES:
         return digests(records, workers=workers)
@@ -154,13 +160,23 @@ def kept_digests(records: Records, folder: Path, *, workers: int) -> npt.NDArray
     found = _read_kept(path, len(records))
     if found is not None:
         return found
-    made = digests(records, workers=workers)
-    if time.time() - newest >= SETTLED_SECONDS and _kept_path(records, folder)[0] == path:
+    lock = filelock.FileLock(path.with_suffix(".lock"))
+    with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        buffer = io.BytesIO()
-        np.savez(buffer, digests=made)
-        atomic.write_file(path, buffer.getvalue())
-    return made
+        lock.acquire()  # of a node's ranks one reads the data, the others find what it kept
+    try:
+        found = _read_kept(path, len(records))
+        if found is not None:
+            return found
+        made = digests(records, workers=workers)
+        if time.time() - newest >= SETTLED_SECONDS and _kept_path(records, folder)[0] == path:
+            buffer = io.BytesIO()
+            np.savez(buffer, digests=made)
+            with disk_errors(path):
+                atomic.write_file(path, buffer.getvalue())
+        return made
+    finally:
+        lock.release()
 
 
 def _kept_path(records: Records, folder: Path) -> tuple[Path, float]:

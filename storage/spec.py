@@ -74,7 +74,9 @@ class TeacherSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
     compiled: bool = False
 
 
-CenterPrecision = Literal["float32", "float16", "bfloat16"]
+# Of a teacher's arithmetic; its centres have one of their own.
+Precision = Literal["float32", "float16", "bfloat16"]
+CenterPrecision = Precision
 
 
 class CentersSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -131,7 +133,8 @@ class CacheSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """Attributes of a cache's root group (format 1), see ``storage/FORMAT.md``.
 
     ``derived`` is there only in a cache that was made from other caches.
-    Two runs with equal specs, ``software`` aside, write equal bytes.
+    Two runs with equal specs, ``software`` aside, write equal bytes on one kind of device and with
+    one batch size, which may change a teacher's last bits.
     """
 
     format: int = FORMAT
@@ -146,7 +149,7 @@ class CacheSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     margin: float
     views: tuple[View, ...]
     preprocess: Preprocess
-    precision: str
+    precision: Precision
     teacher: TeacherSpec
     centers: CentersSpec
     dataset: DatasetSpec

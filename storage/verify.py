@@ -12,6 +12,7 @@ import msgspec
 from gkd.storage import atomic, layout
 from gkd.storage.cache import Cache, committed_shards, read_commit, read_spec, regular_file
 from gkd.storage.errors import ConfigError, CorruptShardError
+from gkd.storage.launch import all_cores
 from gkd.storage.layout import Commit, FileRecord, Manifest, file_record
 from gkd.storage.meaning import check_targets
 from gkd.storage.progress import progress
@@ -118,7 +119,7 @@ def _verify_shards(
     level: Level,
     workers: int | None,
 ) -> Iterator[_ShardReport]:
-    workers = workers or min(_MAX_WORKERS, os.cpu_count() or 1)
+    workers = workers or min(_MAX_WORKERS, all_cores())
     with (
         progress("verify", len(shards), "shards") as advance,
         ThreadPoolExecutor(workers) as pool,

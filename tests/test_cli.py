@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import re
 import shutil
 import signal
@@ -9,43 +10,21 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
-from click.testing import CliRunner, Result
 
-from gkd.cli import main
 from gkd.commands.shared import emit
+from gkd.storage import layout
+from gkd.storage.cache import read_commit, read_spec
 from gkd.storage.records import open_records
 from gkd.storage.synthetic import draw_faces, draw_pairs
 from gkd.trainer.backbones import build_backbone
 from gkd.trainer.verification_set import write_verification_set
+from tests.commands import TINY, fails, gkd, works
 from tests.storage.test_forms import write_form
-
-TINY = (
-    *("--set", "student.name=iresnet18", "--set", "student.width=0.125"),
-    *("--set", "student.input_size=28", "--set", "student.embedding_dim=16"),
-    *("--set", "train.epochs=2", "--set", "train.batch_size=8", "--set", "data.workers=0"),
-    *("--set", "schedule.warmup_epochs=1"),
-)
-
-
-def gkd(*arguments: object) -> Result:
-    return CliRunner().invoke(main, [str(argument) for argument in arguments])
-
-
-def works(*arguments: object) -> str:
-    result = gkd(*arguments)
-    assert result.exit_code == 0, result.output
-    return result.stdout
-
-
-def fails(*arguments: object, code: int = 1) -> str:
-    """What a user reads of a failure: one message and no traceback."""
-    result = gkd(*arguments)
-    assert result.exit_code == code, result.output
-    assert isinstance(result.exception, SystemExit), result.exception
-    return result.stderr
 
 
 @pytest.fixture(scope="module")
@@ -163,9 +142,9 @@ def test_published_forms_are_described_cached_and_trained_on(home: Path, tmp_pat
     faces = open_records(home / "faces")
     parquet = write_form("parquets", faces, tmp_path / "hub")
     tar = write_form("tar", faces, tmp_path / "shards")
-    for path, layout in ((parquet, "parquet"), (tar, "webdataset")):
+    for path, form in ((parquet, "parquet"), (tar, "webdataset")):
         info = json.loads(works("records", "info", path, "--json"))
-        assert (info["images"], info["identities"], info["layout"]) == (32, 8, layout)
+        assert (info["images"], info["identities"], info["layout"]) == (32, 8, form)
         assert "32 images, 8 identities, 0 faults" in works("records", "verify", path)
     out, teacher = tmp_path / "targets.gkd", ("--teacher", home / "teacher.pt")
     works("cache-teacher", parquet, out, *teacher, "--centers", "class-mean")
@@ -441,10 +420,64 @@ def test_a_wrong_option_of_cache_teacher_is_explained(
     assert not (home / "out.gkd").exists()
 
 
-def test_an_onnx_teacher_is_not_compiled(home: Path, tmp_path: Path) -> None:
-    teacher = ("--teacher", home / "teacher.onnx", "--centers", "class-mean", "--compile")
+@pytest.mark.parametrize(
+    "option", [("--compile",), ("--precision", "bfloat16"), ("--arch", "iresnet50")], ids=str
+)
+def test_what_an_onnx_teacher_cannot_follow_is_refused(
+    home: Path, tmp_path: Path, option: tuple[str, ...]
+) -> None:
+    teacher = ("--teacher", home / "teacher.onnx", "--centers", "class-mean", *option)
     told = fails("cache-teacher", home / "faces", tmp_path / "c.gkd", *teacher)
-    assert "teacher.onnx: --compile: expected weights for a network of torch, got an ONNX" in told
+    named = " ".join(option)
+    assert f"teacher.onnx: {named}: expected weights for a network of torch, got an ONNX" in told
+
+
+def test_code_that_a_cache_names_is_not_run(targets: Path, home: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy.gkd"
+    shutil.copytree(targets, copy)
+    root = json.loads((copy / "zarr.json").read_text())
+    root["attributes"]["teacher"]["arch"] = "tests.commands:fails"
+    rewrite(copy, root)
+    against = ("--against", home / "faces", "--teacher", home / "teacher.pt")
+    told = fails("targets", "verify", copy, *against)
+    assert (
+        "names the code tests.commands:fails as its teacher's network, and no code is run" in told
+    )
+    chosen = fails("targets", "verify", copy, *against, "--arch", "iresnet18")
+    assert "names the code" not in chosen
+
+
+def rewrite(cache: Path, root: dict[str, Any]) -> None:
+    """Give a cache other attributes, and a manifest that vouches for them."""
+    (cache / "zarr.json").write_bytes(layout.encode_json(root))
+    spec = read_spec(cache)
+    names = [name for name, _ in layout.metadata_files(spec)]
+    files = {name: layout.file_record(cache / name) for name in names}
+    commits = [
+        (read_commit(cache, spec, k), layout.file_record(cache / layout.commit_file(k)))
+        for k in range(spec.num_shards)
+    ]
+    content = layout.manifest_content(spec, files, commits)
+    (cache / layout.MANIFEST).write_bytes(content)
+
+
+def test_memory_that_ran_out_is_no_traceback(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    huge = ("--teacher", home / "teacher.pt", "--centers", "class-mean")
+    for error in (
+        MemoryError("Unable to allocate 3 TiB"),
+        torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 3 TiB"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 3 TiB"),
+    ):
+        monkeypatch.setattr("gkd.pipeline.run.cache_teacher", Mock(side_effect=error))
+        told = fails("cache-teacher", home / "faces", tmp_path / "c.gkd", *huge)
+        assert "memory ran out" in told
+        assert "take a smaller batch (--batch-size" in told
+    monkeypatch.setattr("gkd.pipeline.run.cache_teacher", Mock(side_effect=RuntimeError("a bug")))
+    assert isinstance(
+        gkd("cache-teacher", home / "faces", tmp_path / "c.gkd", *huge).exception, RuntimeError
+    )
 
 
 def test_centres_are_class_means_or_files(home: Path) -> None:
@@ -484,7 +517,20 @@ def test_an_interrupted_training_goes_on(
 
 
 def test_names_of_strangers_do_not_steer_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    emit({"teacher": "r50\x1b[2J\x07", "names": ["a\x1b]0;b"]}, False)
+    skipped = {"key\x1b[2J": "why\nnot"}
+    emit({"teacher": "r50\x1b[2J\x07", "names": ["a\x1b]0;b"], "skipped": skipped}, False)
     printed = capsys.readouterr().out
+    assert printed.count("\n") == 3
     assert "r50" in printed
     assert all(letter.isprintable() or letter == "\n" for letter in printed)
+
+
+def test_an_error_that_names_what_a_stranger_wrote_does_not_either(tmp_path: Path) -> None:
+    told = fails("targets", "info", tmp_path / "x\x1b[2J\x07.gkd")
+    assert "expected a cache of targets" in told
+    assert all(letter.isprintable() or letter == "\n" for letter in told)
+
+
+def test_json_is_json_where_a_number_is_not_finite(capsys: pytest.CaptureFixture[str]) -> None:
+    emit({"gap": math.inf, "of": [math.nan, 1.5]}, True)
+    assert capsys.readouterr().out == '{"gap":null,"of":[null,1.5]}\n'

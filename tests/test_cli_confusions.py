@@ -13,17 +13,16 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from click.testing import CliRunner, Result
 from PIL import Image
 from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
-from gkd.cli import main
 from gkd.pipeline.settings import CacheSettings, PartitionSettings
 from gkd.storage.images import digest
 from gkd.storage.records import open_records
 from tests.caches import make_cache
+from tests.commands import gkd
 from tests.pipeline.faces import make, write_folder
 
 CHROMIUM = shutil.which("chromium")
@@ -35,10 +34,6 @@ SETTINGS = CacheSettings(
 )
 # With the file's name the key is a whole element.
 HOSTILE = ["<script>window.broken = 1<", "<img src=x onerror=window.broken=1>", "'\">&lt;<b>"]
-
-
-def gkd(*arguments: object) -> Result:
-    return CliRunner().invoke(main, [str(argument) for argument in arguments])
 
 
 def told(*arguments: object) -> dict[str, Any]:

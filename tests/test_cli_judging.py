@@ -6,32 +6,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from click.testing import CliRunner, Result
+from click.testing import Result
 
-from gkd.cli import main
 from gkd.storage.synthetic import draw_faces, draw_pairs
 from gkd.trainer.backbones import build_backbone
 from gkd.trainer.verification_set import write_verification_set
+from tests.commands import fails, gkd
 from tests.trainer.ijb_folder import write_ijb
 
 PEOPLE, EACH = range(6), 4
-
-
-def gkd(*arguments: object) -> Result:
-    return CliRunner().invoke(main, [str(argument) for argument in arguments])
 
 
 def works(*arguments: object) -> Result:
     result = gkd(*arguments)
     assert result.exit_code == 0, result.output
     return result
-
-
-def fails(*arguments: object, code: int = 1) -> str:
-    result = gkd(*arguments)
-    assert result.exit_code == code, result.output
-    assert isinstance(result.exception, SystemExit), result.exception
-    return result.stderr
 
 
 @pytest.fixture(autouse=True)

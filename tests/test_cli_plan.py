@@ -6,24 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner, Result
 
-from gkd.cli import main
 from gkd.storage.synthetic import draw_faces
 from gkd.trainer.backbones import build_backbone
+from tests.commands import fails, gkd
 
 GRID = ("--group-temperatures", "1,4", "--thresholds", "0.93")
-
-
-def gkd(*arguments: object) -> Result:
-    return CliRunner().invoke(main, [str(argument) for argument in arguments])
-
-
-def fails(*arguments: object, code: int = 1) -> str:
-    result = gkd(*arguments)
-    assert result.exit_code == code, result.output
-    assert isinstance(result.exception, SystemExit), result.exception
-    return result.stderr
 
 
 @pytest.fixture(scope="module")

@@ -7,34 +7,16 @@ from pathlib import Path
 import fsspec
 import pytest
 import torch
-from click.testing import CliRunner, Result
 
-from gkd.cli import main
 from gkd.storage.cache import Cache
 from gkd.storage.verify import verify
 from gkd.trainer.backbones import build_backbone
 from tests.caches import make_cache
+from tests.commands import fails, works
 from tests.pipeline.faces import write_folder
 from tests.s3 import S3Server, s3_server
 
 ADDRESS = "s3://faces/cache.gkd"
-
-
-def gkd(*arguments: object) -> Result:
-    return CliRunner().invoke(main, [str(argument) for argument in arguments])
-
-
-def works(*arguments: object) -> str:
-    result = gkd(*arguments)
-    assert result.exit_code == 0, result.output
-    return result.stdout
-
-
-def fails(*arguments: object, code: int = 1) -> str:
-    result = gkd(*arguments)
-    assert result.exit_code == code, result.output
-    assert isinstance(result.exception, SystemExit), result.exception
-    return result.stderr
 
 
 @pytest.fixture(scope="module")

@@ -7,42 +7,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner, Result
 
-from gkd.cli import main
 from gkd.storage.cache import Cache
 from gkd.storage.recordio import RecordWriter, encode_record
 from gkd.storage.records import Records, open_records
 from gkd.storage.synthetic import draw_faces
 from gkd.trainer.backbones import build_backbone
 from gkd.trainer.checkpoint import read_checkpoint
+from tests.commands import TINY, fails, gkd, works
 
-TINY = (
-    *("--set", "student.name=iresnet18", "--set", "student.width=0.125"),
-    *("--set", "student.input_size=28", "--set", "student.embedding_dim=16"),
-    *("--set", "train.epochs=2", "--set", "train.batch_size=8", "--set", "data.workers=0"),
-    *("--set", "schedule.warmup_epochs=1"),
-)
 # Half a step of the stored codes, as a natural logarithm.
 ROUNDING = np.log(2) / 2048
-
-
-def gkd(*arguments: object) -> Result:
-    return CliRunner().invoke(main, [str(argument) for argument in arguments])
-
-
-def works(*arguments: object) -> str:
-    result = gkd(*arguments)
-    assert result.exit_code == 0, result.output
-    return result.output
-
-
-def fails(*arguments: object) -> str:
-    """What a user reads of a failure: one message and no traceback."""
-    result = gkd(*arguments)
-    assert result.exit_code == 1, result.output
-    assert isinstance(result.exception, SystemExit), result.exception
-    return result.stderr
 
 
 def cache_teacher(home: Path, records: Path, out: Path, *options: object) -> Path:
@@ -176,7 +151,8 @@ def test_unknown_images_are_left_out_on_request(home: Path, tmp_path: Path) -> N
     message = fails(*train)
     assert "1 of 32 images" in message
     assert image.name in message
-    assert "1 images without targets are left out, 31 stay" in works(*train, "--drop-unmatched")
+    left_out = gkd(*train, "--drop-unmatched").stderr
+    assert "1 images without targets are left out, 31 stay" in left_out
     described = json.loads((tmp_path / "run/run.json").read_text())
     assert described["dataset"]["num_images"] == 31
 

@@ -15,7 +15,7 @@ from gkd.pipeline.centers import CLASS_MEAN, Centers
 from gkd.pipeline.run import CacheSummary, cache_teacher
 from gkd.pipeline.settings import CacheSettings, PartitionSettings
 from gkd.storage.records import open_records
-from gkd.storage.spec import preprocess_preset
+from gkd.storage.spec import Precision, preprocess_preset
 
 EMBEDDING_DIM = 16
 SETTINGS = CacheSettings(
@@ -33,7 +33,7 @@ class PixelEmbedder:
     sha256 = "0" * 64
     embedding_dim = EMBEDDING_DIM
     preprocess = preprocess_preset("arcface")
-    precision = "float32"
+    precision: Precision = "float32"
     compiled = False
     device = "cpu"
 

@@ -291,7 +291,7 @@ def _failing(after: int) -> Any:
 def test_an_interrupt_passes_through_and_leaves_whole_shards(folder: Path, tmp_path: Path) -> None:
     class Interrupted(PixelEmbedder):
         def __call__(self, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-            if self.images >= 50:
+            if self.images >= FEWEST_IMAGES + 50:  # after the sample of the calibration
                 raise KeyboardInterrupt
             return super().__call__(images)
 
@@ -444,7 +444,7 @@ def test_embeddings_without_direction_are_refused(
     class Faulty(PixelEmbedder):
         def __call__(self, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
             embeddings = super().__call__(images)
-            if self.images > 8:
+            if self.images > FEWEST_IMAGES + 8:  # after the sample of the calibration
                 embeddings[1] = value
             return embeddings
 
@@ -544,6 +544,14 @@ def test_a_full_disk_is_told_beforehand(
         make(folder, tmp_path / "cache.gkd", class_mean=True)
 
 
+def test_what_stands_already_needs_no_room(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = make(folder, tmp_path / "cache.gkd")
+    monkeypatch.setattr("shutil.disk_usage", lambda path: _Usage())
+    assert make(folder, tmp_path / "cache.gkd").cache_id == first.cache_id
+
+
 class _Usage:
     free = 10
 
@@ -572,6 +580,12 @@ def test_shards_are_as_large_as_their_bytes_allow(
 ) -> None:
     settings = CacheSettings(partition=PartitionSettings(max_group=max_group))
     assert settings.samples_per_shard(num_samples) == expected
+
+
+def test_draws_make_shards_shorter_as_entries_do() -> None:
+    draws = DrawsSpec(3000, 4.0, "all")
+    settings = CacheSettings(partition=PartitionSettings(max_group=1000, draws=draws))
+    assert settings.samples_per_shard(10**6) == 8192
 
 
 def test_batches_join_and_split() -> None:

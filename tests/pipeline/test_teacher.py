@@ -1,6 +1,5 @@
 """Teachers from ONNX files and torch modules, and what is refused of them."""
 
-import os
 import shutil
 import sys
 from pathlib import Path
@@ -16,7 +15,6 @@ from gkd.pipeline.teacher import (
     OnnxEmbedder,
     TorchEmbedder,
     faulty_rows,
-    own_cores,
     resolve_device,
     resolve_precision,
 )
@@ -224,14 +222,11 @@ def test_the_number_of_threads_does_not_change_a_bit() -> None:
         torch.set_num_threads(before)
 
 
-def test_a_rank_of_torchrun_has_a_gpu_and_cores_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+def test_a_rank_of_torchrun_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(torch, "empty", lambda *shape, device: None)
-    assert (resolve_device("auto"), own_cores()) == ("cuda", 16)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "6")
-    assert own_cores() == 2
+    assert resolve_device("auto") == "cuda"
     for local_rank, expected in (("0", "cuda:0"), ("3", "cuda:3"), ("5", "cuda:1")):
         monkeypatch.setenv("LOCAL_RANK", local_rank)
         assert resolve_device("auto") == resolve_device("cuda") == expected

@@ -4,6 +4,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -109,7 +110,7 @@ def test_what_changed_just_now_is_not_kept(home: Path, tmp_path: Path, hashed: l
     for path in home.rglob("*"):
         settle(path, 0)
     kept(home, tmp_path / "digests")
-    assert not (tmp_path / "digests").exists()
+    assert not list((tmp_path / "digests").glob("*.npz"))
 
 
 @pytest.mark.parametrize("spoil", [b"", b"PK\x03\x04 no archive"])
@@ -117,7 +118,7 @@ def test_a_damaged_file_is_made_again(
     home: Path, tmp_path: Path, hashed: list[int], spoil: bytes
 ) -> None:
     first = kept(home, tmp_path / "digests")
-    (file,) = (tmp_path / "digests").iterdir()
+    (file,) = (tmp_path / "digests").glob("*.npz")
     file.write_bytes(spoil)
     np.testing.assert_array_equal(kept(home, tmp_path / "digests"), first)
     np.testing.assert_array_equal(kept(home, tmp_path / "digests"), first)
@@ -126,7 +127,7 @@ def test_a_damaged_file_is_made_again(
 
 def test_a_flipped_bit_is_noticed(home: Path, tmp_path: Path, hashed: list[int]) -> None:
     first = kept(home, tmp_path / "digests")
-    (file,) = (tmp_path / "digests").iterdir()
+    (file,) = (tmp_path / "digests").glob("*.npz")
     content = file.read_bytes()
     place = content.index(first[4].tobytes())
     file.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
@@ -139,7 +140,7 @@ def test_a_small_data_set_keeps_nothing(
 ) -> None:
     monkeypatch.setattr(rows, "LEAST_KEPT_BYTES", 1 << 28)
     kept(home, tmp_path / "digests")
-    assert not (tmp_path / "digests").exists()
+    assert not list((tmp_path / "digests").glob("*.npz"))
 
 
 def test_a_file_that_is_gone_is_named(drawn: Path, tmp_path: Path) -> None:
@@ -160,3 +161,13 @@ def test_a_subset_is_of_the_same_files(drawn: Path) -> None:
     subset = Subset(records, np.array([4, 2]), num_classes=7)
     assert subset.num_classes == 7
     assert list(subset.stamps()) == list(records.stamps())
+
+
+def test_of_several_at_once_one_reads_the_images(
+    home: Path, tmp_path: Path, hashed: list[int]
+) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: kept(home, tmp_path / "digests"), range(4)))
+    assert len(hashed) == 1
+    for each in found:
+        np.testing.assert_array_equal(each, found[0])

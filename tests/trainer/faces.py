@@ -112,7 +112,7 @@ def write_cache(
         margin=SETTINGS.margin,
         views=tuple(views),
         preprocess=preprocess_preset("arcface"),
-        precision="fp32",
+        precision="float32",
         teacher=TeacherSpec("none", "none", "0" * 64, 8),
         centers=CentersSpec("file", "none", "0" * 64),
         dataset=DatasetSpec(

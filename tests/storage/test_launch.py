@@ -1,0 +1,32 @@
+"""What torchrun told, and cores."""
+
+import os
+
+import pytest
+
+from gkd.storage import launch
+
+
+def test_cores_are_those_allowed_and_shared_among_a_nodes_processes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    allowed = len(os.sched_getaffinity(0))
+    assert (launch.all_cores(), launch.usable_cores()) == (allowed, allowed)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "6")
+    assert (launch.all_cores(), launch.usable_cores()) == (16, 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "32")
+    assert launch.usable_cores() == 1
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    assert (launch.all_cores(), launch.usable_cores()) == (64, 2)
+
+
+def test_one_rank_speaks(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert (launch.rank(), launch.world_size()) == (0, 1)
+    for rank in "01":
+        monkeypatch.setenv("RANK", rank)
+        launch.tell(f"said by {rank}")
+    assert capsys.readouterr().err == "said by 0\n"
