@@ -173,6 +173,14 @@ def parse_numbers(
         raise click.BadParameter(f"expected numbers such as 1,2,4, got {value!r}") from error
 
 
+def parse_auto(context: click.Context, parameter: click.Parameter, value: str) -> int | None:
+    """A whole number, or ``auto``."""
+    try:
+        return None if value == "auto" else int(value)
+    except ValueError as error:
+        raise click.BadParameter(f"expected auto or a whole number, got {value!r}") from error
+
+
 def parse_names(
     context: click.Context, parameter: click.Parameter, value: str | None
 ) -> tuple[str, ...] | None:
@@ -241,7 +249,13 @@ target_options = together(
     click.option("--scale", type=float, default=64.0, show_default=True),
     click.option("--margin", type=float, default=0.4, show_default=True),
     click.option("--views", callback=parse_names, default="original,flipped", show_default=True),
-    click.option("--shard-samples", type=int, help="Samples a shard; by default from --max-group."),
+    click.option(
+        "--shard-samples",
+        callback=parse_auto,
+        default="auto",
+        show_default=True,
+        help="Samples a shard; auto goes by --max-group and --draws.",
+    ),
     click.option(
         "--draws", type=click.IntRange(min=0), default=0, show_default=True, help="Classes to draw."
     ),

@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 from safetensors.numpy import save_file
 
+from gkd.pipeline.calibration import tell_presets
 from gkd.pipeline.center_files import METADATA, BuiltCenters, RefineSpec
 from gkd.pipeline.centers import Centers, ClassMeans, require_all_classes
 from gkd.pipeline.embed import check_labels, cut, embed
@@ -19,7 +20,7 @@ from gkd.pipeline.refine import Fit, Labelled, measure, refine
 from gkd.pipeline.specs import dataset_spec, teacher_spec
 from gkd.pipeline.teacher import Embedder
 from gkd.storage import atomic
-from gkd.storage.disk import disk_errors
+from gkd.storage.disk import disk_errors, require_room
 from gkd.storage.errors import ConfigError
 from gkd.storage.lock import WriteLock
 from gkd.storage.progress import progress
@@ -149,6 +150,9 @@ class _Build:
         if not missing:
             return
         whole, left = len(self.records), sum(map(len, missing))
+        require_room(self.out, left * len(VIEWS) * self.embedder.embedding_dim * 4)
+        if not self.store.shards():
+            tell_presets(self.records, self.embedder, VIEWS, workers=self.workers)
         batches = [rows for part in missing for rows in cut(part, self.batch_size)]
         made = embed(
             self.records,

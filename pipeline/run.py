@@ -1,7 +1,6 @@
 """The first stage: records and a teacher in, a cache of its primary groups out."""
 
 import io
-import shutil
 import time
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing
@@ -34,7 +33,7 @@ from gkd.pipeline.teacher import Embedder
 from gkd.storage import atomic, launch, layout
 from gkd.storage.cache import Cache, committed_shards, read_spec
 from gkd.storage.card import write_card
-from gkd.storage.disk import disk_errors
+from gkd.storage.disk import disk_errors, require_room
 from gkd.storage.errors import ConfigError
 from gkd.storage.lock import WriteLock
 from gkd.storage.progress import Advance, progress
@@ -147,7 +146,7 @@ class _Run:
             centers = found or self._class_means(store or self._store())
         self._check_centers(centers)
         spec = self._spec(centers.spec)
-        self._check_disk(self.out, self._rows_to_write() * len(spec.views) * SAMPLE_BYTES)
+        require_room(self.out, self._rows_to_write() * len(spec.views) * SAMPLE_BYTES)
         if self.rank:
             self.lock.wait_for((self.out / layout.METADATA).exists)
         writer = CacheWriter(self.out, spec, guard=self.lock.check)
@@ -211,15 +210,6 @@ class _Run:
         done = set(committed_shards(self.out)) if self.out.exists() else set()
         return sum(len(self._rows(shard)) for shard in range(self.num_shards) if shard not in done)
 
-    def _check_disk(self, path: Path, needed: int) -> None:
-        folder = next(p for p in path.parents if p.exists())
-        free = shutil.disk_usage(folder).free
-        if free < needed:
-            raise ConfigError(
-                f"{path}: about {needed / 1e6:,.1f} MB are needed, {free / 1e6:,.1f} MB are free "
-                f"on the disk of {folder}; make room or choose another place"
-            )
-
     def _spec(self, centers: CentersSpec) -> CacheSpec:
         precision = self.settings.center_precision
         if precision != "float32":
@@ -273,7 +263,7 @@ class _Run:
         # Of all ranks, who write to the same disk.
         left = [shard for shard in range(self.num_shards) if not store.has(shard)]
         size = sum(map(len, map(self._rows, left))) * len(VIEWS) * self.embedder.embedding_dim * 4
-        self._check_disk(store.folder, size)
+        require_room(store.folder, size)
         rows = sum(len(self._rows(shard)) for shard in missing)
         whole = sum(len(self._rows(shard)) for shard in mine)
         with (

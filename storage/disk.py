@@ -1,6 +1,7 @@
-"""Turns what a disk refuses into one message with a way out."""
+"""Turns what a disk refuses, or would, into one message with a way out."""
 
 import errno
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,3 +35,18 @@ def disk_errors(path: Path) -> Iterator[None]:
                 "write to, or change its owner, and run the same command again"
             ) from error
         raise
+
+
+def require_room(path: Path, needed: int, remedy: str = "choose another place") -> None:
+    """Refuse work that the disk of ``path``, which need not be there yet, has no room for.
+
+    Raises:
+        ConfigError: where fewer than ``needed`` bytes are free.
+    """
+    folder = next(each for each in (path, *path.parents) if each.exists())
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise ConfigError(
+            f"{path}: about {needed / 1e6:,.1f} MB are needed, {free / 1e6:,.1f} MB are free on "
+            f"the disk of {folder}; make room, or {remedy}"
+        )

@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from gkd.storage import atomic, layout
 from gkd.storage.cache import Cache
-from gkd.storage.disk import disk_errors
+from gkd.storage.disk import disk_errors, require_room
 from gkd.storage.errors import ConfigError, CorruptDataError
 from gkd.storage.launch import all_cores
 from gkd.storage.progress import progress
@@ -263,13 +263,12 @@ def _is_real_folder(path: Path) -> bool:
 
 
 def _require_space(folder: Path, needed: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise ConfigError(
-            f"{folder}: expected {needed / 1e9:,.2f} GB of free disk for the targets, got "
-            f"{free / 1e9:,.2f} GB; make room, set GKD_CACHE_DIR to a larger disk, or read the "
-            "targets block by block with data.order=blocks"
-        )
+    require_room(
+        folder,
+        needed,
+        "set GKD_CACHE_DIR to a larger disk, or read the targets block by block with "
+        "data.order=blocks",
+    )
 
 
 def _warm(target: Path) -> None:

@@ -5,7 +5,6 @@ call: what stands already, and is right, is not copied again.
 """
 
 import re
-import shutil
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,7 +18,7 @@ import msgspec
 from gkd.storage import atomic, layout
 from gkd.storage.cache import Cache, parse_spec, regular_file
 from gkd.storage.card import views_note
-from gkd.storage.disk import disk_errors
+from gkd.storage.disk import disk_errors, require_room
 from gkd.storage.errors import ConfigError, CorruptShardError, GkdError, SpecMismatchError
 from gkd.storage.layout import Commit, FileRecord, ViewRecord, file_record
 from gkd.storage.lock import WriteLock
@@ -412,13 +411,7 @@ def _require_space(path: Path, files: Mapping[str, FileRecord]) -> None:
         for file, record in files.items()
         if not (path / file).exists() or (path / file).stat().st_size != record.bytes
     )
-    folder = next(each for each in (path, *path.parents) if each.exists())
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise ConfigError(
-            f"{path}: expected {needed / 1e9:,.2f} GB of free disk for the cache, got "
-            f"{free / 1e9:,.2f} GB; make room, or pull into a folder on another disk"
-        )
+    require_room(path, needed, "pull into a folder on another disk")
 
 
 def _delete_asides(path: Path) -> None:

@@ -45,7 +45,14 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def targets(home: Path) -> Path:
     out = home / "targets.gkd"
-    teacher = ("--teacher", home / "teacher.pt", "--centers", "class-mean")
+    teacher = (
+        "--teacher",
+        home / "teacher.pt",
+        "--centers",
+        "class-mean",
+        "--shard-samples",
+        "auto",
+    )
     summary = json.loads(works("cache-teacher", home / "faces", out, *teacher, "--json"))
     assert summary["samples"] == 32
     assert summary["images"] == 32
@@ -498,6 +505,8 @@ def test_wrong_usage_is_exit_code_2(home: Path) -> None:
     assert "Missing option '--teacher'" in fails("cache-teacher", "a", "b", code=2)
     numbers = ("--teacher", "t", "--centers", "class-mean", "--temperatures", "one")
     assert "expected numbers such as 1,2,4" in fails("cache-teacher", "a", "b", *numbers, code=2)
+    numbers = ("--teacher", "t", "--centers", "class-mean", "--shard-samples", "many")
+    assert "expected auto or a whole number" in fails("cache-teacher", "a", "b", *numbers, code=2)
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])

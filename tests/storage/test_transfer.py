@@ -31,7 +31,7 @@ from gkd.storage.errors import (
 from gkd.storage.lock import WriteLock
 from gkd.storage.remote import Remote
 from gkd.storage.remote_cache import WORKERS, RemoteCache, remote_stats
-from gkd.storage.spec import DerivedSpec
+from gkd.storage.spec import DerivedSpec, DrawsSpec
 from gkd.storage.stats import stats
 from gkd.storage.transfer import CLAIM, pull, push
 from gkd.storage.verify import verify
@@ -90,6 +90,21 @@ def test_a_cache_goes_to_a_folder_and_back(cache: Cache, tmp_path: Path) -> None
     assert contents(back) == contents(cache.path)
     assert got.id == cache.id
     assert verify(back).ok
+
+
+def test_draws_travel_whole_and_by_view(tmp_path: Path) -> None:
+    draws = DrawsSpec(5, 2.0, "primary")
+    cache = make_cache(tmp_path / "c.gkd", draws=draws, max_group=50)
+    push(cache.path, str(tmp_path / "there.gkd"))
+    pull(str(tmp_path / "there.gkd"), tmp_path / "back.gkd")
+    assert contents(tmp_path / "back.gkd") == contents(cache.path)
+    pull(str(tmp_path / "there.gkd"), tmp_path / "one.gkd", views=["flipped"])
+    one = Cache.open(tmp_path / "one.gkd")
+    assert one.spec.draws == draws
+    assert verify(one.path, level="deep").ok
+    for name in ("draws", "draw_log2_probs", "draw_secondary"):
+        got = getattr(one.read_shard(1, "flipped"), name)
+        np.testing.assert_array_equal(got, getattr(cache.read_shard(1, "flipped"), name))
 
 
 def test_what_stands_is_not_copied_again(cache: Cache, tmp_path: Path) -> None:
