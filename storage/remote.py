@@ -10,6 +10,7 @@ from typing import Any
 
 import fsspec
 from fsspec.callbacks import Callback
+from fsspec.exceptions import FSTimeoutError
 from fsspec.implementations.local import LocalFileSystem
 
 from gkd.storage import atomic
@@ -18,6 +19,8 @@ from gkd.storage.errors import ConfigError, CorruptShardError, GkdError, Incompl
 
 Advance = Callable[[int], None]
 _BLOCK_BYTES = 1 << 22
+# What a server that still answers needs at most, and how slow a line may be.
+_PATIENCE_SECONDS, _LEAST_BYTES_A_SECOND = 300.0, 50_000
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -75,7 +78,7 @@ class Remote:
         """What stands in the folder itself, hidden files left out."""
         with self._explained(self.address):
             try:
-                found = self._files.ls(self._root, detail=True)
+                found = self._ask("ls", self._root, detail=True)
             except FileNotFoundError:
                 return []
             finally:
@@ -95,7 +98,7 @@ class Remote:
                 return None
             # What is above may be closed to us, or to ask of it may make no sense.
             with suppress(Exception):
-                if self._files.isfile(str(folder / file)):
+                if self._ask("isfile", str(folder / file)):
                     return f"{protocol}://{folder}" if colon else str(folder)
         return None
 
@@ -103,7 +106,7 @@ class Remote:
         """Bytes of a file, None where there is none."""
         with self._explained(self.place(file)):
             try:
-                return int(self._files.info(self._path(file))["size"])
+                return int(self._ask("info", self._path(file))["size"])
             except (FileNotFoundError, NotADirectoryError):
                 return None
 
@@ -118,13 +121,13 @@ class Remote:
                 "no cache has such a file, check the address"
             )
         with self._explained(self.place(file)):
-            return bytes(self._files.cat_file(self._path(file), start=0, end=size))
+            return bytes(self._ask("cat_file", self._path(file), start=0, end=size, size=size))
 
     def fetch(self, file: str, to: Path, size: int, advance: Advance) -> None:
         """Copy a file of ``size`` bytes to ``to``, telling ``advance`` of bytes as they come."""
         callback = _Bytes(advance, size, self.place(file))
         with self._explained(self.place(file), to):
-            self._files.get_file(self._path(file), str(to), callback=callback)
+            self._ask("get_file", self._path(file), str(to), callback=callback, size=size)
         callback.finish()
 
     def send(self, content: Path, file: str, advance: Advance) -> None:
@@ -136,7 +139,7 @@ class Remote:
                 _write_local(Path(self._path(file)), content.read_bytes())
             else:
                 self._make_folder_of(file)
-                self._files.put_file(str(content), self._path(file), callback=callback)
+                self._ask("put_file", str(content), self._path(file), callback=callback, size=size)
         callback.finish()
 
     def write(self, file: str, content: bytes) -> None:
@@ -146,7 +149,7 @@ class Remote:
                 _write_local(Path(self._path(file)), content)
             else:
                 self._make_folder_of(file)
-                self._files.pipe_file(self._path(file), content)
+                self._ask("pipe_file", self._path(file), content, size=len(content))
 
     def sha256(self, file: str) -> str:
         """Hex sha256 of a file, which is read back for it."""
@@ -163,6 +166,12 @@ class Remote:
     def _files(self) -> Any:
         # fsspec keeps one for each thread, and opens it on the first call.
         return self._shared or fsspec.url_to_fs(self.address, **self._options)[0]
+
+    def _ask(self, method: str, *arguments: Any, size: int = 0, **options: Any) -> Any:
+        """Call the backend, which has no limit of its own where a server goes silent midway."""
+        if self._shared is not None:
+            options["timeout"] = _PATIENCE_SECONDS + size / _LEAST_BYTES_A_SECOND
+        return getattr(self._files, method)(*arguments, **options)
 
     def _make_folder_of(self, file: str) -> None:
         folder = self._path(file).rpartition("/")[0]
@@ -234,6 +243,11 @@ def _nowhere(address: str) -> ConfigError:
 def _explanation(place: str, error: Exception) -> GkdError:
     """What a backend's error means to a user."""
     name = type(error).__name__
+    if isinstance(error, FSTimeoutError):
+        return IncompleteCacheError(
+            f"{place}: the server took the request and then went silent; see what it does, then "
+            "run the same command again to go on: what was copied stays"
+        )
     if isinstance(error, PermissionError) or "Credentials" in name or "Authentication" in name:
         return ConfigError(
             f"{place}: access refused ({error}); give the credentials of this address in the "

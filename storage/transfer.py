@@ -92,11 +92,11 @@ def push(
         with _while_it_stands(remote):
             for part in (data, records):
                 _send_all(cache.path, remote, part, tally, read_back=check)
-        manifest = regular_file(cache.path, layout.MANIFEST).read_bytes()
-        _require_claim(remote, cache.id)
-        remote.write(layout.MANIFEST, manifest)
-        if remote.read(layout.MANIFEST, len(manifest)) != manifest:
-            raise CorruptShardError(_damaged_there(remote.place(layout.MANIFEST)))
+            manifest = regular_file(cache.path, layout.MANIFEST).read_bytes()
+            _require_claim(remote, cache.id)
+            remote.write(layout.MANIFEST, manifest)
+            if remote.read(layout.MANIFEST, len(manifest)) != manifest:
+                raise CorruptShardError(_damaged_there(remote.place(layout.MANIFEST)))
     return tally.summary(remote, cache.path, cache.id, time.monotonic() - began)
 
 

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sysconfig
@@ -69,6 +70,11 @@ class S3Server:
             else:
                 return
         raise AssertionError((self._home / "log").read_text())
+
+    def silence(self, *, end: bool = False) -> None:
+        """Stop the process as it is: what is sent to it arrives, and no answer comes."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGCONT if end else signal.SIGSTOP)
 
     def kill(self) -> None:
         """End it at once, as a machine that loses its power."""

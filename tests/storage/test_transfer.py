@@ -19,7 +19,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from gkd.storage import layout
+from gkd.storage import layout, remote
 from gkd.storage.cache import Cache, committed_shards
 from gkd.storage.errors import (
     ConfigError,
@@ -578,6 +578,22 @@ def test_a_cache_that_vanishes_midway_is_explained(
         source.remote.fetch("original/sizes/c/0/0", tmp_path / "x", 1, lambda amount: None)
 
 
+def test_a_server_that_goes_silent_is_not_waited_for_long(
+    cache: Cache, server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    push(cache.path, ADDRESS)
+    monkeypatch.setattr(remote, "_PATIENCE_SECONDS", 1.0)
+    server.silence()
+    try:
+        for arguments in ((cache.path, f"{ADDRESS}2"), (ADDRESS, tmp_path / "back")):
+            move = push if arguments[0] == cache.path else pull
+            with pytest.raises(IncompleteCacheError, match="took the request and then went silent"):
+                move(*map(str, arguments))
+    finally:
+        server.silence(end=True)
+    assert pull(ADDRESS, tmp_path / "back").whole
+
+
 def run(*arguments: object) -> "subprocess.Popen[str]":
     command = [sys.executable, "-m", "gkd.cli", "targets", *map(str, arguments)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -666,10 +682,13 @@ def test_a_bucket_deleted_during_a_push_is_one_message_that_names_it(
     process = run("push", many.path, ADDRESS)
     wait_for_files(server.buckets / "faces/team/cache.gkd", 80, process)
     owner = fsspec.filesystem("s3", skip_instance_cache=True, use_listings_cache=False)
-    while process.poll() is None:
+    until = time.monotonic() + 60
+    while process.poll() is None and time.monotonic() < until:
         # What is on its way there fails the first attempts, as of a bucket that is not empty.
         with suppress(OSError):
             owner.rm("faces", recursive=True)
+        time.sleep(0.2)
+    process.kill()  # where the server hangs, which fails below
     _, err = process.communicate()
     assert process.returncode == 1
     (message,) = [line for line in err.splitlines() if line.startswith("Error: ")]
