@@ -136,14 +136,14 @@ def joined_ranks(device: str) -> Iterator[Ranks]:
     ever after.
 
     Raises:
-        ConfigError: where the other ranks cannot be reached.
+        ConfigError: where the other ranks cannot be reached, or a rank has no GPU.
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if world_size == 1:
         yield ALONE
         return
     if device == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        _take_gpu(own_gpu(int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()))
     try:
         store, rank, _ = next(rendezvous("env://", timeout=ARRIVAL))
         store.set(f"arrived/{rank}", "")
@@ -165,6 +165,32 @@ def joined_ranks(device: str) -> Iterator[Ranks]:
         yield Ranks(dist.get_rank(), dist.get_world_size())
     finally:
         dist.destroy_process_group()
+
+
+def own_gpu(local_rank: int, gpus: int) -> int:
+    """Number of a rank's GPU, among the ``gpus`` that it is shown on its node.
+
+    Raises:
+        ConfigError: where it is shown none.
+    """
+    if not gpus:
+        raise ConfigError(
+            f"train.device: expected a GPU for rank {local_rank} of this node, torch finds none; "
+            "show it one with CUDA_VISIBLE_DEVICES, or set train.device=cpu"
+        )
+    # Where each rank is shown its own GPU only, that is number 0.
+    return local_rank % gpus
+
+
+def _take_gpu(number: int) -> None:
+    try:
+        torch.cuda.set_device(number)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            f"train.device: GPU {number} of this node cannot be used ({reason}); see with "
+            "nvidia-smi whether it is free, or set train.device=cpu"
+        ) from error
 
 
 def _rounded_mean(
