@@ -3,6 +3,7 @@
 import math
 import weakref
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from gkd.storage.target_arrays import array_shapes
 from gkd.trainer.backbones.common import FACE_SIZE
 from gkd.trainer.checkpoint import student_backbone
 from gkd.trainer.config import RunConfig
-from gkd.trainer.data import JoinedTargets, check_data
+from gkd.trainer.data import JoinedTargets, check_data, chosen_signal
 from gkd.trainer.devices import DTYPES
 from gkd.trainer.fused import grouped_margin_loss
 from gkd.trainer.heads import MarginHead
@@ -172,28 +173,36 @@ def _storage(tensor: Tensor) -> tuple[int, int]:
 def learning_centers(config: RunConfig, targets: JoinedTargets | None, num_classes: int) -> int:
     """Centres that learn in a step: all, or the sample's at its largest.
 
-    That is where no two images of a batch have a class of their groups in common.
+    That is where no two images of a batch, and no two draws of an image, have a class in common.
     """
     rate, wanted = config.head.sample_rate, config.train.batch_size
     if targets is not None:
-        assert isinstance(targets.store, ShardStore)
-        manifest = targets.store.cache.manifest
-        assert manifest is not None
-        groups = manifest.num_samples * len(manifest.entries)
-        wanted += config.train.batch_size * sum(manifest.entries.values()) // groups
+        wanted += int(wanted * _entries_per_image(config, targets))
     wanted = min(wanted, num_classes)
     return wanted + math.ceil(rate * (num_classes - wanted))
+
+
+def _entries_per_image(config: RunConfig, targets: JoinedTargets) -> Fraction:
+    """Mean entries of the signal in use: those of the stored groups, the draws, or both."""
+    assert isinstance(targets.store, ShardStore)
+    manifest = targets.store.cache.manifest
+    assert manifest is not None
+    signal, draws = chosen_signal(config.kd.signal, targets.spec), targets.spec.draws
+    groups = manifest.num_samples * len(manifest.entries)
+    stored = 0 if signal == "draws" else sum(manifest.entries.values())
+    drawn = 0 if signal == "group" or draws is None else draws.count
+    return Fraction(stored, groups) + drawn
 
 
 def _memory(
     config: RunConfig,
     model: nn.Module,
     centers: Tensor,
-    learning_centers: int,
+    own_learning: int,
     dtype: torch.dtype,
     world_size: int,
 ) -> dict[str, int]:
-    """By part, of a rank that has these ``centers``."""
+    """By part, of a rank that has these ``centers``, of which ``own_learning`` learn in a step."""
     batch = config.train.batch_size // world_size
     backbone, weight = _learning(model), nn.Parameter(centers.detach())
     shared: dict[str, int] = {}
@@ -202,8 +211,8 @@ def _memory(
         shared["gradients_sent"] = _bytes(backbone)
     learning = [*backbone, weight]
     gradients = _bytes(learning)
-    if learning_centers < len(weight):
-        some = nn.Parameter(centers[:learning_centers].detach())
+    if own_learning < len(weight):
+        some = nn.Parameter(centers[:own_learning].detach())
         gradients += _bytes([some]) - _bytes([weight])
         shared["sampled_centers"] = _bytes([some]) + optimizer_bytes(config, [some])
     return {

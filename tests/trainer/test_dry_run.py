@@ -1,5 +1,7 @@
 """What a dry run tells, against counts by hand and against real steps."""
 
+import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,7 @@ from gkd.storage.cache import Cache
 from gkd.storage.errors import ConfigError
 from gkd.storage.records import open_records
 from gkd.storage.rows import Subset
+from gkd.storage.spec import DrawsSpec, View
 from gkd.trainer.checkpoint import student_backbone
 from gkd.trainer.config import load_config
 from gkd.trainer.data import FaceBatches, join_targets, load_batches
@@ -23,7 +26,7 @@ from gkd.trainer.dry_run import (
     optimizer_bytes,
 )
 from gkd.trainer.state import RunState
-from tests.trainer.faces import load, small_config
+from tests.trainer.faces import load, small_config, write_cache
 
 
 def test_parameters_and_steps_by_hand(faces: Path) -> None:
@@ -171,6 +174,32 @@ def test_sampled_centres_by_hand(faces: Path) -> None:
     assert saved == 32 * (100_000 - learning)
     assert whole.flops_per_step - some.flops_per_step == 8 * 4 * 8 * (100_000 - learning)
     assert "sampled_centers" not in whole.memory
+
+
+@pytest.mark.parametrize("signal", ["auto", "draws", "hybrid", "group"])
+def test_sampled_centres_are_those_of_the_signal_in_use(
+    faces: Path, tmp_path: Path, signal: str
+) -> None:
+    """Five draws an image, more or fewer classes than its stored group."""
+    records = open_records(faces / "faces")
+    views: tuple[View, ...] = ("original", "flipped")
+    write_cache(tmp_path / "drawn.gkd", records, views, DrawsSpec(5, 4.0, "all"))
+    cache = Cache.open(tmp_path / "drawn.gkd")
+    _, joined = join_targets(records, cache, workers=1, folder=tmp_path, order="blocks")
+    many = Subset(records, np.arange(42), 100_000)
+    settings = (f"kd.signal={signal}", "head.sample_rate=0.1", "data.empty_classes=keep")
+    config = small_config(*settings)
+    told = dry_run(config, many, replace(joined, num_classes=100_000))
+    sizes = [cache.read_shard(shard, view).sizes for shard in range(3) for view in views]
+    stored = int(np.concatenate(sizes).sum()) / (2 * 42)
+    assert 1 < stored < 6
+    assert stored != 5
+    entries = {"draws": 5, "hybrid": stored + 5, "group": stored}[
+        "draws" if signal == "auto" else signal
+    ]
+    wanted = 8 + int(8 * entries)
+    learning = wanted + math.ceil(0.1 * (100_000 - wanted))
+    assert told.memory["sampled_centers"] == 2 * 32 * learning
 
 
 def test_it_refuses_what_the_training_would(faces: Path) -> None:
