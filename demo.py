@@ -28,6 +28,7 @@ from gkd.storage.extras import require
 from gkd.storage.records import open_records
 from gkd.storage.synthetic import draw_faces, draw_pairs
 from gkd.storage.targets import decode_log_probs
+from gkd.trainer.figures import write_png
 from gkd.trainer.verification_set import write_verification_set
 
 STATE = "demo.json"
@@ -146,20 +147,24 @@ def _stages(out: Path, settings: Settings) -> list[Stage]:
     weights = _weights(out, "teacher")
 
     def train_student(run: str, *options: str) -> None:
-        _gkd("train-student", pack, targets, out / run, *student, *options)
+        _gkd(out, "train-student", pack, targets, out / run, *student, *options)
 
     return [
         Stage("draw", "Draw people", lambda: _draw(out, settings)),
-        Stage("pack", "Pack them as records", lambda: _gkd("records", "pack", out / "faces", pack)),
+        Stage("pack", "Pack them as records", lambda: _pack(out)),
         Stage(
             "teacher",
             "Train a teacher",
-            lambda: _gkd("train-student", pack, "-", out / "teacher", "--without-kd", *teacher),
+            lambda: _gkd(
+                out,
+                *("train-student", pack, "-", out / "teacher", "--without-kd", *teacher),
+            ),
         ),
         Stage(
             "cache",
             "Cache what the teacher knows",
             lambda: _gkd(
+                out,
                 *("cache-teacher", pack, targets, "--teacher", weights),
                 *("--centers", "class-mean", *settings.cache),
             ),
@@ -174,8 +179,8 @@ def _sets(*settings: str) -> tuple[str, ...]:
     return tuple(word for setting in settings for word in ("--set", setting))
 
 
-def _gkd(*arguments: object, capture: bool = False) -> str:
-    """Run one of gkd's commands as a user would; its output, where captured."""
+def _gkd(out: Path, *arguments: object, capture: bool = False) -> str:
+    """Run a command of gkd as a user would, for the demo in ``out``; its output, where captured."""
     words = [str(argument) for argument in arguments]
     print("$ gkd", shlex.join(words), flush=True)
     done = subprocess.run(
@@ -187,7 +192,7 @@ def _gkd(*arguments: object, capture: bool = False) -> str:
     if done.returncode:
         raise GkdError(
             f"`gkd {words[0]}` ended with exit code {done.returncode}, its message stands above; "
-            "run `gkd demo` again to go on from here"
+            f"run `gkd demo {shlex.quote(str(out))}` again to go on from here"
         )
     return done.stdout or ""
 
@@ -207,6 +212,14 @@ def _draw(out: Path, settings: Settings) -> None:
     write_verification_set(out / "held_out.bin", [path.read_bytes() for path in paths], issame)
 
 
+def _pack(out: Path) -> None:
+    """The people to train on as a pack, unless a run that was killed since has made it."""
+    try:
+        open_records(out / "pack")
+    except GkdError:
+        _gkd(out, "records", "pack", out / "faces", out / "pack")
+
+
 def _weights(out: Path, run: str) -> Path:
     # Not the best checkpoint: it was chosen by the very people that judge.
     return out / run / "checkpoints" / "last.pt"
@@ -215,7 +228,7 @@ def _weights(out: Path, run: str) -> Path:
 def _evaluate(out: Path) -> None:
     pairs = out / "held_out.bin"
     for run in MODELS:
-        result = _gkd("evaluate", _weights(out, run), pairs, "--json", capture=True)
+        result = _gkd(out, "evaluate", _weights(out, run), pairs, "--json", capture=True)
         write_file(out / f"{run}.json", result.encode())
 
 
@@ -237,8 +250,8 @@ def _report(out: Path, state: State, console: Console) -> None:
 
 
 def _result(path: Path) -> dict[str, Any]:
-    result = json.loads(path.read_bytes())
-    return dict(result[0] if isinstance(result, list) else result)
+    (result,) = json.loads(path.read_bytes())
+    return dict(result)
 
 
 def _accuracy_table(results: dict[str, dict[str, Any]]) -> Table:
@@ -279,7 +292,7 @@ def plot_demo(out: Path, results: dict[str, dict[str, Any]], png: Path) -> None:
     """Draw the demo into one picture: people, one image's primary group, and the curves.
 
     Raises:
-        ConfigError: where matplotlib is not installed.
+        ConfigError: where matplotlib is not installed, or ``png`` cannot be written.
     """
     require("matplotlib", "plot")
     from matplotlib.figure import Figure
@@ -290,7 +303,7 @@ def plot_demo(out: Path, results: dict[str, dict[str, Any]], png: Path) -> None:
     _plot_people(people, out)
     _plot_group(group, out)
     _plot_curves(curves, out, results)
-    figure.savefig(png, dpi=110)
+    write_png(figure, png, dpi=110)
 
 
 def _plot_people(figure: Any, out: Path) -> None:

@@ -1,15 +1,20 @@
 """The demo at its smallest: the whole way through the public commands, and going on."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from gkd import demo
-from gkd.demo import Settings, run_demo
+from gkd.demo import Settings, State, run_demo
 from gkd.storage.cache import Cache
 from gkd.storage.errors import ConfigError, GkdError
+from gkd.storage.packing import pack
+from gkd.storage.records import open_records
+from gkd.storage.synthetic import draw_faces
 from gkd.trainer.verification_set import load_verification_set
 
 SMALL = (
@@ -30,6 +35,10 @@ TINY = Settings(
     pairs=20,
     teacher=SMALL,
     student=SMALL,
+)
+
+QUICK = msgspec.structs.replace(
+    TINY, teacher=(*SMALL, "train.epochs=1", "schedule.warmup_epochs=0")
 )
 
 
@@ -74,19 +83,49 @@ def test_whole_way_then_again_without_work(
     assert again[again.index("Verification of") :] == shown[shown.index("Verification of") :]
 
 
+def drawn(out: Path) -> None:
+    """A demo that has drawn its people, too few of them to train a teacher on."""
+    out.mkdir()
+    draw_faces(out / "faces", identities=range(3), images_each=2, seed=0, workers=1)
+    (out / "demo.json").write_bytes(msgspec.json.encode(State(TINY, {"draw": 1.0})))
+
+
+def done(out: Path) -> list[str]:
+    return list(json.loads((out / "demo.json").read_text())["seconds"])
+
+
 def test_failed_command_ends_the_demo_and_the_next_run_goes_on(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    out = tmp_path / "my demo"
+    drawn(out)
+    (out / "pack").write_text("in the way")
+    advice = re.escape(f"run `gkd demo '{out}'` again to go on from here")
+    with pytest.raises(GkdError, match=rf"`gkd records` ended with exit code 1, .*{advice}"):
+        run_demo(out, TINY)
+    assert "pack: exists already" in capfd.readouterr().err
+    assert done(out) == ["draw"]
+    (out / "pack").unlink()
+    with pytest.raises(GkdError, match=rf"`gkd train-student` ended with exit code 1, .*{advice}"):
+        run_demo(out, TINY)
+    shown = capfd.readouterr()
+    assert "fewer than one batch of 16" in shown.err
+    assert shown.out.count("(done before)") == 1
+    assert done(out) == ["draw", "pack"]
+    assert len(open_records(out / "pack")) == 6
+
+
+def test_a_demo_that_was_killed_when_its_pack_stood_goes_on(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Before demo.json could tell of the pack."""
     out = tmp_path / "demo"
-    broken = Settings(**{**settings_of(TINY), "teacher": ("train.epochs=0",)})
-    with pytest.raises(GkdError, match=r"`gkd train-student` ended with exit code 1, .*go on"):
-        run_demo(out, broken)
-    assert "train.epochs: expected" in capfd.readouterr().err
-    assert list(json.loads((out / "demo.json").read_text())["seconds"]) == ["draw", "pack"]
-
-
-def settings_of(settings: Settings) -> dict[str, Any]:
-    return {name: getattr(settings, name) for name in settings.__struct_fields__}
+    drawn(out)
+    pack(out / "faces", out / "pack")
+    with pytest.raises(GkdError, match="`gkd train-student` ended with exit code 1"):
+        run_demo(out, TINY)
+    assert "$ gkd records pack" not in capfd.readouterr().out
+    assert done(out) == ["draw", "pack"]
 
 
 def test_folder_of_something_else_is_refused(tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 """Face verification as the field does it: accuracy over ten folds, TAR at FAR, ROC."""
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,13 +11,13 @@ import torch
 from rich.table import Table
 from torch import nn
 
-from gkd.storage import atomic
 from gkd.storage.errors import ConfigError
 from gkd.storage.extras import require
 from gkd.storage.spec import Preprocess
 from gkd.trainer.devices import DTYPES
 from gkd.trainer.embedding import Embed, Faces, flip_sums, unit_rows
 from gkd.trainer.embedding_store import EmbeddingStore
+from gkd.trainer.figures import write_png
 from gkd.trainer.verification_set import FOLDS, VerificationSet
 
 FARS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
@@ -272,7 +271,7 @@ def plot_roc(results: Sequence[Curve], out: Path) -> None:
     """Draw the ROC of each result into a PNG, FAR in logarithmic scale.
 
     Raises:
-        ConfigError: where matplotlib is not installed.
+        ConfigError: where matplotlib is not installed, or ``out`` cannot be written.
     """
     figure_module = require("matplotlib.figure", "plot")
     figure = figure_module.Figure(figsize=(6, 4.5), layout="constrained")
@@ -284,6 +283,4 @@ def plot_roc(results: Sequence[Curve], out: Path) -> None:
     axes.set(xscale="log", xlabel="false accept rate", ylabel="true accept rate", ylim=(0, 1.01))
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
-    image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=150)
-    atomic.write_file(out, image.getvalue())
+    write_png(figure, out, dpi=150)
