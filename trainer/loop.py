@@ -44,7 +44,7 @@ from gkd.trainer.guards import finite_weights
 from gkd.trainer.logging import RunLog, Window
 from gkd.trainer.ranks import ALONE, Ranks
 from gkd.trainer.report import write_report
-from gkd.trainer.run_folder import CONFIG, RUN
+from gkd.trainer.run_folder import CONFIG, RUN, Dataset, Described
 from gkd.trainer.state import RunState
 from gkd.trainer.verification_set import VerificationSet, load_verification_set
 
@@ -112,7 +112,8 @@ def train(
         if checkpoint.exists():
             run.restore(read_checkpoint(checkpoint), checkpoint)
         if ranks.first:
-            write_file(out / RUN, msgspec.json.format(_describe(run, records, targets, command)))
+            described = msgspec.json.encode(_describe(run, records, targets, command))
+            write_file(out / RUN, msgspec.json.format(described))
             write_file(out / CONFIG, to_toml(config).encode())
             (out / FOLDER).mkdir(exist_ok=True)
             clear_leftovers(out / FOLDER)
@@ -401,27 +402,23 @@ def _load_sets(paths: Sequence[str]) -> list[VerificationSet]:
 
 def _describe(
     run: RunState, records: Records, targets: JoinedTargets | None, command: Sequence[str]
-) -> bytes:
-    """``run.json``: what ran, on what."""
-
+) -> Described:
+    """What ran, on what."""
     backbone = sum(parameter.numel() for parameter in run.model.parameters())
     centers = run.identity.num_classes * run.config.student.embedding_dim
-
-    return msgspec.json.encode(
-        {
-            "command": list(command),
-            "versions": {
-                "python": platform.python_version(),
-                **{package: version(package) for package in PACKAGES},
-            },
-            "ranks": run.ranks.world_size,
-            "device": torch.cuda.get_device_name() if run.device.type == "cuda" else "cpu",
-            "precision": str(run.dtype).removeprefix("torch."),
-            "dataset": {"name": records.name, "path": str(records.path), **run.identity._asdict()},
-            "teacher": targets.spec.teacher if targets else None,
-            "parameters": {"backbone": backbone, "head": centers},
-            "total_steps": run.plans.total_steps,
-        }
+    return Described(
+        command=tuple(command),
+        versions={
+            "python": platform.python_version(),
+            **{package: version(package) for package in PACKAGES},
+        },
+        ranks=run.ranks.world_size,
+        device=torch.cuda.get_device_name() if run.device.type == "cuda" else "cpu",
+        precision=str(run.dtype).removeprefix("torch."),
+        dataset=Dataset(records.name, str(records.path), **run.identity._asdict()),
+        teacher=targets.spec.teacher if targets else None,
+        parameters={"backbone": backbone, "head": centers},
+        total_steps=run.plans.total_steps,
     )
 
 

@@ -1,7 +1,7 @@
 """The card of an exported student: what it is, what it was trained on, and how to use it."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,8 @@ from gkd.trainer.backbones import default_width
 from gkd.trainer.checkpoint import FOLDER, Student, load_student
 from gkd.trainer.config import RunConfig, StudentConfig, to_toml
 from gkd.trainer.export import export_onnx, export_safetensors
+from gkd.trainer.run_folder import RUN, Described, read_described
 
-RUN = "run.json"
 # Names that arcface_torch's get_model takes.
 PUBLISHED_NAMES = {
     "mobilefacenet": "mbf",
@@ -79,14 +79,14 @@ def export_student(
             f"{out}: expected a name that ends in {' or '.join(FORMATS)}, got "
             f"{out.suffix or 'no ending'}; the ending chooses the format"
         )
-    student, description = load_student(run), _description(run)
+    student, described = load_student(run), _described(run)
     name = student.config.student.name
     preprocess = preprocess_preset("arcface")
     FORMATS[out.suffix](student.backbone, out, preprocess=preprocess, name=name)
     sha256, card = sha256_file(out), out.with_name(f"{out.name}.md")
     text = card_text(
         student,
-        description,
+        described,
         preprocess,
         file=out.name,
         sha256=sha256,
@@ -99,7 +99,7 @@ def export_student(
 
 def card_text(
     student: Student,
-    description: Mapping[str, Any],
+    described: Described | None,
     preprocess: Preprocess,
     *,
     file: str,
@@ -107,7 +107,7 @@ def card_text(
     licence: str | None = None,
     note: str | None = None,
 ) -> str:
-    """The card as Markdown; ``description`` is run.json's content, of which any part may lack.
+    """The card as Markdown; ``described`` is None for a checkpoint without its run's folder.
 
     ``licence`` and ``note`` are the maker's own words.
     """
@@ -121,7 +121,7 @@ def card_text(
         "## What it is",
         bullets(_network(student, sha256)),
         "## How it was trained",
-        bullets(_training(student, description)),
+        bullets(_training(student, described)),
         f"```toml\n{_settings(config)}```",
         "## How well it does",
         _results(student),
@@ -155,10 +155,9 @@ def _network(student: Student, sha256: str) -> list[str]:
     ]
 
 
-def _training(student: Student, description: Mapping[str, Any]) -> list[str]:
+def _training(student: Student, described: Described | None) -> list[str]:
     identity, config = student.identity, student.config
-    name = description.get("dataset", {}).get("name")
-    data = f"{code(name)}, " if name else ""
+    data = f"{code(described.dataset.name)}, " if described else ""
     lines = [
         f"Data: {data}{identity.num_images:,} images of {identity.num_classes:,} identities, "
         f"fingerprint {code(identity.dataset)}",
@@ -168,17 +167,15 @@ def _training(student: Student, description: Mapping[str, Any]) -> list[str]:
         lines.append("Teacher: none, trained by cross-entropy alone")
     else:
         lines.append(f"Targets: of the cache {code(identity.cache_id)}")
-        teacher = description.get("teacher")
+        teacher = described.teacher if described else None
         if teacher:
             lines.append(
-                f"Teacher: {code(teacher['name'])}, {code(teacher['arch'])}; sha256 of its weights "
-                f"{code(teacher['sha256'])}"
+                f"Teacher: {code(teacher.name)}, {code(teacher.arch)}; sha256 of its weights "
+                f"{code(teacher.sha256)}"
             )
-    versions = description.get("versions", {})
-    if versions:
-        lines.append(
-            "Software: " + ", ".join(f"{package} {each}" for package, each in versions.items())
-        )
+    if described:
+        versions = ", ".join(f"{package} {each}" for package, each in described.versions.items())
+        lines.append(f"Software: {versions}")
     return lines
 
 
@@ -278,13 +275,9 @@ def _python(*lines: str) -> str:
     return "\n".join(["```python", *lines, "```"])
 
 
-def _description(run: Path) -> dict[str, Any]:
-    """What run.json says of the run that a folder or a checkpoint is of; empty without one."""
+def _described(run: Path) -> Described | None:
+    """run.json of the run that a folder or a checkpoint is of; None without one."""
     home = run if run.is_dir() else run.absolute().parent.parent
-    path = home / RUN
-    if not path.is_file() or not (home / FOLDER).is_dir():
-        return {}
-    try:
-        return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
-    except msgspec.DecodeError as error:
-        raise ConfigError(f"{path}: expected the JSON that a training wrote: {error}") from error
+    if not (home / RUN).is_file() or not (home / FOLDER).is_dir():
+        return None
+    return read_described(home)

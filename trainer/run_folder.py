@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 
 from gkd.storage.errors import ConfigError
+from gkd.storage.spec import TeacherSpec
 from gkd.trainer.findings import Findings, read_findings
 from gkd.trainer.logging import METRICS
 
@@ -28,7 +29,7 @@ class Dataset(msgspec.Struct, frozen=True):
 
 
 class Described(msgspec.Struct, frozen=True):
-    """``run.json``, as ``train`` wrote it."""
+    """``run.json``, as ``train`` writes it; ``teacher`` is None without distillation."""
 
     command: tuple[str, ...]
     versions: dict[str, str]
@@ -36,6 +37,7 @@ class Described(msgspec.Struct, frozen=True):
     device: str
     precision: str
     dataset: Dataset
+    teacher: TeacherSpec | None
     parameters: dict[str, int]
     total_steps: int
 
@@ -108,9 +110,8 @@ def read_run(run: Path) -> Run:
     Raises:
         ConfigError: where one is absent or none of gkd's.
     """
-    path = run / RUN
     try:
-        described = msgspec.json.decode(path.read_bytes(), type=Described)
+        described = read_described(run)
         config = (run / CONFIG).read_text()
         lines = list(_lines(run / METRICS))
     except OSError as error:
@@ -118,11 +119,8 @@ def read_run(run: Path) -> Run:
             f"{run}: expected the folder of a run of `gkd train-student`, {error.filename} cannot "
             f"be read ({error.strerror}); name such a folder"
         ) from error
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"{path}: expected what `gkd train-student` writes, got another content ({error}); "
-            "run the same training again to have it written again"
-        ) from error
+    except UnicodeDecodeError as error:
+        raise _not_ours(run / CONFIG, error) from error
     return Run(
         run.absolute(),
         described,
@@ -131,6 +129,26 @@ def read_run(run: Path) -> Run:
         [line for line in lines if isinstance(line, EvaluationLine)],
         [line for line in lines if isinstance(line, SkippedLine)],
         read_findings(run),
+    )
+
+
+def read_described(run: Path) -> Described:
+    """``run.json`` of a run folder.
+
+    Raises:
+        ConfigError: where it is none of gkd's.
+    """
+    path = run / RUN
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=Described)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise _not_ours(path, error) from error
+
+
+def _not_ours(path: Path, error: Exception) -> ConfigError:
+    return ConfigError(
+        f"{path}: expected what `gkd train-student` writes, got another content ({error}); run the "
+        "same training again to have it written again"
     )
 
 

@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import psutil
 import pytest
@@ -34,6 +35,7 @@ from gkd.trainer.findings import read_findings
 from gkd.trainer.loop import train
 from gkd.trainer.losses import GroupTargets
 from gkd.trainer.plans import BatchPlan
+from gkd.trainer.run_folder import read_described
 from gkd.trainer.state import RunState
 from tests.paths import ROOT
 from tests.reference import log_softmax
@@ -119,6 +121,9 @@ def test_a_run_leaves_everything_needed_to_judge_and_repeat_it(faces: Path, unbr
     assert len(described["dataset"]["cache_id"]) == 64
     assert described["versions"]["torch"] == torch.__version__
     assert described["parameters"]["head"] == 6 * 8
+    teacher = {"name": "none", "arch": "none", "sha256": "0" * 64, "embedding_dim": 8}
+    assert described["teacher"] == teacher
+    assert json.loads(msgspec.json.encode(read_described(unbroken))) == described
     assert list((unbroken / "tensorboard").iterdir())
     names = {path.name for path in (unbroken / "checkpoints").iterdir()}
     assert names == {"last.pt", "best.pt", "centers_000000015"}

@@ -37,8 +37,20 @@ SMALL = ("student.name=iresnet18", "student.width=0.125", "student.input_size=28
 RUN_JSON = {
     "command": ["gkd", "train-student", "/home/alice/ms1m", "/scratch/t.gkd", "/home/alice/run"],
     "versions": {"python": "3.11.4", "gkd": "0.1.0", "torch": "2.6.0"},
-    "dataset": {"name": "ms1m", "path": "/home/alice/ms1m"},
+    "ranks": 1,
+    "device": "cpu",
+    "precision": "float32",
+    "dataset": {
+        "name": "ms1m",
+        "path": "/home/alice/ms1m",
+        "num_images": 5_822_653,
+        "num_classes": 85_742,
+        "dataset": FINGERPRINT,
+        "cache_id": CACHE,
+    },
     "teacher": {"name": "r50", "arch": "iresnet50", "sha256": TEACHER, "embedding_dim": 512},
+    "parameters": {"backbone": 1, "head": 1},
+    "total_steps": 909_000,
 }
 
 
@@ -167,7 +179,7 @@ def test_the_card_builds_each_network_where_it_was_published(
 ) -> None:
     config = load_config(None, settings)
     student = Student(torch.nn.Linear(1, 1), config, Identity(9, 3, FINGERPRINT, ""), 1, {})
-    text = card_text(student, {}, preprocess_preset("arcface"), file="s.safetensors", sha256="0")
+    text = card_text(student, None, preprocess_preset("arcface"), file="s.safetensors", sha256="0")
     assert built in text
 
 
@@ -274,7 +286,7 @@ def test_a_card_of_a_checkpoint_alone_says_what_it_knows(tmp_path: Path) -> None
     text = export_student(run, tmp_path / "b.safetensors").card.read_text()
     assert "Data: 10 images of 3 identities" in text
     (run / "run.json").write_text("{")
-    with pytest.raises(ConfigError, match=r"run.json: expected the JSON that a training wrote"):
+    with pytest.raises(ConfigError, match=r"run\.json: expected what `gkd train-student` writes"):
         export_student(run, tmp_path / "c.safetensors")
     assert not (tmp_path / "c.safetensors").exists()
 

@@ -322,6 +322,7 @@ def test_an_unfinished_run_can_be_reported(finished: Path, tmp_path: Path) -> No
     [
         ("run.json", None, r"expected the folder of a run of `gkd train-student`"),
         ("run.json", "[]", r"run\.json: expected what `gkd train-student` writes"),
+        ("config.toml", "# caf\udce9", r"config\.toml: expected what `gkd train-student` writes"),
         ("report.json", '{"step": "x"}', r"report\.json: expected what a training of gkd found"),
         ("metrics.jsonl", '{"loss": 1}\n', r"metrics\.jsonl: line 1 is not what a training logs"),
         ("metrics.jsonl", "{}\nno json\n", r"metrics\.jsonl: line 2 is not what a training logs"),
@@ -334,7 +335,7 @@ def test_a_folder_of_something_else_is_refused(
     before = (tmp_path / "run/report.html").read_bytes()
     (tmp_path / "run" / file).unlink()
     if content is not None:
-        (tmp_path / "run" / file).write_text(content)
+        (tmp_path / "run" / file).write_text(content, errors="surrogateescape")
     with pytest.raises(ConfigError, match=message):
         write_report(tmp_path / "run")
     assert (tmp_path / "run/report.html").read_bytes() == before
