@@ -2,6 +2,8 @@
 
 import hashlib
 import os
+import re
+import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,6 +39,18 @@ def written_aside(path: Path) -> Iterator[Path]:
     finally:
         aside.unlink(missing_ok=True)
     sync_folder(path.parent)
+
+
+def delete_asides(folder: Path, name: str | None = None) -> None:
+    """Delete what killed writers left on its way to ``folder / name``, or to anything in it."""
+    published = ".+" if name is None else re.escape(name)
+    aside = re.compile(rf"\.{published}\.[0-9a-f]{{32}}")
+    for path in folder.glob(".*"):
+        if aside.fullmatch(path.name):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
 
 
 def write_file(path: Path, content: bytes) -> None:

@@ -2,7 +2,6 @@
 
 import errno
 import hashlib
-import re
 import shutil
 import uuid
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -179,7 +178,7 @@ class CacheWriter:
             spec, {file: file_record(self.path / file) for file in files}, commits
         )
         with disk_errors(self.path):
-            _delete_asides(self.path, layout.MANIFEST)
+            atomic.delete_asides(self.path, layout.MANIFEST)
             atomic.write_file(self.path / layout.MANIFEST, content)
         return hashlib.sha256(content).hexdigest()
 
@@ -201,7 +200,7 @@ class CacheWriter:
             for array in layout.arrays(self.spec, view).values():
                 shutil.rmtree(self.path / array.path / "c" / str(shard), ignore_errors=True)
         (self.path / layout.samples_file(shard)).unlink(missing_ok=True)
-        _delete_asides(self.path / "commits", Path(layout.commit_file(shard)).name)
+        atomic.delete_asides(self.path / "commits", Path(layout.commit_file(shard)).name)
 
 
 def require_writable(path: Path, spec: CacheSpec, *, unknown: Collection[str] = ()) -> None:
@@ -224,18 +223,7 @@ def delete_leftovers(path: Path) -> None:
     For a process that knows that no other one is creating the cache (``lock.WriteLock``).
     """
     with disk_errors(path.parent):
-        _delete_asides(path.parent, path.name)
-
-
-def _delete_asides(folder: Path, name: str) -> None:
-    """Delete files and folders that were to become ``folder / name``."""
-    aside = re.compile(rf"\.{re.escape(name)}\.[0-9a-f]{{32}}")
-    for path in folder.glob(".*"):
-        if aside.fullmatch(path.name):
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
+        atomic.delete_asides(path.parent, path.name)
 
 
 def _is_free(path: Path) -> bool:

@@ -3,7 +3,6 @@
 import os
 import re
 import shutil
-import uuid
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -169,15 +168,8 @@ def _ways_on(damaged: Path) -> str:
 
 def write_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
     """Publish a checkpoint: written aside, synced, renamed. ``content`` is builtins and tensors."""
-    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        with aside.open("wb") as file:
-            torch.save({"format": FORMAT, **content}, file)
-        atomic.sync_file(aside)
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
-    atomic.sync_folder(path.parent)
+    with atomic.written_aside(path) as aside, aside.open("wb") as file:
+        torch.save({"format": FORMAT, **content}, file)
 
 
 def publish(
@@ -336,25 +328,17 @@ def _fault(folder: Path, sha256: Mapping[str, str]) -> str:
     return "" if folder.is_dir() else f"{folder}: expected class centres, got nothing"
 
 
-def clear_leftovers(folder: Path) -> None:
-    """Remove what a kill left on its way into place."""
-    for aside in folder.glob(".*.pt.*"):
-        aside.unlink()
-
-
 def _same_file(path: Path, name: Path) -> bool:
     return name.exists() and name.samefile(path)
 
 
 def _duplicate(path: Path, name: Path) -> None:
     """A second name for a whole file: a link, or a copy where the disk knows no links."""
-    aside = name.with_name(f".{name.name}.{uuid.uuid4().hex}")
-    try:
-        os.link(path, aside)
-    except OSError:
-        shutil.copyfile(path, aside)
-        atomic.sync_file(aside)
-    aside.replace(name)
+    with atomic.written_aside(name) as aside:
+        try:
+            os.link(path, aside)
+        except OSError:
+            shutil.copyfile(path, aside)
 
 
 def require_same_run(

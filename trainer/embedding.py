@@ -1,9 +1,9 @@
 """Embeddings of many faces: each image and its mirror image, in batches, once for a model."""
 
 import hashlib
+import itertools
 import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -117,13 +117,7 @@ def _embedded(embed: Embed, faces: Faces, batch_size: int) -> npt.NDArray[np.flo
 
 
 def _decoded_batches(faces: Faces, batch_size: int) -> Iterator[npt.NDArray[np.uint8]]:
-    """Yield batches uint8 [<= batch_size, 112, 112, 3]; the next is decoded while one is used."""
-    cuts = [
-        range(start, min(start + batch_size, faces.count))
-        for start in range(0, faces.count, batch_size)
-    ]
-    with ThreadPoolExecutor(DECODE_THREADS) as pool:
-        coming = [pool.submit(faces.image, number) for number in cuts[0]]
-        for following in [*cuts[1:], range(0)]:
-            batch, coming = coming, [pool.submit(faces.image, number) for number in following]
-            yield np.stack([image.result() for image in batch])
+    """Yield batches uint8 [<= batch_size, 112, 112, 3]; images are decoded ahead of them."""
+    images = ordered_map(faces.image, range(faces.count), workers=DECODE_THREADS)
+    while batch := list(itertools.islice(images, batch_size)):
+        yield np.stack(batch)

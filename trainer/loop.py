@@ -19,7 +19,7 @@ import msgspec
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
-from gkd.storage.atomic import write_file
+from gkd.storage.atomic import delete_asides, write_file
 from gkd.storage.blocks import ShardStore
 from gkd.storage.disk import disk_errors
 from gkd.storage.errors import ConfigError, GkdError, SpecMismatchError
@@ -30,7 +30,6 @@ from gkd.storage.spec import preprocess_preset
 from gkd.trainer.checkpoint import (
     FOLDER,
     LAST,
-    clear_leftovers,
     publish,
     read_checkpoint,
     settle,
@@ -116,7 +115,7 @@ def train(
             write_file(out / RUN, msgspec.json.format(described))
             write_file(out / CONFIG, to_toml(config).encode())
             (out / FOLDER).mkdir(exist_ok=True)
-            clear_leftovers(out / FOLDER)
+            delete_asides(out / FOLDER)
             if run.saved >= 0:
                 settle(
                     out / FOLDER,
