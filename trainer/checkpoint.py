@@ -88,8 +88,8 @@ def load_student(path: Path) -> Student:
         backbone.eval(),
         config,
         Identity(*content["identity"]),
-        content.get("step", 0),
-        content.get("accuracy", {}),
+        content["step"],
+        content["accuracy"],
     )
 
 
@@ -150,10 +150,10 @@ def _ways_on(damaged: Path) -> str:
             content = _whole(path)
         except (ConfigError, OSError):
             continue
-        centers = content.get("centers", {})
-        folder = damaged.parent / centers.get("folder", CENTERS)
-        if folder != damaged and not _fault(folder, centers.get("sha256", {})):
-            whole[path.name] = content.get("step", 0)
+        centers = content["centers"]
+        folder = damaged.parent / centers["folder"]
+        if folder != damaged and not _fault(folder, centers["sha256"]):
+            whole[path.name] = content["step"]
     newest = sorted(whole, key=lambda name: -whole[name])
     told = ", ".join(f"{name} (step {whole[name]})" for name in newest)
     if not told:
@@ -284,8 +284,7 @@ def read_centers(
 ) -> None:
     """Fill class centres, and what belongs to them, from whatever number of ranks wrote them.
 
-    ``sha256`` is the hex digest of each file, empty for a checkpoint that was written before there
-    were any. All ranks call it.
+    ``sha256`` is the hex digest of each file. All ranks call it.
 
     Raises:
         ConfigError: where they are missing, damaged or of another shape.

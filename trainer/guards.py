@@ -122,11 +122,13 @@ def _peak(tensor: Tensor) -> Tensor:
 def check_classes(records: Records, *, keep_empty: bool) -> None:
     """Refuse labels that the class layer has no centre for, or classes that leave nothing to tell.
 
+    Labels are those of images that have one, 0 or above.
+
     Raises:
         ConfigError: naming the first record at fault, the only identity, or, unless
             ``keep_empty``, the first classes without an image.
     """
-    outside = np.flatnonzero((records.labels < 0) | (records.labels >= records.num_classes))
+    outside = np.flatnonzero(records.labels >= records.num_classes)
     if len(outside):
         first = int(outside[0])
         raise ConfigError(

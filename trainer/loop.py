@@ -12,7 +12,7 @@ from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import filelock
 import msgspec
@@ -178,7 +178,7 @@ class _Training:
                     if self._checkpoint_due():
                         self._save()
                 # After the checkpoint: whoever is killed here goes on with the evaluation.
-                if self._evaluation_due() and not self.stop.agreed:
+                if self._evaluation_due():
                     improved = self._evaluate()
                     self._find(dataset.targets)
                     if improved or run.saved == run.step:
@@ -332,10 +332,8 @@ class _Training:
             run.ranks.fail(f"{error}, and run the same command again; {run.standing}")
         run.saved = run.step
 
-    def _leave(self) -> None:
+    def _leave(self) -> NoReturn:
         """Write a checkpoint, and say how to go on."""
-        if self.run.step == self.run.plans.total_steps:
-            return
         self._save()
         self.run.ranks.fail(
             f"stopped by {self.stop.received or 'another rank'} after step {self.run.step} of "

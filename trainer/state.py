@@ -225,7 +225,7 @@ class RunState:
             path.parent / named["folder"],
             self.centers(),
             self.ranks,
-            sha256=named.get("sha256", {}),
+            sha256=named["sha256"],
         )
         self.scheduler.load_state_dict(state["scheduler"])
         self.scaler.load_state_dict(state["scaler"])
@@ -233,16 +233,13 @@ class RunState:
         if self.device.type == "cuda" and state["rng"]["cuda"] is not None:
             torch.cuda.set_rng_state(state["rng"]["cuda"], self.device)
         self.step, self.best, self.accuracy = state["step"], state["best"], state["accuracy"]
-        # Runs that were begun before these were kept evaluated before they wrote a checkpoint.
-        self.best_step = state.get("best_step", -1)
-        self.evaluated = state.get("evaluated", self.step)
+        self.best_step, self.evaluated = state["best_step"], state["evaluated"]
         self.saved = self.step
         self.skipped, self.skipped_in_a_row = state["skipped"]
         self.divergence = Divergence(*state["divergence"])
-        # Absent from runs that were begun before these were kept.
-        self.highest_lr = state.get("highest_lr", 0.0)
-        self.window = Window(state.get("window"))
-        self.fit.restore(state.get("fit"))
+        self.highest_lr = state["highest_lr"]
+        self.window = Window(state["window"])
+        self.fit.restore(state["fit"])
 
     @property
     def epoch(self) -> float:

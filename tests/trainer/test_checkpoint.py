@@ -38,6 +38,8 @@ def content(value: float = 0.5, **more: object) -> dict[str, object]:
         "config": msgspec.to_builtins(CONFIG),
         "identity": list(IDENTITY),
         "model": model.state_dict(),
+        "step": 0,
+        "accuracy": {},
         **more,
     }
 

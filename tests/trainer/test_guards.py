@@ -11,6 +11,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from gkd.storage.atomic import sha256_file
 from gkd.storage.errors import ConfigError, GkdError
 from gkd.storage.records import open_records
 from gkd.storage.rows import Subset
@@ -208,10 +209,10 @@ def test_weights_of_another_embedding_size_are_refused(faces: Path, tmp_path: Pa
     (file,) = (out / "checkpoints").glob("centers_*/*.safetensors")
     last = out / "checkpoints/last.pt"
     state = read_checkpoint(last)
-    del state["centers"]["sha256"]  # as before there were any
-    write_checkpoint(last, state)
     wrong = load_file(file) | {"weight": torch.zeros(6, 16)}
     save_file(wrong, file, metadata=metadata_of(file))
+    state["centers"]["sha256"][file.name] = sha256_file(file)
+    write_checkpoint(last, state)
     with pytest.raises(ConfigError, match=r"centers_000000005: expected the class centres"):
         run(faces, out, "train.epochs=1")
 
