@@ -19,7 +19,7 @@ from gkd.trainer.backbones.common import FACE_SIZE
 from gkd.trainer.checkpoint import student_backbone
 from gkd.trainer.config import RunConfig
 from gkd.trainer.data import JoinedTargets, check_data, chosen_signal
-from gkd.trainer.devices import DTYPES
+from gkd.trainer.devices import choose_dtype
 from gkd.trainer.fused import grouped_margin_loss
 from gkd.trainer.heads import MarginHead
 from gkd.trainer.loop import targets_in_use
@@ -84,7 +84,7 @@ def dry_run(
         kd=config.kd,
         world_size=world_size,
     )
-    precision = _precision(config)
+    dtype = _dtype(config)
     model = student_backbone(config.student)
     if config.train.channels_last:
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -99,13 +99,13 @@ def dry_run(
     # The first rank has most of the centres.
     centers = len(Ranks(0, world_size).rows(records.num_classes))
     own = learning_centers(config, targets, centers)
-    memory = _memory(config, model, head.weight[:centers], own, DTYPES[precision], world_size)
+    memory = _memory(config, model, head.weight[:centers], own, dtype, world_size)
     dim = config.student.embedding_dim
     return DryRun(
         images=len(records),
         classes=records.num_classes,
         ranks=world_size,
-        precision=precision,
+        precision=str(dtype).removeprefix("torch."),
         parameters={
             "backbone": _count(model),
             "head": _count(head),
@@ -319,12 +319,11 @@ def _targets_bytes(config: RunConfig, targets: JoinedTargets | None) -> int:
     return size(largest[: 2 * config.data.block_shards])
 
 
-def _precision(config: RunConfig) -> str:
+def _dtype(config: RunConfig) -> torch.dtype:
     """What the backbone would compute in; without a GPU ``auto`` is judged as on this machine."""
-    if config.train.precision != "auto":
-        return config.train.precision
-    cuda = config.train.device != "cpu" and torch.cuda.is_available()
-    return "bfloat16" if cuda and torch.cuda.is_bf16_supported() else "float32"
+    train = config.train
+    gpu = train.device != "cpu" and (train.precision != "auto" or torch.cuda.is_available())
+    return choose_dtype(train.precision, torch.device("cuda" if gpu else "cpu"))
 
 
 def _learning(model: nn.Module) -> list[nn.Parameter]:

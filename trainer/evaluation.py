@@ -18,6 +18,7 @@ from gkd.trainer.devices import DTYPES
 from gkd.trainer.embedding import Embed, Faces, flip_sums, unit_rows
 from gkd.trainer.embedding_store import EmbeddingStore
 from gkd.trainer.figures import write_png
+from gkd.trainer.pixels import network_input
 from gkd.trainer.verification_set import FOLDS, VerificationSet
 
 FARS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
@@ -86,16 +87,13 @@ def module_embed(
     if precision not in DTYPES:
         raise ConfigError(f"precision: expected {', '.join(DTYPES)}, got {precision!r}")
     dtype = DTYPES[precision]
-    mean = torch.tensor(preprocess.mean, device=device).view(3, 1, 1)
-    std = torch.tensor(preprocess.std, device=device).view(3, 1, 1)
+    pixels = network_input(preprocess, device)
 
     def embed(images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-        pixels = torch.from_numpy(images).to(device).permute(0, 3, 1, 2)
-        if preprocess.bgr:
-            pixels = pixels.flip(1)
+        moved = torch.from_numpy(images).to(device)
         autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
         with torch.inference_mode(), autocast:
-            embeddings = module(((pixels.float() - mean) / std).contiguous())
+            embeddings = module(pixels(moved).contiguous())
         return np.asarray(embeddings.float().cpu().numpy(), np.float32)
 
     return embed

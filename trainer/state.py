@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from gkd.storage.errors import ConfigError
 from gkd.storage.records import Records
+from gkd.storage.spec import preprocess_preset
 from gkd.trainer.checkpoint import Identity, read_centers, require_same_run, student_backbone
 from gkd.trainer.config import RunConfig
 from gkd.trainer.data import Batch, JoinedTargets
@@ -25,6 +26,7 @@ from gkd.trainer.guards import Divergence, KeptBuffers, SkippedStep, gradient_no
 from gkd.trainer.heads import MarginHead
 from gkd.trainer.logging import Window
 from gkd.trainer.losses import GkdLoss
+from gkd.trainer.pixels import network_input
 from gkd.trainer.plans import Plans
 from gkd.trainer.ranks import ALONE, Ranks
 from gkd.trainer.sampling import SampledCenters, borrowed, sample_classes
@@ -44,7 +46,8 @@ class RunState:
     highest_lr        learning rate so far
     window            the steps that are in no line of the log yet
 
-    ``forward`` is ``model`` as all ranks run it; ``head`` holds this rank's class centres.
+    ``forward`` is ``model`` as all ranks run it, on what ``pixels`` makes of images; ``head`` holds
+    this rank's class centres.
     """
 
     config: RunConfig
@@ -54,6 +57,7 @@ class RunState:
     dtype: torch.dtype
     model: nn.Module
     forward: nn.Module
+    pixels: Callable[[Tensor], Tensor]
     head: MarginHead
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
@@ -137,6 +141,7 @@ class RunState:
             dtype=dtype,
             model=model,
             forward=ranks.parallel(model, hook=config.train.gradient_hook),
+            pixels=network_input(preprocess_preset("arcface"), device),
             head=head,
             optimizer=optimizer,
             scheduler=scheduler,
@@ -300,7 +305,7 @@ class RunState:
 
     def _loss(self, batch: Batch, sampled: SampledCenters | None) -> LayerLoss:
         kd = self.config.kd
-        images = batch.images.permute(0, 3, 1, 2).float().sub_(127.5).div_(127.5)
+        images = self.pixels(batch.images)
         if not self.config.train.channels_last:
             images = images.contiguous()
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):

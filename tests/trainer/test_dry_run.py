@@ -208,3 +208,12 @@ def test_it_refuses_what_the_training_would(faces: Path) -> None:
         dry_run(small_config("train.batch_size=64", "kd.enabled=false"), records, None)
     with pytest.raises(ConfigError, match="no targets were given"):
         dry_run(small_config(), records, None)
+    low = "kd.enabled=false", "train.precision=float16"
+    with pytest.raises(ConfigError, match="float16 needs a GPU"):
+        dry_run(small_config(*low, "train.device=cpu"), records, None)
+
+
+def test_a_gpu_need_not_be_there(faces: Path) -> None:
+    settings = "kd.enabled=false", "train.precision=float16", "train.device=cuda"
+    told = dry_run(small_config(*settings), open_records(faces / "faces"), None)
+    assert told.precision == "float16"

@@ -25,6 +25,7 @@ from safetensors.torch import load_file
 
 from gkd.storage.errors import ConfigError, CorruptRecordError, GkdError, SpecMismatchError
 from gkd.storage.records import open_records
+from gkd.storage.spec import preprocess_preset
 from gkd.storage.targets import TargetBatch
 from gkd.trainer import checkpoint, loop
 from gkd.trainer.checkpoint import load_student, read_checkpoint
@@ -126,7 +127,8 @@ def test_a_run_leaves_everything_needed_to_judge_and_repeat_it(faces: Path, unbr
     assert json.loads(msgspec.json.encode(read_described(unbroken))) == described
     assert list((unbroken / "tensorboard").iterdir())
     names = {path.name for path in (unbroken / "checkpoints").iterdir()}
-    assert names == {"last.pt", "best.pt", "centers_000000015"}
+    best = read_checkpoint(unbroken / "checkpoints/best.pt")["step"]
+    assert names == {"last.pt", "best.pt", "centers_000000015", f"centers_{best:09d}"}
 
 
 def test_metrics_tell_every_step_and_every_evaluation(unbroken: Path) -> None:
@@ -194,6 +196,22 @@ def test_the_student_of_a_run_loads(unbroken: Path) -> None:
     student = load_student(unbroken / LAST)
     with torch.no_grad():
         assert student.backbone(torch.zeros(1, 3, 112, 112)).shape == (1, 8)
+
+
+@pytest.mark.parametrize("last", ["false", "true"])
+def test_a_student_sees_images_as_the_preset_says(faces: Path, last: str) -> None:
+    """To the bit, as ``gkd evaluate`` shows them to it."""
+    records, targets = load(faces)
+    state = RunState.build(small_config(f"train.channels_last={last}"), records, targets)
+    batches = load_batches(
+        FaceBatches(records, targets, temperature=4.0), state.plans, workers=0, pin=False
+    )
+    seen: list[torch.Tensor] = []
+    state.model.register_forward_pre_hook(lambda _, given: seen.append(given[0].clone()))
+    batch = next(batches)
+    state.take_step(batch, records)
+    expected = preprocess_preset("arcface").apply(batch.images.numpy())
+    np.testing.assert_array_equal(seen[0].numpy(), expected)
 
 
 def test_training_fits_the_data(faces: Path, tmp_path: Path) -> None:
