@@ -60,7 +60,7 @@ def evaluate(
     and perhaps Gallery_Distractor/ (1:N identification).
     """
     from gkd.storage.spec import preprocess_preset
-    from gkd.trainer.embedding_store import EmbeddingStore, default_embeddings
+    from gkd.trainer.embedding_cache import EmbeddingCache, default_embeddings
     from gkd.trainer.protocols import evaluate_set, load_set, plot_results, show_results
 
     if cache and no_cache:
@@ -74,7 +74,7 @@ def evaluate(
     store = None
     if not no_cache:
         folder = cache or default_embeddings()
-        store = EmbeddingStore(folder, embed.sha256, preprocess, embed.precision)
+        store = EmbeddingCache(folder, embed.sha256, preprocess, embed.precision)
     loaded = [load_set(path) for path in sets]
     results = [evaluate_set(embed, each, batch_size=batch_size, store=store) for each in loaded]
     if plot:

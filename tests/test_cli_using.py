@@ -138,7 +138,7 @@ def test_a_run_in_blocks_needs_no_disk_and_goes_on(
     works(*train, tmp_path / "run", *blocks)
     assert not list(materialised.glob("*/original*"))
     state = read_checkpoint(tmp_path / "run/checkpoints/last.pt")
-    assert state["identity"][-1] == Cache.open(home / "targets.gkd").id
+    assert state["data"][-1] == Cache.open(home / "targets.gkd").id
     message = fails(*train, tmp_path / "run", *TINY)
     assert "data.order: 'blocks', now 'full'" in message
 

@@ -33,7 +33,7 @@ LAST, BEST = "last.pt", "best.pt"
 CENTERS = "centers"
 
 
-class Identity(NamedTuple):
+class RunData(NamedTuple):
     """What a run may not change on its way: its data, and the cache that teaches it."""
 
     num_images: int
@@ -46,14 +46,14 @@ class Student(NamedTuple):
     """A trained backbone in eval mode, float [B, 3, 112, 112] to [B, D], and what became of it.
 
     config    settings of its run
-    identity  what it was trained on
+    data      what it was trained on
     step      steps that were taken
     accuracy  of the evaluation then, by verification set
     """
 
     backbone: nn.Module
     config: RunConfig
-    identity: Identity
+    data: RunData
     step: int
     accuracy: dict[str, float]
 
@@ -87,7 +87,7 @@ def load_student(path: Path) -> Student:
     return Student(
         backbone.eval(),
         config,
-        Identity(*content["identity"]),
+        RunData(*content["data"]),
         content["step"],
         content["accuracy"],
     )
@@ -341,7 +341,7 @@ def _duplicate(path: Path, name: Path) -> None:
 
 
 def require_same_run(
-    content: Mapping[str, Any], config: RunConfig, identity: Identity, path: Path
+    content: Mapping[str, Any], config: RunConfig, data: RunData, path: Path
 ) -> None:
     """Refuse to go on with another configuration, other data or another cache.
 
@@ -355,12 +355,12 @@ def require_same_run(
             f"{path}: the run was begun with another configuration ({'; '.join(changed)}); set "
             "these back to go on, or train into another folder"
         )
-    begun = Identity(*content["identity"])
-    if begun != identity:
+    begun = RunData(*content["data"])
+    if begun != data:
         names = ("number of images", "number of classes", "records (fingerprint)", "cache (id)")
         faults = [
             f"{name}: {old or 'none'}, now {new or 'none'}"
-            for name, old, new in zip(names, begun, identity, strict=True)
+            for name, old, new in zip(names, begun, data, strict=True)
             if old != new
         ]
         raise SpecMismatchError(

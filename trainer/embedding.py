@@ -14,7 +14,7 @@ from gkd.storage.errors import ConfigError
 from gkd.storage.images import digest
 from gkd.storage.parallel import ordered_map
 from gkd.storage.progress import progress
-from gkd.trainer.embedding_store import EmbeddingStore
+from gkd.trainer.embedding_cache import EmbeddingCache
 
 # RGB uint8 [B, 112, 112, 3] -> embeddings float32 [B, D], not normalised
 Embed = Callable[[npt.NDArray[np.uint8]], npt.NDArray[np.float32]]
@@ -46,7 +46,7 @@ class Faces:
 
 
 def flip_sums(
-    embed: Embed, faces: Faces, *, batch_size: int, store: EmbeddingStore | None = None
+    embed: Embed, faces: Faces, *, batch_size: int, store: EmbeddingCache | None = None
 ) -> npt.NDArray[np.float32]:
     """Embedding of each face plus that of its mirror image, not normalised; float32 [N, D].
 

@@ -16,7 +16,7 @@ from gkd.storage.extras import require
 from gkd.storage.spec import Preprocess
 from gkd.trainer.devices import DTYPES
 from gkd.trainer.embedding import Embed, Faces, flip_sums, unit_rows
-from gkd.trainer.embedding_store import EmbeddingStore
+from gkd.trainer.embedding_cache import EmbeddingCache
 from gkd.trainer.figures import write_png
 from gkd.trainer.pixels import network_input
 from gkd.trainer.verification_set import FOLDS, VerificationSet
@@ -104,7 +104,7 @@ def evaluate(
     pairs: VerificationSet,
     *,
     batch_size: int = 128,
-    store: EmbeddingStore | None = None,
+    store: EmbeddingCache | None = None,
 ) -> VerificationResult:
     """Embed every image of ``pairs`` and its mirror image, and score the pairs' distances.
 
@@ -123,7 +123,7 @@ def flip_sum_embeddings(
     pairs: VerificationSet,
     *,
     batch_size: int,
-    store: EmbeddingStore | None = None,
+    store: EmbeddingCache | None = None,
 ) -> npt.NDArray[np.float64]:
     """Embedding of each image plus that of its mirror image, then L2-normalised; [2P, D]."""
     # Sets show a face in several pairs; it is embedded once, under its first number.

@@ -23,7 +23,7 @@ from gkd.storage.errors import ConfigError, CorruptRecordError
 from gkd.storage.folders import SUFFIXES, natural_key
 from gkd.storage.images import decode_face
 from gkd.trainer.embedding import Embed, Faces, flip_sums, unit_rows
-from gkd.trainer.embedding_store import EmbeddingStore
+from gkd.trainer.embedding_cache import EmbeddingCache
 
 GALLERY, PROBE, DISTRACTORS = "Gallery_Match", "Probe", "Gallery_Distractor"
 TESTING = "Testing_Set"
@@ -169,7 +169,7 @@ def identify(
     faces: IdentificationSet,
     *,
     batch_size: int = 128,
-    store: EmbeddingStore | None = None,
+    store: EmbeddingCache | None = None,
 ) -> IdentificationResult:
     """Embed every face and its mirror image, and look for each probe in the gallery by cosine.
 

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from gkd.storage.progress import progress
 from gkd.trainer.embedding import Embed, flip_sums, unit_rows
-from gkd.trainer.embedding_store import EmbeddingStore
+from gkd.trainer.embedding_cache import EmbeddingCache
 from gkd.trainer.evaluation import FARS, equal_error_rate, roc, tar_at
 from gkd.trainer.ijb_set import IjbSet
 
@@ -61,7 +61,7 @@ class IjbResult:
 
 
 def evaluate_ijb(
-    embed: Embed, faces: IjbSet, *, batch_size: int = 128, store: EmbeddingStore | None = None
+    embed: Embed, faces: IjbSet, *, batch_size: int = 128, store: EmbeddingCache | None = None
 ) -> IjbResult:
     """Embed every face and its mirror image, make templates of them and score their pairs.
 

@@ -402,7 +402,7 @@ def _describe(
 ) -> Described:
     """What ran, on what."""
     backbone = sum(parameter.numel() for parameter in run.model.parameters())
-    centers = run.identity.num_classes * run.config.student.embedding_dim
+    centers = run.data.num_classes * run.config.student.embedding_dim
     return Described(
         command=tuple(command),
         versions={
@@ -412,7 +412,7 @@ def _describe(
         ranks=run.ranks.world_size,
         device=torch.cuda.get_device_name() if run.device.type == "cuda" else "cpu",
         precision=str(run.dtype).removeprefix("torch."),
-        dataset=Dataset(records.name, str(records.path), **run.identity._asdict()),
+        dataset=Dataset(records.name, str(records.path), **run.data._asdict()),
         teacher=targets.spec.teacher if targets else None,
         parameters={"backbone": backbone, "head": centers},
         total_steps=run.plans.total_steps,

@@ -156,17 +156,17 @@ def _network(student: Student, sha256: str) -> list[str]:
 
 
 def _training(student: Student, described: Described | None) -> list[str]:
-    identity, config = student.identity, student.config
-    data = f"{code(described.dataset.name)}, " if described else ""
+    data, config = student.data, student.config
+    name = f"{code(described.dataset.name)}, " if described else ""
     lines = [
-        f"Data: {data}{identity.num_images:,} images of {identity.num_classes:,} identities, "
-        f"fingerprint {code(identity.dataset)}",
+        f"Data: {name}{data.num_images:,} images of {data.num_classes:,} identities, "
+        f"fingerprint {code(data.dataset)}",
         f"Steps: {student.step:,} of {config.train.batch_size:,} images",
     ]
-    if not (config.kd.enabled and identity.cache_id):
+    if not (config.kd.enabled and data.cache_id):
         lines.append("Teacher: none, trained by cross-entropy alone")
     else:
-        lines.append(f"Targets: of the cache {code(identity.cache_id)}")
+        lines.append(f"Targets: of the cache {code(data.cache_id)}")
         teacher = described.teacher if described else None
         if teacher:
             lines.append(

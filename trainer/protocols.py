@@ -11,7 +11,7 @@ from rich.table import Table
 
 from gkd.storage.errors import ConfigError
 from gkd.trainer.embedding import Embed
-from gkd.trainer.embedding_store import EmbeddingStore
+from gkd.trainer.embedding_cache import EmbeddingCache
 from gkd.trainer.evaluation import VerificationResult, evaluate, plot_roc, results_table
 from gkd.trainer.identification import (
     IdentificationResult,
@@ -54,7 +54,7 @@ def load_set(path: Path) -> AnySet:
 
 
 def evaluate_set(
-    embed: Embed, faces: AnySet, *, batch_size: int = 128, store: EmbeddingStore | None = None
+    embed: Embed, faces: AnySet, *, batch_size: int = 128, store: EmbeddingCache | None = None
 ) -> AnyResult:
     """Judge a model on a set by the set's protocol.
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from gkd.storage.errors import ConfigError
 from gkd.storage.records import Records
 from gkd.storage.spec import preprocess_preset
-from gkd.trainer.checkpoint import Identity, read_centers, require_same_run, student_backbone
+from gkd.trainer.checkpoint import RunData, read_centers, require_same_run, student_backbone
 from gkd.trainer.config import RunConfig
 from gkd.trainer.data import Batch, JoinedTargets
 from gkd.trainer.devices import choose_device, choose_dtype
@@ -51,7 +51,7 @@ class RunState:
     """
 
     config: RunConfig
-    identity: Identity
+    data: RunData
     plans: Plans
     device: torch.device
     dtype: torch.dtype
@@ -127,7 +127,7 @@ class RunState:
             steps_per_epoch=plans.steps_per_epoch,
             total_steps=plans.total_steps,
         )
-        identity = Identity(
+        data = RunData(
             len(records),
             records.num_classes,
             records.fingerprint,
@@ -135,7 +135,7 @@ class RunState:
         )
         return cls(
             config=config,
-            identity=identity,
+            data=data,
             plans=plans,
             device=device,
             dtype=dtype,
@@ -154,14 +154,15 @@ class RunState:
     def state(self) -> dict[str, Any]:
         """Everything that the rest of the training depends on but the class centres.
 
-        Builtins and tensors, the same on all ranks.
+        Builtins and tensors, the same on all ranks but for the statistics of BatchNorm: those of
+        the first are kept.
         """
         cuda = self.device.type == "cuda"
         optimizer = self.optimizer.state_dict()
         centers = optimizer["state"].pop(self._centers_place, {})
         return {
             "config": msgspec.to_builtins(self.config),
-            "identity": list(self.identity),
+            "data": list(self.data),
             "step": self.step,
             "skipped": [self.skipped, self.skipped_in_a_row],
             "divergence": [self.divergence.first, self.divergence.mean, self.divergence.above],
@@ -188,7 +189,7 @@ class RunState:
         kept = self.optimizer.state.get(self.head.weight, {})
         tensors = {"weight": self.head.weight.detach()}
         tensors |= {name: value for name, value in kept.items() if self._of_centers(value)}
-        count = self.identity.num_classes
+        count = self.data.num_classes
         return {name: self.ranks.sharded(tensor, count) for name, tensor in tensors.items()}
 
     @property
@@ -206,14 +207,14 @@ class RunState:
             ConfigError: for another configuration, or weights of other shapes than it says.
             SpecMismatchError: where data or cache differ.
         """
-        require_same_run(state, self.config, self.identity, path)
+        require_same_run(state, self.config, self.data, path)
         try:
             self.model.load_state_dict(state["model"])
         except RuntimeError as error:
             raise ConfigError(
                 f"{path}: its weights do not fit its own configuration (student "
                 f"{self.config.student.name} of {self.config.student.embedding_dim} numbers an "
-                f"embedding, {self.identity.num_classes} classes): {error}; go on from another "
+                f"embedding, {self.data.num_classes} classes): {error}; go on from another "
                 "checkpoint, or train into another folder"
             ) from error
         self.optimizer.load_state_dict(state["optimizer"])

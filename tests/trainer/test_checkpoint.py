@@ -10,7 +10,7 @@ import torch
 
 from gkd.storage.errors import ConfigError, GkdError, SpecMismatchError
 from gkd.trainer.checkpoint import (
-    Identity,
+    RunData,
     load_student,
     publish,
     read_centers,
@@ -24,7 +24,7 @@ from gkd.trainer.ranks import ALONE
 from tests.trainer.faces import small_config
 
 CONFIG = small_config()
-IDENTITY = Identity(10, 3, "aa", "bb")
+DATA = RunData(10, 3, "aa", "bb")
 CENTERS = {"weight": torch.ones(3, 8)}
 CENTERS_FILE = "shard-00001-model-00001-of-00001.safetensors"
 
@@ -36,7 +36,7 @@ def content(value: float = 0.5, **more: object) -> dict[str, object]:
             parameter.fill_(value)
     return {
         "config": msgspec.to_builtins(CONFIG),
-        "identity": list(IDENTITY),
+        "data": list(DATA),
         "model": model.state_dict(),
         "step": 0,
         "accuracy": {},
@@ -212,21 +212,21 @@ def test_a_configuration_that_cannot_be_is_named(tmp_path: Path) -> None:
 def test_going_on_needs_the_same_configuration(tmp_path: Path) -> None:
     other = small_config("train.seed=5", "optimizer.lr=0.2", "data.workers=3")
     with pytest.raises(ConfigError) as error:
-        require_same_run(content(), other, IDENTITY, tmp_path)
+        require_same_run(content(), other, DATA, tmp_path)
     assert "optimizer.lr: 0.1, now 0.2; train.seed: 0, now 5" in str(error.value)
     assert "workers" not in str(error.value)
-    require_same_run(content(), small_config("data.workers=3"), IDENTITY, tmp_path)
+    require_same_run(content(), small_config("data.workers=3"), DATA, tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("identity", "message"),
+    ("data", "message"),
     [
-        (IDENTITY._replace(cache_id="cc"), r"cache \(id\): bb, now cc"),
-        (IDENTITY._replace(cache_id=""), r"cache \(id\): bb, now none"),
-        (IDENTITY._replace(dataset="dd"), r"records \(fingerprint\): aa, now dd"),
-        (IDENTITY._replace(num_classes=4), "number of classes: 3, now 4"),
+        (DATA._replace(cache_id="cc"), r"cache \(id\): bb, now cc"),
+        (DATA._replace(cache_id=""), r"cache \(id\): bb, now none"),
+        (DATA._replace(dataset="dd"), r"records \(fingerprint\): aa, now dd"),
+        (DATA._replace(num_classes=4), "number of classes: 3, now 4"),
     ],
 )
-def test_going_on_needs_the_same_data(identity: Identity, message: str, tmp_path: Path) -> None:
+def test_going_on_needs_the_same_data(data: RunData, message: str, tmp_path: Path) -> None:
     with pytest.raises(SpecMismatchError, match=message):
-        require_same_run(content(), CONFIG, identity, tmp_path)
+        require_same_run(content(), CONFIG, data, tmp_path)

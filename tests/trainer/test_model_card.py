@@ -21,7 +21,7 @@ from gkd.storage.errors import ConfigError
 from gkd.storage.spec import preprocess_preset
 from gkd.trainer.backbones import load_backbone
 from gkd.trainer.checkpoint import (
-    Identity,
+    RunData,
     Student,
     load_student,
     student_backbone,
@@ -69,7 +69,7 @@ def write_run(folder: Path, *settings: str, **more: object) -> Path:
     (folder / "checkpoints").mkdir(parents=True)
     content = {
         "config": msgspec.to_builtins(config),
-        "identity": [5_822_653, 85_742, FINGERPRINT, CACHE],
+        "data": [5_822_653, 85_742, FINGERPRINT, CACHE],
         "model": model.state_dict(),
         "step": 909_000,
         "accuracy": {"lfw": 0.9965, "cfp_fp": 0.9512},
@@ -178,7 +178,7 @@ def test_the_card_builds_each_network_where_it_was_published(
     settings: tuple[str, ...], built: str
 ) -> None:
     config = load_config(None, settings)
-    student = Student(torch.nn.Linear(1, 1), config, Identity(9, 3, FINGERPRINT, ""), 1, {})
+    student = Student(torch.nn.Linear(1, 1), config, RunData(9, 3, FINGERPRINT, ""), 1, {})
     text = card_text(student, None, preprocess_preset("arcface"), file="s.safetensors", sha256="0")
     assert built in text
 
@@ -274,8 +274,8 @@ def test_the_card_says_what_the_student_is_and_no_ones_paths(tmp_path: Path) -> 
 
 
 def test_a_card_of_a_checkpoint_alone_says_what_it_knows(tmp_path: Path) -> None:
-    identity = [10, 3, FINGERPRINT, ""]
-    run = write_run(tmp_path / "run", *SMALL, "kd.enabled=false", identity=identity, accuracy={})
+    data = [10, 3, FINGERPRINT, ""]
+    run = write_run(tmp_path / "run", *SMALL, "kd.enabled=false", data=data, accuracy={})
     checkpoint = run / "checkpoints/best.pt"
     text = export_student(checkpoint, tmp_path / "a.safetensors").card.read_text()
     assert "Data: `ms1m`, 10 images of 3 identities" in text

@@ -10,7 +10,7 @@ import pytest
 from gkd.storage.materialise import collect
 from gkd.storage.spec import preprocess_preset
 from gkd.storage.synthetic import draw_faces
-from gkd.trainer.embedding_store import EmbeddingStore, default_embeddings
+from gkd.trainer.embedding_cache import EmbeddingCache, default_embeddings
 from gkd.trainer.evaluation import evaluate
 from gkd.trainer.ijb import evaluate_ijb
 from gkd.trainer.ijb_set import load_ijb
@@ -34,11 +34,11 @@ class Counting:
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> EmbeddingStore:
-    return EmbeddingStore(tmp_path / "kept", "a" * 64, ARCFACE, "float32")
+def store(tmp_path: Path) -> EmbeddingCache:
+    return EmbeddingCache(tmp_path / "kept", "a" * 64, ARCFACE, "float32")
 
 
-def test_a_model_sees_a_set_once(store: EmbeddingStore) -> None:
+def test_a_model_sees_a_set_once(store: EmbeddingCache) -> None:
     network = Counting()
     first = evaluate(network, PAIRS, store=store)
     assert network.seen == 40
@@ -48,7 +48,7 @@ def test_a_model_sees_a_set_once(store: EmbeddingStore) -> None:
     assert len(list(store.folder.iterdir())) == 1
 
 
-def test_whatever_decides_an_embedding_decides_its_place(store: EmbeddingStore) -> None:
+def test_whatever_decides_an_embedding_decides_its_place(store: EmbeddingCache) -> None:
     network = Counting()
     evaluate(network, PAIRS, store=store)
     for other in (
@@ -72,7 +72,7 @@ def test_whatever_decides_an_embedding_decides_its_place(store: EmbeddingStore) 
 
 @pytest.mark.parametrize("damage", ["flipped", "cut", "empty"])
 def test_a_damaged_file_is_told_and_made_again(
-    store: EmbeddingStore, capsys: pytest.CaptureFixture[str], damage: str
+    store: EmbeddingCache, capsys: pytest.CaptureFixture[str], damage: str
 ) -> None:
     network = Counting()
     first = evaluate(network, PAIRS, store=store)
@@ -89,7 +89,7 @@ def test_a_damaged_file_is_told_and_made_again(
     assert network.seen == 80
 
 
-def test_a_failing_network_leaves_nothing(store: EmbeddingStore) -> None:
+def test_a_failing_network_leaves_nothing(store: EmbeddingCache) -> None:
     def embed(images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
         raise RuntimeError("out of memory")
 
@@ -100,7 +100,7 @@ def test_a_failing_network_leaves_nothing(store: EmbeddingStore) -> None:
 
 def test_kept_embeddings_are_collected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GKD_CACHE_DIR", str(tmp_path))
-    store = EmbeddingStore(default_embeddings(), "a" * 64, ARCFACE, "float32")
+    store = EmbeddingCache(default_embeddings(), "a" * 64, ARCFACE, "float32")
     evaluate(grid_embed, PAIRS, store=store)
     (path,) = (tmp_path / "embeddings").iterdir()
     (path.parent / "mine.safetensors").touch()
@@ -111,7 +111,7 @@ def test_kept_embeddings_are_collected(tmp_path: Path, monkeypatch: pytest.Monke
     assert [each.name for each in path.parent.iterdir()] == ["mine.safetensors"]
 
 
-def test_faces_at_other_places_are_other_faces(tmp_path: Path, store: EmbeddingStore) -> None:
+def test_faces_at_other_places_are_other_faces(tmp_path: Path, store: EmbeddingCache) -> None:
     draw_faces(tmp_path / "drawn", identities=range(2), images_each=1, seed=0, workers=1)
     lists = {"templates": (0, 1), "media": (0, 1), "scores": (1, 1)}
     faces = sorted((tmp_path / "drawn").rglob("*.jpg"))

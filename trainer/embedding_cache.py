@@ -27,7 +27,7 @@ def default_embeddings() -> Path:
 
 
 @dataclass(frozen=True)
-class EmbeddingStore:
+class EmbeddingCache:
     """The embeddings that one model gave, a safetensors file for each set of faces.
 
     A file's name is the sha256 of all that decides its content: the model's weights, its
