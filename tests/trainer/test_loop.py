@@ -18,6 +18,7 @@ from typing import Any
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 import psutil
 import pytest
 import torch
@@ -25,6 +26,7 @@ from safetensors.torch import load_file
 
 from gkd.storage.errors import ConfigError, CorruptRecordError, GkdError, SpecMismatchError
 from gkd.storage.records import open_records
+from gkd.storage.rows import Subset
 from gkd.storage.spec import preprocess_preset
 from gkd.storage.targets import TargetBatch
 from gkd.trainer import checkpoint, loop
@@ -44,6 +46,7 @@ from tests.terminal import on_a_terminal
 from tests.trainer.faces import SETTINGS, load, run, small_config, teacher_logits
 
 LAST = "checkpoints/last.pt"
+SLOW = 0.02  # seconds an image
 
 
 def lines(out: Path) -> list[dict[str, Any]]:
@@ -177,6 +180,29 @@ def test_the_live_line_tells_everything(faces: Path, tmp_path: Path) -> None:
     ce = training_lines(tmp_path / "b")[-1]["ce"]
     assert f"ce {ce:.3f}" in line
     assert re.search(r"epoch 2/2 .*images/s \d:\d\d:\d\d \d:\d\d:\d\d", last)  # gone and left
+
+
+class Slow(Subset):
+    """Records of which every image takes a while."""
+
+    def image(self, row: int) -> npt.NDArray[np.uint8]:
+        time.sleep(SLOW)
+        return super().image(row)
+
+
+def test_the_log_tells_of_a_slow_loader(faces: Path, tmp_path: Path) -> None:
+    """Batches of 8 images, made where they are asked for."""
+    records = open_records(faces / "faces")
+    config = small_config("kd.enabled=false", "train.epochs=1")
+    kinds = {"fast": Subset(records, np.arange(42)), "slow": Slow(records, np.arange(42))}
+    waits = {}
+    for name, kind in kinds.items():
+        train(config, kind, None, tmp_path / name)
+        told = training_lines(tmp_path / name)
+        waits[name] = np.array([line["data_wait"] for line in told])
+        seconds = np.array([8 / line["images_per_second"] for line in told])
+    assert (waits["slow"] * seconds > 8 * SLOW).all()
+    assert np.median(waits["slow"]) > 2 * np.median(waits["fast"])
 
 
 def test_tensorboard_has_what_the_log_has(unbroken: Path) -> None:
