@@ -167,6 +167,39 @@ def test_grouped_distillation_is_consistent(stored: int) -> None:
     assert estimates.binary == pytest.approx(terms.binary, abs=0.005)
 
 
+def test_the_log_of_the_drawn_sum_is_short_by_half_its_variance() -> None:
+    """Primary is a linear part and log S: that part and S are unbiased, at 64 draws of a group."""
+    prediction, count = make_prediction("primary"), 64
+    u, p = prediction.student / TEMPERATURE, np.exp(prediction.log_probs)
+    group, a = prediction.drawn_from, prediction.terms.a
+    exact_linear = (p / a * (np.log(p / a) - u))[group].sum()
+    exact_sum = np.exp(u)[group].sum()
+    exact_variance = (a * (np.exp(2 * u) / p)[group].sum() - exact_sum**2) / count
+
+    targets = simulate(prediction, count, 0)
+    assert targets.log_weights is not None
+    rows, classes = targets.rows.numpy(), targets.indices.numpy()
+    r = np.exp(targets.log_weights.double().numpy())
+    inner = targets.log_probs.double().numpy() - math.log(a)
+    linear = np.bincount(rows, r * np.exp(inner) * (inner - u[classes]))
+    sums = np.bincount(rows, r * np.exp(u[classes]))
+    expected = {
+        "linear": (linear, exact_linear),
+        "S": (sums, exact_sum),
+        "log S": (np.log(sums), math.log(exact_sum) - exact_variance / (2 * exact_sum**2)),
+    }
+    for name, (values, exact) in expected.items():
+        error = values.std() / math.sqrt(ROWS)
+        print(f"{name} {exact}, off by {(values.mean() - exact) / error} standard errors")
+        assert abs(values.mean() - exact) < 4 * error, name
+    short = math.log(exact_sum) - np.log(sums).mean()
+    assert short > 2 * np.log(sums).std() / math.sqrt(ROWS)
+    print(f"variance of S {sums.var()}, exact {exact_variance}; of log S {np.log(sums).var()}")
+    assert sums.var() == pytest.approx(exact_variance, rel=0.1)
+    primary = estimate(prediction, targets).primary
+    assert primary == pytest.approx((linear + np.log(sums)).mean(), rel=1e-5)
+
+
 def test_where_the_student_agrees_within_the_group_nothing_is_left_to_chance() -> None:
     """The weights 1/p make the group's logsumexp exact, whichever classes were drawn."""
     prediction = make_prediction("primary", student_is_teacher=True)
