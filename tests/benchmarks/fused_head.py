@@ -203,6 +203,7 @@ def compare() -> None:
         "mean 19 / three products": ("<=", 1.6),
         "mean 2000 / three products": ("<=", 2.0),
         "mean 19 / plain head without targets": ("<=", 0.75),
+        "64 draws / groups of 64": ("<=", 1.1),
         "MB above centres and gradient": ("<=", 64.0),
     }
     if torch.cuda.is_available():
