@@ -25,10 +25,10 @@ from gkd.storage.atomic import write_file
 from gkd.storage.cache import Cache
 from gkd.storage.errors import ConfigError, GkdError
 from gkd.storage.extras import require
+from gkd.storage.png import write_png
 from gkd.storage.records import open_records
 from gkd.storage.synthetic import draw_faces, draw_pairs
 from gkd.storage.targets import decode_log_probs
-from gkd.trainer.figures import write_png
 from gkd.trainer.verification_set import write_verification_set
 
 STATE = "demo.json"

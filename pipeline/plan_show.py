@@ -1,6 +1,5 @@
 """A plan as a table and as a picture."""
 
-import io
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +7,8 @@ from rich import box
 from rich.table import Table
 
 from gkd.pipeline.plan import DEVICES, Plan, PlanPoint
-from gkd.storage import atomic
-from gkd.storage.disk import disk_errors
 from gkd.storage.extras import require
+from gkd.storage.png import write_png
 
 
 def plan_table(plan: Plan) -> Table:
@@ -82,10 +80,7 @@ def plot_plan(plan: Plan, out: Path) -> None:
         axes.grid(alpha=0.3)
     groups.legend(title="group temperature")
     figure.suptitle(f"{plan.images:,} images of {plan.classes:,} identities")
-    image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=120)
-    with disk_errors(out):
-        atomic.write_file(out, image.getvalue())
+    write_png(figure, out)
 
 
 def _draw(groups: Any, bytes_: Any, points: list[PlanPoint], colour: str) -> None:

@@ -1,6 +1,5 @@
 """What a cache holds, in numbers and as a plot: group sizes, masses, and what they cost on disk."""
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,11 +8,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from gkd.storage import atomic, layout
+from gkd.storage import layout
 from gkd.storage.cache import Cache
-from gkd.storage.disk import disk_errors
 from gkd.storage.errors import ConfigError
 from gkd.storage.extras import require
+from gkd.storage.png import write_png
 from gkd.storage.progress import progress
 from gkd.storage.spec import View
 from gkd.storage.targets import MAX_CODE, decode_log_probs, encode_log_probs
@@ -127,16 +126,13 @@ def plot_stats(stats: CacheStats, out: Path) -> None:
     _draw_masses(masses, stats.views)
     cost = f"{stats.bytes_per_sample:,.0f} bytes a sample"
     figure.suptitle(f"{stats.path.name}: {stats.num_samples:,} samples, {cost}")
-    image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=120)
     if not out.parent.is_dir() or out.is_dir():
         raise ConfigError(
             f"{out}: expected the name of a file in a folder that is there, got "
             + ("a folder" if out.is_dir() else "one in no folder")
             + "; choose another name"
         )
-    with disk_errors(out):
-        atomic.write_file(out, image.getvalue())
+    write_png(figure, out)
 
 
 class _Counts:

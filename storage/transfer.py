@@ -88,15 +88,14 @@ def push(
     data = metadata | _shard_files(commits)
     records = {layout.commit_file(k): record_of(layout.encode_json(c)) for k, c in commits.items()}
     check = read_back or remote.folder is not None
-    with _tally("push", data | records) as tally:
-        with _while_it_stands(remote):
-            for part in (data, records):
-                _send_all(cache.path, remote, part, tally, read_back=check)
-            manifest = regular_file(cache.path, layout.MANIFEST).read_bytes()
-            _require_claim(remote, cache.id)
-            remote.write(layout.MANIFEST, manifest)
-            if remote.read(layout.MANIFEST, len(manifest)) != manifest:
-                raise CorruptShardError(_damaged_there(remote.place(layout.MANIFEST)))
+    with _tally("push", data | records) as tally, _while_it_stands(remote):
+        for part in (data, records):
+            _send_all(cache.path, remote, part, tally, read_back=check)
+        manifest = regular_file(cache.path, layout.MANIFEST).read_bytes()
+        _require_claim(remote, cache.id)
+        remote.write(layout.MANIFEST, manifest)
+        if remote.read(layout.MANIFEST, len(manifest)) != manifest:
+            raise CorruptShardError(_damaged_there(remote.place(layout.MANIFEST)))
     return tally.summary(remote, cache.path, cache.id, time.monotonic() - began)
 
 

@@ -80,17 +80,15 @@ def load_student(path: Path) -> Student:
     content = read_checkpoint(path)
     config = _config_of(content, path)
     backbone = student_backbone(config.student)
+    lacking = [name for name in ("model", "data", "step", "accuracy") if name not in content]
+    if lacking:
+        raise ConfigError(f"{path}: expected a checkpoint of a run, it lacks {', '.join(lacking)}")
     try:
         backbone.load_state_dict(content["model"])
-    except (RuntimeError, KeyError, TypeError) as error:
+        data = RunData(*content["data"])
+    except (RuntimeError, TypeError) as error:
         raise ConfigError(f"{path}: its weights do not fit its configuration: {error}") from error
-    return Student(
-        backbone.eval(),
-        config,
-        RunData(*content["data"]),
-        content["step"],
-        content["accuracy"],
-    )
+    return Student(backbone.eval(), config, data, content["step"], content["accuracy"])
 
 
 def chosen_checkpoint(run: Path) -> Path:
@@ -148,12 +146,12 @@ def _ways_on(damaged: Path) -> str:
     for path in damaged.parent.glob("*.pt"):
         try:
             content = _whole(path)
-        except (ConfigError, OSError):
+            centers, step = content["centers"], content["step"]
+            folder = damaged.parent / centers["folder"]
+            if folder != damaged and not _fault(folder, centers["sha256"]):
+                whole[path.name] = step
+        except (ConfigError, OSError, KeyError):
             continue
-        centers = content["centers"]
-        folder = damaged.parent / centers["folder"]
-        if folder != damaged and not _fault(folder, centers["sha256"]):
-            whole[path.name] = content["step"]
     newest = sorted(whole, key=lambda name: -whole[name])
     told = ", ".join(f"{name} (step {whole[name]})" for name in newest)
     if not told:

@@ -13,11 +13,11 @@ from torch import nn
 
 from gkd.storage.errors import ConfigError
 from gkd.storage.extras import require
+from gkd.storage.png import write_png
 from gkd.storage.spec import Preprocess
 from gkd.trainer.devices import DTYPES
 from gkd.trainer.embedding import Embed, Faces, flip_sums, unit_rows
 from gkd.trainer.embedding_cache import EmbeddingCache
-from gkd.trainer.figures import write_png
 from gkd.trainer.pixels import network_input
 from gkd.trainer.verification_set import FOLDS, VerificationSet
 

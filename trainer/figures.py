@@ -1,14 +1,11 @@
-"""Figures: those of a run's report as SVG, and any as a PNG file; needs matplotlib."""
+"""Figures of a run's report, as SVG; needs matplotlib."""
 
 import io
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from gkd.storage import atomic
-from gkd.storage.disk import disk_errors
 from gkd.storage.extras import require
 
 # Points of a curve: more are averaged in pieces.
@@ -95,18 +92,6 @@ def draw_sizes(views: Mapping[str, Sequence[tuple[int, int]]]) -> bytes:
         axes.minorticks_off()
         axes.legend(frameon=False)
         return _svg(figure)
-
-
-def write_png(figure: Any, out: Path, *, dpi: int) -> None:
-    """Draw a figure into a PNG file, whatever the file's name ends in.
-
-    Raises:
-        ConfigError: where ``out`` cannot be written.
-    """
-    image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=dpi)
-    with disk_errors(out):
-        atomic.write_file(out, image.getvalue())
 
 
 def _style() -> Any:
