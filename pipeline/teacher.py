@@ -110,7 +110,7 @@ class TorchEmbedder:
         self.name, self.arch, self.sha256 = name, arch, sha256
         self.preprocess = preprocess
         self.device = resolve_device(device)
-        self.precision = resolve_precision(precision, self.device)
+        self.precision: Precision = resolve_precision(precision, self.device)
         self.compiled = compile
         self._backend = torch.get_device_module(self.device)
         self._streams = threading.local()
