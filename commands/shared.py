@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import click
 import msgspec
+from click.core import ParameterSource
 
 from gkd.storage.launch import usable_cores
 
@@ -296,7 +297,13 @@ def cache_settings(options: Mapping[str, Any]) -> "CacheSettings":
         return {each.name: options[each.name] for each in fields(kind) if each.name in options}
 
     draws = None
-    if options["draws"]:
+    if not options["draws"]:
+        context = click.get_current_context()
+        for name in ("draw_temperature", "draw_from", "seed"):
+            if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+                option = f"--{name.replace('_', '-')}"
+                raise click.UsageError(f"{option} says how classes are drawn; give --draws as well")
+    else:
         draws = DrawsSpec(
             options["draws"],
             options["draw_temperature"],

@@ -125,12 +125,29 @@ def stricter_spec(
         ConfigError: for settings that the stored groups cannot answer exactly, with the reason.
     """
     old = cache.spec
+    kept_draws = old.draws if draws is None else _fewer_draws(cache, draws)
+    chosen = old.temperatures if temperatures is None else temperatures
+    unknown = [f"{t:g}" for t in chosen if t not in old.temperatures]
+    if unknown:
+        stored = ", ".join(f"{t:g}" for t in old.temperatures)
+        _refuse(
+            cache,
+            f"--temperatures {','.join(unknown)}",
+            f"the mass outside the groups was stored at {stored} only",
+        )
+    if kept_draws is not None and kept_draws.temperature not in chosen:
+        _refuse(
+            cache,
+            f"--temperatures {','.join(f'{t:g}' for t in chosen)}",
+            f"its draws are at {kept_draws.temperature:g}, which has to stay one of them, and "
+            "--draws 0 leaves them out",
+        )
     new = msgspec.structs.replace(
         old,
         threshold=old.threshold if threshold is None else threshold,
         max_group=old.max_group if max_group is None else max_group,
-        temperatures=old.temperatures if temperatures is None else temperatures,
-        draws=old.draws if draws is None else _fewer_draws(cache, draws),
+        temperatures=chosen,
+        draws=kept_draws,
         derived=DerivedSpec("retarget", (cache.id,)),
         software=old.software | software_versions(),
     )
@@ -156,14 +173,6 @@ def stricter_spec(
             f"--max-group {new.max_group}",
             f"{truncated:,} groups were cut at {old.max_group}, and what was cut off was not "
             "stored",
-        )
-    unknown = [f"{t:g}" for t in new.temperatures if t not in old.temperatures]
-    if unknown:
-        stored = ", ".join(f"{t:g}" for t in old.temperatures)
-        _refuse(
-            cache,
-            f"--temperatures {','.join(unknown)}",
-            f"the mass outside the groups was stored at {stored} only",
         )
     if new.threshold < old.threshold and new.draws is not None and new.draws.source == "primary":
         _refuse(

@@ -189,8 +189,9 @@ class CacheSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
                 self.views in (VIEWS, VIEWS[:1], VIEWS[1:]),
             ),
             "draws": (
-                "1 or more draws at a positive temperature",
-                self.draws is None or (self.draws.count >= 1 and _positive(self.draws.temperature)),
+                "1 or more draws at one of the temperatures",
+                self.draws is None
+                or (self.draws.count >= 1 and self.draws.temperature in self.temperatures),
             ),
         }
         for field, (expected, holds) in rules.items():

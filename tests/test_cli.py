@@ -506,6 +506,11 @@ def test_wrong_usage_is_exit_code_2(home: Path) -> None:
     numbers = ("--teacher", "t", "--centers", "class-mean", "--temperatures", "one")
     assert "expected numbers such as 1,2,4" in fails("cache-teacher", "a", "b", *numbers, code=2)
     numbers = ("--teacher", "t", "--centers", "class-mean", "--shard-samples", "many")
+    assert "--draw-from says how classes are drawn; give --draws as well" in fails(
+        *("cache-teacher", "a", "b", "--teacher", "t", "--centers", "class-mean"),
+        *("--draw-from", "all"),
+        code=2,
+    )
     assert "expected auto or a whole number" in fails("cache-teacher", "a", "b", *numbers, code=2)
 
 

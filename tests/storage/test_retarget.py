@@ -267,6 +267,17 @@ def test_draws_from_the_groups_keep_the_threshold(tmp_path: Path) -> None:
     assert (plain.draws, plain.draw_log2_probs, plain.draw_secondary) == (None, None, None)
 
 
+def test_the_temperature_of_the_draws_stays(made: Cache, tmp_path: Path) -> None:
+    draws = made.spec.draws
+    assert draws is not None
+    others = tuple(t for t in made.spec.temperatures if t != draws.temperature)
+    told = f"its draws are at {draws.temperature:g}, which has to stay one of them"
+    with pytest.raises(ConfigError, match=told):
+        retarget(made, tmp_path / "c.gkd", temperatures=others)
+    retarget(made, tmp_path / "c.gkd", temperatures=others, draws=0)
+    assert Cache.open(tmp_path / "c.gkd").spec.temperatures == others
+
+
 def test_fewer_draws_are_the_first(made: Cache, tmp_path: Path) -> None:
     retarget(made, tmp_path / "out.gkd", draws=2)
     cache = Cache.open(tmp_path / "out.gkd")
