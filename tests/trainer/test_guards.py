@@ -112,7 +112,7 @@ def test_after_so_many_in_a_row_it_stops_by_name(faces: Path, tmp_path: Path) ->
     out = tmp_path / "out"
     with pytest.raises(GkdError) as error:
         run(
-            *(faces, out, "optimizer.lr=1e6", "train.epochs=9", "train.max_skipped=4"),
+            *(faces, out, "optimizer.lr=1e5", "train.epochs=9", "train.max_skipped=4"),
             *("train.log_every=2", "checkpoint.every_epochs=0.2"),
         )
     message = str(error.value)
