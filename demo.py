@@ -66,7 +66,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         "data.workers=1",
     )
     distillation: tuple[str, ...] = ("kd.temperature=4", "kd.ramp=0.1")
-    cache: tuple[str, ...] = ("--group-temperature", "4")
+    cache: tuple[str, ...] = ("--group-temperature", "4", "--draws", "0")
 
 
 class State(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -258,7 +258,11 @@ target_options = together(
         help="Samples a shard; auto goes by --max-group and --draws.",
     ),
     click.option(
-        "--draws", type=click.IntRange(min=0), default=0, show_default=True, help="Classes to draw."
+        "--draws",
+        type=click.IntRange(min=0),
+        default=64,
+        show_default=True,
+        help="Classes to draw from the prediction at --draw-temperature; 0 for none.",
     ),
     click.option("--draw-temperature", type=float, default=4.0, show_default=True),
     click.option(

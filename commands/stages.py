@@ -36,7 +36,7 @@ NO_TARGETS = Path("-")
 @click.argument("out", type=PATH)
 @teacher_options
 @click.option("--threshold", type=float, default=0.93, show_default=True)
-@click.option("--group-temperature", type=float, default=2.0, show_default=True)
+@click.option("--group-temperature", type=float, default=1.0, show_default=True)
 @target_options
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the draws.")
 @click.option("--skip-corrupt", is_flag=True, help="Leave unreadable records out, and say which.")

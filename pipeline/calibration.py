@@ -339,8 +339,9 @@ def group_words(check: GroupCheck, settings: PartitionSettings, *, own_means: bo
     if check.truncated >= MOSTLY_CUT:
         lines.append(
             f"warning: --max-group {settings.max_group:,} cuts {check.truncated:.1%} of the "
-            f"groups; raise it, lower --group-temperature (now {settings.group_temperature:g}) or "
-            f"--threshold (now {settings.threshold:g}), or take --draws 64 in their place"
+            "groups; raise it, or lower --group-temperature (now "
+            f"{settings.group_temperature:g}) or --threshold (now {settings.threshold:g})"
+            + ("; or take --draws 64 in their place" if settings.draws is None else "")
         )
     return lines
 

@@ -59,8 +59,12 @@ class PartitionSettings:
             fits = 1 <= count <= MAX_GROUP
             _check("--draws", count, fits, f"a number from 1 to {MAX_GROUP:,}")
             known = temperature in self.temperatures
-            expected = f"one of --temperatures, which are {temperatures}"
-            _check("--draw-temperature", temperature, known, expected)
+            if not known:
+                raise ConfigError(
+                    f"--draw-temperature: expected one of --temperatures, which are "
+                    f"{temperatures}, got {temperature:g}; add it to these, draw at one of them, "
+                    "or leave draws out with --draws 0"
+                )
 
     @property
     def draws_from_group(self) -> bool:

@@ -90,7 +90,7 @@ def test_draws_are_cached_verified_and_cut(home: Path, tmp_path: Path) -> None:
     works("targets", "retarget", out, tmp_path / "fewer.gkd", "--draws", "3")
     assert "0 faults" in works("targets", "verify", tmp_path / "fewer.gkd", "--deep")
     told = fails(*making[:-6], "--draw-temperature", "3")
-    assert "--draw-temperature: expected one of --temperatures, which are 1,2,4, got 3.0" in told
+    assert "--draw-temperature: expected one of --temperatures, which are 1,2,4, got 3;" in told
 
 
 def test_centres_are_made_described_and_used(home: Path, tmp_path: Path) -> None:
@@ -190,7 +190,7 @@ def test_a_cache_is_described_verified_and_drawn(targets: Path, tmp_path: Path) 
     assert (info["num_samples"], info["num_classes"], info["shards"]) == (32, 8, 1)
     assert info["centers"]["kind"] == "class-mean"
     assert targets.with_name("targets.centers.npy").exists()
-    assert "group temperature  2" in works("targets", "info", targets)
+    assert "group temperature  1" in works("targets", "info", targets)
     told = works("targets", "verify", targets)
     assert "bytes in shards" in told
     assert ", 0 faults" in told
@@ -508,7 +508,7 @@ def test_wrong_usage_is_exit_code_2(home: Path) -> None:
     numbers = ("--teacher", "t", "--centers", "class-mean", "--shard-samples", "many")
     assert "--draw-from says how classes are drawn; give --draws as well" in fails(
         *("cache-teacher", "a", "b", "--teacher", "t", "--centers", "class-mean"),
-        *("--draw-from", "all"),
+        *("--draws", "0", "--draw-from", "all"),
         code=2,
     )
     assert "expected auto or a whole number" in fails("cache-teacher", "a", "b", *numbers, code=2)

@@ -1,12 +1,12 @@
-"""Students of the LFW pack from n drawn classes, from all classes, and from none; three seeds.
+"""Students of the LFW pack from 64 drawn classes, from all and from none, and a curve over n draws.
 
     python -m tests.benchmarks.lfw_draws [FOLDER]
 
 Runs the public commands: one cache with 128 draws at temperature 4 from all 4,859 classes, cut to n
 by `gkd targets retarget`; one whose groups are all classes, which is plain distillation; and
-`--without-kd`. The student is that of lfw_student.toml with `w_primary` 1, judged on the pairs of
-lfw_fold9.bin in turns of both kinds. FOLDER keeps caches, runs and curve.png; what is finished
-there is not run again.
+`--without-kd`. The curve over n is of seed 0. The student is that of lfw_student.toml with
+`w_primary` 1, judged on the pairs of lfw_fold9.bin in turns of both kinds. FOLDER keeps caches,
+runs and curve.png; what is finished there is not run again.
 """
 
 import json
@@ -29,15 +29,16 @@ from tests.benchmarks.lfw_student import (
 NUM_CLASSES = 4859
 COUNTS = (4, 8, 16, 32, 64, 128)
 COMMON = ("--teacher", TEACHER, "--preprocess", "imagenet", "--centers", "class-mean")
-DRAWS = ("--group-temperature", "1", "--draws", str(max(COUNTS)), "--draw-temperature", "4")
-EVERY = ("--group-temperature", "4", "--threshold", "1", "--max-group", str(NUM_CLASSES))
+DRAWS = ("--draws", str(max(COUNTS)))
+WHOLE = ("--group-temperature", "4", "--threshold", "1", "--max-group", str(NUM_CLASSES))
+JUDGED = ("without", "all", "64 draws")
 
 
 def caches(folder: Path) -> Iterator[tuple[str, Path]]:
     """Name and cache of every teaching."""
     drawn, every = folder / f"draws-{max(COUNTS)}.gkd", folder / "all.gkd"
     gkd("cache-teacher", RECORDS, drawn, *COMMON, *DRAWS)
-    gkd("cache-teacher", RECORDS, every, *COMMON, *EVERY)
+    gkd("cache-teacher", RECORDS, every, *COMMON, *WHOLE, "--draws", "0")
     yield "without", every
     yield "all", every
     for count in COUNTS:
@@ -70,10 +71,9 @@ def run(folder: Path) -> None:
     ratios: dict[str, float] = {}
     for name, cache in caches(folder):
         flags = ("--without-kd",) if name == "without" else ()
-        runs = [folder / f"{name.replace(' ', '-')}-{seed}" for seed in SEEDS]
         scores[name] = [
-            scores_of(out, cache, pairs, seed, *flags)
-            for out, seed in zip(runs, SEEDS, strict=True)
+            scores_of(folder / f"{name.replace(' ', '-')}-{seed}", cache, pairs, seed, *flags)
+            for seed in (SEEDS if name in JUDGED else SEEDS[:1])
         ]
         for what in ("accuracy", "AUC"):
             values = [each[what] for each in scores[name]]
@@ -84,8 +84,7 @@ def run(folder: Path) -> None:
     bars: dict[str, Bar] = {"bytes a sample and view, 64 draws": ("<=", 260)}
     for what in ("accuracy", "AUC"):
         by_name = {name: [each[what] for each in scores[name]] for name in scores}
-        judged = ("without", "all", "64 draws")
-        spread = max(max(by_name[name]) - min(by_name[name]) for name in judged)
+        spread = max(max(by_name[name]) - min(by_name[name]) for name in JUDGED)
         short, gain = f"{what}: all less 64 draws / spread", f"{what}: 64 draws' gain / spread"
         ratios[short] = (mean(by_name["all"]) - mean(by_name["64 draws"])) / spread
         ratios[gain] = (mean(by_name["64 draws"]) - mean(by_name["without"])) / spread
