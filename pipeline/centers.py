@@ -145,7 +145,8 @@ class CentersInfo:
     orientation  C x D, or D x C
     shapes       by file, in the order of joining
     centers      of all files; ``padding`` of them at the end stand for no identity of the records
-    shortest, median, longest   lengths of the centres
+    unusable     of these, zero or not finite, with which `cache-teacher` takes none of them
+    shortest, median, longest   lengths of the others
     """
 
     kind: CentersKind
@@ -155,6 +156,7 @@ class CentersInfo:
     shapes: dict[str, tuple[int, int]]
     centers: int
     embedding_dim: int
+    unusable: int
     shortest: float
     median: float
     longest: float
@@ -177,6 +179,9 @@ def describe_centers(files: Sequence[CenterFile], records: Records | None) -> Ce
         )
     lengths = np.concatenate([np.linalg.norm(file.array, axis=1) for file in files])
     first, total = files[0], len(lengths)
+    usable = lengths[np.isfinite(lengths) & (lengths > 0)]
+    if not len(usable):
+        raise ConfigError(f"{first.path}: all of {total:,} centres are zero or not finite")
     padding = 0 if records is None else padding_of(files, records.num_classes)
     if records is not None and total - padding != records.num_classes:
         place = ", ".join(str(file.path) for file in files)
@@ -189,9 +194,10 @@ def describe_centers(files: Sequence[CenterFile], records: Records | None) -> Ce
         shapes={str(file.path): file.shape for file in files},
         centers=total,
         embedding_dim=first.array.shape[1],
-        shortest=float(lengths.min()),
-        median=float(np.median(lengths)),
-        longest=float(lengths.max()),
+        unusable=total - len(usable),
+        shortest=float(usable.min()),
+        median=float(np.median(usable)),
+        longest=float(usable.max()),
         padding=padding,
         built=first.built,
     )

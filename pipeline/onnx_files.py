@@ -14,17 +14,17 @@ def onnx_sha256(path: Path) -> str:
     """Hex sha256 of a network: of its file, or where weights stand in others, of all their hashes.
 
     Raises:
-        ConfigError: where it is no ONNX file, or a file of weights is missing or elsewhere.
+        ConfigError: where it is no ONNX file, or a file of weights is missing, cut or elsewhere.
     """
-    outside = [_beside(path, name) for name in weight_files(path)]
+    outside = [_beside(path, name, size) for name, size in weight_files(path).items()]
     if not outside:
         return sha256_file(path)
     lines = [f"{sha256_file(each)}  {each.name}\n" for each in (path, *outside)]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def weight_files(path: Path) -> list[str]:
-    """Names of the files that an ONNX file has weights in, as it says them, sorted.
+def weight_files(path: Path) -> dict[str, int]:
+    """Names, as it says them, of the files that an ONNX file has weights in, and their least size.
 
     Raises:
         ConfigError: where it is no ONNX file.
@@ -40,15 +40,19 @@ def weight_files(path: Path) -> list[str]:
     external = onnx.TensorProto.EXTERNAL
     tensors = [*_tensors(model.graph)]
     tensors += [each for function in model.functions for each in _tensors_of(function.node)]
-    return sorted(
-        {
-            entry.value
-            for tensor in tensors
-            if tensor.data_location == external
-            for entry in tensor.external_data
-            if entry.key == "location"
-        }
-    )
+    found: dict[str, int] = {}
+    for tensor in tensors:
+        if tensor.data_location == external:
+            told = {entry.key: entry.value for entry in tensor.external_data}
+            name = told.get("location", "")
+            numbers = [told.get(key, "0") for key in ("offset", "length")]
+            if not all(each.isdecimal() for each in numbers):
+                raise ConfigError(
+                    f"{path}: expected place and length of weights in {name!r}, got {numbers}"
+                )
+            end = sum(map(int, numbers))
+            found[name] = max(end, found.get(name, 0))
+    return dict(sorted(found.items()))
 
 
 def _tensors(graph: Any) -> Iterator[Any]:
@@ -65,12 +69,17 @@ def _tensors_of(nodes: Any) -> Iterator[Any]:
                 yield from _tensors(graph)
 
 
-def _beside(path: Path, name: str) -> Path:
+def _beside(path: Path, name: str, size: int) -> Path:
     file = path.parent / name
-    plain = len(PurePosixPath(name).parts) == 1 and name != ".."
+    plain = len(PurePosixPath(name).parts) == 1 and name not in ("", "..")
     if not plain or file.is_symlink() or not file.is_file():
         raise ConfigError(
             f"{path}: has weights in {name!r}, expected a file of that name beside it; get all of "
             "the network's files into one folder"
+        )
+    if file.stat().st_size < size:
+        raise ConfigError(
+            f"{file}: expected {size:,} bytes of weights or more, got {file.stat().st_size:,}; get "
+            "it again"
         )
     return file

@@ -304,3 +304,15 @@ def test_descriptions_are_held_against_records(tmp_path: Path) -> None:
     given = open_centers(paths, records, PixelEmbedder())
     assert given.kind == "file"
     assert given.name.startswith("classifier_rank0.pt classifier_rank1.pt")
+
+
+def test_centres_without_direction_are_counted(tmp_path: Path) -> None:
+    array = np.full((30, EMBEDDING_DIM), 0.5, np.float32)
+    array[3], array[5, 2] = 0, np.nan
+    np.save(tmp_path / "c.npy", array)
+    told = describe_centers(read_center_files([tmp_path / "c.npy"]), None)
+    assert (told.centers, told.unusable) == (30, 2)
+    assert told.shortest == told.longest == pytest.approx(0.5 * EMBEDDING_DIM**0.5)
+    np.save(tmp_path / "c.npy", np.zeros_like(array))
+    with pytest.raises(ConfigError, match="all of 30 centres are zero or not finite"):
+        describe_centers(read_center_files([tmp_path / "c.npy"]), None)

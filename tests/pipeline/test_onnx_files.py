@@ -70,7 +70,7 @@ def test_weights_within_the_branches_of_a_network_are_found(tmp_path: Path) -> N
         helper.make_node("If", ["yes"], ["both"], then_branch=branch, else_branch=branch)
     )
     onnx.save(outer, tmp_path / "outer.onnx")
-    assert weight_files(tmp_path / "outer.onnx") == ["weights.data"]
+    assert weight_files(tmp_path / "outer.onnx") == {"weights.data": 12}
 
 
 @pytest.mark.parametrize("name", ["../weights.data", "..", "/etc/hostname", "gone.data", "link"])
@@ -81,6 +81,13 @@ def test_weights_elsewhere_are_refused(tmp_path: Path, name: str) -> None:
     (here / "link").symlink_to(tmp_path / "weights.data")
     with pytest.raises(ConfigError, match=r"t\.onnx: has weights in .* expected a file of that"):
         OnnxEmbedder(path, preprocess_preset("arcface"))
+
+
+def test_weights_that_are_cut_off_are_named(tmp_path: Path) -> None:
+    path = network(tmp_path / "t.onnx", location="weights.data")
+    (tmp_path / "weights.data").write_bytes(bytes(8))
+    with pytest.raises(ConfigError, match=r"weights\.data: expected 12 bytes of weights or more"):
+        onnx_sha256(path)
 
 
 @needs_shared_data
