@@ -13,7 +13,7 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from statistics import mean
+from statistics import mean, stdev
 
 from tests.benchmarks.harness import Bar, report
 from tests.benchmarks.lfw_student import (
@@ -84,7 +84,7 @@ def run(folder: Path) -> None:
     bars: dict[str, Bar] = {"bytes a sample and view, 64 draws": ("<=", 260)}
     for what in ("accuracy", "AUC"):
         by_name = {name: [each[what] for each in scores[name]] for name in scores}
-        spread = max(max(by_name[name]) - min(by_name[name]) for name in JUDGED)
+        spread = max(stdev(by_name[name]) for name in JUDGED)
         short, gain = f"{what}: all less 64 draws / spread", f"{what}: 64 draws' gain / spread"
         ratios[short] = (mean(by_name["all"]) - mean(by_name["64 draws"])) / spread
         ratios[gain] = (mean(by_name["64 draws"]) - mean(by_name["without"])) / spread

@@ -19,7 +19,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from statistics import mean
+from statistics import mean, stdev
 
 import numpy as np
 
@@ -46,7 +46,7 @@ def in_folder(run: Callable[[Path], None]) -> None:
 
 
 def run(folder: Path) -> None:
-    """Cache once, train six students, report the gain over the spread of the seeds."""
+    """Cache once, train six students, report the gain over the seeds' standard deviation."""
     targets, pairs = folder / "lfw.gkd", folder / "alternating.bin"
     teacher = ("--teacher", TEACHER, "--preprocess", "imagenet", "--centers", "class-mean")
     gkd("cache-teacher", RECORDS, targets, *teacher, *GROUPS)
@@ -64,7 +64,7 @@ def run(folder: Path) -> None:
             print(f"{what}, {kind}: {listed}", file=sys.stderr)
             ratios[f"{what}, {kind}"] = mean(values[kind])
         gain = mean(values["gkd"]) - mean(values["without"])
-        spread = max(max(each) - min(each) for each in values.values())
+        spread = max(map(stdev, values.values()))
         ratios[f"{what}: gain / spread of the seeds"] = gain / spread
     report("lfw_student", ratios, BARS)
 
