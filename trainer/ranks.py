@@ -125,6 +125,9 @@ class Ranks:
 
 
 ALONE = Ranks()
+# DDP's reducer, where it holds a group last, destroys it with the interpreter's lock in hand, and
+# that waits for a thread of the group that may want the lock. So groups outlive all else.
+_GROUPS: list[object] = []
 
 
 @contextmanager
@@ -161,6 +164,7 @@ def joined_ranks(device: str) -> Iterator[Ranks]:
             f"the other ranks of WORLD_SIZE={world_size} cannot be reached ({error}); start all of "
             "them with torchrun"
         ) from error
+    _GROUPS.append(dist.group.WORLD)
     try:
         yield Ranks(dist.get_rank(), dist.get_world_size())
     finally:
