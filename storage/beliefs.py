@@ -67,8 +67,7 @@ class Beliefs:
         log_absent = log_rest.copy()
         others = classes != labels[rows]
         np.minimum.at(log_absent, rows[others], log_probs[others])
-        draws = spec.draws
-        if draws is not None and draws.temperature in spec.temperatures:
+        if spec.draws is not None:
             keys, drawn = _drawn(targets, log_probs, log_rest, spec)
             rows = np.concatenate([rows, keys >> _CLASS_BITS])
             classes = np.concatenate([classes, keys & ((1 << _CLASS_BITS) - 1)])

@@ -72,8 +72,6 @@ def _check_entries(
     whole = present & (targets.sizes < spec.max_group)
     if draws.source == "primary" and (wrong := whole & (found < 0).any(1)).any():
         yield "draws", int(wrong.argmax()), "a class that is not in the group it was drawn from"
-    if draws.temperature not in spec.temperatures:
-        return
     column = targets.secondary[:, spec.temperatures.index(draws.temperature)]
     outside = targets.draw_secondary
     if outside is not None:

@@ -131,15 +131,6 @@ def test_drawn_classes_are_entries_at_the_group_temperature(grouped: bool) -> No
         assert np.delete(expected[row], held).max() <= found.log_absent[row] + 1e-2
 
 
-def test_draws_at_a_temperature_without_masses_are_left_aside() -> None:
-    spec = small_spec(draws=DrawsSpec(16, 3.0, "all"))
-    logits, labels = logits_of(spec), labels_of(spec)
-    targets, _ = dense_targets(logits, labels, spec)
-    plain = Beliefs.of(targets, labels, msgspec.structs.replace(spec, draws=None))
-    found = Beliefs.of(add_draws(targets, logits, spec), labels, spec)
-    assert np.array_equal(found.log_probs, plain.log_probs)
-
-
 def test_of_a_label_alone_nothing_else_is_named() -> None:
     spec = small_spec(threshold=0.0)
     labels = labels_of(spec)
