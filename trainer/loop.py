@@ -191,8 +191,10 @@ class _Training:
         """Name a worker's death, which torch raises wherever the training stands just then."""
         try:
             yield
-        except (RuntimeError, CheckpointException) as error:
-            reason = worker_death(error)
+        except (RuntimeError, CheckpointException, ConnectionResetError) as error:
+            # Whoever is killed while it hands a batch over leaves a connection that is cut.
+            cut = isinstance(error, ConnectionResetError)
+            reason = str(error) if cut else worker_death(error)
             if not reason:
                 raise
             raise GkdError(
