@@ -213,7 +213,12 @@ def publish(
 
 
 def worker_death(error: BaseException) -> str:
-    """What torch says of a killed data worker, wherever it raised it; empty for another error."""
+    """What torch says of a killed data worker, wherever it raised it; empty for another error.
+
+    One that is killed while it hands a batch over leaves a connection that is cut, and no word.
+    """
+    if isinstance(error, ConnectionResetError):
+        return str(error)
     told = (re.search(r"DataLoader worker.*", str(each)) for each in _chain(error))
     return next((found[0] for found in told if found), "")
 

@@ -192,9 +192,7 @@ class _Training:
         try:
             yield
         except (RuntimeError, CheckpointException, ConnectionResetError) as error:
-            # Whoever is killed while it hands a batch over leaves a connection that is cut.
-            cut = isinstance(error, ConnectionResetError)
-            reason = str(error) if cut else worker_death(error)
+            reason = worker_death(error)
             if not reason:
                 raise
             raise GkdError(
