@@ -5,7 +5,6 @@ alone and with the cached targets. Each is then judged on people that none of th
 """
 
 import json
-import os
 import shlex
 import subprocess
 import sys
@@ -25,6 +24,7 @@ from gkd.storage.atomic import write_file
 from gkd.storage.cache import Cache
 from gkd.storage.errors import ConfigError, GkdError
 from gkd.storage.extras import require
+from gkd.storage.launch import all_cores
 from gkd.storage.png import write_png
 from gkd.storage.records import open_records
 from gkd.storage.synthetic import draw_faces, draw_pairs
@@ -201,7 +201,7 @@ def _draw(out: Path, settings: Settings) -> None:
     """The people to train on, as a folder of images, and pairs of others, as a verification set."""
     known = range(settings.identities)
     unknown = range(settings.identities, settings.identities + settings.held_out)
-    workers = os.cpu_count() or 1
+    workers = all_cores()
     folder, seed = out / "held_out", settings.seed
     each, held_out_each = settings.images_each, settings.held_out_images_each
     draw_faces(out / "faces", identities=known, images_each=each, seed=seed, workers=workers)

@@ -1,6 +1,5 @@
 """Teachers: networks that turn aligned faces into embeddings."""
 
-import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +14,7 @@ from torch import nn
 from gkd.pipeline.onnx_files import onnx_sha256
 from gkd.storage.errors import ConfigError, GkdError
 from gkd.storage.extras import require
-from gkd.storage.launch import usable_cores
+from gkd.storage.launch import local_rank, own_gpu, usable_cores
 from gkd.storage.spec import Precision, Preprocess
 
 FACE_SIZE = 112
@@ -63,11 +62,9 @@ def resolve_device(device: str) -> str:
 
 
 def _own_gpu(device: str, gpus: int) -> str:
-    local_rank = os.environ.get("LOCAL_RANK")
-    if device != "cuda" or local_rank is None or not gpus:
+    if device != "cuda" or local_rank() is None or not gpus:
         return device
-    # More ranks than GPUs share them; where each rank is shown its own GPU only, that is number 0.
-    return f"cuda:{int(local_rank) % gpus}"
+    return f"cuda:{own_gpu(gpus)}"
 
 
 def resolve_precision(precision: Precision | Literal["auto"], device: str) -> Precision:

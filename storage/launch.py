@@ -19,6 +19,20 @@ def local_world_size() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
+def local_rank() -> int | None:
+    """This process's number among those of its node; None without torchrun."""
+    number = os.environ.get("LOCAL_RANK")
+    return None if number is None else int(number)
+
+
+def own_gpu(gpus: int) -> int:
+    """Number of this process's GPU among the ``gpus``, one or more, that it is shown.
+
+    More processes than GPUs share them; where each is shown its own alone, that is number 0.
+    """
+    return (local_rank() or 0) % gpus
+
+
 def all_cores() -> int:
     """Cores that this process may run on, for work that one process of a node does for all."""
     affinity = getattr(os, "sched_getaffinity", None)

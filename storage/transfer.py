@@ -4,7 +4,6 @@ Both ways the manifest is the last file. A copy that was broken off is gone on w
 call: what stands already, and is right, is not copied again.
 """
 
-import re
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,7 +31,6 @@ from gkd.storage.spec import VIEWS, CacheSpec, DerivedSpec, View
 # Written before all else at an address that is pushed to: the id of the cache that it is for.
 CLAIM = ".cache-id"
 _MAX_CLAIM_BYTES = 100
-_ASIDE = re.compile(r"\..+\.[0-9a-f]{32}")
 _MEGABYTE = 1_000_000
 _NAMED = 3  # wrong shards or files listed in a message
 
@@ -138,7 +136,9 @@ def pull(
     data = _shard_files(commits)
     _require_space(path, data)
     with WriteLock(path), disk_errors(path), _tally("pull", data) as tally:
-        _delete_asides(path)
+        # What a killed pull left on its way into place.
+        for inside in (path, *(each for each in path.rglob("*") if each.is_dir())):
+            atomic.delete_asides(inside)
         _write_all(path, written)
         for folder in ("samples", "commits"):
             (path / folder).mkdir(exist_ok=True)
@@ -411,13 +411,6 @@ def _require_space(path: Path, files: Mapping[str, FileRecord]) -> None:
         if not (path / file).exists() or (path / file).stat().st_size != record.bytes
     )
     require_room(path, needed, "pull into a folder on another disk")
-
-
-def _delete_asides(path: Path) -> None:
-    """Delete what a killed pull left on its way into place."""
-    for aside in path.rglob(".*"):
-        if _ASIDE.fullmatch(aside.name) and not aside.is_dir():
-            aside.unlink(missing_ok=True)
 
 
 def _is_right(path: Path, file: str, record: FileRecord) -> bool:

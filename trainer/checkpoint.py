@@ -82,7 +82,10 @@ def load_student(path: Path) -> Student:
     backbone = student_backbone(config.student)
     lacking = [name for name in ("model", "data", "step", "accuracy") if name not in content]
     if lacking:
-        raise ConfigError(f"{path}: expected a checkpoint of a run, it lacks {', '.join(lacking)}")
+        raise ConfigError(
+            f"{path}: expected a checkpoint of a run, it lacks {', '.join(lacking)}; give the "
+            "folder of a run of `gkd train-student`, or a file in its checkpoints/"
+        )
     try:
         backbone.load_state_dict(content["model"])
         data = RunData(*content["data"])
@@ -146,10 +149,9 @@ def _ways_on(damaged: Path) -> str:
     for path in damaged.parent.glob("*.pt"):
         try:
             content = _whole(path)
-            centers, step = content["centers"], content["step"]
-            folder = damaged.parent / centers["folder"]
-            if folder != damaged and not _fault(folder, centers["sha256"]):
-                whole[path.name] = step
+            folder, digests = centers_of(content, path)
+            if folder != damaged and not _fault(folder, digests):
+                whole[path.name] = content["step"]
         except (ConfigError, OSError, KeyError):
             continue
     newest = sorted(whole, key=lambda name: -whole[name])
@@ -276,6 +278,25 @@ def _write_centers(folder: Path, centers: Mapping[str, Tensor], ranks: Ranks) ->
         for file in folder.iterdir():
             atomic.sync_file(file)
         atomic.sync_folder(folder)
+
+
+def centers_of(content: Mapping[str, Any], path: Path) -> tuple[Path, dict[str, str]]:
+    """Folder of the class centres of the checkpoint ``path``, and the sha256 of each file in it.
+
+    Raises:
+        ConfigError: where it names none, or files that are not beside it.
+    """
+    try:
+        folder, digests = content["centers"]["folder"], dict(content["centers"]["sha256"])
+        plain = all(Path(name).name == name != ".." for name in (folder, *digests))
+    except (KeyError, TypeError, ValueError):
+        plain = False
+    if not plain:
+        raise ConfigError(
+            f"{path}: expected the name of a folder beside it with its class centres, got "
+            f"{content.get('centers')!r:.200}; go on from a checkpoint that gkd wrote"
+        )
+    return path.parent / folder, digests
 
 
 def read_centers(

@@ -10,7 +10,6 @@ images of a block in random order, and the training process looks targets up, so
 is read once an epoch and a few are in memory.
 """
 
-import os
 import signal
 from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -30,6 +29,7 @@ from gkd.storage.cache import Cache
 from gkd.storage.drawn import drawn_targets
 from gkd.storage.errors import ConfigError, CorruptRecordError, GkdError
 from gkd.storage.join import SKIPPED, join
+from gkd.storage.launch import all_cores
 from gkd.storage.materialise import DIGESTS, TargetStore, default_folder, materialise
 from gkd.storage.records import Records
 from gkd.storage.rows import Subset, kept_digests
@@ -348,7 +348,7 @@ def load_batches(
     Raises:
         GkdError: what a worker met, as it was raised there.
     """
-    workers = min(workers, _usable_cores())
+    workers = min(workers, all_cores())
     sampler: Sampler[Any] = plans
     if dataset.targets is not None and isinstance(dataset.targets.store, ShardStore):
         sampler = _WithTargets(plans, dataset.targets.store, dataset.targets.rows)
@@ -441,10 +441,6 @@ class _Carrying(Dataset[_Made]):
         except GkdError as error:
             return error
         return _Packed.of(batch) if self.pack else batch
-
-
-def _usable_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _ignore_interrupts(_worker: int) -> None:

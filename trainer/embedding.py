@@ -2,7 +2,6 @@
 
 import hashlib
 import itertools
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy.typing as npt
 
 from gkd.storage.errors import ConfigError
 from gkd.storage.images import digest
+from gkd.storage.launch import usable_cores
 from gkd.storage.parallel import ordered_map
 from gkd.storage.progress import progress
 from gkd.trainer.embedding_cache import EmbeddingCache
@@ -20,7 +20,7 @@ from gkd.trainer.embedding_cache import EmbeddingCache
 Embed = Callable[[npt.NDArray[np.uint8]], npt.NDArray[np.float32]]
 
 QUIET = 10_000
-DECODE_THREADS = max(2, min(16, os.cpu_count() or 1))
+DECODE_THREADS = max(2, min(16, usable_cores()))
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """The processes that train together: torchrun's ranks, or this one alone."""
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
+from gkd.storage import launch
 from gkd.storage.errors import ConfigError, GkdError
 
 T = TypeVar("T")
@@ -141,12 +141,12 @@ def joined_ranks(device: str) -> Iterator[Ranks]:
     Raises:
         ConfigError: where the other ranks cannot be reached, or a rank has no GPU.
     """
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    world_size = launch.world_size()
     if world_size == 1:
         yield ALONE
         return
     if device == "cuda":
-        _take_gpu(own_gpu(int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()))
+        _take_gpu(torch.cuda.device_count())
     try:
         store, rank, _ = next(rendezvous("env://", timeout=ARRIVAL))
         store.set(f"arrived/{rank}", "")
@@ -171,22 +171,18 @@ def joined_ranks(device: str) -> Iterator[Ranks]:
         dist.destroy_process_group()
 
 
-def own_gpu(local_rank: int, gpus: int) -> int:
-    """Number of a rank's GPU, among the ``gpus`` that it is shown on its node.
+def _take_gpu(gpus: int) -> None:
+    """Make this rank's GPU, of the ``gpus`` that it is shown, the one that torch uses.
 
     Raises:
-        ConfigError: where it is shown none.
+        ConfigError: where it is shown none, or its own cannot be used.
     """
     if not gpus:
         raise ConfigError(
-            f"train.device: expected a GPU for rank {local_rank} of this node, torch finds none; "
-            "show it one with CUDA_VISIBLE_DEVICES, or set train.device=cpu"
+            f"train.device: expected a GPU for rank {launch.local_rank() or 0} of this node, torch "
+            "finds none; show it one with CUDA_VISIBLE_DEVICES, or set train.device=cpu"
         )
-    # Where each rank is shown its own GPU only, that is number 0.
-    return local_rank % gpus
-
-
-def _take_gpu(number: int) -> None:
+    number = launch.own_gpu(gpus)
     try:
         torch.cuda.set_device(number)
     except RuntimeError as error:

@@ -15,7 +15,13 @@ from torch import Tensor, nn
 from gkd.storage.errors import ConfigError
 from gkd.storage.records import Records
 from gkd.storage.spec import preprocess_preset
-from gkd.trainer.checkpoint import RunData, read_centers, require_same_run, student_backbone
+from gkd.trainer.checkpoint import (
+    RunData,
+    centers_of,
+    read_centers,
+    require_same_run,
+    student_backbone,
+)
 from gkd.trainer.config import RunConfig
 from gkd.trainer.data import Batch, JoinedTargets
 from gkd.trainer.devices import choose_device, choose_dtype
@@ -226,13 +232,8 @@ class RunState:
         }
         if kept:
             self.optimizer.state[self.head.weight] = kept
-        named = state["centers"]
-        read_centers(
-            path.parent / named["folder"],
-            self.centers(),
-            self.ranks,
-            sha256=named["sha256"],
-        )
+        folder, digests = centers_of(state, path)
+        read_centers(folder, self.centers(), self.ranks, sha256=digests)
         self.scheduler.load_state_dict(state["scheduler"])
         self.scaler.load_state_dict(state["scaler"])
         torch.set_rng_state(state["rng"]["cpu"])

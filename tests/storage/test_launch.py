@@ -30,3 +30,11 @@ def test_one_rank_speaks(
         monkeypatch.setenv("RANK", rank)
         launch.tell(f"said by {rank}")
     assert capsys.readouterr().err == "said by 0\n"
+
+
+def test_a_rank_takes_a_gpu_that_it_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All GPUs of the node, or its own alone."""
+    assert (launch.local_rank(), launch.own_gpu(4)) == (None, 0)
+    for number in range(4):
+        monkeypatch.setenv("LOCAL_RANK", str(number))
+        assert (launch.own_gpu(4), launch.own_gpu(1)) == (number, 0)

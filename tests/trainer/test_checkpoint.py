@@ -3,6 +3,7 @@
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -11,6 +12,7 @@ import torch
 from gkd.storage.errors import ConfigError, GkdError, SpecMismatchError
 from gkd.trainer.checkpoint import (
     RunData,
+    centers_of,
     load_student,
     publish,
     read_centers,
@@ -230,3 +232,16 @@ def test_going_on_needs_the_same_configuration(tmp_path: Path) -> None:
 def test_going_on_needs_the_same_data(data: RunData, message: str, tmp_path: Path) -> None:
     with pytest.raises(SpecMismatchError, match=message):
         require_same_run(content(), CONFIG, data, tmp_path)
+
+
+@pytest.mark.parametrize("told", ["../elsewhere", "/tmp", "..", None])
+def test_class_centres_elsewhere_are_not_looked_for(tmp_path: Path, told: str | None) -> None:
+    path = tmp_path / "last.pt"
+    content: dict[str, Any] = {"centers": {"folder": told, "sha256": {"a.safetensors": ""}}}
+    with pytest.raises(ConfigError, match=r"last\.pt: expected the name of a folder beside it"):
+        centers_of(content, path)
+    content = {"centers": {"folder": "centers", "sha256": {"../a": ""}}}
+    with pytest.raises(ConfigError, match=r"last\.pt: expected the name of a folder beside it"):
+        centers_of(content, path)
+    content["centers"]["sha256"] = {"a": "0"}
+    assert centers_of(content, path) == (tmp_path / "centers", {"a": "0"})

@@ -25,7 +25,7 @@ from gkd.trainer.checkpoint import read_checkpoint
 from gkd.trainer.config import DataConfig, KdConfig
 from gkd.trainer.data import check_data
 from gkd.trainer.dry_run import dry_run
-from gkd.trainer.ranks import Ranks, joined_ranks, own_gpu
+from gkd.trainer.ranks import Ranks, joined_ranks
 from tests.paths import ROOT
 from tests.trainer.faces import SMALL, load, run, small_config
 from tests.trainer.test_loop import LAST, last_centers, losses
@@ -189,12 +189,6 @@ def agent_store() -> Any:
     """What torchrun holds for its ranks to find each other by."""
     host = "localhost", 0
     return dist.TCPStore(*host, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
-
-
-def test_a_rank_takes_a_gpu_that_it_is_shown() -> None:
-    """All GPUs of the node, or its own alone."""
-    assert [own_gpu(local_rank, 4) for local_rank in range(4)] == [0, 1, 2, 3]
-    assert [own_gpu(local_rank, 1) for local_rank in range(4)] == [0, 0, 0, 0]
 
 
 def test_a_rank_without_a_gpu_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
