@@ -45,7 +45,8 @@ def targets() -> None:
 @as_json
 def targets_info(place: str, options: dict[str, Any], as_json: bool) -> None:
     """Say what made TARGETS, a cache here or at an address, and whether they are finished."""
-    from gkd.storage.cache import Cache, committed_shards
+    from gkd.storage.cache import Cache
+    from gkd.storage.metadata import committed_shards
     from gkd.storage.remote import Remote, is_address
     from gkd.storage.remote_cache import RemoteCache
 

@@ -31,11 +31,12 @@ from gkd.pipeline.shards import Background, PartitionedBatch, committing, partit
 from gkd.pipeline.specs import cache_spec, dataset_spec
 from gkd.pipeline.teacher import Embedder
 from gkd.storage import atomic, launch, layout
-from gkd.storage.cache import Cache, committed_shards, read_spec
+from gkd.storage.cache import Cache
 from gkd.storage.card import write_card
 from gkd.storage.disk import disk_errors, require_room
 from gkd.storage.errors import ConfigError
 from gkd.storage.lock import WriteLock
+from gkd.storage.metadata import committed_shards, read_spec
 from gkd.storage.progress import Advance, progress
 from gkd.storage.rows import Records
 from gkd.storage.spec import VIEWS, CacheSpec, CentersSpec, View

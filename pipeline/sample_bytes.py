@@ -13,9 +13,9 @@ import numpy.typing as npt
 from gkd.pipeline.partition import Partition
 from gkd.pipeline.shards import PartitionedBatch, committing
 from gkd.storage import layout
-from gkd.storage.cache import read_commit
 from gkd.storage.card import write_card
 from gkd.storage.layout import file_record
+from gkd.storage.metadata import read_commit
 from gkd.storage.rows import Records, Subset
 from gkd.storage.spec import CacheSpec, View
 from gkd.storage.target_arrays import cut_out

@@ -6,9 +6,9 @@ from pathlib import Path
 import msgspec
 
 from gkd.storage import atomic, layout
-from gkd.storage.cache import read_commit, read_spec
 from gkd.storage.errors import ConfigError
 from gkd.storage.layout import Commit
+from gkd.storage.metadata import read_commit, read_spec
 from gkd.storage.spec import CacheSpec
 
 _ABOUT = (

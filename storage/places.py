@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from gkd.storage import layout
-from gkd.storage.cache import read_spec
 from gkd.storage.errors import ConfigError, CorruptShardError
+from gkd.storage.metadata import read_spec
 
 
 def require_outside_caches(path: Path) -> None:

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Self
 
 from gkd.storage import layout
-from gkd.storage.cache import MAX_METADATA_BYTES, parse_commit, parse_manifest, parse_spec
 from gkd.storage.errors import ConfigError, CorruptShardError, IncompleteCacheError
 from gkd.storage.layout import Commit, FileRecord, Manifest
+from gkd.storage.metadata import MAX_METADATA_BYTES, parse_commit, parse_manifest, parse_spec
 from gkd.storage.parallel import for_each
 from gkd.storage.progress import progress
 from gkd.storage.remote import Remote

@@ -15,12 +15,13 @@ from typing import Any
 import msgspec
 
 from gkd.storage import atomic, layout
-from gkd.storage.cache import Cache, parse_spec, regular_file
+from gkd.storage.cache import Cache
 from gkd.storage.card import views_note
 from gkd.storage.disk import disk_errors, require_room
 from gkd.storage.errors import ConfigError, CorruptShardError, GkdError, SpecMismatchError
 from gkd.storage.layout import Commit, FileRecord, ViewRecord, file_record
 from gkd.storage.lock import WriteLock
+from gkd.storage.metadata import parse_spec, regular_file
 from gkd.storage.parallel import for_each
 from gkd.storage.places import require_outside_caches
 from gkd.storage.progress import Advance, progress
@@ -137,7 +138,7 @@ def pull(
     _require_space(path, data)
     with WriteLock(path), disk_errors(path), _tally("pull", data) as tally:
         # What a killed pull left on its way into place.
-        for inside in (path, *(each for each in path.rglob("*") if each.is_dir())):
+        for inside in _folders(path):
             atomic.delete_asides(inside)
         _write_all(path, written)
         for folder in ("samples", "commits"):
@@ -411,6 +412,12 @@ def _require_space(path: Path, files: Mapping[str, FileRecord]) -> None:
         if not (path / file).exists() or (path / file).stat().st_size != record.bytes
     )
     require_room(path, needed, "pull into a folder on another disk")
+
+
+def _folders(path: Path) -> list[Path]:
+    """A cache's folder and all in it; behind a link is somebody else's."""
+    inside = (each for each in path.rglob("*") if each.is_dir() and not each.is_symlink())
+    return [path, *inside]
 
 
 def _is_right(path: Path, file: str, record: FileRecord) -> bool:

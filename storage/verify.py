@@ -10,11 +10,12 @@ from typing import Literal
 import msgspec
 
 from gkd.storage import atomic, layout
-from gkd.storage.cache import Cache, committed_shards, read_commit, read_spec, regular_file
+from gkd.storage.cache import Cache
 from gkd.storage.errors import ConfigError, CorruptShardError
 from gkd.storage.launch import all_cores
 from gkd.storage.layout import Commit, FileRecord, Manifest, file_record
 from gkd.storage.meaning import check_targets
+from gkd.storage.metadata import committed_shards, read_commit, read_spec, regular_file
 from gkd.storage.progress import progress
 from gkd.storage.spec import CacheSpec
 

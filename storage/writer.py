@@ -16,7 +16,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gkd.storage import atomic, layout
-from gkd.storage.cache import read_commit, read_spec
 from gkd.storage.disk import disk_errors
 from gkd.storage.errors import (
     ConfigError,
@@ -25,6 +24,7 @@ from gkd.storage.errors import (
     SpecMismatchError,
 )
 from gkd.storage.layout import ArrayLayout, Commit, ViewRecord, file_record
+from gkd.storage.metadata import read_commit, read_spec
 from gkd.storage.spec import CacheSpec, View
 from gkd.storage.targets import SparseTargets
 

@@ -9,8 +9,9 @@ import msgspec
 import numpy as np
 
 from gkd.storage import layout
-from gkd.storage.cache import Cache, read_spec
+from gkd.storage.cache import Cache
 from gkd.storage.layout import Commit
+from gkd.storage.metadata import read_spec
 from gkd.storage.targets import SparseTargets
 
 

@@ -18,7 +18,7 @@ import torch
 
 from gkd.commands.shared import emit
 from gkd.storage import layout
-from gkd.storage.cache import read_commit, read_spec
+from gkd.storage.metadata import read_commit, read_spec
 from gkd.storage.records import open_records
 from gkd.storage.synthetic import draw_faces, draw_pairs
 from gkd.trainer.backbones import build_backbone

@@ -22,8 +22,8 @@ from gkd.pipeline.centers import Centers
 from gkd.pipeline.run import cache_teacher
 from gkd.pipeline.settings import CacheSettings, PartitionSettings
 from gkd.storage import layout
-from gkd.storage.cache import committed_shards
 from gkd.storage.lock import Holder, WriteLock
+from gkd.storage.metadata import committed_shards
 from gkd.storage.records import open_records
 from gkd.storage.rows import Subset
 from gkd.storage.synthetic import draw_faces

@@ -8,8 +8,9 @@ import msgspec
 import pytest
 
 from gkd.storage import layout
-from gkd.storage.cache import Cache, read_commit
+from gkd.storage.cache import Cache
 from gkd.storage.card import card_text, joined_words, words_of, write_card
+from gkd.storage.metadata import read_commit
 from gkd.storage.spec import CentersSpec, DerivedSpec, DrawsSpec, TeacherSpec, View
 from gkd.storage.verify import verify
 from gkd.storage.writer import CacheWriter

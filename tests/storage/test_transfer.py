@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 from gkd.storage import layout, remote
-from gkd.storage.cache import Cache, committed_shards
+from gkd.storage.cache import Cache
 from gkd.storage.errors import (
     ConfigError,
     CorruptShardError,
@@ -29,6 +29,7 @@ from gkd.storage.errors import (
     SpecMismatchError,
 )
 from gkd.storage.lock import WriteLock
+from gkd.storage.metadata import committed_shards
 from gkd.storage.remote import Remote
 from gkd.storage.remote_cache import WORKERS, RemoteCache, remote_stats
 from gkd.storage.spec import DerivedSpec, DrawsSpec

@@ -23,8 +23,9 @@ from zarr.core.buffer import default_buffer_prototype
 from zarr.storage import MemoryStore
 
 from gkd.storage import layout
-from gkd.storage.cache import Cache, committed_shards, read_commit
+from gkd.storage.cache import Cache
 from gkd.storage.errors import ConfigError, GkdError, IncompleteCacheError, SpecMismatchError
+from gkd.storage.metadata import committed_shards, read_commit
 from gkd.storage.spec import VIEWS, CacheSpec, DrawsSpec
 from gkd.storage.targets import SparseTargets, offsets_from_sizes
 from gkd.storage.verify import verify
