@@ -1,8 +1,6 @@
 """Trains a student: any interruption, and the same command goes on from there."""
 
 import platform
-import signal
-import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -11,10 +9,8 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
-from types import FrameType
 from typing import Any, NoReturn
 
-import filelock
 import msgspec
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
@@ -23,7 +19,6 @@ from gkd.storage.atomic import delete_asides, write_file
 from gkd.storage.blocks import ShardStore
 from gkd.storage.disk import disk_errors
 from gkd.storage.errors import ConfigError, GkdError, SpecMismatchError
-from gkd.storage.places import require_outside_caches
 from gkd.storage.progress import progress
 from gkd.storage.records import Records
 from gkd.storage.spec import preprocess_preset
@@ -35,16 +30,19 @@ from gkd.trainer.checkpoint import (
     settle,
     worker_death,
 )
+from gkd.trainer.claim import claimed
 from gkd.trainer.config import RunConfig, to_toml
-from gkd.trainer.data import Batch, FaceBatches, JoinedTargets, check_data, load_batches
+from gkd.trainer.data import Batch, FaceBatches, JoinedTargets, check_data
 from gkd.trainer.evaluation import VerificationResult, evaluate, module_embed
 from gkd.trainer.findings import gather, write_findings
 from gkd.trainer.guards import finite_weights
+from gkd.trainer.loading import load_batches
 from gkd.trainer.logging import RunLog, Window
 from gkd.trainer.ranks import ALONE, Ranks
 from gkd.trainer.report import write_report
 from gkd.trainer.run_folder import CONFIG, RUN, Dataset, Described
 from gkd.trainer.state import RunState
+from gkd.trainer.stopping import Stop, stop_signals
 from gkd.trainer.verification_set import VerificationSet, load_verification_set
 
 PACKAGES = ("gkd", "torch", "numpy")
@@ -106,7 +104,7 @@ def train(
     )
     sets = _load_sets(config.evaluation.sets)
     run = RunState.build(config, records, targets, ranks)
-    with _claimed(out, ranks):
+    with claimed(out, ranks):
         checkpoint = out / FOLDER / LAST
         if checkpoint.exists():
             run.restore(read_checkpoint(checkpoint), checkpoint)
@@ -126,7 +124,7 @@ def train(
         opened: AbstractContextManager[RunLog | None] = (
             RunLog(out, step=run.step) if ranks.first else nullcontext()
         )
-        with opened as log, _stop_signals() as stop:
+        with opened as log, stop_signals() as stop:
             _Training(run, records, sets, out, log, stop).go(
                 FaceBatches(
                     records,
@@ -140,14 +138,6 @@ def train(
     return Summary(run.step, run.accuracy, run.best)
 
 
-@dataclass
-class _Stop:
-    """The signal that asked this rank to end, and whether all ranks know that one was asked."""
-
-    received: str = ""
-    agreed: bool = False
-
-
 @dataclass(frozen=True)
 class _Training:
     """One go at a training, to its end or to a signal."""
@@ -157,7 +147,7 @@ class _Training:
     sets: Sequence[VerificationSet]
     out: Path
     log: RunLog | None
-    stop: _Stop
+    stop: Stop
     results: dict[str, VerificationResult] = field(default_factory=dict)
 
     def go(self, dataset: FaceBatches) -> None:
@@ -417,69 +407,3 @@ def _describe(
         parameters={"backbone": backbone, "head": centers},
         total_steps=run.plans.total_steps,
     )
-
-
-@contextmanager
-def _claimed(out: Path, ranks: Ranks) -> Iterator[None]:
-    """Hold the folder for these ranks alone.
-
-    Raises:
-        ConfigError: where it holds something else, is inside a cache or cannot be written, or
-            another process trains into it.
-    """
-    error: Exception | None = None
-    lock = filelock.FileLock(out / ".lock", timeout=0)
-    if ranks.first:
-        try:
-            with disk_errors(out):
-                _require_place(out)
-                lock.acquire()
-        except filelock.Timeout as held:
-            error = ConfigError(
-                f"{out}: another process is training into this folder; wait for it, or name another"
-            )
-            error.__cause__ = held
-        except (ConfigError, OSError) as met:
-            error = met
-    if ranks.highest(int(error is not None)):
-        raise error or SystemExit(1)  # the first rank says why
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def _require_place(out: Path) -> None:
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"{out}: expected a folder to train into, got a file; name another")
-    require_outside_caches(out)
-    out.mkdir(parents=True, exist_ok=True)
-    strangers = [path.name for path in out.iterdir() if not path.name.startswith(".")]
-    if strangers and RUN not in strangers:
-        raise ConfigError(
-            f"{out}: expected a new folder or one of an earlier training, got one that holds "
-            f"{', '.join(sorted(strangers)[:3])}; name another folder"
-        )
-
-
-@contextmanager
-def _stop_signals() -> Iterator[_Stop]:
-    """Let SIGTERM and SIGINT end the training at a step's end; a second one is not waited for."""
-    stop = _Stop()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-
-    def handle(number: int, _frame: FrameType | None) -> None:
-        stop.received = signal.Signals(number).name
-        signal.signal(number, previous[number])
-
-    numbers = (signal.SIGTERM, signal.SIGINT)
-    previous = {int(number): signal.getsignal(number) for number in numbers}
-    for number in numbers:
-        signal.signal(number, handle)
-    try:
-        yield stop
-    finally:
-        for number in numbers:
-            signal.signal(number, previous[number])

@@ -26,7 +26,8 @@ from gkd.storage.records import Records, open_records
 from gkd.storage.rows import Subset
 from gkd.storage.stats import stats
 from gkd.storage.synthetic import draw_faces
-from gkd.trainer.data import FaceBatches, JoinedTargets, load_batches
+from gkd.trainer.data import FaceBatches, JoinedTargets
+from gkd.trainer.loading import load_batches
 from gkd.trainer.plans import Plans
 from tests.benchmarks.harness import Bar, report
 from tests.benchmarks.synthetic_cache import make_cache

@@ -21,15 +21,8 @@ from gkd.storage.errors import (
 )
 from gkd.storage.records import Records, open_records
 from gkd.trainer.config import DataConfig, KdConfig
-from gkd.trainer.data import (
-    Batch,
-    FaceBatches,
-    JoinedTargets,
-    Order,
-    check_data,
-    join_targets,
-    load_batches,
-)
+from gkd.trainer.data import Batch, FaceBatches, JoinedTargets, Order, check_data, join_targets
+from gkd.trainer.loading import load_batches
 from gkd.trainer.loop import train
 from gkd.trainer.plans import BatchPlan, Plans
 from tests.reference import log_softmax

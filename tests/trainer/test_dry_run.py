@@ -16,7 +16,7 @@ from gkd.storage.rows import Subset
 from gkd.storage.spec import DrawsSpec, View
 from gkd.trainer.checkpoint import student_backbone
 from gkd.trainer.config import load_config
-from gkd.trainer.data import FaceBatches, join_targets, load_batches
+from gkd.trainer.data import FaceBatches, join_targets
 from gkd.trainer.dry_run import (
     PeakBytes,
     activation_bytes,
@@ -25,6 +25,7 @@ from gkd.trainer.dry_run import (
     dry_run,
     optimizer_bytes,
 )
+from gkd.trainer.loading import load_batches
 from gkd.trainer.state import RunState
 from tests.trainer.faces import load, small_config, write_cache
 

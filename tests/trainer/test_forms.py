@@ -7,7 +7,8 @@ import torch
 
 from gkd.storage.cache import Cache
 from gkd.storage.records import Records, open_records
-from gkd.trainer.data import Batch, FaceBatches, join_targets, load_batches
+from gkd.trainer.data import Batch, FaceBatches, join_targets
+from gkd.trainer.loading import load_batches
 from gkd.trainer.plans import Plans
 from tests.storage.test_forms import FORMS, write_form
 from tests.trainer.faces import write_cache

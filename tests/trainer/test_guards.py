@@ -16,8 +16,9 @@ from gkd.storage.errors import ConfigError, GkdError
 from gkd.storage.records import open_records
 from gkd.storage.rows import Subset
 from gkd.trainer.checkpoint import publish, read_checkpoint, write_checkpoint
-from gkd.trainer.data import Batch, FaceBatches, load_batches
+from gkd.trainer.data import Batch, FaceBatches
 from gkd.trainer.guards import DIVERGED, LONG, Divergence, finite_weights
+from gkd.trainer.loading import load_batches
 from gkd.trainer.loop import train
 from gkd.trainer.ranks import ALONE
 from gkd.trainer.state import RunState

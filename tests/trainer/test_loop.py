@@ -32,9 +32,10 @@ from gkd.storage.targets import TargetBatch
 from gkd.trainer import checkpoint, loop
 from gkd.trainer.checkpoint import load_student, read_checkpoint
 from gkd.trainer.config import load_config
-from gkd.trainer.data import FaceBatches, load_batches
+from gkd.trainer.data import FaceBatches
 from gkd.trainer.evaluation import evaluate
 from gkd.trainer.findings import read_findings
+from gkd.trainer.loading import load_batches
 from gkd.trainer.loop import train
 from gkd.trainer.losses import GroupTargets
 from gkd.trainer.plans import BatchPlan

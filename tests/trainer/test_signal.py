@@ -11,7 +11,8 @@ from gkd.storage.errors import ConfigError
 from gkd.storage.records import Records, open_records
 from gkd.storage.spec import DrawsSpec
 from gkd.trainer.config import Signal
-from gkd.trainer.data import FaceBatches, JoinedTargets, join_targets, load_batches
+from gkd.trainer.data import FaceBatches, JoinedTargets, join_targets
+from gkd.trainer.loading import load_batches
 from gkd.trainer.loop import train
 from gkd.trainer.plans import Plans
 from tests.reference import log_softmax

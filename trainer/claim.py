@@ -1,0 +1,56 @@
+"""A run folder held for one training alone."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import filelock
+
+from gkd.storage.disk import disk_errors
+from gkd.storage.errors import ConfigError
+from gkd.storage.places import require_outside_caches
+from gkd.trainer.ranks import Ranks
+from gkd.trainer.run_folder import RUN
+
+
+@contextmanager
+def claimed(out: Path, ranks: Ranks) -> Iterator[None]:
+    """Hold the folder for these ranks alone.
+
+    Raises:
+        ConfigError: where it holds something else, is inside a cache or cannot be written, or
+            another process trains into it.
+    """
+    error: Exception | None = None
+    lock = filelock.FileLock(out / ".lock", timeout=0)
+    if ranks.first:
+        try:
+            with disk_errors(out):
+                _require_place(out)
+                lock.acquire()
+        except filelock.Timeout as held:
+            error = ConfigError(
+                f"{out}: another process is training into this folder; wait for it, or name another"
+            )
+            error.__cause__ = held
+        except (ConfigError, OSError) as met:
+            error = met
+    if ranks.highest(int(error is not None)):
+        raise error or SystemExit(1)  # the first rank says why
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _require_place(out: Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"{out}: expected a folder to train into, got a file; name another")
+    require_outside_caches(out)
+    out.mkdir(parents=True, exist_ok=True)
+    strangers = [path.name for path in out.iterdir() if not path.name.startswith(".")]
+    if strangers and RUN not in strangers:
+        raise ConfigError(
+            f"{out}: expected a new folder or one of an earlier training, got one that holds "
+            f"{', '.join(sorted(strangers)[:3])}; name another folder"
+        )
