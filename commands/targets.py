@@ -263,7 +263,7 @@ def targets_push(
 
     ADDRESS is a folder or anything that fsspec opens: s3://, gs://, hf://, sftp://.
     """
-    from gkd.storage.transfer import push
+    from gkd.storage.push import push
 
     emit(push(path, address, options=options, read_back=read_back), as_json)
 
@@ -292,7 +292,7 @@ def targets_pull(
     Every file is held against its hash on arrival, and those that stand in TARGETS already too: a
     pull into a damaged copy mends it.
     """
-    from gkd.storage.transfer import pull
+    from gkd.storage.pull import pull
 
     emit(pull(address, path, shards=shards, views=views, options=options), as_json)
 

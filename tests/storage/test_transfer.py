@@ -30,11 +30,12 @@ from gkd.storage.errors import (
 )
 from gkd.storage.lock import WriteLock
 from gkd.storage.metadata import committed_shards
+from gkd.storage.pull import pull
+from gkd.storage.push import CLAIM, push
 from gkd.storage.remote import Remote
 from gkd.storage.remote_cache import WORKERS, RemoteCache, remote_stats
 from gkd.storage.spec import DerivedSpec, DrawsSpec
 from gkd.storage.stats import stats
-from gkd.storage.transfer import CLAIM, pull, push
 from gkd.storage.verify import verify
 from gkd.storage.writer import CacheWriter
 from tests.caches import make_cache, make_spec, write_shard
