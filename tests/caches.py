@@ -7,7 +7,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from gkd.storage import layout
 from gkd.storage.cache import Cache
+from gkd.storage.push import CLAIM
 from gkd.storage.spec import (
     VIEWS,
     CacheSpec,
@@ -210,3 +212,22 @@ def make_cache(
         write_shard(writer, shard, seed=seed, skipped=skipped)
     writer.finish()
     return Cache.open(path)
+
+
+def make_cache_with_card(path: Path) -> Cache:
+    """Three shards, a skipped sample and a card."""
+    writer = CacheWriter(path, make_spec())
+    for shard in range(3):
+        write_shard(writer, shard, skipped={41: "no image"})
+    (path / layout.CARD).write_text("# Faces\n")
+    writer.finish()
+    return Cache.open(path)
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    """Every file of a cache by its name, but for what a push leaves beside them."""
+    return {
+        str(file.relative_to(path)): file.read_bytes()
+        for file in sorted(path.rglob("*"))
+        if file.is_file() and file.name != CLAIM
+    }

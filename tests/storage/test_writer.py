@@ -32,6 +32,7 @@ from gkd.storage.verify import verify
 from gkd.storage.writer import CacheWriter, ShardSamples, delete_leftovers
 from tests.caches import (
     add_draws,
+    contents,
     dense_targets,
     digest_of,
     labels_of,
@@ -42,14 +43,6 @@ from tests.caches import (
 )
 from tests.paths import ROOT
 from tests.storage.strategies import Teaching, teachings
-
-
-def tree(path: Path) -> dict[str, bytes]:
-    return {
-        str(file.relative_to(path)): file.read_bytes()
-        for file in sorted(path.rglob("*"))
-        if file.is_file()
-    }
 
 
 def assert_equal_targets(left: SparseTargets, right: SparseTargets) -> None:
@@ -339,7 +332,7 @@ def test_leftovers_of_a_shard_do_not_reach_its_bytes(tmp_path: Path) -> None:
     for shard in writer.pending():
         write_shard(writer, shard)
     writer.finish()
-    assert tree(writer.path) == tree(whole.path)
+    assert contents(writer.path) == contents(whole.path)
 
 
 def write_as_rank(path: Path, spec: CacheSpec, rank: int, world_size: int) -> None:
@@ -361,7 +354,7 @@ def test_ranks_that_race_to_create_write_one_cache(tmp_path: Path) -> None:
         process.join()
     assert [process.exitcode for process in ranks] == [0] * 3
     assert CacheWriter(path, whole.spec).finish() == whole.id
-    assert tree(path) == tree(whole.path)
+    assert contents(path) == contents(whole.path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["c", "whole"]
 
 
@@ -393,9 +386,9 @@ def test_killed_and_gone_on_with_gives_the_same_bytes(tmp_path: Path) -> None:
         assert process.wait() in (0, -signal.SIGKILL)
     assert kills >= 2
     # A file that the kill left on its way into place is no part of the cache.
-    on_the_way = {name for name in tree(path) if Path(name).name.startswith(".")}
-    left = {name: content for name, content in tree(path).items() if name not in on_the_way}
-    assert left == tree(whole.path)
+    on_the_way = {name for name in contents(path) if Path(name).name.startswith(".")}
+    left = {name: content for name, content in contents(path).items() if name not in on_the_way}
+    assert left == contents(whole.path)
     assert Cache.open(path).id == whole.id
 
 
@@ -416,7 +409,7 @@ def test_records_on_their_way_into_place_are_deleted(tmp_path: Path) -> None:
     for shard in writer.pending():
         write_shard(writer, shard)
     writer.finish()
-    assert tree(writer.path) == tree(whole.path)
+    assert contents(writer.path) == contents(whole.path)
 
 
 def test_a_guard_stops_the_writing_before_anything_and_before_the_commit(tmp_path: Path) -> None:
@@ -481,7 +474,7 @@ def require_whole_shards_only(path: Path, told: str) -> None:
     committed = committed_shards(path)
     assert 0 in committed
     assert len(committed) < 4
-    found = {name for name in tree(path) if "/c/" in name or name.startswith("samples/")}
+    found = {name for name in contents(path) if "/c/" in name or name.startswith("samples/")}
     assert found == {file for n in committed for file in read_commit(path, spec, n).files}
 
 
