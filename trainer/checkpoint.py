@@ -288,14 +288,13 @@ def centers_of(content: Mapping[str, Any], path: Path) -> tuple[Path, dict[str, 
     """
     try:
         folder, digests = content["centers"]["folder"], dict(content["centers"]["sha256"])
-        plain = all(Path(name).name == name != ".." for name in (folder, *digests))
-    except (KeyError, TypeError, ValueError):
-        plain = False
-    if not plain:
+        if any(Path(name).name != name or name == ".." for name in (folder, *digests)):
+            raise ValueError("a path")
+    except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(
             f"{path}: expected the name of a folder beside it with its class centres, got "
             f"{content.get('centers')!r:.200}; go on from a checkpoint that gkd wrote"
-        )
+        ) from error
     return path.parent / folder, digests
 
 

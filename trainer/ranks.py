@@ -1,5 +1,7 @@
 """The processes that train together: torchrun's ranks, or this one alone."""
 
+import gc
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -125,9 +127,6 @@ class Ranks:
 
 
 ALONE = Ranks()
-# DDP's reducer, where it holds a group last, destroys it with the interpreter's lock in hand, and
-# that waits for a thread of the group that may want the lock. So groups outlive all else.
-_GROUPS: list[object] = []
 
 
 @contextmanager
@@ -164,11 +163,23 @@ def joined_ranks(device: str) -> Iterator[Ranks]:
             f"the other ranks of WORLD_SIZE={world_size} cannot be reached ({error}); start all of "
             "them with torchrun"
         ) from error
-    _GROUPS.append(dist.group.WORLD)
     try:
         yield Ranks(dist.get_rank(), dist.get_world_size())
+    except BaseException as error:
+        _forget_frames(error)
+        raise
     finally:
+        # DDP's reducer, were it to hold the group last, would destroy it with the interpreter's
+        # lock in hand, and that waits for a thread of the group that may want the lock.
+        gc.collect()
         dist.destroy_process_group()
+
+
+def _forget_frames(error: BaseException | None) -> None:
+    """Let go of what the functions held that an error came through."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 def _take_gpu(gpus: int) -> None:

@@ -485,7 +485,10 @@ def test_a_data_worker_that_is_killed_is_told(faces: Path, tmp_path: Path) -> No
             worker.kill()
         assert process.wait(timeout=30) == 1
     told = (tmp_path / "words").read_text().strip().splitlines()[-1]
-    assert "GkdError: a process that prepares data died (DataLoader worker" in told
+    # Cut off while it hands a batch over, a worker leaves torch no word of its own.
+    assert re.search(
+        r"a process that prepares data died \((DataLoader worker|.*reset by peer)", told
+    )
     assert "fewer data.workers or give more memory, and run the same command again; the c" in told
     assert re.search(r"the checkpoint of step \d+ stands as it was", told)
 
