@@ -11,6 +11,7 @@ from gkd.commands.shared import (
     Resumable,
     arch_option,
     as_json,
+    batch_size_option,
     bgr_option,
     build_embedder,
     device_option,
@@ -52,7 +53,7 @@ def centers_info(files: tuple[Path, ...], source: Path | None, sort: Any, as_jso
 @arch_option
 @preprocess_option
 @bgr_option
-@click.option("--batch-size", type=click.IntRange(min=1), default=128, show_default=True)
+@batch_size_option
 @device_option
 @precision_option
 @workers_option
@@ -74,7 +75,7 @@ def centers_build(
     arch: str,
     preset: str,
     bgr: bool,
-    batch_size: int,
+    batch_size: int | None,
     device: str,
     precision: 'Precision | Literal["auto"]',
     workers: int,

@@ -175,11 +175,12 @@ def parse_numbers(
 
 
 def parse_auto(context: click.Context, parameter: click.Parameter, value: str) -> int | None:
-    """A whole number, or ``auto``."""
-    try:
-        return None if value == "auto" else int(value)
-    except ValueError as error:
-        raise click.BadParameter(f"expected auto or a whole number, got {value!r}") from error
+    """A whole number above 0, or ``auto``."""
+    if value == "auto":
+        return None
+    if not value.isdecimal() or not int(value):
+        raise click.BadParameter(f"expected auto or a whole number above 0, got {value!r}")
+    return int(value)
 
 
 def parse_names(
@@ -216,6 +217,13 @@ def together(*options: Callable[[F], F]) -> Callable[[F], F]:
     return decorate
 
 
+batch_size_option = click.option(
+    "--batch-size",
+    callback=parse_auto,
+    default="auto",
+    show_default=True,
+    help="Images a batch; auto is 128 on a CPU, 512 on a GPU.",
+)
 # What a teacher is, and how it is run.
 teacher_options = together(
     click.option("--teacher", type=PATH, required=True, help="ONNX file, weights or run folder."),
@@ -230,7 +238,7 @@ teacher_options = together(
     ),
     preprocess_option,
     bgr_option,
-    click.option("--batch-size", type=int, default=128, show_default=True),
+    batch_size_option,
     device_option,
     precision_option,
     click.option(

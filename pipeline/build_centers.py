@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 from gkd.pipeline.calibration import tell_presets
 from gkd.pipeline.center_files import METADATA, BuiltCenters, RefineSpec
 from gkd.pipeline.centers import Centers, ClassMeans, require_all_classes
-from gkd.pipeline.embed import check_labels, cut, embed
+from gkd.pipeline.embed import check_labels, cut, embed, images_a_batch
 from gkd.pipeline.embedding_store import EmbeddingStore, work_path
 from gkd.pipeline.refine import Fit, Labelled, measure, refine
 from gkd.pipeline.specs import dataset_spec, teacher_spec
@@ -63,7 +63,7 @@ def build_centers(
     embedder: Embedder,
     *,
     settings: RefineSpec | None = None,
-    batch_size: int = 128,
+    batch_size: int | None = None,
     workers: int = 2,
     skip_corrupt: bool = False,
 ) -> BuildSummary:
@@ -132,12 +132,13 @@ class _Build:
         records: Records,
         out: Path,
         embedder: Embedder,
-        batch_size: int,
+        batch_size: int | None,
         workers: int,
         skip_corrupt: bool,
     ) -> None:
         self.records, self.out, self.embedder = records, out, embedder
-        self.batch_size, self.workers, self.skip_corrupt = batch_size, workers, skip_corrupt
+        self.batch_size = images_a_batch(embedder, batch_size)
+        self.workers, self.skip_corrupt = workers, skip_corrupt
         self.images = 0
         self.store = EmbeddingStore(
             work_path(out), records, embedder, PART_SAMPLES, skip_corrupt=skip_corrupt

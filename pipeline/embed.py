@@ -15,6 +15,8 @@ from gkd.storage.rows import Records
 from gkd.storage.spec import View
 
 IN_FLIGHT = 2  # batches on an accelerator: one is copied to or from it while the other is computed
+# An accelerator is fed by the interpreter, whose time goes by operations and not by images.
+CPU_BATCH, ACCELERATOR_BATCH = 128, 512
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,13 @@ def check_labels(records: Records) -> None:
             f"{records.path}: labels go up to {highest:,}, but there are {records.num_classes:,} "
             "identities; check the first line of `property`"
         )
+
+
+def images_a_batch(embedder: Embedder, asked: int | None) -> int:
+    """As many as asked for, or what suits the teacher's device."""
+    if asked is not None:
+        return asked
+    return CPU_BATCH if embedder.device == "cpu" else ACCELERATOR_BATCH
 
 
 def cut(rows: range, size: int) -> list[range]:

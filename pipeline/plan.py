@@ -18,7 +18,7 @@ from torch import Tensor
 
 from gkd.pipeline.calibration import tell_presets
 from gkd.pipeline.centers import CLASS_MEAN, Centers, on_device, require_all_classes
-from gkd.pipeline.embed import check_labels, split_batch
+from gkd.pipeline.embed import check_labels, images_a_batch, split_batch
 from gkd.pipeline.partition import Partition
 from gkd.pipeline.plan_sample import (
     EMBEDDED_EACH,
@@ -168,7 +168,7 @@ def plan(
         embedder,
         views,
         embedding,
-        batch_size=config.batch_size,
+        batch_size=images_a_batch(embedder, config.batch_size),
         workers=config.workers,
     )
     if centers == CLASS_MEAN:
@@ -267,12 +267,13 @@ def _grid_groups(sample: Sample, settings: PlanSettings, embedder: Embedder) -> 
     parts: dict[tuple[float, float], list[Mapping[View, Partition]]] = {key: [] for key in keys}
     clocks = {t: Clock() for t in settings.group_temperatures}
     seen: list[EmbeddedImages] = []
+    size = images_a_batch(embedder, settings.cache.batch_size)
     for images, array in sample.parts:
         centers = on_device(array, embedder, settings.cache.center_precision)
         seen.append(images)
         with progress("partition", len(images) * len(keys), "images") as advance:
             for key in keys:
-                for part in _partitioned(images, centers, settings, key, clocks[key[0]]):
+                for part in _partitioned(images, centers, settings, key, size, clocks[key[0]]):
                     parts[key].append(part)
                     advance(len(next(iter(part.values())).truncated))
     return _GridGroups(
@@ -289,10 +290,11 @@ def _partitioned(
     centers: Tensor,
     settings: PlanSettings,
     key: tuple[float, float],
+    size: int,
     clock: Clock,
 ) -> Iterator[Mapping[View, Partition]]:
     config = settings.partition(*key)
-    for batch in split_batch(images.batch(), settings.cache.batch_size):
+    for batch in split_batch(images.batch(), size):
         began = time.perf_counter()
         labels = images.labels[batch.rows.start : batch.rows.stop]
         part = partition_batch(batch, labels, centers, config, settings.cache.class_chunk)

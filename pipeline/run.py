@@ -24,7 +24,14 @@ from gkd.pipeline.centers import (
     require_all_classes,
     rounding,
 )
-from gkd.pipeline.embed import EmbeddedBatch, check_labels, cut, embed, split_batch
+from gkd.pipeline.embed import (
+    EmbeddedBatch,
+    check_labels,
+    cut,
+    embed,
+    images_a_batch,
+    split_batch,
+)
 from gkd.pipeline.embedding_store import EmbeddingStore, work_path
 from gkd.pipeline.settings import CacheSettings
 from gkd.pipeline.shards import Background, PartitionedBatch, committing, partition_batch
@@ -277,7 +284,7 @@ class _Run:
         self, shards: Sequence[int], views: Sequence[View]
     ) -> Generator[EmbeddedBatch, None, None]:
         """Batches of shards, as the teacher sees them."""
-        size = self.settings.batch_size
+        size = images_a_batch(self.embedder, self.settings.batch_size)
         spans = [rows for shard in shards for rows in cut(self._rows(shard), size)]
         for batch in embed(
             self.records,
@@ -294,10 +301,10 @@ class _Run:
         self, shards: Sequence[int], store: EmbeddingStore | None
     ) -> Generator[EmbeddedBatch, None, None]:
         """The same from kept embeddings, where a store has them."""
-        views = self.settings.views
+        views, size = self.settings.views, images_a_batch(self.embedder, self.settings.batch_size)
         for shard in shards:
             if store is not None and store.has(shard):
-                yield from split_batch(store.load(shard, views), self.settings.batch_size)
+                yield from split_batch(store.load(shard, views), size)
         yield from self._live([s for s in shards if store is None or not store.has(s)], views)
 
     def _write_shards(

@@ -83,7 +83,8 @@ class CacheSettings:
 
     ``licence`` and ``note`` are words for the card. ``center_precision`` is that of the centres
     where they are multiplied: half of the memory, at a rounding that the run tells.
-    ``shard_samples`` None leaves it to ``samples_per_shard``, ``class_chunk`` None to the device.
+    ``shard_samples`` None leaves it to ``samples_per_shard``, ``batch_size`` and ``class_chunk``
+    None to the device.
 
     Raises:
         ConfigError: for a value outside its range.
@@ -91,7 +92,7 @@ class CacheSettings:
 
     partition: PartitionSettings = field(default_factory=PartitionSettings)
     views: tuple[View, ...] = VIEWS
-    batch_size: int = 128
+    batch_size: int | None = None
     workers: int = 2
     skip_corrupt: bool = False
     shard_samples: int | None = None

@@ -1,7 +1,9 @@
 """Finished batches to shards on disk, by a thread of its own."""
 
-from collections.abc import Callable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -42,18 +44,39 @@ def partition_batch(
 ) -> PartitionedBatch:
     """Groups of a batch in all its views; ``labels`` int64 [m] are of the kept images."""
     draws, digests = settings.draws, batch.digests[batch.kept]
-    views: dict[View, Partition] = {
-        view: partition(
-            torch.from_numpy(embeddings),
-            torch.from_numpy(labels),
-            centers,
-            settings,
-            uniforms=None if draws is None else uniform_numbers(draws, view, digests),
-            class_chunk=class_chunk,
-        )
-        for view, embeddings in batch.embeddings.items()
-    }
+    with _before_the_teacher(centers.device):
+        views: dict[View, Partition] = {
+            view: partition(
+                torch.from_numpy(embeddings),
+                torch.from_numpy(labels),
+                centers,
+                settings,
+                uniforms=None if draws is None else uniform_numbers(draws, view, digests),
+                class_chunk=class_chunk,
+            )
+            for view, embeddings in batch.embeddings.items()
+        }
     return PartitionedBatch(batch.rows, batch.kept, views, batch.digests, batch.skipped)
+
+
+@contextmanager
+def _before_the_teacher(device: torch.device) -> Iterator[None]:
+    """Let a GPU take what is asked for here before a teacher's work.
+
+    A partition is many short operations, each of which would wait for a long one.
+    """
+    if device.type == "cpu":
+        yield
+        return
+    stream = _urgent_stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        yield
+
+
+@functools.cache
+def _urgent_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device, priority=-1)
 
 
 def committing(

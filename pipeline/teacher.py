@@ -161,10 +161,13 @@ class TorchEmbedder:
 
     def _moved(self, images: npt.NDArray[np.uint8]) -> torch.Tensor:
         """The images' bytes on the device, from pinned memory where that is another's."""
-        host = torch.from_numpy(np.ascontiguousarray(images))
-        return (
-            host if self.device == "cpu" else host.pin_memory().to(self.device, non_blocking=True)
-        )
+        if self.device == "cpu":
+            return torch.from_numpy(np.ascontiguousarray(images))
+        # A mirrored view is moved as it lies in memory, and turned there.
+        mirrored = images.strides[2] < 0
+        host = torch.from_numpy(np.ascontiguousarray(images[:, :, ::-1] if mirrored else images))
+        moved = host.pin_memory().to(self.device, non_blocking=True)
+        return moved.flip(2) if mirrored else moved
 
     def _pixels(self, images: torch.Tensor) -> torch.Tensor:
         """``Preprocess.apply`` on the device, to the same bits."""

@@ -175,7 +175,8 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     batch_size     images a step, of all ranks together, at least 2 a rank
     device         auto (cuda where there is one), cpu or cuda
     precision      of the backbone: float32, bfloat16, float16, or auto (bfloat16 on a GPU that has
-                   it, else float32); the class layer is always float32
+                   it, else float32); the class layer is float32, and its products TF32 where
+                   a GPU's backbone is in half precision, which rounds more
     seed           of weights, order and flips
     log_every      steps between two lines of metrics.jsonl; each epoch's end has one too
     max_skipped    steps in a row whose loss or gradients are not finite, after which it stops

@@ -1,5 +1,8 @@
 """What a network runs on and computes in, by name."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 from gkd.storage.errors import ConfigError
@@ -33,3 +36,15 @@ def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
             "train.precision: float16 needs a GPU; set train.precision=float32 or bfloat16"
         )
     return DTYPES[precision]
+
+
+@contextmanager
+def products_for(dtype: torch.dtype, device: torch.device) -> Iterator[None]:
+    """Let a GPU round factors of float32 products to TF32, where ``dtype`` rounds more."""
+    before = torch.get_float32_matmul_precision()
+    if device.type == "cuda" and dtype != torch.float32:
+        torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

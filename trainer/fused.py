@@ -15,7 +15,7 @@ maximum), and for T = 1, 2 or 4 those of z come from those of z/T by squaring.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Self
 
@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gkd.trainer.exponentials import Exponentials, compiled
-from gkd.trainer.gathering import gather_batch
+from gkd.trainer.gathering import gather_embeddings, gather_targets
 from gkd.trainer.heads import Margin, apply_margin, at_least_float32, margin_logits
 from gkd.trainer.losses import (
     GkdLoss,
@@ -41,8 +41,8 @@ from gkd.trainer.sampling import ClassSample, SampledCenters
 
 # Classes of a chunk: its logits stay in a CPU's caches.
 CHUNK_CLASSES = 1024
-# An accelerator wants few and large operations: logits of a chunk, 64 MB.
-ACCELERATOR_LOGITS = 1 << 24
+# An accelerator wants few and large operations: directions and logits of a chunk, 64 MB.
+ACCELERATOR_NUMBERS = 1 << 24
 # A norm below this is taken for this, as torch.nn.functional.normalize does.
 EPSILON = 1e-12
 
@@ -79,6 +79,7 @@ def grouped_margin_loss(
     ranks: Ranks = ALONE,
     first_class: int = 0,
     sampled: SampledCenters | None = None,
+    looked_up: "LookedUp | None" = None,
 ) -> LayerLoss:
     """Cross-entropy with a margin plus grouped distillation, from embeddings to the loss.
 
@@ -91,6 +92,7 @@ def grouped_margin_loss(
     targets     the teacher's groups at ``temperature``; None for cross-entropy alone
     impl        "fused" holds a chunk of classes at a time; "reference" holds all logits [B, C]
     compiled    whether a chunk's exponentials go through torch.compile (fused only)
+    looked_up   what ``look_up`` made of labels, targets and centres; by default it is made here
 
     Computed in float32, in float64 where the embeddings are; under autocast too.
 
@@ -117,17 +119,43 @@ def grouped_margin_loss(
         return LayerLoss(*loss, label_cosines=own)
     weights = Weights(temperature, ramp * w_binary, ramp * w_primary)
     objective = Objective(margin, scale, weights, targets is not None, compiled)
+    if looked_up is None:
+        looked_up = look_up(
+            labels, targets, centers, ranks=ranks, first_class=first_class, sampled=sampled
+        )
+    layer = _Layer(ranks, objective, sampled.sample if sampled else None, looked_up)
     with torch.autocast(embeddings.device.type, enabled=False):
         unit = F.normalize(at_least_float32(embeddings), eps=EPSILON)
-        batch = gather_batch(unit, labels, targets or _no_targets(unit), ranks)
-        layer = _Layer(ranks, first_class, objective, sampled.sample if sampled else None)
         everything = centers.to(unit.dtype)
         learning = sampled.centers.to(unit.dtype) if sampled else everything
         total, ce, primary, binary, cosines = _FusedLoss.apply(  # type: ignore[no-untyped-call]
-            batch.unit, learning, everything.detach(), batch.labels, batch.targets, layer
+            gather_embeddings(unit, ranks), learning, everything.detach(), layer
         )
     mine = slice(ranks.rank * len(unit), (ranks.rank + 1) * len(unit))
     return LayerLoss(total, ce, primary, binary, cosines[mine])
+
+
+def look_up(
+    labels: Tensor,
+    targets: GroupTargets | None,
+    centers: Tensor,
+    *,
+    ranks: Ranks = ALONE,
+    first_class: int = 0,
+    sampled: SampledCenters | None = None,
+) -> "LookedUp":
+    """Where the classes that a batch looks at singly stand; all as ``grouped_margin_loss`` has it.
+
+    Here the host waits for the device, so best before the backbone has been given work.
+    """
+    targets = gather_targets(_no_targets(labels) if targets is None else targets, ranks)
+    labels = ranks.gather(labels)
+    places = torch.cat([targets.indices, labels]) - first_class
+    picks = learning = Picks.of(places, targets, centers)
+    if sampled is not None:
+        sample = sampled.sample
+        learning = Picks.of(sample.locate(places), targets, sampled.centers, sample.certain)
+    return LookedUp(labels, targets, picks, learning)
 
 
 class Objective(NamedTuple):
@@ -141,12 +169,12 @@ class Objective(NamedTuple):
 
 
 class _Layer(NamedTuple):
-    """This rank's part of the class layer, from ``first_class`` on, and what is asked of it."""
+    """This rank's part of the class layer, and what is asked of it."""
 
     ranks: Ranks
-    first_class: int
     objective: Objective
     sample: ClassSample | None
+    looked_up: "LookedUp"
 
 
 @dataclass(frozen=True)
@@ -155,39 +183,52 @@ class Picks:
 
     order   int64 [E + B]   sorts them by the place of their centre
     places  int64 [E + B]   place of the centre * B + row, sorted
+    chunks  centres of each chunk of the layer, and which of the sorted picks fall among them
     """
 
     order: Tensor
     places: Tensor
     batch_size: int
+    chunks: Sequence[tuple[slice, slice]]
 
     @classmethod
-    def of(cls, centers: Tensor, targets: GroupTargets) -> Self:
-        """Those whose centres stand at the places ``centers`` [E + B]; outside: on other ranks."""
-        batch_size = len(centers) - len(targets.rows)
-        rows = torch.cat([targets.rows, torch.arange(batch_size, device=centers.device)])
-        places, order = torch.sort(centers * batch_size + rows)
-        return cls(order, places, batch_size)
-
-    def chunks(self, num_centers: int, certain: int = 0) -> Iterator[tuple[slice, slice]]:
-        """Centres of each chunk, and which of the sorted picks fall among them.
+    def of(cls, wanted: Tensor, targets: GroupTargets, centers: Tensor, certain: int = 0) -> Self:
+        """Those of the places ``wanted`` [E + B] in centres [n, D]; outside: on other ranks.
 
         A chunk ends where the first ``certain`` centres end.
         """
+        batch_size, device = len(wanted) - len(targets.rows), wanted.device
+        rows = torch.cat([targets.rows, torch.arange(batch_size, device=device)])
+        places, order = torch.sort(wanted * batch_size + rows)
         step = CHUNK_CLASSES
-        if self.places.device.type != "cpu":
-            step = max(step, ACCELERATOR_LOGITS // self.batch_size)
-        starts = [*range(0, certain, step), *range(certain, num_centers, step)]
-        ends = [*starts[1:], num_centers]
-        edges = torch.tensor([*starts, num_centers], device=self.places.device) * self.batch_size
-        bounds = torch.searchsorted(self.places, edges).tolist()
-        for start, end, first, last in zip(starts, ends, bounds, bounds[1:], strict=False):
-            yield slice(start, end), slice(first, last)
+        if device.type != "cpu":
+            step = max(step, ACCELERATOR_NUMBERS // (centers.shape[1] + batch_size))
+        starts = [*range(0, certain, step), *range(certain, len(centers), step)]
+        ends = [*starts[1:], len(centers)]
+        edges = torch.tensor([*starts, len(centers)], device=device) * batch_size
+        bounds = torch.searchsorted(places, edges).tolist()
+        chunks = [
+            (slice(start, end), slice(first, last))
+            for start, end, first, last in zip(starts, ends, bounds, bounds[1:], strict=False)
+        ]
+        return cls(order, places, batch_size, chunks)
 
     def within(self, classes: slice, picked: slice) -> Tensor:
         """Places of the picks of a chunk in its flattened logits [classes, B]."""
         places: Tensor = self.places[picked] - classes.start * self.batch_size
         return places
+
+
+class LookedUp(NamedTuple):
+    """A whole batch's labels [B] and targets, and their classes in this rank's layer.
+
+    ``learning`` are the picks among the centres that get a gradient.
+    """
+
+    labels: Tensor
+    targets: GroupTargets
+    picks: Picks
+    learning: Picks
 
 
 class ClassSums(NamedTuple):
@@ -228,13 +269,9 @@ class _FusedLoss(torch.autograd.Function):
         unit: Tensor,
         learning: Tensor,
         centers: Tensor,
-        labels: Tensor,
-        targets: GroupTargets,
         layer: _Layer,
     ) -> tuple[Tensor, ...]:
-        ranks, first_class, objective, sample = layer
-        places = torch.cat([targets.indices, labels]) - first_class
-        picks = Picks.of(places, targets)
+        ranks, objective, sample, (labels, targets, picks, _) = layer
         sums = class_sums(unit, centers, picks, objective)
         sums = sums._replace(
             log_rest=ranks.logsumexp(sums.log_rest),
@@ -242,11 +279,8 @@ class _FusedLoss(torch.autograd.Function):
             picked=ranks.sum(sums.picked),
         )
         terms = picked_terms(sums, labels, targets, objective)
-        norms = sums.norms
-        if sample is not None:
-            picks, norms = Picks.of(sample.locate(places), targets), norms[sample.rows]
         ctx.save_for_backward(unit, learning)
-        ctx.rest = picks, norms, terms, layer
+        ctx.rest = sums.norms if sample is None else sums.norms[sample.rows], terms, layer
         ce, primary, binary = (
             values.mean().to(unit.dtype) for values in (terms.ce, terms.primary, terms.binary)
         )
@@ -260,14 +294,15 @@ class _FusedLoss(torch.autograd.Function):
     @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, *grads: Tensor
-    ) -> tuple[Tensor, Tensor, None, None, None, None]:
+    ) -> tuple[Tensor, Tensor, None, None]:
         unit, learning = ctx.saved_tensors
-        picks, norms, terms, layer = ctx.rest
+        norms, terms, layer = ctx.rest
+        picks = layer.looked_up.learning
         factor = grads[0] / len(unit)
         grad_unit, grad_centers = class_gradients(
             unit, learning, picks, norms, terms, layer.objective, factor, layer.sample
         )
-        return layer.ranks.sum(grad_unit), grad_centers, None, None, None, None
+        return layer.ranks.sum(grad_unit), grad_centers, None, None
 
 
 def class_sums(unit: Tensor, centers: Tensor, picks: Picks, objective: Objective) -> ClassSums:
@@ -281,7 +316,7 @@ def class_sums(unit: Tensor, centers: Tensor, picks: Picks, objective: Objective
     scaled = (unit * (objective.scale / plan.divisor)).T
     norms = torch.empty_like(centers[:, 0])
     picked = unit.new_zeros(len(picks.places))
-    chunks = list(picks.chunks(len(centers)))
+    chunks = picks.chunks
     sums = unit.new_empty(2, len(chunks), len(unit), dtype=torch.float64)
     buffers = _ChunkBuffers.of(chunks, centers, len(unit))
     for place, (classes, some) in enumerate(chunks):
@@ -362,9 +397,8 @@ def class_gradients(
     drawn = plan.coefficients(*sums, factor * sample.weight, unit.dtype) if sample else dense
     certain = sample.certain if sample else 0
     grad_scaled, grad_centers = torch.zeros_like(unit), torch.empty_like(centers)
-    chunks = list(picks.chunks(len(centers), certain))
-    buffers = _ChunkBuffers.of(chunks, centers, len(unit))
-    for classes, some in chunks:
+    buffers = _ChunkBuffers.of(picks.chunks, centers, len(unit))
+    for classes, some in picks.chunks:
         norm = norms[classes, None]
         directions, logits = buffers.cosines(centers[classes], norm, softened)
         grad = slope(plan, logits, drawn if classes.start >= certain else dense)
@@ -415,14 +449,13 @@ def _label_logits(picked: Tensor, objective: Objective) -> tuple[Tensor, Tensor]
     return shifted.detach() * objective.scale, slopes
 
 
-def _no_targets(unit: Tensor) -> GroupTargets:
+def _no_targets(labels: Tensor) -> GroupTargets:
     """Samples without any group."""
-    batch = len(unit)
-    nothing = torch.empty(0, dtype=torch.int64, device=unit.device)
+    nothing = labels.new_empty(0)
     return GroupTargets(
-        offsets=torch.zeros(batch + 1, dtype=torch.int64, device=unit.device),
+        offsets=labels.new_zeros(len(labels) + 1),
         rows=nothing,
         indices=nothing,
-        log_probs=unit.new_empty(0),
-        log_secondary=unit.new_zeros(batch),
+        log_probs=nothing.float(),
+        log_secondary=torch.zeros(len(labels), device=labels.device),
     )

@@ -1,6 +1,6 @@
 """A batch of all ranks, on each of them: what a class layer in parts works on."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,26 +11,37 @@ from gkd.trainer.losses import GroupTargets
 from gkd.trainer.ranks import Ranks
 
 
-class GatheredBatch(NamedTuple):
-    """Embeddings [B, D], labels [B] and targets of a whole batch, rank after rank."""
+def gather_embeddings(part: Tensor, ranks: Ranks) -> Tensor:
+    """The ranks' embeddings [b, D], each of the same number of samples, as one [B, D].
 
-    unit: Tensor
-    labels: Tensor
-    targets: GroupTargets
-
-
-def gather_batch(
-    unit: Tensor, labels: Tensor, targets: GroupTargets, ranks: Ranks
-) -> GatheredBatch:
-    """The ranks' parts of a batch, each of the same number of samples, as one.
-
-    The gradient of a rank's embeddings is its part of the whole batch's, which every rank has in
-    full, times the number of ranks.
+    The gradient of a rank's part is its part of the whole batch's, which every rank has in full,
+    times the number of ranks.
     """
     if ranks.world_size == 1:
-        return GatheredBatch(unit, labels, targets)
-    gathered: Tensor = _Gather.apply(unit, ranks)  # type: ignore[no-untyped-call]
-    return GatheredBatch(gathered, ranks.gather(labels), _gather_targets(targets, ranks))
+        return part
+    whole: Tensor = _Gather.apply(part, ranks)  # type: ignore[no-untyped-call]
+    return whole
+
+
+def gather_targets(targets: GroupTargets, ranks: Ranks) -> GroupTargets:
+    """The ranks' targets, each of the same number of samples, as one."""
+    if ranks.world_size == 1:
+        return targets
+    sizes = ranks.gather(torch.diff(targets.offsets))
+    counts = sizes.view(ranks.world_size, -1).sum(1).tolist()
+    offsets = F.pad(sizes.cumsum(0), (1, 0))
+    return GroupTargets(
+        offsets=offsets,
+        rows=torch.repeat_interleave(sizes),
+        indices=_gather_varied(targets.indices, counts, ranks),
+        log_probs=_gather_varied(targets.log_probs, counts, ranks),
+        log_secondary=ranks.gather(targets.log_secondary),
+        log_weights=(
+            None
+            if targets.log_weights is None
+            else _gather_varied(targets.log_weights, counts, ranks)
+        ),
+    )
 
 
 def classes_in_use(labels: Tensor, targets: GroupTargets | None, ranks: Ranks) -> Tensor:
@@ -57,24 +68,6 @@ class _Gather(torch.autograd.Function):
     ) -> tuple[Tensor, None]:
         start = ctx.ranks.rank * ctx.size
         return grads[0][start : start + ctx.size] * ctx.ranks.world_size, None
-
-
-def _gather_targets(targets: GroupTargets, ranks: Ranks) -> GroupTargets:
-    sizes = ranks.gather(torch.diff(targets.offsets))
-    counts = sizes.view(ranks.world_size, -1).sum(1).tolist()
-    offsets = F.pad(sizes.cumsum(0), (1, 0))
-    return GroupTargets(
-        offsets=offsets,
-        rows=torch.repeat_interleave(sizes),
-        indices=_gather_varied(targets.indices, counts, ranks),
-        log_probs=_gather_varied(targets.log_probs, counts, ranks),
-        log_secondary=ranks.gather(targets.log_secondary),
-        log_weights=(
-            None
-            if targets.log_weights is None
-            else _gather_varied(targets.log_weights, counts, ranks)
-        ),
-    )
 
 
 def _gather_varied(part: Tensor, counts: list[int], ranks: Ranks) -> Tensor:

@@ -33,6 +33,7 @@ from gkd.trainer.checkpoint import (
 from gkd.trainer.claim import claimed
 from gkd.trainer.config import RunConfig, to_toml
 from gkd.trainer.data import Batch, FaceBatches, JoinedTargets, check_data
+from gkd.trainer.devices import products_for
 from gkd.trainer.evaluation import VerificationResult, evaluate, module_embed
 from gkd.trainer.findings import gather, write_findings
 from gkd.trainer.guards import finite_weights
@@ -124,7 +125,7 @@ def train(
         opened: AbstractContextManager[RunLog | None] = (
             RunLog(out, step=run.step) if ranks.first else nullcontext()
         )
-        with opened as log, stop_signals() as stop:
+        with opened as log, stop_signals() as stop, products_for(run.dtype, run.device):
             _Training(run, records, sets, out, log, stop).go(
                 FaceBatches(
                     records,

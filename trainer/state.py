@@ -26,7 +26,7 @@ from gkd.trainer.config import RunConfig
 from gkd.trainer.data import Batch, JoinedTargets
 from gkd.trainer.devices import choose_device, choose_dtype
 from gkd.trainer.fit import IdentityFit
-from gkd.trainer.fused import LayerLoss, grouped_margin_loss
+from gkd.trainer.fused import LayerLoss, grouped_margin_loss, look_up
 from gkd.trainer.gathering import classes_in_use
 from gkd.trainer.guards import Divergence, KeptBuffers, SkippedStep, gradient_norm
 from gkd.trainer.heads import MarginHead
@@ -267,7 +267,7 @@ class RunState:
             self.optimizer.zero_grad(set_to_none=True)
             self.scaler.scale(loss.total).backward()
             norm = self._clip()
-            # The only time that the host waits for the device.
+            # The host waits for the device here, and where it looks classes up.
             *parts, norm_value = torch.stack([*map(torch.detach, loss.means), norm]).tolist()
             finite = math.isfinite(parts[0]) and math.isfinite(norm_value)
             if finite or self.scaler.is_enabled():
@@ -306,7 +306,12 @@ class RunState:
             yield SampledCenters(sample, centers)
 
     def _loss(self, batch: Batch, sampled: SampledCenters | None) -> LayerLoss:
-        kd = self.config.kd
+        kd, labels, targets = self.config.kd, batch.labels, batch.targets
+        weight, ranks, first_class = self.head.weight, self.ranks, self.head.rows.start
+        # Here the host waits for the device, so it comes before the backbone's work.
+        looked_up = look_up(
+            labels, targets, weight, ranks=ranks, first_class=first_class, sampled=sampled
+        )
         images = self.pixels(batch.images)
         if not self.config.train.channels_last:
             images = images.contiguous()
@@ -314,9 +319,9 @@ class RunState:
             embeddings = self.forward(images)
         return grouped_margin_loss(
             embeddings,
-            self.head.weight,
-            batch.labels,
-            batch.targets,
+            weight,
+            labels,
+            targets,
             margin=self.head.margin,
             scale=self.head.scale,
             temperature=kd.temperature,
@@ -324,9 +329,10 @@ class RunState:
             w_primary=kd.w_primary,
             ramp=kd_ramp(self.step, ramp=kd.ramp, total_steps=self.plans.total_steps),
             compiled=self.config.train.compile,
-            ranks=self.ranks,
-            first_class=self.head.rows.start,
+            ranks=ranks,
+            first_class=first_class,
             sampled=sampled,
+            looked_up=looked_up,
         )
 
     def _clip(self) -> Tensor:

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gkd.pipeline.centers import CLASS_MEAN
-from gkd.pipeline.embed import cut
+from gkd.pipeline.embed import CPU_BATCH, cut
 from gkd.pipeline.run import cache_teacher
 from gkd.pipeline.settings import CacheSettings
 from gkd.pipeline.teacher import OnnxEmbedder
@@ -44,7 +44,7 @@ def decoded(records: Records) -> Iterator[npt.NDArray[np.uint8]]:
     def decode(rows: range) -> npt.NDArray[np.uint8]:
         return np.stack([records.image(row) for row in rows])
 
-    batches = cut(range(len(records)), SETTINGS.batch_size)
+    batches = cut(range(len(records)), CPU_BATCH)
     return ordered_map(decode, batches, workers=SETTINGS.workers)
 
 

@@ -4,8 +4,7 @@
 a batch of 128, 93,431 classes and 512 dimensions, turn by turn with the layer's three matrix
 products and with a margin head of cross-entropy alone in autograd: processor time of one thread,
 so that neighbours on the machine do not count. The memory above the centres and their gradient is
-the growth of a child process's peak. Where there is a GPU the same follows on it, in its own time,
-with the exponentials compiled too.
+the growth of a child process's peak.
 
 ``python -m tests.benchmarks.fused_head webface42m`` runs one step at 2,059,906 classes, says the
 peak of memory, and what the plain head's tensors would take: its step on tensors without memory.
@@ -123,24 +122,12 @@ def processor_seconds(work: Callable[[], None]) -> float:
     return time.process_time() - began
 
 
-def gpu_seconds(work: Callable[[], None]) -> float:
-    began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    began.record()
-    work()
-    ended.record()
-    torch.cuda.synchronize()
-    return float(began.elapsed_time(ended)) / 1000
-
-
-def least_seconds(
-    works: dict[str, Callable[[], None]],
-    seconds: Callable[[Callable[[], None]], float] = processor_seconds,
-) -> dict[str, float]:
+def least_seconds(works: dict[str, Callable[[], None]]) -> dict[str, float]:
     """Least time of each, taken in turns: noise only ever adds."""
     times: dict[str, list[float]] = {name: [] for name in works}
     for _ in range(ROUNDS):
         for name, work in works.items():
-            times[name].append(seconds(work))
+            times[name].append(processor_seconds(work))
     return {name: min(some) for name, some in times.items()}
 
 
@@ -206,28 +193,7 @@ def compare() -> None:
         "64 draws / groups of 64": ("<=", 1.1),
         "MB above centres and gradient": ("<=", 64.0),
     }
-    if torch.cuda.is_available():
-        ratios |= compare_on("cuda", gpu_seconds)
     report("fused_head", ratios, bars)
-
-
-def compare_on(device: str, seconds: Callable[[Callable[[], None]], float]) -> dict[str, float]:
-    layer = Layer(NUM_CLASSES, device)
-    targets = random_targets(NUM_CLASSES, 19, layer.labels).to(torch.device(device))
-    times = least_seconds(
-        {
-            "products": layer.products,
-            "plain": layer.plain,
-            "fused": lambda: layer.fused(targets),
-            "compiled": lambda: layer.fused(targets, compiled=True),
-        },
-        seconds,
-    )
-    return {
-        f"{device}: {name} / {other}": times[name] / times[other]
-        for name in ("fused", "compiled")
-        for other in ("products", "plain")
-    }
 
 
 def run_webface42m() -> None:

@@ -25,11 +25,13 @@ def machine() -> str:
     )
 
 
-def report(name: str, ratios: Mapping[str, float], bars: Mapping[str, Bar]) -> None:
+def report(
+    name: str, ratios: Mapping[str, float], bars: Mapping[str, Bar], *, accelerator: str = ""
+) -> None:
     """Say which bars hold, then print the result as one JSON line and write it to RESULTS.
 
     ``ratios`` is {what: value}, ``bars`` {what: (op, bound)} over the same names; a ratio without
-    a bar is told only. Exits with 1 where a bar is missed, after the line is printed.
+    a bar is told only. ``accelerator`` is what the machine has besides. Exits with 1 where a bar is missed, after the line is printed.
     """
     missed = []
     for what, (op, bound) in bars.items():
@@ -38,9 +40,8 @@ def report(name: str, ratios: Mapping[str, float], bars: Mapping[str, Bar]) -> N
         print(f"{what}: {ratios[what]:.4g}, bar {op} {bound:g}: {verdict}", file=sys.stderr)
         if not holds:
             missed.append(what)
-    line = json.dumps(
-        {"name": name, "machine": machine(), "ratios": dict(ratios), "bars": dict(bars)}
-    )
+    where = f"{accelerator}, {machine()}" if accelerator else machine()
+    line = json.dumps({"name": name, "machine": where, "ratios": dict(ratios), "bars": dict(bars)})
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.json").write_text(line + "\n")
     print(line, flush=True)

@@ -23,37 +23,45 @@ from tests.benchmarks.harness import Bar, report
 
 BATCH = 32
 ROUNDS = 15
+CPU = torch.device("cpu")
 # Classes and entries a sample: the LFW recipe, and MS1MV3 with a small and a large group.
 SHAPES = {"lfw": (4859, 1853), "ms1mv3 small": (93431, 19), "ms1mv3 large": (93431, 2000)}
 
 
-def random_targets(num_classes: int, entries: int) -> GroupTargets:
+def random_targets(num_classes: int, entries: int, batch: int = BATCH) -> GroupTargets:
     generator = torch.Generator().manual_seed(0)
-    indices = [torch.randperm(num_classes, generator=generator)[:entries] for _ in range(BATCH)]
-    log_probs = torch.randn(BATCH, entries, generator=generator).log_softmax(1)
+    indices = [torch.randperm(num_classes, generator=generator)[:entries] for _ in range(batch)]
+    log_probs = torch.randn(batch, entries, generator=generator).log_softmax(1)
     inside = torch.tensor(0.95)
     return GroupTargets(
-        offsets=torch.arange(BATCH + 1) * entries,
-        rows=torch.arange(BATCH).repeat_interleave(entries),
+        offsets=torch.arange(batch + 1) * entries,
+        rows=torch.arange(batch).repeat_interleave(entries),
         indices=torch.cat(indices),
         log_probs=(log_probs + inside.log()).flatten(),
-        log_secondary=torch.full((BATCH,), torch.log1p(-inside).item()),
+        log_secondary=torch.full((batch,), torch.log1p(-inside).item()),
     )
 
 
-def make_step(num_classes: int) -> Callable[[GroupTargets | None], None]:
+def make_step(
+    num_classes: int,
+    batch: int = BATCH,
+    device: torch.device = CPU,
+    precision: torch.dtype = torch.float32,
+) -> Callable[[GroupTargets | None], None]:
     torch.manual_seed(0)
     config = load_config()
-    model = build_backbone("mobilefacenet").to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    head = MarginHead(num_classes, 512, margin=config.head.margins)
+    model = build_backbone("mobilefacenet").to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    head = MarginHead(num_classes, 512, margin=config.head.margins).to(device)
     learning = [p for p in (*model.parameters(), *head.parameters()) if p.requires_grad]
     optimizer = make_optimizer(config.optimizer, learning)
-    images = torch.randn(BATCH, 3, 112, 112).to(memory_format=torch.channels_last)
-    labels = torch.randint(0, num_classes, (BATCH,))
+    images = torch.randn(batch, 3, 112, 112).to(device, memory_format=torch.channels_last)
+    labels = torch.randint(0, num_classes, (batch,)).to(device)
 
     def step(targets: GroupTargets | None) -> None:
+        with torch.autocast(device.type, precision, enabled=precision != torch.float32):
+            embeddings = model(images)
         loss = grouped_margin_loss(
-            model(images), head.weight, labels, targets, margin=head.margin, scale=head.scale
+            embeddings, head.weight, labels, targets, margin=head.margin, scale=head.scale
         )
         optimizer.zero_grad(set_to_none=True)
         loss.total.backward()

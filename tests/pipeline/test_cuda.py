@@ -3,6 +3,8 @@
 Every path here has a test of its own on the CPU; these run where there is a GPU.
 """
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -31,7 +33,7 @@ def test_batches_in_flight_are_embedded_as_on_the_cpu(
     batches = [rng.integers(0, 256, (32, 112, 112, 3)).astype(np.uint8) for _ in range(8)]
     here, there = (
         TorchEmbedder(
-            module,
+            copy.deepcopy(module),
             name="random",
             arch="iresnet18",
             sha256="0" * 64,
@@ -45,6 +47,8 @@ def test_batches_in_flight_are_embedded_as_on_the_cpu(
     found = list(ordered_map(there, batches, workers=IN_FLIGHT))
     for batch, theirs in zip(batches, found, strict=True):
         ours = here(batch)
+        mirrored, copied = there(batch[:, :, ::-1]), there(batch[:, :, ::-1].copy())
+        np.testing.assert_allclose(mirrored, copied, rtol=1e-3, atol=1e-3)
         cosines = (ours * theirs).sum(1) / np.linalg.norm(ours, axis=1)
         assert (cosines / np.linalg.norm(theirs, axis=1)).min() > least
 

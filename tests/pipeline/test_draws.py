@@ -11,7 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gkd.pipeline import logits as logits_module
 from gkd.pipeline.draws import SPAN, uniform_numbers
+from gkd.pipeline.logits import CosineLogits
 from gkd.pipeline.partition import Partition, partition, partition_logits
 from gkd.pipeline.settings import PartitionSettings
 from gkd.storage.errors import ConfigError
@@ -246,6 +248,24 @@ def test_embeddings_give_the_draws_of_their_logits() -> None:
         )
         check(result, (64 * cosines).astype(np.float32), labels, config, uniforms)
         assert np.any(result.targets.draws == labels[:, None]), "the margin's class is drawn too"
+
+
+def test_an_accelerator_computes_the_same_logits_of_classes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(logits_module, "ACCELERATOR_LOGITS", 3 * 16 * 8)  # three lines at once
+    rng = np.random.default_rng(0)
+    scaled, centers = (rng.normal(size=(n, 8)).astype(np.float32) for n in (5, 400))
+    rows = np.sort(rng.integers(0, 5, 20))
+    classes = rng.integers(0, 400, (20, 16))
+    logits = CosineLogits(
+        torch.from_numpy(scaled), torch.arange(5), torch.from_numpy(centers), label_margin=0.5
+    )
+    dense = scaled.astype(np.float64) @ centers.T.astype(np.float64)
+    dense[np.arange(5), np.arange(5)] -= 0.5
+    monkeypatch.setattr(CosineLogits, "_row_by_row", CosineLogits._many)
+    found = logits.of(torch.from_numpy(rows), torch.from_numpy(classes))
+    np.testing.assert_allclose(found, dense[rows[:, None], classes], rtol=1e-5, atol=1e-5)
 
 
 def test_an_empty_batch_has_no_draws() -> None:

@@ -59,8 +59,10 @@ def training_lines(out: Path) -> list[dict[str, Any]]:
 
 
 def losses(out: Path) -> list[tuple[int, float, float, float, float]]:
+    """Step, loss, CE, Primary and Binary of each line that has a step with a loss."""
     names = ("step", "loss", "ce", "primary", "binary")
-    return [tuple(line[name] for name in names) for line in training_lines(out)]
+    lines = training_lines(out)
+    return [tuple(line[name] for name in names) for line in lines if line["loss"] is not None]
 
 
 def assert_same_state(ours: Any, theirs: Any) -> None:
