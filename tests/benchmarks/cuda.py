@@ -144,15 +144,19 @@ def student_steps(device: torch.device) -> dict[str, float]:
 def groups(device: torch.device) -> dict[str, float]:
     logits, labels = (tensor.to(device) for tensor in teacher_logits())
     uniforms = np.random.default_rng(0).random((len(labels), 64))
-    whole = [tensor.to(device) for tensor in teacher_like(len(labels), NUM_CLASSES, 512)]
+    embeddings, own, centers = (
+        tensor.to(device) for tensor in teacher_like(len(labels), NUM_CLASSES, 512)
+    )
     took = seconds(
         {
             "logsumexp": partial(torch.logsumexp, logits, 1),
             "groups": partial(partition_logits, logits, labels, SHARP),
             "draws too": partial(partition_logits, logits, labels, DRAWN, uniforms=uniforms),
             "sort": partial(sorted_softmax, logits),
-            "teacher's": lambda: partition(*whole, SHARP),
-            "teacher's draws": lambda: partition(*whole, DRAWN, uniforms=uniforms),
+            "teacher's": partial(partition, embeddings, own, centers, SHARP),
+            "teacher's draws": partial(
+                partition, embeddings, own, centers, DRAWN, uniforms=uniforms
+            ),
         }
     )
     return {
