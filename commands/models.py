@@ -61,7 +61,14 @@ def evaluate(
     """
     from gkd.storage.spec import preprocess_preset
     from gkd.trainer.embedding_cache import EmbeddingCache, default_embeddings
-    from gkd.trainer.protocols import evaluate_set, load_set, plot_results, show_results
+    from gkd.trainer.protocols import (
+        evaluate_set,
+        load_set,
+        plot_results,
+        result_to_builtins,
+        show_results,
+        warn_of,
+    )
 
     if cache and no_cache:
         raise click.UsageError("--cache and --no-cache exclude each other")
@@ -79,7 +86,12 @@ def evaluate(
     results = [evaluate_set(embed, each, batch_size=batch_size, store=store) for each in loaded]
     if plot:
         plot_results(results, plot)
-    show_results(results, as_json=as_json)
+    for each in results:
+        warn_of(each)
+    if as_json:
+        emit_json([result_to_builtins(each) for each in results])
+    else:
+        show_results(results)
 
 
 @click.command("report")

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from gkd.pipeline.centers import own_and_nearest
 from gkd.pipeline.embed import cut, embed, join_batches
 from gkd.pipeline.embedding_store import SAMPLED_IMAGES
 from gkd.pipeline.partition import partition
@@ -51,7 +52,6 @@ HOPELESS = 0.5  # where its mean score is below this part of the best one
 CLEARLY = 3.5
 BLIND = 2.0  # a mean score below this is of no face recogniser
 MOSTLY_SINGLE, MOSTLY_CUT, LEAST_ACCURACY = 0.9, 0.5, 0.5
-CLASS_CHUNK = 2**16
 
 
 @dataclass(frozen=True)
@@ -272,13 +272,7 @@ def check_groups(
     """Cosines and groups of embeddings [n, D] of classes ``labels`` [n], without draws."""
     unit = functional.normalize(torch.from_numpy(embeddings).to(centers.device), dim=1)
     classes = torch.from_numpy(labels).to(centers.device)
-    own = (unit * centers[classes]).sum(1)
-    nearest = torch.full_like(own, -1.0)
-    for start in range(0, len(centers), CLASS_CHUNK):
-        cosines = unit @ centers[start : start + CLASS_CHUNK].float().T
-        inside = ((classes >= start) & (classes < start + cosines.shape[1])).nonzero()[:, 0]
-        cosines[inside, classes[inside] - start] = -1.0
-        nearest = torch.maximum(nearest, cosines.amax(1))
+    own, nearest = own_and_nearest(unit, classes, centers)
     plain = replace(settings, draws=None)
     groups = partition(torch.from_numpy(embeddings), classes, centers, plain)
     return GroupCheck(

@@ -10,6 +10,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from gkd.pipeline.center_files import BuiltCenters, CenterFile, read_center_files
 from gkd.pipeline.teacher import Embedder
@@ -64,6 +65,22 @@ def rounding(array: npt.NDArray[np.float32], precision: CenterPrecision) -> floa
         change = round_centers(array[start : start + BLOCK], precision).float() - block
         most = max(most, float(torch.linalg.vector_norm(change, dim=1).max()))
     return most
+
+
+def own_and_nearest(unit: Tensor, labels: Tensor, centers: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines of embeddings to the centre of their class and to the nearest other, each [n].
+
+    ``unit`` float32 [n, D] and ``centers`` [C, D] are normalised, ``labels`` int64 [n]; where there
+    is no other class its cosine is -1.
+    """
+    own = (unit * centers[labels]).sum(1)
+    nearest = torch.full_like(own, -1.0)
+    for start in range(0, len(centers), BLOCK):
+        cosines = unit @ centers[start : start + BLOCK].float().T
+        inside = ((labels >= start) & (labels < start + cosines.shape[1])).nonzero()[:, 0]
+        cosines[inside, labels[inside] - start] = -1.0
+        nearest = torch.maximum(nearest, cosines.amax(1))
+    return own, nearest
 
 
 def centers_path(out: Path) -> Path:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gkd.pipeline.center_files import RefineSpec
+from gkd.pipeline.centers import own_and_nearest
 from gkd.storage.progress import progress
 
 CHUNK_LOGITS = 1 << 24
@@ -95,13 +96,7 @@ def measure(
     for at in range(0, len(labels), BATCH_SIZE):
         unit = F.normalize(torch.from_numpy(embeddings[at : at + BATCH_SIZE]).to(device))
         own_class = torch.from_numpy(labels[at : at + BATCH_SIZE]).to(device)
-        own = (unit * weight[own_class]).sum(1)
-        nearest = torch.full_like(own, -torch.inf)
-        for start, logits in _logits(unit, own_class, weight, SCALE, MARGIN):
-            rows, places = _own(own_class, start, logits.shape[1])
-            others = logits.clone()
-            others[rows, places] = -torch.inf
-            nearest = torch.maximum(nearest, others.amax(1) / SCALE)
+        own, nearest = own_and_nearest(unit, own_class, weight)
         loss = _log_sums(unit, own_class, weight, SCALE, MARGIN) - SCALE * (own - MARGIN)
         each = ((own > nearest).float(), own, nearest, loss)
         sums += [float(values.double().sum()) for values in each]

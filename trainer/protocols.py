@@ -1,6 +1,5 @@
 """Whatever a model can be judged on: which protocol a set is of, and its results for people."""
 
-import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -86,24 +85,21 @@ def plot_results(results: Sequence[AnyResult], out: Path) -> None:
     plot_roc(curves, out)
 
 
-def show_results(results: Sequence[AnyResult], *, as_json: bool) -> None:
-    """Print the results: a JSON list in their order, or a table for each protocol."""
-    for each in results:
-        _warn(each)
-    if as_json:
-        print(json.dumps([_builtins(each) for each in results]))
-        return
+def show_results(results: Sequence[AnyResult]) -> None:
+    """Print the results, a table for each protocol."""
     for kind, table in _TABLES.items():
         chosen = [each for each in results if isinstance(each, kind)]
         if chosen:
             Console().print(table(chosen))
 
 
-def _builtins(result: AnyResult) -> dict[str, Any]:
+def result_to_builtins(result: AnyResult) -> dict[str, Any]:
+    """The result with the name of its protocol, for JSON."""
     return {"protocol": PROTOCOLS[type(result)], **result.to_builtins()}
 
 
-def _warn(result: AnyResult) -> None:
+def warn_of(result: AnyResult) -> None:
+    """Say on stderr what makes a result less than it looks."""
     told = ""
     if isinstance(result, VerificationResult) and result.one_sided_folds:
         told = (

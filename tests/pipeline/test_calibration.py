@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from gkd.pipeline import calibration
+from gkd.pipeline import centers as centers_module
 from gkd.pipeline.calibration import (
     PRESETS,
     check_groups,
@@ -153,7 +154,7 @@ def test_images_that_cannot_be_read_are_left_to_the_run(tmp_path: Path) -> None:
 
 
 def test_groups_are_measured_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calibration, "CLASS_CHUNK", 7)
+    monkeypatch.setattr(centers_module, "BLOCK", 7)
     rng = np.random.default_rng(0)
     embeddings, labels = rng.normal(size=(30, EMBEDDING_DIM)), rng.integers(0, 20, 30)
     array = centers(20).array
