@@ -9,6 +9,8 @@ from gkd.storage.spec import MAX_GROUP, VIEWS, CenterPrecision, DrawsSpec, View
 MOST_SHARD_SAMPLES = 65_536
 MOST_SHARD_BYTES = 256_000_000
 ENTRY_BYTES = 6
+# What the command line draws where it is not told otherwise.
+DRAWS = DrawsSpec(64, 4.0, "all")
 # Counts among the settings, by the names that users type.
 OPTIONS = {
     "batch_size": "--batch-size",
@@ -33,7 +35,7 @@ class PartitionSettings:
     """
 
     threshold: float = 0.93
-    group_temperature: float = 2.0
+    group_temperature: float = 1.0
     temperatures: tuple[float, ...] = (1.0, 2.0, 4.0)
     max_group: int = 4096
     scale: float = 64.0

@@ -7,6 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+from gkd.commands.shared import cache_settings
+from gkd.commands.stages import cache_teacher
+from gkd.pipeline.settings import DRAWS, CacheSettings, PartitionSettings
 from gkd.storage.synthetic import draw_faces
 from gkd.trainer.backbones import build_backbone
 from tests.commands import fails, gkd
@@ -58,3 +61,11 @@ def test_mistakes_are_one_message(home: Path, tmp_path: Path) -> None:
     assert "expected numbers such as" in fails(*plan, "class-mean", "--thresholds", "x", code=2)
     missing = tmp_path / "none" / "grid.png"
     assert f"there is no folder {missing.parent}" in fails(*plan, "class-mean", "--plot", missing)
+
+
+def test_the_command_line_and_the_code_have_one_set_of_defaults() -> None:
+    words = ["faces", "out.gkd", "--teacher", "t.onnx", "--centers", "class-mean"]
+    with cache_teacher.make_context("cache-teacher", words) as context:
+        asked = cache_settings(context.params)
+    partition = PartitionSettings(draws=DRAWS)
+    assert asked == CacheSettings(partition=partition, workers=asked.workers)

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from gkd.pipeline.centers import CLASS_MEAN
 from gkd.pipeline.embed import CPU_BATCH, cut
 from gkd.pipeline.run import cache_teacher
-from gkd.pipeline.settings import CacheSettings
+from gkd.pipeline.settings import DRAWS, CacheSettings, PartitionSettings
 from gkd.pipeline.teacher import OnnxEmbedder
 from gkd.storage.parallel import ordered_map
 from gkd.storage.records import Records, open_records
@@ -24,7 +24,7 @@ from tests.benchmarks.harness import report
 from tests.paths import SHARED_DATA
 
 ROUNDS = 3
-SETTINGS = CacheSettings()
+SETTINGS = CacheSettings(partition=PartitionSettings(draws=DRAWS))
 
 
 def first_images(count: int) -> Records:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from gkd.pipeline.centers import CLASS_MEAN
 from gkd.pipeline.run import cache_teacher
-from gkd.pipeline.settings import CacheSettings
+from gkd.pipeline.settings import DRAWS, CacheSettings, PartitionSettings
 from gkd.storage.cache import Cache
 from gkd.storage.confusions import confusions
 from gkd.storage.records import open_records
@@ -23,6 +23,7 @@ from tests.paths import SHARED_DATA
 from tests.planted import RememberingTeacher, figures, plant
 
 SEEDS = (0, 1, 2)
+SETTINGS = CacheSettings(partition=PartitionSettings(draws=DRAWS))
 SWAPPED, NAMED, SPLIT = (
     "swapped labels among the first 100",
     "of them named after their own identity",
@@ -38,7 +39,7 @@ def main(seeds: tuple[int, ...]) -> None:
         planted = plant(records, seed)
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / "lfw.gkd"
-            cache_teacher(planted.records, out, teacher, CLASS_MEAN, CacheSettings())
+            cache_teacher(planted.records, out, teacher, CLASS_MEAN, SETTINGS)
             began = time.perf_counter()
             found = confusions(Cache.open(out))
             seconds = time.perf_counter() - began

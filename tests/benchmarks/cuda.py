@@ -22,7 +22,7 @@ from gkd.pipeline.centers import Centers
 from gkd.pipeline.embed import ACCELERATOR_BATCH
 from gkd.pipeline.partition import partition, partition_logits
 from gkd.pipeline.run import cache_teacher
-from gkd.pipeline.settings import CacheSettings, PartitionSettings
+from gkd.pipeline.settings import DRAWS, CacheSettings, PartitionSettings
 from gkd.pipeline.teacher import TorchEmbedder
 from gkd.storage.cache import Cache
 from gkd.storage.launch import usable_cores
@@ -208,7 +208,7 @@ def stages(folder: Path) -> dict[str, float]:
     forward = seconds({"teacher on a batch": partial(teacher, faces)})["teacher on a batch"]
     alone = ACCELERATOR_BATCH / forward / 2  # both views
     # Random weights separate faces less than trained ones; without the margin groups are alike.
-    how = PartitionSettings(group_temperature=1.0, margin=0.0, draws=DRAWN.draws)
+    how = PartitionSettings(group_temperature=1.0, margin=0.0, draws=DRAWS)
     settings = CacheSettings(partition=how, workers=usable_cores())
     began = time.perf_counter()
     cache_teacher(records, folder / "targets.gkd", teacher, centers, settings)

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from gkd.pipeline.partition import partition, partition_logits
-from gkd.pipeline.settings import PartitionSettings
-from gkd.storage.spec import DrawsSpec
+from gkd.pipeline.settings import DRAWS, PartitionSettings
 from tests.benchmarks.harness import report
 from tests.reference import dense_group
 
@@ -22,7 +21,7 @@ MANY_BATCH, MANY_CLASSES, MANY_DIM = 64, 2_059_906, 128
 CHECKED = 4
 SPREAD = 0.1  # standard deviation of a trained teacher's impostor cosines, about
 SHARP = PartitionSettings(group_temperature=1.0)
-DRAWN = PartitionSettings(group_temperature=1.0, draws=DrawsSpec(64, 4.0, "all"))
+DRAWN = PartitionSettings(group_temperature=1.0, draws=DRAWS)
 DRAW_ROUNDS = 25
 
 

@@ -22,12 +22,12 @@ from gkd.pipeline import plan_sample
 from gkd.pipeline.centers import CLASS_MEAN
 from gkd.pipeline.plan import Plan, PlanSettings, plan
 from gkd.pipeline.run import cache_teacher
-from gkd.pipeline.settings import CacheSettings, PartitionSettings
+from gkd.pipeline.settings import DRAWS, CacheSettings, PartitionSettings
 from gkd.pipeline.teacher import OnnxEmbedder
 from gkd.storage.cache import Cache
 from gkd.storage.records import Records, open_records
 from gkd.storage.rows import Subset
-from gkd.storage.spec import DrawsSpec, preprocess_preset
+from gkd.storage.spec import preprocess_preset
 from gkd.storage.stats import stats
 from tests.benchmarks.harness import Bar, report
 from tests.paths import SHARED_DATA
@@ -36,7 +36,7 @@ SEEDS = range(4)
 PART, ROUNDS = 1000, 7  # identities that are timed, and how often
 THRESHOLD = 0.93
 DEFAULTS = CacheSettings()
-DRAWS = CacheSettings(partition=PartitionSettings(draws=DrawsSpec(64, 4.0, "all")))
+WITH_DRAWS = CacheSettings(partition=PartitionSettings(draws=DRAWS))
 SIZE, TIME = 0.05, 0.2
 
 
@@ -135,8 +135,8 @@ def main() -> None:
                     errors
                 )
     what = "bytes with 64 draws, T = 1, from all: error"
-    size, _, _ = cached(records, embedder, DRAWS, 1.0)
-    ratios[what] = abs(made("all", cache=DRAWS).points[0].bytes / size - 1)
+    size, _, _ = cached(records, embedder, WITH_DRAWS, 1.0)
+    ratios[what] = abs(made("all", cache=WITH_DRAWS).points[0].bytes / size - 1)
     bars[what] = ("<=", SIZE)
     report("plan", ratios, bars)
 

@@ -209,7 +209,7 @@ def test_frequencies_are_the_probabilities(source: Source) -> None:
     # 20,000 numbers of the stream itself; a chi-square of 40 degrees is above 94 once in 250,000.
     logits = np.random.default_rng(1).normal(0, 4, (1, 300)).astype(np.float32)
     label = int(logits[0].argmin())
-    config = settings_of(source, 20_000, 2.0, threshold=0.9, max_group=5)
+    config = settings_of(source, 20_000, 2.0, group_temperature=2.0, threshold=0.9, max_group=5)
     assert config.draws is not None
     uniforms = uniform_numbers(config.draws, "original", np.arange(16, dtype=np.uint8)[None])
     drawn = run(logits, np.array([label]), config, uniforms).targets.draws
