@@ -139,11 +139,10 @@ class TorchEmbedder:
     @torch.inference_mode()
     def _embed(self, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
         """Embeddings by a stream of this thread's own, so that copies and work of two overlap."""
-        kind, autocast = torch.device(self.device).type, AUTOCAST.get(self.precision)
-        with (
-            self._backend.stream(self._own_stream()),
-            torch.autocast(kind, autocast, enabled=autocast is not None),
-        ):
+        kind, half = torch.device(self.device).type, AUTOCAST.get(self.precision)
+        # Autocast's cache of weights is all threads', and does not wait for another's stream.
+        autocast = torch.autocast(kind, half, enabled=half is not None, cache_enabled=False)
+        with self._backend.stream(self._own_stream()), autocast:
             pixels = self._pixels(self._moved(images))
             embeddings = self._module(pixels.to(memory_format=self._memory_format))
             if not isinstance(embeddings, torch.Tensor):
