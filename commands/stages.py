@@ -137,9 +137,11 @@ def train_student(
     # Before the data is made ready, which may take one node far longer than another.
     with joined_ranks(device.type) as ranks:
         if run.train.compile:
-            require_compiler(device)
+            ranks.together(lambda: require_compiler(device))
         # Where no target is read, none need be made ready.
-        records, joined = load(run.data.order if run.kd.enabled else "blocks")
+        records, joined = ranks.together(
+            lambda: load(run.data.order if run.kd.enabled else "blocks")
+        )
         summary = train(run, records, joined, out, command=own_command(), ranks=ranks)
     if ranks.first:
         emit(summary, as_json)

@@ -42,6 +42,10 @@ PRESETS = tuple(
     for bgr in (False, True)
 )
 FEWEST_PASSES = 2 * FEWEST_PAIRS * len(PRESETS)
+UNREADABLE = (
+    "calibration: the preprocessing was not checked, as too few of the images can be read; `gkd "
+    "records verify` lists those that cannot"
+)
 NOT_CHECKED = (
     "calibration: the preprocessing was not checked, which takes "
     f"{FEWEST_PAIRS} identities of two images and {FEWEST_PASSES // 2} images in both views"
@@ -326,8 +330,8 @@ def group_words(check: GroupCheck, settings: PartitionSettings, *, own_means: bo
         )
     if check.single >= MOSTLY_SINGLE and settings.draws is None:
         lines.append(
-            f"warning: {check.single:.1%} of the groups are the label or one other class alone, "
-            f"which teaches little; raise --group-temperature (now "
+            f"warning: {check.single:.1%} of the groups are the label alone, which teaches little; "
+            f"raise --group-temperature (now "
             f"{settings.group_temperature:g}), or take --draws 64"
         )
     if check.truncated >= MOSTLY_CUT:
@@ -352,7 +356,8 @@ def tell_presets(
     """
     pairs = pairs_to_score(records.labels, len(records) * len(views))
     check = check_presets(records, embedder, pairs, workers=workers) if len(pairs) else None
-    for line in [NOT_CHECKED] if check is None else preset_words(check):
+    unchecked = [UNREADABLE if len(pairs) else NOT_CHECKED]
+    for line in unchecked if check is None else preset_words(check):
         tell(line)
     return check
 

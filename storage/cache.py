@@ -21,8 +21,8 @@ from gkd.storage.metadata import (
     check_metadata,
     corrupt,
     incomplete,
+    parse_commit,
     parse_manifest,
-    read_commit,
     read_spec,
     regular_file,
 )
@@ -131,12 +131,12 @@ class Cache:
         Raises:
             CorruptShardError: where it is missing, damaged or not the one of the manifest.
         """
-        path = self.path / layout.commit_file(shard)
-        if self.manifest is not None:
-            regular_file(self.path, layout.commit_file(shard))
-            if atomic.sha256_file(path) != self.manifest.shards[shard].commit:
-                corrupt(path, "its sha256 is not the one in manifest.json")
-        return read_commit(self.path, self.spec, shard)
+        path = regular_file(self.path, layout.commit_file(shard))
+        content = path.read_bytes()
+        expected = None if self.manifest is None else self.manifest.shards[shard].commit
+        if expected not in (None, hashlib.sha256(content).hexdigest()):
+            corrupt(path, f"its sha256 is not the one in {layout.MANIFEST}")
+        return parse_commit(content, path, self.spec, shard)
 
     def shard_file(self, shard: int, file: str, commit: Commit) -> Path:
         """Path of a file of a shard, after its presence and size were checked."""

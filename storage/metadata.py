@@ -27,7 +27,7 @@ def regular_file(root: Path, file: str) -> Path:
         path = path / part
         try:
             mode = path.lstat().st_mode
-        except OSError as error:
+        except (FileNotFoundError, NotADirectoryError) as error:
             corrupt(path, "missing", error)
         if stat.S_ISLNK(mode):
             corrupt(path, "a symbolic link, which a cache never has")

@@ -1,5 +1,6 @@
 """Gets a cache, or a part of one, from an fsspec address, every file held against its hash."""
 
+import contextlib
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +15,13 @@ from gkd.storage.disk import disk_errors, require_room
 from gkd.storage.errors import ConfigError, CorruptShardError, SpecMismatchError
 from gkd.storage.layout import Commit, FileRecord, ViewRecord, file_record
 from gkd.storage.lock import WriteLock
-from gkd.storage.metadata import parse_spec, regular_file
+from gkd.storage.metadata import (
+    committed_shards,
+    parse_commit,
+    parse_manifest,
+    parse_spec,
+    regular_file,
+)
 from gkd.storage.parallel import for_each
 from gkd.storage.remote import Remote
 from gkd.storage.remote_cache import WORKERS, RemoteCache, record_of
@@ -51,41 +58,51 @@ def pull(
     source = RemoteCache.open(Remote(address, options))
     spec = _with_views(source, views)
     chosen = _chosen_shards(source, shards)
-    _require_place_for(path, spec)
-    commits = {k: _with_views_of(spec, c) for k, c in source.commits(chosen).items()}
+    known = _require_place_for(path, spec)
+    standing = {shard for shard in committed_shards(path) if shard < spec.num_shards}
+    every = {
+        shard: _with_views_of(spec, commit)
+        for shard, commit in source.commits(sorted(standing.union(chosen))).items()
+    }
+    commits = {shard: every[shard] for shard in chosen}
     written = _metadata(source, spec)
     manifest = None
     if shards is None:
         manifest = _manifest(source, spec, written, commits)
-    _require_same_cache(path, commits, manifest)
+    if not _require_same_cache(path, spec, every, manifest) and not known:
+        raise SpecMismatchError(_other_cache(path / layout.METADATA))
     data = shard_files(commits)
+    records = {layout.commit_file(k): layout.encode_json(c) for k, c in commits.items()}
+    own = written | records | ({} if manifest is None else {layout.MANIFEST: manifest})
     _require_space(path, data)
-    with WriteLock(path), disk_errors(path), tally_of("pull", data) as tally:
+    told = data | {file: record_of(content) for file, content in own.items()}
+    with WriteLock(path), disk_errors(path), tally_of("pull", told) as tally:
         # What a killed pull left on its way into place.
         for inside in _folders(path):
             atomic.delete_asides(inside)
-        _write_all(path, written)
+        _write_all(path, written, tally)
         for folder in ("samples", "commits"):
             (path / folder).mkdir(exist_ok=True)
         for_each(
             lambda file: _fetch(source.remote, path, file, data[file], tally), data, workers=WORKERS
         )
-        _write_all(path, {layout.commit_file(k): layout.encode_json(c) for k, c in commits.items()})
+        _write_all(path, records, tally)
         if manifest is not None:
-            _write_all(path, {layout.MANIFEST: manifest})
+            _write_all(path, {layout.MANIFEST: manifest}, tally)
     cache = Cache.open(path, complete=manifest is not None)
     found = None if cache.manifest is None else cache.id
     return tally.summary(source.remote, path, found, time.monotonic() - began)
 
 
 def _with_views(source: RemoteCache, views: Sequence[View] | None) -> CacheSpec:
-    if views is None or set(views) == set(source.spec.views):
+    if views is None or sorted(views) == sorted(source.spec.views):
         return source.spec
     chosen = tuple(view for view in VIEWS if view in views)
     if not chosen or len(chosen) < len(views) or not set(chosen) <= set(source.spec.views):
+        known = ", ".join(source.spec.views)
         raise ConfigError(
-            f"{source.remote.address}: views: expected some of {', '.join(source.spec.views)}, "
-            f"got {', '.join(views) or 'none'}"
+            f"{source.remote.address}: views: expected some of {known}, each once, got "
+            f"{', '.join(views) or 'none'}; leave --views out for all"
         )
     derived = DerivedSpec("views", (source.id,))
     return msgspec.structs.replace(source.spec, views=chosen, derived=derived)
@@ -98,7 +115,7 @@ def _chosen_shards(source: RemoteCache, shards: Sequence[int] | None) -> Sequenc
     if wrong or not shards:
         raise ConfigError(
             f"{source.remote.address}: shards: expected some of 0 to "
-            f"{source.spec.num_shards - 1}, got {named(wrong)}"
+            f"{source.spec.num_shards - 1}, got {named(wrong)}; leave --shards out for all"
         )
     return sorted(set(shards))
 
@@ -138,11 +155,17 @@ def _manifest(
     )
 
 
-def _require_place_for(path: Path, spec: CacheSpec) -> None:
-    """Refuse a folder with anything but this cache, or the beginning of it."""
+def _require_place_for(path: Path, spec: CacheSpec) -> bool:
+    """Refuse a folder with anything but this cache, or the beginning of it.
+
+    Whether that is certain: not where the root's ``zarr.json`` is damaged.
+    """
     root = path / layout.METADATA
     if root.exists():
-        found = parse_spec(regular_file(path, layout.METADATA).read_bytes(), root)
+        try:
+            found = parse_spec(regular_file(path, layout.METADATA).read_bytes(), root)
+        except CorruptShardError:
+            return False
         if found != spec:
             raise SpecMismatchError(
                 f"{path}: holds another cache, or other views of it; choose another folder"
@@ -150,20 +173,40 @@ def _require_place_for(path: Path, spec: CacheSpec) -> None:
     elif path.exists() and (
         not path.is_dir() or any(not each.name.startswith(".") for each in path.iterdir())
     ):
-        raise ConfigError(f"{path}: expected a folder for the cache, got something else there")
+        raise ConfigError(
+            f"{path}: expected a folder for the cache, got something else there; name another"
+        )
+    return True
 
 
-def _require_same_cache(path: Path, commits: Mapping[int, Commit], manifest: bytes | None) -> None:
-    """Refuse a folder with shards of another cache of the same spec."""
+def _require_same_cache(
+    path: Path, spec: CacheSpec, commits: Mapping[int, Commit], manifest: bytes | None
+) -> bool:
+    """Refuse a folder with shards of another cache of the same spec; whether it has any of this.
+
+    A record that is damaged is nobody's, and will be written again.
+    """
     place = path / layout.MANIFEST
     if manifest is not None and place.exists():
-        if regular_file(path, layout.MANIFEST).read_bytes() != manifest:
+        content = regular_file(path, layout.MANIFEST).read_bytes()
+        if content == manifest:
+            return True
+        with contextlib.suppress(CorruptShardError):
+            parse_manifest(content, place, spec)
             raise SpecMismatchError(_other_cache(place))
-        return
+    found = False
     for shard, commit in commits.items():
         place = path / layout.commit_file(shard)
-        if place.exists() and place.read_bytes() != layout.encode_json(commit):
+        if not place.exists():
+            continue
+        content = regular_file(path, layout.commit_file(shard)).read_bytes()
+        if content == layout.encode_json(commit):
+            found = True
+            continue
+        with contextlib.suppress(CorruptShardError):
+            parse_commit(content, place, spec, shard)
             raise SpecMismatchError(_other_cache(place))
+    return found
 
 
 def _other_cache(place: Path) -> str:
@@ -214,8 +257,11 @@ def _fetch(remote: Remote, path: Path, file: str, record: FileRecord, tally: Tal
     tally.copied(record)
 
 
-def _write_all(path: Path, files: Mapping[str, bytes]) -> None:
+def _write_all(path: Path, files: Mapping[str, bytes], tally: Tally) -> None:
     for file, content in files.items():
-        if not _is_right(path, file, record_of(content)):
+        record = record_of(content)
+        if not _is_right(path, file, record):
             (path / file).parent.mkdir(parents=True, exist_ok=True)
             atomic.write_file(path / file, content)
+            tally.copied(record)
+        tally.advance(record.bytes)

@@ -48,8 +48,8 @@ def push(
     remote = Remote(address, options)
     _claim(remote, cache.id)
     # Names from the spec alone: a manifest may have others, of files that are nobody's business.
-    named = [*(file for file, _ in layout.metadata_files(cache.spec)), layout.CARD]
-    metadata = {file: cache.manifest.files[file] for file in named if file in cache.manifest.files}
+    ours = [*(file for file, _ in layout.metadata_files(cache.spec)), layout.CARD]
+    metadata = {file: cache.manifest.files[file] for file in ours if file in cache.manifest.files}
     data = metadata | shard_files(commits)
     records = {layout.commit_file(k): record_of(layout.encode_json(c)) for k, c in commits.items()}
     check = read_back or remote.folder is not None
@@ -79,16 +79,15 @@ def _claim(remote: Remote, cache_id: str) -> None:
             f"{remote.address}: holds another cache, with id {record_of(manifest).sha256}; choose "
             "another address, or delete what is there"
         )
-    if manifest is None and remote.size(CLAIM) is None:
-        strangers = remote.names()
+    if remote.size(CLAIM) is None:  # a copy that came another way has none
+        strangers = remote.names() if manifest is None else []
         if strangers:
             raise SpecMismatchError(
                 f"{remote.address}: expected nothing, or what a push of this cache put there, got "
                 f"{named(strangers)}; choose another address, or delete what is there"
             )
         remote.write(CLAIM, f"{cache_id}\n".encode())
-    if manifest is None:
-        _require_claim(remote, cache_id)
+    _require_claim(remote, cache_id)
 
 
 def _require_claim(remote: Remote, cache_id: str) -> None:

@@ -23,8 +23,8 @@ class TransferSummary:
     """What a push or pull did.
 
     ``whole`` says whether all of a cache stands at the target now, ``id`` is the cache's then;
-    ``files`` and ``bytes`` are those asked for, ``copied_files`` and ``copied_bytes`` those that
-    did not stand there already.
+    ``files`` and ``bytes`` are those asked for, metadata and records too, ``copied_files`` and
+    ``copied_bytes`` those that did not stand there already.
     """
 
     address: str

@@ -203,7 +203,8 @@ def publish(
             write_checkpoint(folder / LAST, {**content, "centers": named})
             settle(folder, step=step, best_step=best_step, keep=keep)
     except (OSError, RuntimeError, CheckpointException) as error:
-        if worker_death(error):  # no fault of the disk, it was met here by chance
+        # No fault of the disk: a death that was met here by chance, or a GPU that is full.
+        if worker_death(error) or isinstance(error, torch.OutOfMemoryError):
             raise
         failed = error
     if ranks.highest(int(failed is not None)):
@@ -261,11 +262,16 @@ def settle(folder: Path, *, step: int, best_step: int, keep: int) -> None:
 
 
 def _write_centers(folder: Path, centers: Mapping[str, Tensor], ranks: Ranks) -> None:
+    failed: OSError | None = None
     if ranks.first:
-        if folder.exists():  # of a run that was killed before it named them
-            shutil.rmtree(folder)
-        folder.mkdir()
-    ranks.barrier()
+        try:
+            if folder.exists():  # of a run that was killed before it named them
+                shutil.rmtree(folder)
+            folder.mkdir()
+        except OSError as error:
+            failed = error
+    if ranks.highest(int(failed is not None)):
+        raise failed or OSError("another rank's disk")
     with warnings.catch_warnings():
         # torch tells a process that is alone that it is.
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)

@@ -21,26 +21,23 @@ def claimed(out: Path, ranks: Ranks) -> Iterator[None]:
         ConfigError: where it holds something else, is inside a cache or cannot be written, or
             another process trains into it.
     """
-    error: Exception | None = None
     lock = filelock.FileLock(out / ".lock", timeout=0)
-    if ranks.first:
-        try:
-            with disk_errors(out):
-                _require_place(out)
-                lock.acquire()
-        except filelock.Timeout as held:
-            error = ConfigError(
-                f"{out}: another process is training into this folder; wait for it, or name another"
-            )
-            error.__cause__ = held
-        except (ConfigError, OSError) as met:
-            error = met
-    if ranks.highest(int(error is not None)):
-        raise error or SystemExit(1)  # the first rank says why
+    ranks.together(lambda: _claim(out, lock) if ranks.first else None)
     try:
         yield
     finally:
         lock.release()
+
+
+def _claim(out: Path, lock: filelock.BaseFileLock) -> None:
+    try:
+        with disk_errors(out):
+            _require_place(out)
+            lock.acquire()
+    except filelock.Timeout as held:
+        raise ConfigError(
+            f"{out}: another process is training into this folder; wait for it, or name another"
+        ) from held
 
 
 def _require_place(out: Path) -> None:

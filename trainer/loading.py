@@ -24,7 +24,7 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from gkd.storage.blocks import Block, ShardStore
 from gkd.storage.errors import GkdError
-from gkd.storage.launch import all_cores
+from gkd.storage.launch import usable_cores
 from gkd.storage.target_arrays import concatenate
 from gkd.storage.targets import SparseTargets
 from gkd.trainer.data import Batch, FaceBatches
@@ -39,12 +39,12 @@ def load_batches(
 ) -> Generator[Batch, None, None]:
     """Batches by their plans, in order, made ahead by ``workers`` processes (0: here, when asked).
 
-    There is at most one worker a core. Closing the generator ends them.
+    There is at most one worker a core of this rank's. Closing the generator ends them.
 
     Raises:
         GkdError: what a worker met, as it was raised there.
     """
-    workers = min(workers, all_cores())
+    workers = min(workers, usable_cores())
     sampler: Sampler[Any] = plans
     if dataset.targets is not None and isinstance(dataset.targets.store, ShardStore):
         sampler = _WithTargets(plans, dataset.targets.store, dataset.targets.rows)
@@ -134,7 +134,7 @@ class _Carrying(Dataset[_Made]):
             return plan
         try:
             batch = self.dataset[plan]
-        except GkdError as error:
+        except (GkdError, OSError) as error:
             return error
         return _Packed.of(batch) if self.pack else batch
 

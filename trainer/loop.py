@@ -89,43 +89,30 @@ def train(
         CorruptRecordError: naming file, key and offset of an image that cannot be read.
         GkdError: where the training diverged, or a signal ended it.
     """
-    targets = targets_in_use(config, records, targets)
-    if targets and isinstance(targets.store, ShardStore) and config.data.order != "blocks":
-        raise ConfigError(
-            "data.order: the targets were joined to be read in blocks; set data.order=blocks, or "
-            "join them to be read in full"
-        )
-    check_data(
-        records,
-        targets,
-        batch_size=config.train.batch_size,
-        data=config.data,
-        kd=config.kd,
-        world_size=ranks.world_size,
-    )
-    sets = _load_sets(config.evaluation.sets)
+
+    def checked() -> tuple[JoinedTargets | None, Sequence[VerificationSet]]:
+        used = targets_in_use(config, records, targets)
+        _check(config, records, used, ranks.world_size)
+        return used, _load_sets(config.evaluation.sets)
+
+    targets, sets = ranks.together(checked)
     run = RunState.build(config, records, targets, ranks)
+
+    def opened() -> AbstractContextManager[RunLog | None]:
+        if not ranks.first:
+            return nullcontext()
+        _describe_folder(out, run, _describe(run, records, targets, command))
+        return RunLog(out, step=run.step)
+
     with claimed(out, ranks):
         checkpoint = out / FOLDER / LAST
         if checkpoint.exists():
-            run.restore(read_checkpoint(checkpoint), checkpoint)
-        if ranks.first:
-            described = msgspec.json.encode(_describe(run, records, targets, command))
-            write_file(out / RUN, msgspec.json.format(described))
-            write_file(out / CONFIG, to_toml(config).encode())
-            (out / FOLDER).mkdir(exist_ok=True)
-            delete_asides(out / FOLDER)
-            if run.saved >= 0:
-                settle(
-                    out / FOLDER,
-                    step=run.saved,
-                    best_step=run.best_step,
-                    keep=config.checkpoint.keep,
-                )
-        opened: AbstractContextManager[RunLog | None] = (
-            RunLog(out, step=run.step) if ranks.first else nullcontext()
-        )
-        with opened as log, stop_signals() as stop, products_for(run.dtype, run.device):
+            run.restore(ranks.together(lambda: read_checkpoint(checkpoint)), checkpoint)
+        with (
+            ranks.together(opened) as log,
+            stop_signals() as stop,
+            products_for(run.dtype, run.device),
+        ):
             _Training(run, records, sets, out, log, stop).go(
                 FaceBatches(
                     records,
@@ -198,13 +185,16 @@ class _Training:
         if run.step < run.plans.total_steps or self._evaluation_due():
             return
         fit = run.fit.summary(self.records)
-        if run.ranks.first:
+
+        def write() -> None:
             results = list(self.results.values())
             with disk_errors(self.out):
                 write_findings(self.out, gather(run.step, results, targets, fit))
 
+        run.ranks.together(lambda: write() if run.ranks.first else None)
+
     def _rest_of_epoch(self, batches: Iterator[Batch]) -> None:
-        """Steps up to the next epoch, checkpoint within the epoch, or signal."""
+        """Steps up to the next epoch or a signal, with the checkpoints that fall between."""
         run, config = self.run, self.run.config
         size, steps = config.train.batch_size, run.plans.steps_per_epoch
         epoch, done = divmod(run.step, steps)
@@ -224,22 +214,25 @@ class _Training:
                 skipped = run.skipped_in_a_row > 0
                 seconds = time.perf_counter() - asked
                 run.window.add(loss, seconds=seconds, waited=waited, skipped=skipped)
-                if skipped and run.last_skipped is not None and self.log:
-                    self.log.write(run.step, run.last_skipped.told(), group="train")
+                if skipped and run.last_skipped is not None:
+                    self._write_log(run.last_skipped.told())
                 run.require_sound(self.records)
                 note = ""
                 # At each epoch's end too, so that every step is in a line of its epoch.
                 if run.step % config.train.log_every == 0 or run.step % steps == 0:
                     means = run.window.means(size)
                     values = {"epoch": run.epoch, **means, "lr": lr, "skipped": run.skipped}
-                    if self.log:
-                        self.log.write(run.step, values, group="train")
+                    self._write_log(values)
                     left = (run.plans.total_steps - run.step) * size / means["images_per_second"]
                     note = _note(values, left)
                     run.window = Window()
                 advance(size, note)
                 if run.step % steps and self._checkpoint_due():
                     self._save()
+
+    def _write_log(self, values: dict[str, Any]) -> None:
+        log, step = self.log, self.run.step
+        self.run.ranks.together(lambda: log.write(step, values, group="train") if log else None)
 
     def _next(self, batches: Iterator[Batch]) -> Batch | None:
         """The next batch; None where any rank was asked to end."""
@@ -248,8 +241,8 @@ class _Training:
         if not self.stop.received:
             try:
                 batch = next(batches)
-            except (GkdError, OSError) as met:
-                error = met
+            except (GkdError, OSError, RuntimeError) as met:
+                error = met  # torch tells of a worker's death by a RuntimeError
         told = _FAILED if error else _ASKED if self.stop.received else 0
         worst = self.run.ranks.highest(told)
         if worst == _FAILED:
@@ -276,7 +269,7 @@ class _Training:
     def _evaluate(self) -> bool:
         """Log the accuracy on every set; whether their mean is the best so far."""
         run = self.run
-        improved = self._evaluate_here() if run.ranks.first else False
+        improved = run.ranks.together(lambda: run.ranks.first and self._evaluate_here())
         improved, run.accuracy, run.best = run.ranks.of_first((improved, run.accuracy, run.best))
         run.evaluated = run.step
         if improved:
@@ -350,6 +343,35 @@ def _note(values: dict[str, Any], seconds_left: float) -> str:
     ]
     parts += [f"skipped {values['skipped']}"] if values["skipped"] else []
     return "  ".join(parts)
+
+
+def _check(
+    config: RunConfig, records: Records, targets: JoinedTargets | None, world_size: int
+) -> None:
+    if targets and isinstance(targets.store, ShardStore) and config.data.order != "blocks":
+        raise ConfigError(
+            "data.order: the targets were joined to be read in blocks; set data.order=blocks, or "
+            "join them to be read in full"
+        )
+    check_data(
+        records,
+        targets,
+        batch_size=config.train.batch_size,
+        data=config.data,
+        kd=config.kd,
+        world_size=world_size,
+    )
+
+
+def _describe_folder(out: Path, run: RunState, described: Described) -> None:
+    """Write what the run is, and make the rest of the folder fit its last checkpoint."""
+    write_file(out / RUN, msgspec.json.format(msgspec.json.encode(described)))
+    write_file(out / CONFIG, to_toml(run.config).encode())
+    folder, keep = out / FOLDER, run.config.checkpoint.keep
+    folder.mkdir(exist_ok=True)
+    delete_asides(folder)
+    if run.saved >= 0:
+        settle(folder, step=run.saved, best_step=run.best_step, keep=keep)
 
 
 def targets_in_use(

@@ -1,8 +1,9 @@
 """The processes that train together: torchrun's ranks, or this one alone."""
 
+import functools
 import gc
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -11,7 +12,7 @@ from typing import Literal, NoReturn, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor, Shard
@@ -86,6 +87,25 @@ class Ranks:
         dist.all_gather(parts, part)
         return torch.cat(parts)
 
+    def together(self, work: Callable[[], T]) -> T:
+        """What each rank's own work gives; where any fails all end, and the first of them says why.
+
+        For work without collectives, or another rank would wait in vain for its part of one.
+        """
+        error: Exception | None = None
+        made: list[T] = []
+        try:
+            made.append(work())
+        except Exception as met:
+            error = met
+        mine = self.world_size - self.rank
+        worst = self.highest(0 if error is None else mine)
+        if error is not None and worst == mine:
+            raise error
+        if worst:
+            raise SystemExit(1)
+        return made[0]
+
     def fail(self, message: str) -> NoReturn:
         """End all ranks, which all call it: the first says why."""
         raise GkdError(message) if self.first else SystemExit(1)
@@ -102,7 +122,7 @@ class Ranks:
         """The model with gradients averaged over the ranks, sent as ``hook`` says."""
         if self.world_size == 1:
             return model
-        parallel = DistributedDataParallel(model)
+        parallel = DistributedDataParallel(model, broadcast_buffers=False)
         if hook != "float32":
             dtype = torch.float16 if hook == "float16" else torch.bfloat16
             parallel.register_comm_hook(dtype, _rounded_mean)
@@ -118,12 +138,15 @@ class Ranks:
         """The ranks' ``rows`` of one tensor [count, ...] as one DTensor; alone, the tensor."""
         if self.world_size == 1:
             return part
-        mesh = init_device_mesh(part.device.type, (self.world_size,))
         shape = torch.Size((count, *part.shape[1:]))
         stride = torch.empty(shape, device="meta").stride()
         return DTensor.from_local(
-            part, mesh, [Shard(0)], run_check=False, shape=shape, stride=stride
+            part, self._mesh, [Shard(0)], run_check=False, shape=shape, stride=stride
         )
+
+    @functools.cached_property
+    def _mesh(self) -> DeviceMesh:
+        return init_device_mesh(_collective_device().type, (self.world_size,))
 
 
 ALONE = Ranks()

@@ -213,7 +213,7 @@ class RunState:
             ConfigError: for another configuration, or weights of other shapes than it says.
             SpecMismatchError: where data or cache differ.
         """
-        require_same_run(state, self.config, self.data, path)
+        self.ranks.together(lambda: require_same_run(state, self.config, self.data, path))
         try:
             self.model.load_state_dict(state["model"])
         except RuntimeError as error:

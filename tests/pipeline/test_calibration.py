@@ -29,6 +29,7 @@ from gkd.pipeline.teacher import OnnxEmbedder
 from gkd.storage.errors import GkdError
 from gkd.storage.records import Records, open_records
 from gkd.storage.spec import DrawsSpec, Preprocess, preprocess_preset
+from tests.caches import contents
 from tests.paths import SHARED_DATA, needs_shared_data
 from tests.pipeline.faces import EMBEDDING_DIM, PixelEmbedder, centers, write_folder
 from tests.reference import dense_group
@@ -234,10 +235,6 @@ def test_a_run_says_once_what_it_found_and_the_bytes_stay(
         (tmp_path / "checked" / name).unlink()
     cache_teacher(people, tmp_path / "checked", ToneEmbedder(), centers(40), settings)
     assert "calibration" not in capsys.readouterr().err, "a resumed run was checked before"
-
-
-def contents(out: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(out)): p.read_bytes() for p in out.rglob("*") if p.is_file()}
 
 
 class RememberingEmbedder(OnnxEmbedder):

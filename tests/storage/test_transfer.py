@@ -98,8 +98,56 @@ def test_a_pull_mends_a_damaged_copy(cache: Cache, folder: Path, tmp_path: Path)
     flip_bit(back / layout.CARD, 3)
     flip_bit(back / "original/indices/zarr.json", 90)
     assert len(verify(back).faults) == 5
-    assert pull(str(folder), back).copied_files == 2
+    assert pull(str(folder), back).copied_files == 5
     assert contents(back) == contents(cache.path)
+
+
+@pytest.mark.parametrize(
+    ("files", "place"),
+    [(["manifest.json"], 2), ([layout.METADATA], 0), (["commits/000001.json", "manifest.json"], 0)],
+)
+def test_a_pull_mends_records_that_nobody_can_read(
+    cache: Cache, folder: Path, tmp_path: Path, files: list[str], place: int
+) -> None:
+    back = tmp_path / "back.gkd"
+    pull(str(folder), back)
+    for file in files:
+        flip_bit(back / file, 8 * place)
+    assert pull(str(folder), back).copied_files == len(files)
+    assert contents(back) == contents(cache.path)
+    for record in (back / layout.MANIFEST, *(back / "commits").iterdir()):
+        record.unlink()
+    flip_bit(back / layout.METADATA, 0)
+    with pytest.raises(SpecMismatchError, match=r"zarr\.json: of another cache, or damaged"):
+        pull(str(folder), back)
+
+
+def test_shards_of_two_caches_do_not_mix(cache: Cache, folder: Path, tmp_path: Path) -> None:
+    other = make_cache(tmp_path / "other.gkd", seed=1)
+    assert other.spec == cache.spec
+    back = tmp_path / "back.gkd"
+    pull(str(folder), back, shards=[0])
+    for shards in ([1], None):
+        with pytest.raises(SpecMismatchError, match=r"commits/000000\.json: of another cache"):
+            pull(str(other.path), back, shards=shards)
+    pull(str(folder), back, shards=[1])
+    pull(str(folder), back)
+    assert contents(back) == contents(cache.path)
+
+
+def test_a_copy_that_no_push_made_is_pushed_to(cache: Cache, folder: Path, tmp_path: Path) -> None:
+    back = tmp_path / "back.gkd"
+    pull(str(folder), back)
+    assert push(cache.path, str(back)).copied_files == 0
+    (back / "original/sizes/c/0/0").unlink()
+    assert push(cache.path, str(back)).copied_files == 1
+    assert contents(back) == contents(cache.path)
+    shutil.rmtree(back)
+    pull(str(folder), back)
+    (back / "original/sizes/c/0/0").unlink()
+    flip_bit(folder / "original/sizes/c/0/0", 40)
+    with pytest.raises(CorruptShardError, match=r"original/sizes/c/0/0: .* so it is not sent"):
+        push(folder, str(back))
 
 
 def test_a_damaged_file_is_not_sent(cache: Cache, folder: Path, tmp_path: Path) -> None:
@@ -284,7 +332,7 @@ def test_some_shards_are_an_unfinished_cache(cache: Cache, folder: Path, tmp_pat
 
     rest = pull(str(folder), back)
     assert rest.whole
-    assert rest.copied_files == 9  # the arrays and the table of shard 1
+    assert rest.copied_files == 11  # arrays, table and record of shard 1, and the manifest
     assert contents(back) == contents(cache.path)
 
 
@@ -321,9 +369,9 @@ def test_parts_that_are_not_there_are_refused(folder: Path, tmp_path: Path) -> N
         pull(str(folder), tmp_path / "back", shards=range(101))
     with pytest.raises(ConfigError, match="got none"):
         pull(str(folder), tmp_path / "back", shards=[])
-    with pytest.raises(ConfigError, match="views: expected some of original, got flipped"):
+    with pytest.raises(ConfigError, match="some of original, each once, got flipped"):
         pull(str(one_view.path), tmp_path / "back", views=["flipped"])
-    with pytest.raises(ConfigError, match="views: expected some of original, flipped, got flopped"):
+    with pytest.raises(ConfigError, match="original, flipped, each once, got flopped"):
         pull(str(folder), tmp_path / "back", views=["flopped"])  # type: ignore[list-item]
     assert not (tmp_path / "back").exists()
 
@@ -451,6 +499,3 @@ def test_figures_need_no_array(cache: Cache, folder: Path) -> None:
     for found, exact in zip(told.views, measured.views, strict=True):
         for each in dataclasses.fields(found):
             assert getattr(found, each.name) == getattr(exact, each.name), each.name
-
-
-# ------------------------------------------------------------------------ a real S3 server

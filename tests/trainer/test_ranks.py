@@ -28,7 +28,7 @@ from gkd.trainer.dry_run import dry_run
 from gkd.trainer.ranks import Ranks, joined_ranks
 from tests.paths import ROOT
 from tests.trainer.faces import SMALL, load, run, small_config
-from tests.trainer.test_loop import LAST, last_centers, losses
+from tests.trainer.test_loop import LAST, assert_same_end, last_centers, losses
 
 # Each rank's BatchNorm sees its own images only: what stays the same is what does not depend on it.
 FAST = ("train.epochs=3", "train.batch_size=12", "checkpoint.every_epochs=0.34")
@@ -152,8 +152,10 @@ def test_the_same_ranks_end_in_the_same_bits(faces: Path, tmp_path: Path) -> Non
     process = train(faces, out, 2)
     wait_for_checkpoint(process, out)
     kill(process)
+    assert read_checkpoint(out / LAST)["step"] < 9, "nothing was interrupted"
     finished(train(faces, out, 2))
     assert losses(out) == losses(tmp_path / "whole")
+    assert_same_end(out, tmp_path / "whole")
 
 
 LEAST = """
