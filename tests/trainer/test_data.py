@@ -1,5 +1,6 @@
 """Batches: each image once an epoch, its own view's targets, whatever the workers."""
 
+import errno
 import gc
 import multiprocessing
 import shutil
@@ -285,6 +286,18 @@ def test_a_corrupt_image_is_named_without_a_workers_traceback(
         list(load_batches(dataset, plans, workers=workers, pin=False))
     assert "person_2/3.jpg" in str(error.value)
     assert "Traceback" not in str(error.value)
+
+
+def test_a_disk_that_fails_a_worker_is_told_as_it_was(
+    faces: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self: FaceBatches, plan: BatchPlan) -> Batch:
+        raise OSError(errno.EIO, "Input/output error", "/data/train.rec")
+
+    monkeypatch.setattr(FaceBatches, "__getitem__", fail)
+    with pytest.raises(OSError, match="Input/output error") as error:
+        batches(faces, PLANS, workers=2)
+    assert (error.value.errno, error.value.filename) == (errno.EIO, "/data/train.rec")
 
 
 def test_a_bug_in_a_worker_leaves_no_worker_behind(

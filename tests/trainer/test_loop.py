@@ -512,6 +512,18 @@ def test_a_signal_ends_it_with_a_checkpoint_and_words(
     assert training_lines(tmp_path / "out")[-1]["step"] == step
 
 
+def test_a_signal_that_comes_twice_at_once_is_one(faces: Path, tmp_path: Path) -> None:
+    """As from a scheduler, which signals every process, and torchrun, which hands it on."""
+    with started(faces, tmp_path / "out", "train.epochs=500", "data.workers=1") as process:
+        wait_for_step(process, tmp_path / "out", 3)
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.002)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=30) == 1
+    step = read_checkpoint(tmp_path / "out" / LAST)["step"]
+    assert f"stopped by SIGTERM after step {step} of 2500" in (tmp_path / "words").read_text()
+
+
 class OnlineTeacher(FaceBatches):
     """Targets from the teacher's dense logits at each step, exact, sorted densely, no cache."""
 

@@ -158,6 +158,26 @@ def test_the_same_ranks_end_in_the_same_bits(faces: Path, tmp_path: Path) -> Non
     assert_same_end(out, tmp_path / "whole")
 
 
+def test_what_all_ranks_find_wrong_is_told_once(faces: Path, tmp_path: Path) -> None:
+    run(faces, tmp_path / "out", *FAST)
+    process = train(faces, tmp_path / "out", 2, "train.seed=1")
+    _, err = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert err.count("the run was begun with another configuration") == 1
+
+
+def test_where_the_first_rank_fails_the_others_do_not_wait_for_it(
+    faces: Path, tmp_path: Path
+) -> None:
+    process = train(faces, tmp_path / "out", 2)
+    wait_for_checkpoint(process, tmp_path / "out")
+    (tmp_path / "out/report.json").mkdir()
+    _, err = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert "report.json" in err
+    assert "onnection closed by peer" not in err
+
+
 LEAST = """
 import sys, time
 from datetime import timedelta
