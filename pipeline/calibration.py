@@ -291,6 +291,11 @@ def preset_words(check: PresetCheck) -> list[str]:
     """What a check found, a line each; a warning where another preprocessing fits better."""
     given, best = check.given, check.best
     lines = [f"calibration: cosines {given} ({check.pairs} pairs, {_options(given.preprocess)})"]
+    if best is not given and not check.doubtful:
+        lines[0] += (
+            f"; {_options(best.preprocess)} seems better by {check.gain:.2f} +- {check.error:.2f}, "
+            "which so few pairs cannot tell from chance"
+        )
     if check.doubtful:
         lines.append(
             f"warning: {_options(given.preprocess)} looks wrong for this teacher. On the same "
@@ -328,11 +333,10 @@ def group_words(check: GroupCheck, settings: PartitionSettings, *, own_means: bo
             "the nearest; that comes of centres in another numbering of the identities, of another "
             "teacher, or of the wrong --preprocess"
         )
-    if check.single >= MOSTLY_SINGLE and settings.draws is None:
+    if check.single >= MOSTLY_SINGLE:
         lines.append(
             f"warning: {check.single:.1%} of the groups are the label alone, which teaches little; "
-            f"raise --group-temperature (now "
-            f"{settings.group_temperature:g}), or take --draws 64"
+            + _other_than_single(settings)
         )
     if check.truncated >= MOSTLY_CUT:
         lines.append(
@@ -342,6 +346,15 @@ def group_words(check: GroupCheck, settings: PartitionSettings, *, own_means: bo
             + ("; or take --draws 64 in their place" if settings.draws is None else "")
         )
     return lines
+
+
+def _other_than_single(settings: PartitionSettings) -> str:
+    raised = f"raise --group-temperature (now {settings.group_temperature:g})"
+    if settings.draws is None:
+        return f"{raised}, or take --draws 64"
+    if settings.draws_from_group:
+        return f"all draws are from them: {raised}, or take --draw-from all"
+    return f"train from the draws, as train-student does unless told otherwise, or {raised}"
 
 
 def tell_presets(

@@ -25,10 +25,10 @@ from gkd.pipeline.logits import Logits
 from gkd.storage.spec import DrawsSpec, View
 from gkd.storage.targets import encode_log_probs
 
-BLOCK = 16  # classes whose sum is kept
+BLOCK = 8  # classes whose sum is kept
 SPAN = 256  # classes whose sum is looked through for each number
 # Draws whose blocks are held at once. More are slower on a CPU: the system zeroes large arrays.
-CPU_DRAWS, ACCELERATOR_DRAWS = 512, 2**20
+CPU_DRAWS, ACCELERATOR_DRAWS = 1024, 2**20
 
 
 def uniform_numbers(
@@ -112,9 +112,9 @@ class BlockSums:
         shift = peak.scatter_reduce(0, taken.rows, taken.logits, "amax")
         sums *= torch.exp((peak - shift) / self.temperature)[:, None]
         places = taken.rows * sums.shape[1] + taken.columns // BLOCK
-        sums.view(-1).scatter_add_(
-            0, places, torch.exp((taken.logits - shift[taken.rows]) / self.temperature)
-        )
+        # Of several at one place the sum is in order, on a GPU too.
+        terms = torch.exp((taken.logits - shift[taken.rows]) / self.temperature)
+        sums.view(-1).index_put_((places,), terms, accumulate=True)
         spans = sums.view(len(sums), -1, SPAN // BLOCK)
         end = self._ends[-1] + spans.shape[1]
         self.of_blocks[:, self._ends[-1] : end] = spans

@@ -52,6 +52,9 @@ def resolve_device(device: str) -> str:
     device = _own_gpu(device, torch.cuda.device_count())
     try:
         torch.empty(0, device=device)
+        if torch.device(device).type == "cpu":
+            return "cpu"
+        torch.get_device_module(device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(
@@ -109,6 +112,8 @@ class TorchEmbedder:
         self.device = resolve_device(device)
         self.precision: Precision = resolve_precision(precision, self.device)
         self.compiled = compile
+        if self.precision == "float32":  # what a spec calls so is not TF32
+            torch.backends.cudnn.allow_tf32 = False
         self._backend = torch.get_device_module(self.device)
         self._streams = threading.local()
         # Convolutions on GPUs are fastest where the channels come last.

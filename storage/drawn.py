@@ -39,7 +39,7 @@ def drawn_targets(
     log_outside = np.full(batch, -np.inf, np.float32)
     if targets.draw_secondary is not None:
         log_outside = targets.draw_secondary
-    mass = -np.expm1(log_outside.astype(np.float64))
+    mass = np.maximum(-np.expm1(log_outside.astype(np.float64)), np.finfo(np.float32).tiny)
     rest = mass
     rows = np.repeat(np.arange(batch), draws.count)
     keys = _keys(rows, targets.draws.reshape(-1))

@@ -14,13 +14,23 @@ from typing import Any
 from gkd.storage.errors import ConfigError
 
 ZIP_START = b"PK\x03\x04"
-# What training codes keep beside tensors (parsed options, Lightning's callbacks): nothing of it is
-# needed, so an inert object stands for each, and nothing of these packages is imported.
-SETTINGS = re.compile(r"argparse\.Namespace|(pytorch_lightning|lightning|lightning_fabric)\..+")
+# What training codes keep beside tensors (parsed options, Lightning's callbacks, a best accuracy as
+# numpy's number): nothing of it is needed, so an inert object stands for each, and nothing of these
+# packages is imported.
+SETTINGS = re.compile(
+    r"argparse\.Namespace|(pytorch_lightning|lightning|lightning_fabric)\..+"
+    r"|numpy\.dtype|numpy\.(_core|core)\.multiarray\.scalar"
+)
 
 
 class Inert:
     """Stands for an object of a training code's settings; its code is not run."""
+
+    def __init__(self, *_arguments: object) -> None:
+        pass
+
+    def __setstate__(self, _state: object) -> None:
+        pass
 
 
 def read_torch_file(

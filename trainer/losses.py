@@ -288,19 +288,22 @@ def _drawn_terms(
     lse_all = torch.logaddexp(segment_logsumexp(group, targets).double(), lse_tail)
     lse_drawn = segment_logsumexp(group + log_weights, targets).double()
     log_rest = targets.log_secondary.double()
-    taught = torch.diff(targets.offsets) > 0
+    a, b = -torch.expm1(log_rest), torch.exp(lse_drawn - lse_all)
+    taught = (torch.diff(targets.offsets) > 0) & (a > 0)
     whole = taught & (log_rest == -math.inf)
     part = taught & ~whole
-    a, b = -torch.expm1(log_rest), torch.exp(lse_drawn - lse_all)
-    held = torch.minimum(b, (1 + a) / 2)
-    binary = a * (a.log() - held.log()) + (1 - a) * (log_rest - torch.log1p(-held))
-    pull = torch.where(part, weights.binary * (held - a) / (held * (1 - held)), 0.0)
+    # b held at (1 + a) / 2, said of 1-b and 1-a, which float64 keeps apart where a and b do not.
+    log_outside = torch.maximum(torch.log1p(-b.clamp(max=1)), log_rest - math.log(2))
+    held = -torch.expm1(log_outside)
+    binary = a * (a.log() - held.log()) + log_rest.exp() * (log_rest - log_outside)
+    pull = torch.where(part, weights.binary * torch.expm1(log_rest - log_outside) / held, 0.0)
 
     def each(values: Tensor) -> Tensor:
         return spread(values.to(group.dtype), targets)
 
-    log_odds = targets.log_probs - each(a.log()) - group
-    teacher = torch.exp(targets.log_probs + log_weights - each(a.log()))
+    log_inside = targets.log_probs - each(torch.where(taught, a.log(), 0.0))
+    log_odds = log_inside - group
+    teacher = torch.exp(log_inside + log_weights).mul_(each(taught.double()))
     lse = torch.where(whole, lse_all, lse_drawn)
     primary = _segment_reduce(teacher * log_odds, targets, "sum").double() + lse
     dense = torch.where(whole, weights.primary, -pull * b)

@@ -192,7 +192,9 @@ def test_groups_that_hardly_teach_are_told() -> None:
     assert "themselves part of it 1.000" in lines[0]
     assert "raise --group-temperature (now 0.01), or take --draws" in lines[1]
     drawn = replace(sharp, draws=DrawsSpec(8, 1.0, "all"))
-    assert len(group_words(single, drawn, own_means=False)) == 1
+    assert "train from the draws" in group_words(single, drawn, own_means=False)[1]
+    drawn = replace(sharp, draws=DrawsSpec(8, 1.0, "primary"))
+    assert "or take --draw-from all" in group_words(single, drawn, own_means=False)[1]
 
     flat = PartitionSettings(group_temperature=64.0, max_group=3)
     cut = group_words(check_groups(array.numpy(), labels, array, flat), flat, own_means=False)

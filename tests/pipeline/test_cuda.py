@@ -4,6 +4,7 @@ Every path here has a test of its own on the CPU; these run where there is a GPU
 """
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import torch
 
 from gkd.pipeline.embed import IN_FLIGHT
 from gkd.pipeline.partition import partition
-from gkd.pipeline.settings import PartitionSettings
+from gkd.pipeline.settings import DRAWS, PartitionSettings
 from gkd.pipeline.teacher import TorchEmbedder
 from gkd.storage.parallel import ordered_map
 from gkd.storage.spec import preprocess_preset
@@ -61,6 +62,14 @@ def test_groups_are_the_cpus(dtype: torch.dtype) -> None:
     embeddings = centers[labels].float() + 0.1 * torch.randn(48, 64, generator=generator)
     settings = PartitionSettings(group_temperature=2.0)
     ours = partition(embeddings, labels, centers, settings).targets
+    drawing = replace(settings, draws=DRAWS)
+    uniforms = np.random.default_rng(0).random((48, DRAWS.count))
+    first, second = (
+        partition(embeddings, labels, centers.cuda(), drawing, uniforms=uniforms).targets
+        for _ in range(2)
+    )
+    for name, values in vars(first).items():
+        np.testing.assert_array_equal(values, getattr(second, name), err_msg=name)
     theirs = partition(embeddings, labels, centers.cuda(), settings).targets
     np.testing.assert_allclose(theirs.secondary, ours.secondary, atol=2e-3)
     np.testing.assert_allclose(theirs.sizes, ours.sizes, rtol=0.02, atol=2)

@@ -235,7 +235,8 @@ def test_a_rank_of_torchrun_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch
 
 
 def test_devices_that_are_not_there_are_refused() -> None:
-    for device in ("tpu9", "cuda:99"):
+    assert resolve_device("cpu:0") == "cpu"
+    for device in ("tpu9", "cuda:99", "meta"):
         with pytest.raises(ConfigError, match=f"device: expected auto, cpu or .* got '{device}'"):
             resolve_device(device)
 

@@ -272,3 +272,27 @@ def test_the_gradient_is_the_slope_of_the_estimate() -> None:
         assert torch.autograd.gradcheck(
             lambda z, y=labels, t=doubled: gkd_loss(z, y, t, temperature=TEMPERATURE).total, logits
         )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("log_secondary", [-1e-9, -0.5, -36.0, -40.0, -2000.0, -math.inf, 0.0])
+@pytest.mark.parametrize("label_logit", [-60.0, 0.0, 60.0, 600.0])
+def test_whatever_mass_a_group_has_and_a_student_gives_it_all_is_finite(
+    label_logit: float, log_secondary: float, dtype: torch.dtype
+) -> None:
+    logits = torch.zeros(1, 6, dtype=dtype)
+    logits[0, 0] = label_logit
+    logits.requires_grad_()
+    targets = GroupTargets(
+        offsets=torch.tensor([0, 1]),
+        rows=torch.tensor([0]),
+        indices=torch.tensor([0]),
+        log_probs=torch.log(-torch.expm1(torch.tensor([log_secondary]))).clamp(min=-80.0),
+        log_secondary=torch.tensor([log_secondary]),
+        log_weights=torch.tensor([0.1]),
+    )
+    loss = gkd_loss(logits, torch.tensor([0]), targets, temperature=1.0)
+    loss.total.backward()
+    assert all(torch.isfinite(value) for value in loss)
+    assert logits.grad is not None
+    assert torch.isfinite(logits.grad).all()

@@ -331,6 +331,7 @@ def test_settings_beside_the_weights_are_read_as_inert(
         content = lightning(state)
         content["callbacks"] = {callback: {"best_model_score": torch.tensor(0.9)}}
         content["hyper_parameters"]["args"] = argparse.Namespace(lr=0.1, gpus=2)
+        content["best_acc"] = np.float64(0.99)
         torch.save(content, tmp_path / "w.ckpt")
     assert "pytorch_lightning" not in sys.modules
     assert load_backbone("auto", tmp_path / "w.ckpt").name == "ir_18"
