@@ -78,5 +78,9 @@ def plan(
         emit(made, as_json)
         return
     Console().print(plan_table(made))
+    draws = made.draws
+    if draws:
+        what = "all classes" if draws.source == "all" else "the primary group"
+        click.echo(f"bytes include {draws.count} draws from {what} at T = {draws.temperature:g}")
     for line in made.basis:
         click.echo(line)

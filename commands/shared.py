@@ -313,8 +313,10 @@ def cache_settings(options: Mapping[str, Any]) -> "CacheSettings":
         context = click.get_current_context()
         for name in ("draw_temperature", "draw_from", "seed"):
             if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
-                option = f"--{name.replace('_', '-')}"
-                raise click.UsageError(f"{option} says how classes are drawn; give --draws as well")
+                raise click.UsageError(
+                    f"--{name.replace('_', '-')} says how classes are drawn; give --draws too, "
+                    "above 0"
+                )
     else:
         draws = DrawsSpec(
             options["draws"],

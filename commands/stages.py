@@ -38,7 +38,13 @@ NO_TARGETS = Path("-")
 @click.option("--threshold", type=float, default=0.93, show_default=True)
 @click.option("--group-temperature", type=float, default=1.0, show_default=True)
 @target_options
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the draws.")
+@click.option(
+    "--seed",
+    type=click.IntRange(0, 2**63 - 1),
+    default=0,
+    show_default=True,
+    help="Of the draws.",
+)
 @click.option("--skip-corrupt", is_flag=True, help="Leave unreadable records out, and say which.")
 @licence_option
 @note_option

@@ -40,7 +40,7 @@ from gkd.storage.errors import ConfigError
 from gkd.storage.progress import progress
 from gkd.storage.retarget import cut_groups
 from gkd.storage.rows import Records
-from gkd.storage.spec import VIEWS, CacheSpec, CentersSpec, View
+from gkd.storage.spec import VIEWS, CacheSpec, CentersSpec, DrawsSpec, View
 from gkd.storage.target_arrays import concatenate
 from gkd.storage.targets import decode_log_probs
 
@@ -125,6 +125,7 @@ class Plan:
     classes: int
     shards: int
     views: tuple[View, ...]
+    draws: DrawsSpec | None
     teacher: str
     centers: str
     device: str
@@ -206,6 +207,7 @@ def plan(
         classes=records.num_classes,
         shards=spec.num_shards,
         views=config.views,
+        draws=config.partition.draws,
         teacher=embedder.name,
         centers=named.name,
         device=embedder.device,

@@ -189,7 +189,8 @@ def _making(spec: CacheSpec) -> list[str]:
         f"Logits: {spec.scale:g} times the cosine, {spec.margin:g} less of it for the label",
         f"Groups: the shortest list of most probable identities with {spec.threshold:g} of the "
         f"probability at temperature {spec.group_temperature:g}, and the label",
-        f"Temperatures that a student may be trained at: {temperatures}",
+        f"Temperatures that a student may be trained at: {temperatures}"
+        + (f" by the groups, {spec.draws.temperature:g} by the draws" if spec.draws else ""),
         f"Software: {software}",
     ]
     if spec.derived is not msgspec.UNSET:

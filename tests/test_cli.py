@@ -506,7 +506,7 @@ def test_wrong_usage_is_exit_code_2(home: Path) -> None:
     numbers = ("--teacher", "t", "--centers", "class-mean", "--temperatures", "one")
     assert "expected numbers such as 1,2,4" in fails("cache-teacher", "a", "b", *numbers, code=2)
     numbers = ("--teacher", "t", "--centers", "class-mean", "--shard-samples", "many")
-    assert "--draw-from says how classes are drawn; give --draws as well" in fails(
+    assert "--draw-from says how classes are drawn; give --draws too, above 0" in fails(
         *("cache-teacher", "a", "b", "--teacher", "t", "--centers", "class-mean"),
         *("--draws", "0", "--draw-from", "all"),
         code=2,
