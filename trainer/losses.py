@@ -38,9 +38,9 @@ still pulled down, by a bounded force; below half way from a to 1 nothing change
 chance: for a = 0.95 and a student's b = 0.94 in 39 % of the samples at 16 draws, where the mean of
 the held b is 0.90. All in all the gradient of Binary + Primary, of length 0.18, was then off by
 0.052 on average; by 0.017 at 128 draws and 0.004 at 1,024 (tests/trainer/test_drawn.py). The nearer
-a is to 1 the more it binds: at 64 draws, with students as far from their teachers, the gradient was off
-by 14 % of its length for 1-a = 0.05, by 22 % for 0.0025 and by 31 % for 2e-5. Draws from all classes
-have no such bias.
+a is to 1 the more it binds: at 64 draws, with students as far from their teachers, the gradient was
+off by 14 % of its length for 1-a = 0.05, by 22 % for 0.0025 and by 31 % for 2e-5. Draws from all
+classes have no such bias.
 """
 
 import math
