@@ -36,7 +36,7 @@ def better_floor(
 ) -> Tensor:
     """A floor [B] from all that was seen so far, which is ``share`` of the classes."""
     sample = key_logits(found.keys).sort(1, descending=True).values
-    rest = tail.log_sums[settings.group_temperature]
+    rest = tail.log_sum(settings.group_temperature)
     return _estimated_floor(sample, rest, of_labels, share, settings)
 
 
@@ -62,8 +62,8 @@ def _estimated_floor(
         settings.threshold * (mass[:, -1:] + rest) - (1 - settings.threshold) * share * label_mass
     )
     rank = (mass < needed).sum(1).clamp(max=settings.most_candidates * share)
-    # Three standard deviations of a count, and some for the smallest counts.
-    rank = (rank + 3 * rank.sqrt() + 2).long().clamp(max=sample.shape[1] - 1)
+    # Four standard deviations of a count, and some for the smallest counts.
+    rank = (rank + 4 * rank.sqrt() + 3).long().clamp(max=sample.shape[1] - 1)
     return sample.gather(1, rank[:, None])[:, 0].clamp(min=LOWEST)
 
 

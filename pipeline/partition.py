@@ -263,7 +263,7 @@ def _cut(
     terms = ((logits - peak) / settings.group_temperature).clamp_(min=math.log(LEAST_TERM)).exp_()
     mass = terms.cumsum(1, dtype=torch.float64)
     scaled_peak = peak[:, 0].to(torch.float64) / settings.group_temperature
-    total = mass[:, -1] + torch.exp(tail.log_sums[settings.group_temperature] - scaled_peak)
+    total = mass[:, -1] + torch.exp(tail.log_sum(settings.group_temperature) - scaled_peak)
     missing = (mass < settings.threshold * total[:, None]).sum(1)
     prefix = torch.minimum(missing + (settings.threshold > 0), held)
     if settings.threshold == 1:
@@ -284,7 +284,7 @@ def _cut(
     if draws and uniforms is not None and settings.draws_from_group:
         columns = torch.arange(keys.shape[1], device=keys.device)
         members = (columns < prefix[:, None]) | (columns == label_place[:, None])
-        log_rest = tail.log_sums[draws.temperature]
+        log_rest = tail.log_sum(draws.temperature)
         drawn = draw_from_group(keys, members, log_rest, draws.temperature, uniforms)
 
     # The group's places: the first ones, or the label's instead of the last of them.
@@ -314,7 +314,7 @@ def _secondary(primary: Tensor, tail: Tail, settings: PartitionSettings) -> Tens
     """Natural log of the mass outside the group, float32 [b, temperatures]."""
     columns = []
     for temperature in settings.temperatures:
-        outside = tail.log_sums[temperature]
+        outside = tail.log_sum(temperature)
         inside = (primary / temperature).logsumexp(1)
         # log(o / (o + i)) without the cancellation of a difference of logarithms.
         columns.append(functional.logsigmoid(outside - inside))

@@ -17,8 +17,14 @@ class Tail:
     """What was dropped, as its logsumexp at each temperature, float64 [B]."""
 
     def __init__(self, of_labels: Tensor, temperatures: Iterable[float]) -> None:
-        nothing = torch.full_like(of_labels, -math.inf, dtype=torch.float64)
-        self.log_sums = dict.fromkeys(sorted(set(temperatures), reverse=True), nothing)
+        self._temperatures = tuple(sorted(set(temperatures), reverse=True))
+        self._divisors = of_labels.new_tensor(self._temperatures, dtype=torch.float64)[:, None]
+        shape = len(self._temperatures), len(of_labels)
+        self._log_sums = of_labels.new_full(shape, -math.inf, dtype=torch.float64)
+
+    def log_sum(self, temperature: float) -> Tensor:
+        """At one of the temperatures."""
+        return self._log_sums[self._temperatures.index(temperature)]
 
     def add(
         self, logits: Tensor, blocks: BlockSums | None = None, taken: Taken | None = None
@@ -30,15 +36,16 @@ class Tail:
         """
         # The tail's own peak is the shift: its sum is at least one, however small its mass.
         peak = logits.amax(1).clamp(min=LOWEST)
-        for temperature, terms in _exponentials(logits, peak, tuple(self.log_sums)):
+        sums = []
+        for temperature, terms in _exponentials(logits, peak, self._temperatures):
             if blocks is not None and taken is not None and temperature == blocks.temperature:
-                sums = blocks.add(terms, peak, taken)
+                sums.append(blocks.add(terms, peak, taken))
             else:
-                sums = terms.sum(1)
-            log_sum = peak.to(torch.float64) / temperature + sums.to(torch.float64).log()
-            # Where all is -inf there is no tail, only the sums' lower bounds.
-            log_sum = log_sum.masked_fill(peak == LOWEST, -math.inf)
-            self.log_sums[temperature] = torch.logaddexp(self.log_sums[temperature], log_sum)
+                sums.append(terms.sum(1))
+        added = torch.stack(sums).double().log_() + peak.double() / self._divisors
+        # Where all is -inf there is no tail, only the sums' lower bounds.
+        added.masked_fill_(peak == LOWEST, -math.inf)
+        self._log_sums = torch.logaddexp(self._log_sums, added)
 
 
 def _exponentials(
