@@ -6,7 +6,7 @@ the classes, or of the primary group's by descending logit.
 For all classes the sums of small blocks of them are kept while chunks pass; the number chooses a
 span of blocks, what remains of it a block, and what then remains a class of the block, whose few
 logits are computed again. So a draw follows from logits and number, whatever the chunks and the
-candidates were.
+candidates were, but where the number is a rounding away from the next class.
 """
 
 import hashlib
