@@ -203,8 +203,7 @@ def run_webface42m() -> None:
     layer.fused(targets)
     print(f"{time.process_time() - began:.1f} s of processor time", file=sys.stderr)
     peak = memory("VmHWM")
-    with torch.device("meta"):
-        plain = Layer(WEBFACE42M)
+    plain = Layer(WEBFACE42M, "meta")
     with PeakBytes() as without_memory:
         plain.plain()
     needed = without_memory.highest + plain.centers.nbytes
