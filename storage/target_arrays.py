@@ -48,25 +48,29 @@ class TargetArrays:
     def take(self, places: npt.NDArray[np.int64]) -> SparseTargets:
         """Targets of the samples at ``places`` [B], which must be inside."""
         starts = _take(self.offsets, places)
-        offsets = offsets_from_sizes(_take(self.offsets, places + 1) - starts)
+        sizes = _take(self.offsets, places + 1) - starts
+        offsets = offsets_from_sizes(sizes)
         return SparseTargets(
             offsets,
-            *self._entries(starts, offsets),
+            *self._entries(starts, sizes, offsets),
             _take(self.secondary, places),
             *optional_arrays(self, lambda values: _take(values, places)),
         )
 
     def _entries(
-        self, starts: npt.NDArray[np.int64], offsets: npt.NDArray[np.int64]
+        self,
+        starts: npt.NDArray[np.int64],
+        sizes: npt.NDArray[np.int64],
+        offsets: npt.NDArray[np.int64],
     ) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.uint16]]:
         if offsets[-1] > len(starts) * _SLICE_ENTRIES:
-            stops = starts + np.diff(offsets)
-            slices = [slice(*span) for span in zip(starts.tolist(), stops.tolist(), strict=True)]
+            spans = zip(starts.tolist(), (starts + sizes).tolist(), strict=True)
+            slices = [slice(*span) for span in spans]
             return (
                 np.concatenate([self.indices[s] for s in slices]),
                 np.concatenate([self.log2_probs[s] for s in slices]),
             )
-        places = np.repeat(starts - offsets[:-1], np.diff(offsets))
+        places = (starts - offsets[:-1]).repeat(sizes)
         places += np.arange(offsets[-1])
         return _take(self.indices, places), _take(self.log2_probs, places)
 

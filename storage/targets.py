@@ -71,7 +71,7 @@ class SparseTargets:
     @property
     def sizes(self) -> npt.NDArray[np.int64]:
         """Group size of each sample, int64 [n]."""
-        return np.diff(self.offsets)
+        return self.offsets[1:] - self.offsets[:-1]
 
 
 @dataclass(frozen=True)
@@ -116,14 +116,14 @@ def at_temperature(
         )
     log_secondary = targets.secondary[:, temperatures.index(temperature)]
     log_weights = decode_log_probs(targets.log2_probs) * np.float32(group_temperature / temperature)
-    rows = np.repeat(np.arange(len(targets)), targets.sizes)
-    filled = targets.sizes > 0
-    starts = targets.offsets[:-1][filled]
+    sizes = targets.sizes
+    filled = np.flatnonzero(sizes)
+    starts = targets.offsets[filled]
     log_total = np.zeros(len(targets), np.float32)
     if len(starts):
         # Entries descend, so the first of a group is its maximum.
         peak = log_weights[starts]
-        log_weights = log_weights - peak.repeat(targets.sizes[filled])
+        log_weights -= peak.repeat(sizes[filled])
         log_total[filled] = np.log(np.add.reduceat(np.exp(log_weights), starts))
     # A stored 0 means a group without measurable mass: its log must still be finite.
     nearly_all = np.minimum(log_secondary.astype(np.float64), -np.finfo(np.float32).tiny)
@@ -131,6 +131,6 @@ def at_temperature(
     return TargetBatch(
         offsets=targets.offsets,
         indices=targets.indices.astype(np.int64),
-        log_probs=log_weights + (log_primary - log_total)[rows].astype(np.float32),
+        log_probs=log_weights + (log_primary - log_total).repeat(sizes),
         log_secondary=log_secondary,
     )

@@ -48,6 +48,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -86,10 +87,10 @@ class GroupTargets:
     @classmethod
     def from_batch(cls, batch: TargetBatch) -> Self:
         """Tensors over the same memory, on the CPU."""
-        offsets = torch.from_numpy(batch.offsets)
+        sizes = batch.offsets[1:] - batch.offsets[:-1]
         return cls(
-            offsets=offsets,
-            rows=torch.repeat_interleave(torch.diff(offsets)),
+            offsets=torch.from_numpy(batch.offsets),
+            rows=torch.from_numpy(np.arange(len(sizes)).repeat(sizes)),
             indices=torch.from_numpy(batch.indices),
             log_probs=torch.from_numpy(batch.log_probs),
             log_secondary=torch.from_numpy(batch.log_secondary),
