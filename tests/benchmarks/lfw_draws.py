@@ -5,16 +5,20 @@
 Runs the public commands: one cache with 128 draws at temperature 4 from all 4,859 classes, cut to n
 by `gkd targets retarget`; one whose groups are all classes, which is plain distillation; and
 `--without-kd`. The curve over n is of seed 0. The student is that of lfw_student.toml with
-`w_primary` 1, judged on the pairs of lfw_fold9.bin in turns of both kinds. FOLDER keeps caches,
-runs and curve.png; what is finished there is not run again.
+`w_primary` 1, judged on the pairs of lfw_fold9.bin in turns of both kinds. As many students as
+there are cores are trained at a time, on a thread each. FOLDER keeps caches, runs and curve.png;
+what is finished there is not run again.
 """
 
 import json
+import os
 import sys
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from statistics import mean, stdev
 
+from gkd.storage.launch import usable_cores
 from tests.benchmarks.harness import Bar, report
 from tests.benchmarks.lfw_student import (
     CONFIG,
@@ -67,14 +71,26 @@ def run(folder: Path) -> None:
     folder.mkdir(exist_ok=True)
     pairs = folder / "alternating.bin"
     write_alternating(pairs)
-    scores: dict[str, list[dict[str, float]]] = {}
+    stored = dict(caches(folder))
+    os.environ["OMP_NUM_THREADS"] = "1"
+    students: dict[str, list[Future[dict[str, float]]]] = {}
     ratios: dict[str, float] = {}
-    for name, cache in caches(folder):
-        flags = ("--without-kd",) if name == "without" else ()
-        scores[name] = [
-            scores_of(folder / f"{name.replace(' ', '-')}-{seed}", cache, pairs, seed, *flags)
-            for seed in (SEEDS if name in JUDGED else SEEDS[:1])
-        ]
+    with ThreadPoolExecutor(usable_cores()) as pool:
+        for name, cache in stored.items():
+            flags = ("--without-kd",) if name == "without" else ()
+            students[name] = [
+                pool.submit(
+                    scores_of,
+                    folder / f"{name.replace(' ', '-')}-{seed}",
+                    cache,
+                    pairs,
+                    seed,
+                    *flags,
+                )
+                for seed in (SEEDS if name in JUDGED else SEEDS[:1])
+            ]
+    scores = {name: [each.result() for each in trained] for name, trained in students.items()}
+    for name, cache in stored.items():
         for what in ("accuracy", "AUC"):
             values = [each[what] for each in scores[name]]
             print(f"{name}: {what}", *(f"{value:.4f}" for value in values), file=sys.stderr)
