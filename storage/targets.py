@@ -131,6 +131,6 @@ def at_temperature(
     return TargetBatch(
         offsets=targets.offsets,
         indices=targets.indices.astype(np.int64),
-        log_probs=log_weights + (log_primary - log_total).repeat(sizes),
+        log_probs=log_weights + (log_primary - log_total).astype(np.float32).repeat(sizes),
         log_secondary=log_secondary,
     )

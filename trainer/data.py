@@ -24,7 +24,7 @@ from gkd.storage.records import Records
 from gkd.storage.rows import Subset, kept_digests
 from gkd.storage.spec import CacheSpec
 from gkd.storage.targets import SparseTargets, TargetBatch, at_temperature
-from gkd.trainer.config import DataConfig, KdConfig, Signal
+from gkd.trainer.config import KdConfig, RunConfig, Signal
 from gkd.trainer.guards import check_classes
 from gkd.trainer.losses import GroupTargets
 from gkd.trainer.plans import BatchPlan, Blocks
@@ -196,19 +196,14 @@ def chosen_signal(signal: Signal, spec: CacheSpec) -> Signal:
 
 
 def check_data(
-    records: Records,
-    targets: JoinedTargets | None,
-    *,
-    batch_size: int,
-    data: DataConfig,
-    kd: KdConfig,
-    world_size: int = 1,
+    config: RunConfig, records: Records, targets: JoinedTargets | None, *, world_size: int = 1
 ) -> None:
     """Refuse data that cannot be trained on, before anything is built.
 
     Raises:
         ConfigError: naming the key of the configuration and what to do.
     """
+    batch_size, data = config.train.batch_size, config.data
     if len(records) < batch_size:
         raise ConfigError(
             f"train.batch_size: {records.path} has {len(records)} images, fewer than one batch of "
@@ -245,7 +240,7 @@ def check_data(
             "data.flip: the cache holds targets of the original view only; set data.flip=false, "
             "or cache again with --views original,flipped"
         )
-    _check_signal(targets.spec, kd)
+    _check_signal(targets.spec, config.kd)
 
 
 def _label_fault(records: Records, row: int) -> str:

@@ -76,14 +76,7 @@ def dry_run(
         SpecMismatchError: for targets of other records.
     """
     targets = targets_in_use(config, records, targets)
-    check_data(
-        records,
-        targets,
-        batch_size=config.train.batch_size,
-        data=config.data,
-        kd=config.kd,
-        world_size=world_size,
-    )
+    check_data(config, records, targets, world_size=world_size)
     dtype = _dtype(config)
     model = student_backbone(config.student)
     if config.train.channels_last:

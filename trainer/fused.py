@@ -16,7 +16,6 @@ maximum), and for T = 1, 2 or 4 those of z come from those of z/T by squaring.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Self
 
 import torch
@@ -25,7 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gkd.trainer.exponentials import Exponentials, compiled
-from gkd.trainer.gathering import gather_embeddings, gather_targets
+from gkd.trainer.gathering import gather_embeddings
 from gkd.trainer.heads import Margin, apply_margin, at_least_float32, margin_logits
 from gkd.trainer.losses import (
     GkdLoss,
@@ -36,13 +35,10 @@ from gkd.trainer.losses import (
     segment_logsumexp,
     spread,
 )
+from gkd.trainer.picks import LookedUp, Picks, look_up
 from gkd.trainer.ranks import ALONE, Ranks
 from gkd.trainer.sampling import ClassSample, SampledCenters
 
-# Classes of a chunk: its logits stay in a CPU's caches.
-CHUNK_CLASSES = 1024
-# An accelerator wants few and large operations: directions and logits of a chunk, 64 MB.
-ACCELERATOR_NUMBERS = 1 << 24
 # A norm below this is taken for this, as torch.nn.functional.normalize does.
 EPSILON = 1e-12
 
@@ -79,7 +75,7 @@ def grouped_margin_loss(
     ranks: Ranks = ALONE,
     first_class: int = 0,
     sampled: SampledCenters | None = None,
-    looked_up: "LookedUp | None" = None,
+    looked_up: LookedUp | None = None,
 ) -> LayerLoss:
     """Cross-entropy with a margin plus grouped distillation, from embeddings to the loss.
 
@@ -135,29 +131,6 @@ def grouped_margin_loss(
     return LayerLoss(total, ce, primary, binary, cosines[mine])
 
 
-def look_up(
-    labels: Tensor,
-    targets: GroupTargets | None,
-    centers: Tensor,
-    *,
-    ranks: Ranks = ALONE,
-    first_class: int = 0,
-    sampled: SampledCenters | None = None,
-) -> "LookedUp":
-    """Where the classes that a batch looks at singly stand; all as ``grouped_margin_loss`` has it.
-
-    Here the host waits for the device, so best before the backbone has been given work.
-    """
-    targets = gather_targets(_no_targets(labels) if targets is None else targets, ranks)
-    labels = ranks.gather(labels)
-    places = torch.cat([targets.indices, labels]) - first_class
-    picks = learning = Picks.of(places, targets, centers)
-    if sampled is not None:
-        sample = sampled.sample
-        learning = Picks.of(sample.locate(places), targets, sampled.centers, sample.certain)
-    return LookedUp(labels, targets, picks, learning)
-
-
 class Objective(NamedTuple):
     """What is asked of the logits; without ``distil`` cross-entropy alone."""
 
@@ -174,61 +147,7 @@ class _Layer(NamedTuple):
     ranks: Ranks
     objective: Objective
     sample: ClassSample | None
-    looked_up: "LookedUp"
-
-
-@dataclass(frozen=True)
-class Picks:
-    """The classes that samples look at singly: entries of the groups [E], then labels [B].
-
-    order   int64 [E + B]   sorts them by the place of their centre
-    places  int64 [E + B]   place of the centre * B + row, sorted
-    chunks  centres of each chunk of the layer, and which of the sorted picks fall among them
-    """
-
-    order: Tensor
-    places: Tensor
-    batch_size: int
-    chunks: Sequence[tuple[slice, slice]]
-
-    @classmethod
-    def of(cls, wanted: Tensor, targets: GroupTargets, centers: Tensor, certain: int = 0) -> Self:
-        """Those of the places ``wanted`` [E + B] in centres [n, D]; outside: on other ranks.
-
-        A chunk ends where the first ``certain`` centres end.
-        """
-        batch_size, device = len(wanted) - len(targets.rows), wanted.device
-        rows = torch.cat([targets.rows, torch.arange(batch_size, device=device)])
-        places, order = torch.sort(wanted * batch_size + rows)
-        step = CHUNK_CLASSES
-        if device.type != "cpu":
-            step = max(step, ACCELERATOR_NUMBERS // (centers.shape[1] + batch_size))
-        starts = [*range(0, certain, step), *range(certain, len(centers), step)]
-        ends = [*starts[1:], len(centers)]
-        edges = torch.tensor([*starts, len(centers)], device=device) * batch_size
-        bounds = torch.searchsorted(places, edges).tolist()
-        chunks = [
-            (slice(start, end), slice(first, last))
-            for start, end, first, last in zip(starts, ends, bounds, bounds[1:], strict=False)
-        ]
-        return cls(order, places, batch_size, chunks)
-
-    def within(self, classes: slice, picked: slice) -> Tensor:
-        """Places of the picks of a chunk in its flattened logits [classes, B]."""
-        places: Tensor = self.places[picked] - classes.start * self.batch_size
-        return places
-
-
-class LookedUp(NamedTuple):
-    """A whole batch's labels [B] and targets, and their classes in this rank's layer.
-
-    ``learning`` are the picks among the centres that get a gradient.
-    """
-
-    labels: Tensor
-    targets: GroupTargets
-    picks: Picks
-    learning: Picks
+    looked_up: LookedUp
 
 
 class ClassSums(NamedTuple):
@@ -447,15 +366,3 @@ def _label_logits(picked: Tensor, objective: Objective) -> tuple[Tensor, Tensor]
         shifted = apply_margin(cosines, objective.margin)
         (slopes,) = torch.autograd.grad(shifted.sum(), cosines)
     return shifted.detach() * objective.scale, slopes
-
-
-def _no_targets(labels: Tensor) -> GroupTargets:
-    """Samples without any group."""
-    nothing = labels.new_empty(0)
-    return GroupTargets(
-        offsets=labels.new_zeros(len(labels) + 1),
-        rows=nothing,
-        indices=nothing,
-        log_probs=nothing.float(),
-        log_secondary=torch.zeros(len(labels), device=labels.device),
-    )

@@ -32,7 +32,6 @@ def gather_targets(targets: GroupTargets, ranks: Ranks) -> GroupTargets:
     offsets = F.pad(sizes.cumsum(0), (1, 0))
     return GroupTargets(
         offsets=offsets,
-        rows=torch.repeat_interleave(sizes),
         indices=_gather_varied(targets.indices, counts, ranks),
         log_probs=_gather_varied(targets.log_probs, counts, ranks),
         log_secondary=ranks.gather(targets.log_secondary),

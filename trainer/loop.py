@@ -353,14 +353,7 @@ def _check(
             "data.order: the targets were joined to be read in blocks; set data.order=blocks, or "
             "join them to be read in full"
         )
-    check_data(
-        records,
-        targets,
-        batch_size=config.train.batch_size,
-        data=config.data,
-        kd=config.kd,
-        world_size=world_size,
-    )
+    check_data(config, records, targets, world_size=world_size)
 
 
 def _describe_folder(out: Path, run: RunState, described: Described) -> None:

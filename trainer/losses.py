@@ -45,10 +45,10 @@ classes have no such bias.
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any, NamedTuple, Self
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -70,7 +70,6 @@ class GroupTargets:
     skipped by the teacher and takes part in the cross-entropy only.
 
     offsets        int64   [B + 1]
-    rows           int64   [E]    the sample of each entry
     indices        int64   [E]    classes, unique within a sample
     log_probs      float32 [E]    natural log of p_j(T)
     log_secondary  float32 [B]    natural log of 1-a, -inf for a group that holds all mass
@@ -78,7 +77,6 @@ class GroupTargets:
     """
 
     offsets: Tensor
-    rows: Tensor
     indices: Tensor
     log_probs: Tensor
     log_secondary: Tensor
@@ -87,19 +85,24 @@ class GroupTargets:
     @classmethod
     def from_batch(cls, batch: TargetBatch) -> Self:
         """Tensors over the same memory, on the CPU."""
-        sizes = batch.offsets[1:] - batch.offsets[:-1]
         return cls(
             offsets=torch.from_numpy(batch.offsets),
-            rows=torch.from_numpy(np.arange(len(sizes)).repeat(sizes)),
             indices=torch.from_numpy(batch.indices),
             log_probs=torch.from_numpy(batch.log_probs),
             log_secondary=torch.from_numpy(batch.log_secondary),
             log_weights=None if batch.log_weights is None else torch.from_numpy(batch.log_weights),
         )
 
+    @cached_property
+    def rows(self) -> Tensor:
+        """The sample of each entry, int64 [E]."""
+        # With its length said the host does not wait for the device.
+        return torch.repeat_interleave(torch.diff(self.offsets), output_size=len(self.indices))
+
     def tensors(self) -> dict[str, Tensor]:
         """Those that are there, by name."""
-        return {name: value for name, value in vars(self).items() if value is not None}
+        named = ((field.name, getattr(self, field.name)) for field in fields(self))
+        return {name: value for name, value in named if value is not None}
 
     def to(self, device: torch.device) -> "GroupTargets":
         """The same on another device; does not wait for copies out of pinned memory."""
@@ -209,7 +212,6 @@ def _slice(targets: GroupTargets, rows: slice) -> GroupTargets:
     entries = slice(int(first), int(last))
     return GroupTargets(
         offsets=targets.offsets[rows.start : rows.stop + 1] - first,
-        rows=targets.rows[entries] - rows.start,
         indices=targets.indices[entries],
         log_probs=targets.log_probs[entries],
         log_secondary=targets.log_secondary[rows],

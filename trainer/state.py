@@ -26,12 +26,13 @@ from gkd.trainer.config import RunConfig
 from gkd.trainer.data import Batch, JoinedTargets
 from gkd.trainer.devices import choose_device, choose_dtype
 from gkd.trainer.fit import IdentityFit
-from gkd.trainer.fused import LayerLoss, grouped_margin_loss, look_up
+from gkd.trainer.fused import LayerLoss, grouped_margin_loss
 from gkd.trainer.gathering import classes_in_use
 from gkd.trainer.guards import Divergence, KeptBuffers, SkippedStep, gradient_norm
 from gkd.trainer.heads import MarginHead
 from gkd.trainer.logging import Window
 from gkd.trainer.losses import GkdLoss
+from gkd.trainer.picks import look_up
 from gkd.trainer.pixels import network_input
 from gkd.trainer.plans import Plans
 from gkd.trainer.ranks import ALONE, Ranks

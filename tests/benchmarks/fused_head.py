@@ -48,10 +48,8 @@ def random_targets(num_classes: int, mean: int, labels: Tensor) -> GroupTargets:
         if label not in group:
             group[0] = label
     log_probs = [np.log(rng.dirichlet(np.ones(size)) * 0.95 + 1e-12) for size in sizes]
-    offsets = torch.from_numpy(np.concatenate([[0], sizes.cumsum()]).astype(np.int64))
     return GroupTargets(
-        offsets=offsets,
-        rows=torch.repeat_interleave(torch.diff(offsets)),
+        offsets=torch.from_numpy(np.concatenate([[0], sizes.cumsum()]).astype(np.int64)),
         indices=torch.from_numpy(np.concatenate(groups).astype(np.int64)),
         log_probs=torch.from_numpy(np.concatenate(log_probs).astype(np.float32)),
         log_secondary=torch.full((BATCH,), 0.05).log(),

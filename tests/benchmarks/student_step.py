@@ -35,7 +35,6 @@ def random_targets(num_classes: int, entries: int, batch: int = BATCH) -> GroupT
     inside = torch.tensor(0.95)
     return GroupTargets(
         offsets=torch.arange(batch + 1) * entries,
-        rows=torch.arange(batch).repeat_interleave(entries),
         indices=torch.cat(indices),
         log_probs=(log_probs + inside.log()).flatten(),
         log_secondary=torch.full((batch,), torch.log1p(-inside).item()),

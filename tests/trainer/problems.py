@@ -28,10 +28,9 @@ def group_targets(
     # Near zero the sum of the tail has lost what the group's own mass still says.
     a = np.where(groups, np.exp(log_p), 0.0).sum(1)
     log_secondary = np.where(a < 0.5, np.log1p(-np.minimum(a, 0.5)), log_secondary)
-    rows, indices = np.nonzero(groups)
+    indices = np.nonzero(groups)[1]
     return GroupTargets(
         offsets=torch.from_numpy(np.concatenate([[0], groups.sum(1).cumsum()])),
-        rows=torch.from_numpy(rows),
         indices=torch.from_numpy(indices),
         log_probs=torch.from_numpy(log_p[groups]).to(dtype),
         log_secondary=torch.from_numpy(np.where(groups.any(1), log_secondary, 0.0)).to(dtype),

@@ -35,7 +35,6 @@ def problem(
     stand_for = [torch.from_numpy(rng.normal(size=size)) for size in sizes]
     targets = GroupTargets(
         offsets=F.pad(counts.cumsum(0), (1, 0)),
-        rows=torch.repeat_interleave(counts),
         indices=torch.from_numpy(np.concatenate([groups[row] for row in chosen])),
         log_probs=torch.cat([log_probs[row] for row in chosen]),
         log_secondary=torch.full((len(chosen),), float(np.log(-np.expm1(-0.05)))).double(),

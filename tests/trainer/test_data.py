@@ -21,7 +21,6 @@ from gkd.storage.errors import (
     SpecMismatchError,
 )
 from gkd.storage.records import Records, open_records
-from gkd.trainer.config import DataConfig, KdConfig
 from gkd.trainer.data import Batch, FaceBatches, JoinedTargets, Order, check_data, join_targets
 from gkd.trainer.loading import load_batches
 from gkd.trainer.loop import train
@@ -321,8 +320,8 @@ def test_a_cache_of_one_view_forbids_flips(faces: Path, tmp_path: Path) -> None:
     cache = Cache.open(tmp_path / "one.gkd")
     _, targets = join_targets(records, cache, workers=1, folder=tmp_path)
     with pytest.raises(ConfigError, match=r"data\.flip: .* set data\.flip=false"):
-        check_data(records, targets, batch_size=8, data=DataConfig(), kd=KdConfig())
-    check_data(records, targets, batch_size=8, data=DataConfig(flip=False), kd=KdConfig())
+        check_data(small_config("train.batch_size=8"), records, targets)
+    check_data(small_config("train.batch_size=8", "data.flip=false"), records, targets)
 
 
 @pytest.mark.parametrize("flip", ["true", "false"])
@@ -342,13 +341,13 @@ def test_a_cache_without_the_original_view_is_refused(
 def test_a_temperature_that_was_not_stored_is_refused(faces: Path) -> None:
     records, targets = load(faces)
     with pytest.raises(ConfigError, match=r"kd\.temperature: .* at 1, 4, got 3"):
-        check_data(records, targets, batch_size=8, data=DataConfig(), kd=KdConfig(temperature=3.0))
+        check_data(small_config("train.batch_size=8", "kd.temperature=3.0"), records, targets)
 
 
 def test_less_than_one_batch_is_refused(faces: Path) -> None:
     records = open_records(faces / "faces")
     with pytest.raises(ConfigError, match="has 42 images, fewer than one batch of 43"):
-        check_data(records, None, batch_size=43, data=DataConfig(), kd=KdConfig())
+        check_data(small_config("train.batch_size=43"), records, None)
 
 
 def test_a_record_without_a_label_is_refused(faces: Path) -> None:
@@ -356,13 +355,13 @@ def test_a_record_without_a_label_is_refused(faces: Path) -> None:
     records.labels = records.labels.copy()
     records.labels[9] = -1
     with pytest.raises(ConfigError, match=r"1 records of .* the first: .*person_1.2\.jpg"):
-        check_data(records, None, batch_size=8, data=DataConfig(), kd=KdConfig())
+        check_data(small_config("train.batch_size=8"), records, None)
 
 
 def test_a_label_outside_the_classes_is_told_as_it_is(tmp_path: Path) -> None:
     records = open_records(write_pack(tmp_path, insightface_records([3, 2, 4]), classes=2))
     with pytest.raises(ConfigError) as error:
-        check_data(records, None, batch_size=4, data=DataConfig(), kd=KdConfig())
+        check_data(small_config("train.batch_size=4"), records, None)
     told = str(error.value)
     assert told.startswith(f"4 records of {tmp_path}/train.rec have no label that is a class")
     assert "key 6, offset" in told

@@ -285,7 +285,6 @@ def test_whatever_mass_a_group_has_and_a_student_gives_it_all_is_finite(
     logits.requires_grad_()
     targets = GroupTargets(
         offsets=torch.tensor([0, 1]),
-        rows=torch.tensor([0]),
         indices=torch.tensor([0]),
         log_probs=torch.log(-torch.expm1(torch.tensor([log_secondary]))).clamp(min=-80.0),
         log_secondary=torch.tensor([log_secondary]),

@@ -151,7 +151,7 @@ def twin(problem: Problem, dtype: torch.dtype = torch.float64) -> Result:
 @pytest.fixture(params=[1, 3, 1024], autouse=True)
 def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     size: int = request.param
-    monkeypatch.setattr("gkd.trainer.fused.CHUNK_CLASSES", size)
+    monkeypatch.setattr("gkd.trainer.picks.CHUNK_CLASSES", size)
     return size
 
 

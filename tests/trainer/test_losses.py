@@ -158,7 +158,6 @@ def test_a_skipped_sample_takes_part_in_the_cross_entropy_only() -> None:
     skipped = replace(
         targets,
         offsets=torch.tensor([0, first, first]),
-        rows=targets.rows[:first],
         indices=targets.indices[:first],
         log_probs=targets.log_probs[:first],
         log_secondary=torch.tensor([float(targets.log_secondary[0]), 0.0]),
@@ -175,7 +174,6 @@ def test_a_group_without_any_mass_is_pushed_down_and_finite(log_prob: float) -> 
     logits = torch.tensor([[2.0, 1.0, 0.0]], requires_grad=True)
     targets = GroupTargets(
         offsets=torch.tensor([0, 1]),
-        rows=torch.tensor([0]),
         indices=torch.tensor([0]),
         log_probs=torch.tensor([log_prob]),
         log_secondary=torch.tensor([0.0]),

@@ -22,7 +22,6 @@ from safetensors import safe_open
 from gkd.storage.errors import ConfigError
 from gkd.storage.records import open_records
 from gkd.trainer.checkpoint import read_checkpoint
-from gkd.trainer.config import DataConfig, KdConfig
 from gkd.trainer.data import check_data
 from gkd.trainer.dry_run import dry_run
 from gkd.trainer.ranks import Ranks, joined_ranks
@@ -319,15 +318,9 @@ def test_ranks_that_cannot_share_are_refused(
     faces: Path, batch_size: int, ranks: int, message: str
 ) -> None:
     records, targets = load(faces)
+    config = small_config(f"train.batch_size={batch_size}")
     with pytest.raises(ConfigError, match=message):
-        check_data(
-            records,
-            targets,
-            batch_size=batch_size,
-            data=DataConfig(),
-            kd=KdConfig(),
-            world_size=ranks,
-        )
+        check_data(config, records, targets, world_size=ranks)
 
 
 def test_rows_of_ranks_are_all_rows() -> None:
