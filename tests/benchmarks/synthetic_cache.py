@@ -9,16 +9,10 @@ import numpy.typing as npt
 from gkd.storage.cache import Cache
 from gkd.storage.parallel import ordered_map
 from gkd.storage.progress import progress
-from gkd.storage.spec import (
-    CacheSpec,
-    CentersSpec,
-    DatasetSpec,
-    TeacherSpec,
-    View,
-    preprocess_preset,
-)
+from gkd.storage.spec import CacheSpec, View
 from gkd.storage.targets import SparseTargets, encode_log_probs, offsets_from_sizes
 from gkd.storage.writer import CacheWriter, ShardSamples
+from tests.caches import make_spec
 
 
 def make_cache(
@@ -37,23 +31,14 @@ def make_cache(
 
     Classes are uniform, which is the hardest to compress; probabilities fall as powers of the rank.
     """
-    spec = CacheSpec(
+    spec = make_spec(
         num_samples=num_samples,
         num_classes=num_classes,
         shard_samples=min(shard_samples, num_samples),
         max_group=max_group,
         threshold=0.93,
-        group_temperature=2.0,
         temperatures=temperatures,
-        scale=64.0,
-        margin=0.4,
         views=views,
-        preprocess=preprocess_preset("arcface"),
-        precision="float32",
-        teacher=TeacherSpec("none", "none", "0" * 64, 512),
-        centers=CentersSpec("file", "none", "0" * 64),
-        dataset=DatasetSpec("synthetic", num_samples, num_classes, "recordio", "0" * 64),
-        software={},
     )
     writer = CacheWriter(path, spec)
 
