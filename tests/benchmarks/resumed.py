@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tests.benchmarks.harness import Bar, report
 from tests.trainer.faces import make
-from tests.trainer.test_loop import assert_same_end, losses, wait_for_step
+from tests.trainer.runs import assert_same_end, losses, wait_for_step
 from tests.trainer.test_ranks import finished, kill, train
 
 KILLS, STEPS = 10, 120  # FAST has three steps an epoch

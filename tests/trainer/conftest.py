@@ -1,10 +1,12 @@
-"""The small data set, made once."""
+"""The small data set and a run on it, made once."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
-from tests.trainer.faces import make
+from tests.trainer.faces import make, run
 
 
 @pytest.fixture(scope="session")
@@ -13,3 +15,21 @@ def faces(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("faces")
     make(folder)
     return folder
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """As the runs in processes of their own, which must agree to the bit."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def unbroken(faces: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 15 steps from start to end."""
+    torch.set_num_threads(1)
+    out = tmp_path_factory.mktemp("unbroken") / "run"
+    run(faces, out, f'evaluation.sets=["{faces}/pairs.bin"]')
+    return out

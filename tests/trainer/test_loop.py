@@ -1,40 +1,29 @@
-"""Training: what it writes, that any interruption changes nothing, and what it refuses."""
+"""Training: what it writes, what it learns and what it refuses."""
 
 import json
-import os
-import random
 import re
-import resource
 import shutil
-import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
-import psutil
 import pytest
 import torch
-from safetensors.torch import load_file
 
-from gkd.storage.errors import ConfigError, CorruptRecordError, GkdError, SpecMismatchError
+from gkd.storage.errors import ConfigError, CorruptRecordError, SpecMismatchError
 from gkd.storage.records import open_records
 from gkd.storage.rows import Subset
 from gkd.storage.spec import preprocess_preset
 from gkd.storage.targets import TargetBatch
-from gkd.trainer import checkpoint, loop
+from gkd.trainer import loop
 from gkd.trainer.checkpoint import load_student, read_checkpoint
 from gkd.trainer.config import load_config
 from gkd.trainer.data import FaceBatches
-from gkd.trainer.evaluation import evaluate
-from gkd.trainer.findings import read_findings
 from gkd.trainer.loading import load_batches
 from gkd.trainer.loop import train
 from gkd.trainer.losses import GroupTargets
@@ -45,78 +34,11 @@ from tests.paths import ROOT
 from tests.reference import log_softmax
 from tests.terminal import on_a_terminal
 from tests.trainer.faces import SETTINGS, load, run, small_config, teacher_logits
+from tests.trainer.runs import LAST, lines, losses, started, training_lines, wait_for_step
 
-LAST = "checkpoints/last.pt"
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SLOW = 0.02  # seconds an image
-
-
-def lines(out: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-
-
-def training_lines(out: Path) -> list[dict[str, Any]]:
-    return [line for line in lines(out) if "loss" in line]
-
-
-def losses(out: Path) -> list[tuple[int, float, float, float, float]]:
-    """Step, loss, CE, Primary and Binary of each line that has a step with a loss."""
-    names = ("step", "loss", "ce", "primary", "binary")
-    lines = training_lines(out)
-    return [tuple(line[name] for name in names) for line in lines if line["loss"] is not None]
-
-
-def assert_same_state(ours: Any, theirs: Any) -> None:
-    """Bit by bit, whatever the nesting."""
-    assert type(ours) is type(theirs)
-    if isinstance(ours, torch.Tensor):
-        assert torch.equal(ours, theirs)
-    elif isinstance(ours, dict):
-        assert ours.keys() == theirs.keys()
-        for key in ours:
-            assert_same_state(ours[key], theirs[key])
-    elif isinstance(ours, list | tuple):
-        assert len(ours) == len(theirs)
-        for one, other in zip(ours, theirs, strict=True):
-            assert_same_state(one, other)
-    else:
-        assert ours == theirs
-
-
-def assert_same_end(ours: Path, theirs: Path) -> None:
-    """The last checkpoints of two runs, and the class centres that they name."""
-    ends = read_checkpoint(ours / LAST), read_checkpoint(theirs / LAST)
-    for end in ends:
-        del end["centers"]["sha256"]  # safetensors orders its header as it likes
-    assert_same_state(*ends)
-    assert_same_state(centers_of(ours), centers_of(theirs))
-
-
-def centers_of(out: Path) -> dict[str, dict[str, torch.Tensor]]:
-    """By the file of each rank."""
-    return {file.name: load_file(file) for file in sorted(last_centers(out).iterdir())}
-
-
-def last_centers(out: Path) -> Path:
-    folder: str = read_checkpoint(out / LAST)["centers"]["folder"]
-    return out / "checkpoints" / folder
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """As the runs in processes of their own, which must agree to the bit."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def unbroken(faces: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of 15 steps from start to end."""
-    torch.set_num_threads(1)
-    out = tmp_path_factory.mktemp("unbroken") / "run"
-    run(faces, out, f'evaluation.sets=["{faces}/pairs.bin"]')
-    return out
 
 
 def test_a_run_leaves_everything_needed_to_judge_and_repeat_it(faces: Path, unbroken: Path) -> None:
@@ -261,269 +183,6 @@ def test_training_fits_the_data(faces: Path, tmp_path: Path) -> None:
         assert last < first * 0.6, name
 
 
-def test_finishing_again_changes_nothing(faces: Path, tmp_path: Path, unbroken: Path) -> None:
-    shutil.copytree(unbroken, tmp_path / "out")
-    summary = run(faces, tmp_path / "out", f'evaluation.sets=["{faces}/pairs.bin"]')
-    assert summary.steps == 15
-    assert summary.accuracy.keys() == {"pairs"}
-    assert (tmp_path / "out" / LAST).read_bytes() == (unbroken / LAST).read_bytes()
-    assert lines(tmp_path / "out") == lines(unbroken)
-
-
-@contextmanager
-def started(faces: Path, out: Path, *overrides: str) -> Iterator["subprocess.Popen[str]"]:
-    """A training in a process of its own, which does not outlive the test."""
-    command = [sys.executable, "-m", "tests.trainer.faces", str(faces), str(out), *overrides]
-    with (
-        (out.parent / "words").open("w+") as words,
-        subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            text=True,
-            stdout=subprocess.DEVNULL,
-            stderr=words,
-            start_new_session=True,
-        ) as process,
-    ):
-        try:
-            yield process
-        finally:
-            process.kill()
-
-
-def wait_for_step(process: "subprocess.Popen[str]", out: Path, step: int) -> None:
-    deadline = time.monotonic() + 120
-    while process.poll() is None and time.monotonic() < deadline:
-        if (out / "metrics.jsonl").exists() and len(lines_so_far(out)) >= step:
-            return
-        time.sleep(0.005)
-    pytest.fail(f"no step {step}: {(out.parent / 'words').read_text()}")
-
-
-def lines_so_far(out: Path) -> list[bytes]:
-    return (out / "metrics.jsonl").read_bytes().splitlines()
-
-
-@pytest.mark.parametrize("more", [(), ("head.sample_rate=0.4",)])
-def test_killed_and_resumed_it_ends_in_the_same_bits(
-    faces: Path, tmp_path: Path, more: tuple[str, ...]
-) -> None:
-    """kill -9 at random steps, each time the same command again; two workers."""
-    overrides = ("train.epochs=8", "checkpoint.every_epochs=0.4", "data.workers=2", *more)
-    run(faces, tmp_path / "whole", *overrides)
-    out = tmp_path / "killed"
-    dice = random.Random(4)
-    for target in (dice.randint(3, 15), dice.randint(20, 32)):
-        with started(faces, out, *overrides) as process:
-            wait_for_step(process, out, target)
-        assert process.returncode == -signal.SIGKILL
-    assert read_checkpoint(out / LAST)["step"] < 40
-    run(faces, out, *overrides)
-    assert_same_end(out, tmp_path / "whole")
-    assert losses(out) == losses(tmp_path / "whole")
-
-
-@pytest.mark.parametrize("at", [4, 7])
-def test_lines_over_many_steps_do_not_tell_of_an_interruption(
-    faces: Path, tmp_path: Path, unbroken: Path, monkeypatch: pytest.MonkeyPatch, at: int
-) -> None:
-    """Means over the steps up to a multiple of 3 or an epoch's end."""
-    take_step, overrides = RunState.take_step, ("train.log_every=3", "checkpoint.every_epochs=0.4")
-
-    def cut_off(state: RunState, *given: Any) -> Any:
-        if state.step == at:
-            raise MemoryError
-        return take_step(state, *given)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(RunState, "take_step", cut_off)
-        with pytest.raises(MemoryError):
-            run(faces, tmp_path / "out", *overrides)
-    assert read_checkpoint(tmp_path / "out" / LAST)["step"] == {4: 4, 7: 6}[at]
-    run(faces, tmp_path / "out", *overrides)
-    every = {step: parts for step, *parts in losses(unbroken)}
-    seen = losses(tmp_path / "out")
-    assert [step for step, *_ in seen] == [3, 5, 6, 9, 10, 12, 15]
-    for begin, (end, *parts) in zip([0, *(step for step, *_ in seen)], seen, strict=False):
-        means = np.mean([every[step] for step in range(begin + 1, end + 1)], 0)
-        np.testing.assert_allclose(parts, means, rtol=1e-5)
-
-
-@pytest.mark.parametrize("ends", [1, 3])
-def test_cut_off_in_an_evaluation_it_goes_on_with_the_evaluation(
-    faces: Path, tmp_path: Path, unbroken: Path, monkeypatch: pytest.MonkeyPatch, ends: int
-) -> None:
-    """At the end of an epoch in between, and at the last: the steps before are not lost."""
-    sets = f'evaluation.sets=["{faces}/pairs.bin"]'
-    done = 0
-
-    def cut_off(*given: Any) -> Any:
-        nonlocal done
-        done += 1
-        if done == ends:
-            raise MemoryError
-        return evaluate(*given)
-
-    monkeypatch.setattr(loop, "evaluate", cut_off)
-    with pytest.raises(MemoryError):
-        run(faces, tmp_path / "out", sets)
-    assert read_checkpoint(tmp_path / "out" / LAST)["step"] == 5 * ends
-    run(faces, tmp_path / "out", sets)
-    assert_same_end(tmp_path / "out", unbroken)
-    told = [[x for x in lines(out) if "accuracy" in x] for out in (tmp_path / "out", unbroken)]
-    assert told[0] == told[1]
-    fits = [read_findings(out) for out in (tmp_path / "out", unbroken)]
-    assert fits[0] == fits[1]
-
-
-def test_the_best_checkpoint_can_be_gone_on_with(faces: Path, tmp_path: Path) -> None:
-    out, sets = tmp_path / "out", f'evaluation.sets=["{faces}/pairs.bin"]'
-    run(faces, out, sets, "train.epochs=4")
-    best = read_checkpoint(out / "checkpoints/best.pt")
-    assert best["step"] == best["best_step"]
-    assert (out / "checkpoints" / best["centers"]["folder"]).is_dir()
-    whole = losses(out)
-    shutil.copy(out / "checkpoints/best.pt", out / LAST)
-    run(faces, out, sets, "train.epochs=4")
-    assert losses(out) == whole
-
-
-def test_killed_before_it_named_the_best_it_is_named_on_resume(
-    faces: Path, tmp_path: Path, unbroken: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    sets = f'evaluation.sets=["{faces}/pairs.bin"]'
-
-    def killed(*_: Any, best_step: int, step: int, **__: Any) -> None:
-        if best_step == step:
-            raise MemoryError
-
-    with monkeypatch.context() as patched:
-        patched.setattr(checkpoint, "settle", killed)
-        with pytest.raises(MemoryError):
-            run(faces, tmp_path / "out", sets)
-    last = read_checkpoint(tmp_path / "out" / LAST)
-    assert last["best_step"] == last["step"] == 5
-    assert not (tmp_path / "out/checkpoints/best.pt").exists()
-    monkeypatch.setattr(loop, "publish", killed)
-    with pytest.raises(MemoryError):
-        run(faces, tmp_path / "out", sets)
-    assert read_checkpoint(tmp_path / "out/checkpoints/best.pt")["step"] == 5
-
-
-def test_bits_that_flipped_in_a_checkpoint_are_not_gone_on_with(
-    faces: Path, tmp_path: Path
-) -> None:
-    out, setting = tmp_path / "out", ("train.epochs=2", "checkpoint.keep=1")
-    run(faces, out, *setting)
-    whole = losses(out)
-    (file,) = last_centers(out).iterdir()
-    damaged = bytearray(file.read_bytes())
-    damaged[-20] ^= 1
-    file.write_bytes(damaged)
-    with pytest.raises(GkdError, match=r"beside it, step_000000005\.pt \(step 5\), remove last"):
-        run(faces, out, *setting)
-    (out / LAST).unlink()
-    shutil.copy(out / "checkpoints/step_000000005.pt", out / LAST)
-    run(faces, out, *setting)
-    assert losses(out) == whole
-
-
-def test_what_a_kill_left_of_a_checkpoint_is_cleared_away(faces: Path, tmp_path: Path) -> None:
-    run(faces, tmp_path / "out", "train.epochs=1")
-    left = tmp_path / "out/checkpoints/.last.pt.0123456789abcdef0123456789abcdef"
-    left.write_bytes(b"half of one")
-    run(faces, tmp_path / "out", "train.epochs=1")
-    assert not left.exists()
-
-
-def test_a_log_that_is_none_is_refused_by_its_line(faces: Path, tmp_path: Path) -> None:
-    run(faces, tmp_path / "out", "train.epochs=1")
-    with (tmp_path / "out/metrics.jsonl").open("a") as log:
-        log.write("junk\n")
-    with pytest.raises(ConfigError, match=r"metrics\.jsonl: line 6: expected a JSON object"):
-        run(faces, tmp_path / "out", "train.epochs=1")
-
-
-def test_a_disk_that_takes_no_checkpoint_is_told_and_no_half_of_one_stays(
-    faces: Path, tmp_path: Path
-) -> None:
-    """A process whose files may have 100 kB; a checkpoint has more."""
-    stopped = subprocess.run(
-        [sys.executable, "-m", "tests.trainer.faces", faces, tmp_path / "full"],
-        cwd=ROOT,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)),
-        capture_output=True,
-        text=True,
-    )
-    assert stopped.returncode == 1
-    assert "the checkpoint of step 5 could not be written (File too large)" in stopped.stderr
-    assert "no checkpoint was written before" in stopped.stderr
-    assert "run the same command again" in stopped.stderr
-    assert not list((tmp_path / "full/checkpoints").glob("*.pt*"))
-
-
-def test_a_full_disk_under_the_log_is_told_in_one_message(faces: Path, tmp_path: Path) -> None:
-    """A process whose files may have 3000 bytes: what it writes first fits, its log does not."""
-    command = [sys.executable, "-m", "tests.trainer.faces", str(faces), str(tmp_path / "full")]
-    stopped = subprocess.run(
-        [*command, "train.epochs=10", "checkpoint.every_epochs=10"],
-        cwd=ROOT,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000)),
-        capture_output=True,
-        text=True,
-    )
-    assert stopped.returncode == 1
-    assert "Exception in thread" not in stopped.stderr
-    told = stopped.stderr.strip().splitlines()[-1]
-    assert re.search(r"full/(metrics\.jsonl|tensorboard): the disk has no room for it", told)
-
-
-def test_a_data_worker_that_is_killed_is_told(faces: Path, tmp_path: Path) -> None:
-    settings = "train.epochs=500", "data.workers=1", "checkpoint.every_epochs=0.2"
-    with started(faces, tmp_path / "out", *settings) as process:
-        wait_for_step(process, tmp_path / "out", 3)
-        for worker in psutil.Process(process.pid).children():
-            worker.kill()
-        assert process.wait(timeout=30) == 1
-    told = (tmp_path / "words").read_text().strip().splitlines()[-1]
-    # Cut off while it hands a batch over, a worker leaves torch no word of its own.
-    assert re.search(
-        r"a process that prepares data died \((DataLoader worker|.*reset by peer)", told
-    )
-    assert "fewer data.workers or give more memory, and run the same command again; the c" in told
-    assert re.search(r"the checkpoint of step \d+ stands as it was", told)
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_it_with_a_checkpoint_and_words(
-    faces: Path, tmp_path: Path, number: signal.Signals
-) -> None:
-    with started(faces, tmp_path / "out", "train.epochs=500", "data.workers=1") as process:
-        wait_for_step(process, tmp_path / "out", 3)
-        # To all of its group, workers too, as a terminal and a scheduler do.
-        os.killpg(process.pid, number)
-        assert process.wait(timeout=30) == 1
-    words = (tmp_path / "words").read_text()
-    step = read_checkpoint(tmp_path / "out" / LAST)["step"]
-    message = words.strip().splitlines()[-1]
-    assert f"stopped by {number.name} after step {step} of 2500" in message
-    assert "run the same command again to go on" in message
-    assert training_lines(tmp_path / "out")[-1]["step"] == step
-
-
-def test_a_signal_that_comes_twice_at_once_is_one(faces: Path, tmp_path: Path) -> None:
-    """As from a scheduler, which signals every process, and torchrun, which hands it on."""
-    with started(faces, tmp_path / "out", "train.epochs=500", "data.workers=1") as process:
-        wait_for_step(process, tmp_path / "out", 3)
-        process.send_signal(signal.SIGTERM)
-        time.sleep(0.002)
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=30) == 1
-    step = read_checkpoint(tmp_path / "out" / LAST)["step"]
-    assert f"stopped by SIGTERM after step {step} of 2500" in (tmp_path / "words").read_text()
-
-
 class OnlineTeacher(FaceBatches):
     """Targets from the teacher's dense logits at each step, exact, sorted densely, no cache."""
 
@@ -621,21 +280,6 @@ def test_a_corrupt_image_ends_the_training_by_name(faces: Path, tmp_path: Path) 
     config = small_config("kd.enabled=false", "data.workers=2")
     with pytest.raises(CorruptRecordError, match=r"person_\d.*\.jpg"):
         train(config, open_records(tmp_path / "faces"), None, tmp_path / "out")
-
-
-def test_another_configuration_does_not_go_on(faces: Path, tmp_path: Path, unbroken: Path) -> None:
-    shutil.copytree(unbroken, tmp_path / "out")
-    with pytest.raises(ConfigError, match=r"another configuration \(train\.epochs: 3, now 4\)"):
-        run(faces, tmp_path / "out", "train.epochs=4")
-    assert load_config(tmp_path / "out/config.toml").train.epochs == 3
-
-
-def test_another_cache_does_not_go_on(faces: Path, tmp_path: Path, unbroken: Path) -> None:
-    shutil.copytree(unbroken, tmp_path / "out")
-    records, targets = load(faces)
-    targets.store.cache_id = "f" * 64
-    with pytest.raises(SpecMismatchError, match=r"cache \(id\): [0-9a-f]{64}, now f{64}"):
-        train(small_config(), records, targets, tmp_path / "out")
 
 
 def test_targets_of_other_records_are_refused(faces: Path, tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from gkd.trainer.dry_run import dry_run
 from gkd.trainer.ranks import Ranks, joined_ranks
 from tests.paths import ROOT
 from tests.trainer.faces import SMALL, load, run, small_config
-from tests.trainer.test_loop import LAST, assert_same_end, last_centers, losses
+from tests.trainer.runs import LAST, assert_same_end, last_centers, losses
 
 # Each rank's BatchNorm sees its own images only: what stays the same is what does not depend on it.
 FAST = ("train.epochs=3", "train.batch_size=12", "checkpoint.every_epochs=0.34")

@@ -13,7 +13,7 @@ from gkd.trainer.heads import Margin
 from gkd.trainer.losses import GroupTargets
 from gkd.trainer.sampling import ClassSample, SampledCenters, borrowed, sample_classes
 from tests.trainer.faces import run
-from tests.trainer.test_loop import losses
+from tests.trainer.runs import losses
 
 BATCH, CLASSES, DIM = 6, 400, 16
 

@@ -17,8 +17,8 @@ from gkd.trainer.loop import train
 from gkd.trainer.plans import Plans
 from tests.reference import log_softmax
 from tests.trainer.faces import load, small_config, teacher_logits, write_cache
+from tests.trainer.runs import losses
 from tests.trainer.test_data import assert_same_batches
-from tests.trainer.test_loop import losses
 
 DRAWS = DrawsSpec(3, 4.0, "all")
 

@@ -1,0 +1,106 @@
+"""Runs in processes of their own, and what runs leave in their folders, to the bit."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from gkd.trainer.checkpoint import read_checkpoint
+from tests.paths import ROOT
+
+LAST = "checkpoints/last.pt"
+
+
+def lines(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def training_lines(out: Path) -> list[dict[str, Any]]:
+    return [line for line in lines(out) if "loss" in line]
+
+
+def losses(out: Path) -> list[tuple[int, float, float, float, float]]:
+    """Step, loss, CE, Primary and Binary of each line that has a step with a loss."""
+    names = ("step", "loss", "ce", "primary", "binary")
+    lines = training_lines(out)
+    return [tuple(line[name] for name in names) for line in lines if line["loss"] is not None]
+
+
+def assert_same_state(ours: Any, theirs: Any) -> None:
+    """Bit by bit, whatever the nesting."""
+    assert type(ours) is type(theirs)
+    if isinstance(ours, torch.Tensor):
+        assert torch.equal(ours, theirs)
+    elif isinstance(ours, dict):
+        assert ours.keys() == theirs.keys()
+        for key in ours:
+            assert_same_state(ours[key], theirs[key])
+    elif isinstance(ours, list | tuple):
+        assert len(ours) == len(theirs)
+        for one, other in zip(ours, theirs, strict=True):
+            assert_same_state(one, other)
+    else:
+        assert ours == theirs
+
+
+def assert_same_end(ours: Path, theirs: Path) -> None:
+    """The last checkpoints of two runs, and the class centres that they name."""
+    ends = read_checkpoint(ours / LAST), read_checkpoint(theirs / LAST)
+    for end in ends:
+        del end["centers"]["sha256"]  # safetensors orders its header as it likes
+    assert_same_state(*ends)
+    assert_same_state(centers_of(ours), centers_of(theirs))
+
+
+def centers_of(out: Path) -> dict[str, dict[str, torch.Tensor]]:
+    """By the file of each rank."""
+    return {file.name: load_file(file) for file in sorted(last_centers(out).iterdir())}
+
+
+def last_centers(out: Path) -> Path:
+    folder: str = read_checkpoint(out / LAST)["centers"]["folder"]
+    return out / "checkpoints" / folder
+
+
+@contextmanager
+def started(faces: Path, out: Path, *overrides: str) -> Iterator["subprocess.Popen[str]"]:
+    """A training in a process of its own, which does not outlive the test."""
+    command = [sys.executable, "-m", "tests.trainer.faces", str(faces), str(out), *overrides]
+    with (
+        (out.parent / "words").open("w+") as words,
+        subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            text=True,
+            stdout=subprocess.DEVNULL,
+            stderr=words,
+            start_new_session=True,
+        ) as process,
+    ):
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def wait_for_step(process: "subprocess.Popen[str]", out: Path, step: int) -> None:
+    deadline = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline:
+        if (out / "metrics.jsonl").exists() and len(lines_so_far(out)) >= step:
+            return
+        time.sleep(0.005)
+    pytest.fail(f"no step {step}: {(out.parent / 'words').read_text()}")
+
+
+def lines_so_far(out: Path) -> list[bytes]:
+    return (out / "metrics.jsonl").read_bytes().splitlines()

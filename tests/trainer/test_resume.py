@@ -1,0 +1,283 @@
+"""Trainings that are cut off in every way: what they tell, and that they go on to the same bits."""
+
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+
+from gkd.storage.errors import ConfigError, GkdError, SpecMismatchError
+from gkd.trainer import checkpoint, loop
+from gkd.trainer.checkpoint import read_checkpoint
+from gkd.trainer.config import load_config
+from gkd.trainer.evaluation import evaluate
+from gkd.trainer.findings import read_findings
+from gkd.trainer.loop import train
+from gkd.trainer.state import RunState
+from tests.paths import ROOT
+from tests.trainer.faces import load, run, small_config
+from tests.trainer.runs import (
+    LAST,
+    assert_same_end,
+    last_centers,
+    lines,
+    losses,
+    started,
+    training_lines,
+    wait_for_step,
+)
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def test_finishing_again_changes_nothing(faces: Path, tmp_path: Path, unbroken: Path) -> None:
+    shutil.copytree(unbroken, tmp_path / "out")
+    summary = run(faces, tmp_path / "out", f'evaluation.sets=["{faces}/pairs.bin"]')
+    assert summary.steps == 15
+    assert summary.accuracy.keys() == {"pairs"}
+    assert (tmp_path / "out" / LAST).read_bytes() == (unbroken / LAST).read_bytes()
+    assert lines(tmp_path / "out") == lines(unbroken)
+
+
+@pytest.mark.parametrize("more", [(), ("head.sample_rate=0.4",)])
+def test_killed_and_resumed_it_ends_in_the_same_bits(
+    faces: Path, tmp_path: Path, more: tuple[str, ...]
+) -> None:
+    """kill -9 at random steps, each time the same command again; two workers."""
+    overrides = ("train.epochs=8", "checkpoint.every_epochs=0.4", "data.workers=2", *more)
+    run(faces, tmp_path / "whole", *overrides)
+    out = tmp_path / "killed"
+    dice = random.Random(4)
+    for target in (dice.randint(3, 15), dice.randint(20, 32)):
+        with started(faces, out, *overrides) as process:
+            wait_for_step(process, out, target)
+        assert process.returncode == -signal.SIGKILL
+    assert read_checkpoint(out / LAST)["step"] < 40
+    run(faces, out, *overrides)
+    assert_same_end(out, tmp_path / "whole")
+    assert losses(out) == losses(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("at", [4, 7])
+def test_lines_over_many_steps_do_not_tell_of_an_interruption(
+    faces: Path, tmp_path: Path, unbroken: Path, monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    """Means over the steps up to a multiple of 3 or an epoch's end."""
+    take_step, overrides = RunState.take_step, ("train.log_every=3", "checkpoint.every_epochs=0.4")
+
+    def cut_off(state: RunState, *given: Any) -> Any:
+        if state.step == at:
+            raise MemoryError
+        return take_step(state, *given)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(RunState, "take_step", cut_off)
+        with pytest.raises(MemoryError):
+            run(faces, tmp_path / "out", *overrides)
+    assert read_checkpoint(tmp_path / "out" / LAST)["step"] == {4: 4, 7: 6}[at]
+    run(faces, tmp_path / "out", *overrides)
+    every = {step: parts for step, *parts in losses(unbroken)}
+    seen = losses(tmp_path / "out")
+    assert [step for step, *_ in seen] == [3, 5, 6, 9, 10, 12, 15]
+    for begin, (end, *parts) in zip([0, *(step for step, *_ in seen)], seen, strict=False):
+        means = np.mean([every[step] for step in range(begin + 1, end + 1)], 0)
+        np.testing.assert_allclose(parts, means, rtol=1e-5)
+
+
+@pytest.mark.parametrize("ends", [1, 3])
+def test_cut_off_in_an_evaluation_it_goes_on_with_the_evaluation(
+    faces: Path, tmp_path: Path, unbroken: Path, monkeypatch: pytest.MonkeyPatch, ends: int
+) -> None:
+    """At the end of an epoch in between, and at the last: the steps before are not lost."""
+    sets = f'evaluation.sets=["{faces}/pairs.bin"]'
+    done = 0
+
+    def cut_off(*given: Any) -> Any:
+        nonlocal done
+        done += 1
+        if done == ends:
+            raise MemoryError
+        return evaluate(*given)
+
+    monkeypatch.setattr(loop, "evaluate", cut_off)
+    with pytest.raises(MemoryError):
+        run(faces, tmp_path / "out", sets)
+    assert read_checkpoint(tmp_path / "out" / LAST)["step"] == 5 * ends
+    run(faces, tmp_path / "out", sets)
+    assert_same_end(tmp_path / "out", unbroken)
+    told = [[x for x in lines(out) if "accuracy" in x] for out in (tmp_path / "out", unbroken)]
+    assert told[0] == told[1]
+    fits = [read_findings(out) for out in (tmp_path / "out", unbroken)]
+    assert fits[0] == fits[1]
+
+
+def test_the_best_checkpoint_can_be_gone_on_with(faces: Path, tmp_path: Path) -> None:
+    out, sets = tmp_path / "out", f'evaluation.sets=["{faces}/pairs.bin"]'
+    run(faces, out, sets, "train.epochs=4")
+    best = read_checkpoint(out / "checkpoints/best.pt")
+    assert best["step"] == best["best_step"]
+    assert (out / "checkpoints" / best["centers"]["folder"]).is_dir()
+    whole = losses(out)
+    shutil.copy(out / "checkpoints/best.pt", out / LAST)
+    run(faces, out, sets, "train.epochs=4")
+    assert losses(out) == whole
+
+
+def test_killed_before_it_named_the_best_it_is_named_on_resume(
+    faces: Path, tmp_path: Path, unbroken: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sets = f'evaluation.sets=["{faces}/pairs.bin"]'
+
+    def killed(*_: Any, best_step: int, step: int, **__: Any) -> None:
+        if best_step == step:
+            raise MemoryError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint, "settle", killed)
+        with pytest.raises(MemoryError):
+            run(faces, tmp_path / "out", sets)
+    last = read_checkpoint(tmp_path / "out" / LAST)
+    assert last["best_step"] == last["step"] == 5
+    assert not (tmp_path / "out/checkpoints/best.pt").exists()
+    monkeypatch.setattr(loop, "publish", killed)
+    with pytest.raises(MemoryError):
+        run(faces, tmp_path / "out", sets)
+    assert read_checkpoint(tmp_path / "out/checkpoints/best.pt")["step"] == 5
+
+
+def test_bits_that_flipped_in_a_checkpoint_are_not_gone_on_with(
+    faces: Path, tmp_path: Path
+) -> None:
+    out, setting = tmp_path / "out", ("train.epochs=2", "checkpoint.keep=1")
+    run(faces, out, *setting)
+    whole = losses(out)
+    (file,) = last_centers(out).iterdir()
+    damaged = bytearray(file.read_bytes())
+    damaged[-20] ^= 1
+    file.write_bytes(damaged)
+    with pytest.raises(GkdError, match=r"beside it, step_000000005\.pt \(step 5\), remove last"):
+        run(faces, out, *setting)
+    (out / LAST).unlink()
+    shutil.copy(out / "checkpoints/step_000000005.pt", out / LAST)
+    run(faces, out, *setting)
+    assert losses(out) == whole
+
+
+def test_what_a_kill_left_of_a_checkpoint_is_cleared_away(faces: Path, tmp_path: Path) -> None:
+    run(faces, tmp_path / "out", "train.epochs=1")
+    left = tmp_path / "out/checkpoints/.last.pt.0123456789abcdef0123456789abcdef"
+    left.write_bytes(b"half of one")
+    run(faces, tmp_path / "out", "train.epochs=1")
+    assert not left.exists()
+
+
+def test_a_log_that_is_none_is_refused_by_its_line(faces: Path, tmp_path: Path) -> None:
+    run(faces, tmp_path / "out", "train.epochs=1")
+    with (tmp_path / "out/metrics.jsonl").open("a") as log:
+        log.write("junk\n")
+    with pytest.raises(ConfigError, match=r"metrics\.jsonl: line 6: expected a JSON object"):
+        run(faces, tmp_path / "out", "train.epochs=1")
+
+
+def test_a_disk_that_takes_no_checkpoint_is_told_and_no_half_of_one_stays(
+    faces: Path, tmp_path: Path
+) -> None:
+    """A process whose files may have 100 kB; a checkpoint has more."""
+    stopped = subprocess.run(
+        [sys.executable, "-m", "tests.trainer.faces", faces, tmp_path / "full"],
+        cwd=ROOT,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)),
+        capture_output=True,
+        text=True,
+    )
+    assert stopped.returncode == 1
+    assert "the checkpoint of step 5 could not be written (File too large)" in stopped.stderr
+    assert "no checkpoint was written before" in stopped.stderr
+    assert "run the same command again" in stopped.stderr
+    assert not list((tmp_path / "full/checkpoints").glob("*.pt*"))
+
+
+def test_a_full_disk_under_the_log_is_told_in_one_message(faces: Path, tmp_path: Path) -> None:
+    """A process whose files may have 3000 bytes: what it writes first fits, its log does not."""
+    command = [sys.executable, "-m", "tests.trainer.faces", str(faces), str(tmp_path / "full")]
+    stopped = subprocess.run(
+        [*command, "train.epochs=10", "checkpoint.every_epochs=10"],
+        cwd=ROOT,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000)),
+        capture_output=True,
+        text=True,
+    )
+    assert stopped.returncode == 1
+    assert "Exception in thread" not in stopped.stderr
+    told = stopped.stderr.strip().splitlines()[-1]
+    assert re.search(r"full/(metrics\.jsonl|tensorboard): the disk has no room for it", told)
+
+
+def test_a_data_worker_that_is_killed_is_told(faces: Path, tmp_path: Path) -> None:
+    settings = "train.epochs=500", "data.workers=1", "checkpoint.every_epochs=0.2"
+    with started(faces, tmp_path / "out", *settings) as process:
+        wait_for_step(process, tmp_path / "out", 3)
+        for worker in psutil.Process(process.pid).children():
+            worker.kill()
+        assert process.wait(timeout=30) == 1
+    told = (tmp_path / "words").read_text().strip().splitlines()[-1]
+    # Cut off while it hands a batch over, a worker leaves torch no word of its own.
+    assert re.search(
+        r"a process that prepares data died \((DataLoader worker|.*reset by peer)", told
+    )
+    assert "fewer data.workers or give more memory, and run the same command again; the c" in told
+    assert re.search(r"the checkpoint of step \d+ stands as it was", told)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_it_with_a_checkpoint_and_words(
+    faces: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    with started(faces, tmp_path / "out", "train.epochs=500", "data.workers=1") as process:
+        wait_for_step(process, tmp_path / "out", 3)
+        # To all of its group, workers too, as a terminal and a scheduler do.
+        os.killpg(process.pid, number)
+        assert process.wait(timeout=30) == 1
+    words = (tmp_path / "words").read_text()
+    step = read_checkpoint(tmp_path / "out" / LAST)["step"]
+    message = words.strip().splitlines()[-1]
+    assert f"stopped by {number.name} after step {step} of 2500" in message
+    assert "run the same command again to go on" in message
+    assert training_lines(tmp_path / "out")[-1]["step"] == step
+
+
+def test_a_signal_that_comes_twice_at_once_is_one(faces: Path, tmp_path: Path) -> None:
+    """As from a scheduler, which signals every process, and torchrun, which hands it on."""
+    with started(faces, tmp_path / "out", "train.epochs=500", "data.workers=1") as process:
+        wait_for_step(process, tmp_path / "out", 3)
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.002)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=30) == 1
+    step = read_checkpoint(tmp_path / "out" / LAST)["step"]
+    assert f"stopped by SIGTERM after step {step} of 2500" in (tmp_path / "words").read_text()
+
+
+def test_another_configuration_does_not_go_on(faces: Path, tmp_path: Path, unbroken: Path) -> None:
+    shutil.copytree(unbroken, tmp_path / "out")
+    with pytest.raises(ConfigError, match=r"another configuration \(train\.epochs: 3, now 4\)"):
+        run(faces, tmp_path / "out", "train.epochs=4")
+    assert load_config(tmp_path / "out/config.toml").train.epochs == 3
+
+
+def test_another_cache_does_not_go_on(faces: Path, tmp_path: Path, unbroken: Path) -> None:
+    shutil.copytree(unbroken, tmp_path / "out")
+    records, targets = load(faces)
+    targets.store.cache_id = "f" * 64
+    with pytest.raises(SpecMismatchError, match=r"cache \(id\): [0-9a-f]{64}, now f{64}"):
+        train(small_config(), records, targets, tmp_path / "out")
