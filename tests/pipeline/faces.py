@@ -5,7 +5,9 @@ python -m tests.pipeline.faces RECORDS OUT RANK WORLD_SIZE SECONDS_A_BATCH CENTE
 
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +18,7 @@ from gkd.pipeline.run import CacheSummary, cache_teacher
 from gkd.pipeline.settings import CacheSettings, PartitionSettings
 from gkd.storage.records import open_records
 from gkd.storage.spec import Precision, preprocess_preset
+from gkd.storage.writer import CacheWriter
 
 EMBEDDING_DIM = 16
 SETTINGS = CacheSettings(
@@ -90,6 +93,21 @@ def make(
         rank=rank,
         world_size=world_size,
     )
+
+
+def failing(after: int) -> Callable[..., None]:
+    """The writing of shards to a disk that is gone ``after`` so many of them."""
+    write = CacheWriter.write_shard
+    calls = 0
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls > after:
+            raise OSError("the disk is gone")
+        write(*args, **kwargs)
+
+    return fail
 
 
 def main() -> None:

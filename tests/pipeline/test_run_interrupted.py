@@ -1,0 +1,221 @@
+"""Runs of several ranks, and runs that are killed, interrupted or fail: the same bytes at last."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from gkd.pipeline import shards
+from gkd.pipeline.calibration import FEWEST_IMAGES
+from gkd.pipeline.centers import CLASS_MEAN, centers_path
+from gkd.pipeline.embedding_store import work_path
+from gkd.storage.cache import Cache
+from gkd.storage.spec import VIEWS, DrawsSpec
+from gkd.storage.verify import verify
+from gkd.storage.writer import CacheWriter
+from tests.paths import ROOT
+from tests.pipeline.faces import SETTINGS, PixelEmbedder, failing, make, write_folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_folder(tmp_path_factory.mktemp("faces") / "set")
+
+
+@pytest.fixture(scope="module")
+def unbroken(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    out = tmp_path_factory.mktemp("unbroken") / "cache.gkd"
+    make(folder, out, class_mean=True)
+    return contents(out)
+
+
+def contents(out: Path) -> dict[str, bytes]:
+    """Every file of a cache and its centres."""
+    files = {str(p.relative_to(out)): p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    if centers_path(out).exists():
+        files["centers"] = centers_path(out).read_bytes()
+    return files
+
+
+def test_a_finished_cache_is_not_made_again(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "cache.gkd"
+    first = make(folder, out, class_mean=True)
+    before = contents(out)
+    embedder = PixelEmbedder()
+    again = make(folder, out, class_mean=True, embedder=embedder)
+    assert embedder.images == 0
+    assert again.cache_id == first.cache_id
+    assert contents(out) == before
+
+
+def start(
+    folder: Path, out: Path, rank: int, world_size: int, seconds: float, mode: str = CLASS_MEAN
+) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "tests.pipeline.faces", str(folder), str(out)]
+    return subprocess.Popen(
+        [*command, str(rank), str(world_size), str(seconds), mode],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+    )
+
+
+def test_three_processes_write_what_one_writes(
+    folder: Path, tmp_path: Path, unbroken: dict[str, bytes]
+) -> None:
+    out = tmp_path / "cache.gkd"
+    processes = [start(folder, out, rank, 3, 0.0) for rank in range(3)]
+    for process in processes:
+        _, told = process.communicate(timeout=120)
+        assert process.returncode == 0, told.decode()
+    assert contents(out) == unbroken
+    assert not work_path(out).exists()
+
+
+@pytest.mark.parametrize("source", ["all", "primary"])
+def test_draws_do_not_depend_on_batches_ranks_or_interruptions(
+    folder: Path, tmp_path: Path, source: Literal["all", "primary"]
+) -> None:
+    draws = DrawsSpec(16, 4.0, source, seed=3)
+    settings = replace(SETTINGS, partition=replace(SETTINGS.partition, draws=draws))
+    whole = tmp_path / "whole.gkd"
+    make(folder, whole, settings=settings)
+    assert not verify(whole).faults
+
+    batches = tmp_path / "batches.gkd"
+    make(folder, batches, settings=replace(settings, batch_size=7))
+    found, expected = contents(batches), contents(whole)
+    drawn = [name for name in expected if "/draws/" in name or "/draw_log2_probs/" in name]
+    assert len(drawn) == 2 * 2 * (1 + 4)
+    assert {name: found[name] for name in drawn} == {name: expected[name] for name in drawn}
+
+    # The second half of a run, of one rank and of two that come after it.
+    halves = tmp_path / "halves.gkd"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CacheWriter, "write_shard", failing(1))
+        with pytest.raises(OSError, match="the disk is gone"):
+            make(folder, halves, settings=settings)
+    with ThreadPoolExecutor(2) as pool:
+        ranks = [
+            pool.submit(make, folder, halves, settings=settings, rank=rank, world_size=2)
+            for rank in range(2)
+        ]
+        for rank in ranks:
+            rank.result()
+    assert contents(halves) == contents(whole)
+
+    original, flipped = (Cache.open(whole).read_shard(0, view).draws for view in VIEWS)
+    assert original is not None
+    assert flipped is not None
+    assert not np.array_equal(original, flipped)
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_a_killed_teacher_pass_goes_on_to_the_same_bytes(
+    folder: Path, tmp_path: Path, unbroken: dict[str, bytes], how: signal.Signals
+) -> None:
+    out = tmp_path / "cache.gkd"
+    process = start(folder, out, 0, 1, 0.2)
+    wait_for(work_path(out) / "000000.npz")
+    process.send_signal(how)
+    process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert not out.exists()
+    embedder = PixelEmbedder()
+    make(folder, out, class_mean=True, embedder=embedder)
+    assert embedder.images < 2 * 35, "what was kept is not computed again"
+    assert contents(out) == unbroken
+
+
+def test_a_killed_run_goes_on_to_the_same_bytes(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "cache.gkd"
+    process = start(folder, out, 0, 1, 0.2, "file")
+    wait_for(out / "commits" / "000000.json")
+    process.kill()
+    process.communicate(timeout=60)
+    assert not (out / "manifest.json").exists()
+    embedder = PixelEmbedder()
+    make(folder, out, embedder=embedder)
+    assert embedder.images < 2 * 35
+    whole = tmp_path / "whole.gkd"
+    make(folder, whole)
+    assert contents(out) == contents(whole)
+
+
+def test_a_partition_pass_goes_on_from_kept_embeddings(
+    folder: Path, tmp_path: Path, unbroken: dict[str, bytes]
+) -> None:
+    out = tmp_path / "cache.gkd"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CacheWriter, "write_shard", failing(2))
+        with pytest.raises(OSError, match="the disk is gone"):
+            make(folder, out, class_mean=True)
+    assert sorted(p.name for p in (out / "commits").iterdir()) == ["000000.json", "000001.json"]
+    embedder = PixelEmbedder()
+    make(folder, out, class_mean=True, embedder=embedder)
+    assert embedder.images == 0
+    assert contents(out) == unbroken
+
+
+def wait_for(path: Path) -> None:
+    deadline = time.monotonic() + 60
+    while not path.exists():
+        assert time.monotonic() < deadline, f"{path} does not appear"
+        time.sleep(0.02)
+
+
+def test_an_interrupt_passes_through_and_leaves_whole_shards(folder: Path, tmp_path: Path) -> None:
+    class Interrupted(PixelEmbedder):
+        def __call__(self, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+            if self.images >= FEWEST_IMAGES + 50:  # after the sample of the calibration
+                raise KeyboardInterrupt
+            return super().__call__(images)
+
+    out = tmp_path / "cache.gkd"
+    with pytest.raises(KeyboardInterrupt):
+        make(folder, out, embedder=Interrupted())
+    assert [p.name for p in sorted((out / "commits").iterdir())] == ["000000.json", "000001.json"]
+    make(folder, out)
+    whole = tmp_path / "whole.gkd"
+    make(folder, whole)
+    assert contents(out) == contents(whole)
+
+
+def test_a_failing_writer_thread_ends_the_run_with_its_error(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(CacheWriter, "write_shard", failing(0))
+    with pytest.raises(OSError, match="the disk is gone"):
+        make(folder, tmp_path / "cache.gkd")
+
+
+def test_a_second_error_of_the_writer_is_noted_on_the_first() -> None:
+    def fail() -> None:
+        raise OSError("the disk is gone")
+
+    def run() -> None:
+        with shards.Background() as background:
+            background.start(fail)
+            raise ValueError("teacher")
+
+    with pytest.raises(ValueError, match="teacher") as caught:
+        run()
+    assert caught.value.__notes__ == ["and the shard being written failed: the disk is gone"]
+
+
+def test_a_failing_teacher_ends_the_run_with_its_error(folder: Path, tmp_path: Path) -> None:
+    class Failing(PixelEmbedder):
+        def __call__(self, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+            raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        make(folder, tmp_path / "cache.gkd", embedder=Failing())

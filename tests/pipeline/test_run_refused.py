@@ -1,0 +1,192 @@
+"""What a run refuses: settings, records, centres and embeddings that cannot be, and a full disk."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from gkd.pipeline.calibration import FEWEST_IMAGES
+from gkd.pipeline.centers import CLASS_MEAN, Centers
+from gkd.pipeline.embedding_store import work_path
+from gkd.pipeline.run import cache_teacher
+from gkd.pipeline.settings import CacheSettings
+from gkd.storage.errors import ConfigError, GkdError, SpecMismatchError
+from gkd.storage.records import open_records
+from gkd.storage.writer import CacheWriter
+from tests.pipeline.faces import SETTINGS, PixelEmbedder, centers, failing, make, write_folder
+from tests.storage.packs import jpeg, payload, write_pack
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_folder(tmp_path_factory.mktemp("faces") / "set")
+
+
+@pytest.mark.parametrize(
+    ("place", "change", "message"),
+    [
+        ("file", {}, r"cache\.gkd: expected a cache of targets .*, got a file; check the path"),
+        ("folder", {}, r"cache\.gkd: expected a cache of targets .*, got another folder"),
+        (
+            "cache",
+            {},
+            r"(?s)made with other settings:.*centers\.kind: .* 'file', this run 'class-m",
+        ),
+        ("", {"shard_samples": 99_999_999}, r"shard_samples: expected 1 to 2\^24, .*got 99999999"),
+    ],
+)
+def test_class_means_refuse_what_cannot_be_written_before_the_teacher_runs(
+    folder: Path, tmp_path: Path, place: str, change: dict[str, Any], message: str
+) -> None:
+    out = tmp_path / "cache.gkd"
+    if place == "cache":
+        make(folder, out)
+    elif place == "folder":
+        (out / "photos").mkdir(parents=True)
+    elif place == "file":
+        out.write_bytes(b"mine")
+    before = sorted(tmp_path.rglob("*"))
+    embedder = PixelEmbedder()
+    settings = replace(SETTINGS, **change)
+    with pytest.raises(GkdError, match=message):
+        make(folder, out, class_mean=True, embedder=embedder, settings=settings)
+    assert embedder.images == 0
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 0.0])
+def test_embeddings_without_direction_are_refused(
+    folder: Path, tmp_path: Path, value: float
+) -> None:
+    class Faulty(PixelEmbedder):
+        def __call__(self, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+            embeddings = super().__call__(images)
+            if self.images > FEWEST_IMAGES + 8:  # after the sample of the calibration
+                embeddings[1] = value
+            return embeddings
+
+    message = (
+        r"pixels: NaN, infinite or zero embeddings of 1 of 4 images \(original view\), the first "
+        r"of .*key id1/0\.png; computed in float32: try --precision float32"
+    )
+    with pytest.raises(GkdError, match=message):
+        make(folder, tmp_path / "cache.gkd", embedder=Faulty())
+
+
+def test_going_on_with_other_settings_is_refused(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "cache.gkd"
+    make(folder, out)
+    partition = replace(SETTINGS.partition, threshold=0.5)
+    with pytest.raises(SpecMismatchError, match=r"threshold: the cache has 0\.93, this run 0\.5"):
+        make(folder, out, settings=replace(SETTINGS, partition=partition))
+
+
+def test_kept_embeddings_of_another_teacher_are_refused(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "cache.gkd"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CacheWriter, "write_shard", failing(0))
+        with pytest.raises(OSError, match="the disk is gone"):
+            make(folder, out, class_mean=True)
+    shutil.rmtree(out)  # as where the run was killed before it
+    other = PixelEmbedder()
+    other.sha256 = "1" * 64
+    message = r"(?s)keeps embeddings of another run.*teacher: kept .*delete .*cache\.gkd\.work"
+    with pytest.raises(SpecMismatchError, match=message):
+        make(folder, out, class_mean=True, embedder=other)
+    (work_path(out) / "settings.json").write_bytes(b"{")
+    with pytest.raises(ConfigError, match="expected the settings of kept embeddings, got"):
+        make(folder, out, class_mean=True)
+
+
+def test_centres_of_another_shape_are_refused(folder: Path, tmp_path: Path) -> None:
+    other = Centers(np.eye(9, dtype=np.float32), "file", "eye.npy")
+    message = (
+        r"eye\.npy: expected centres of 7 identities and embeddings of length 16, got \[9, 9\]"
+    )
+    with pytest.raises(ConfigError, match=message):
+        cache_teacher(
+            open_records(folder), tmp_path / "cache.gkd", PixelEmbedder(), other, SETTINGS
+        )
+
+
+def test_labels_beyond_the_identities_are_refused(folder: Path, tmp_path: Path) -> None:
+    records = open_records(folder)
+    records.num_classes = 4
+    with pytest.raises(ConfigError, match="labels go up to 6, but there are 4 identities"):
+        cache_teacher(records, tmp_path / "c.gkd", PixelEmbedder(), centers(4), SETTINGS)
+
+
+def test_no_images_are_refused(folder: Path, tmp_path: Path) -> None:
+    records = open_records(folder)
+    records.labels = records.labels[:0]
+    with pytest.raises(ConfigError, match="expected images, got none"):
+        cache_teacher(records, tmp_path / "c.gkd", PixelEmbedder(), centers(7), SETTINGS)
+
+
+def test_records_of_which_none_can_be_read_are_refused(tmp_path: Path) -> None:
+    pack = write_pack(tmp_path, {key: payload(-1, jpeg(key)) for key in range(3)})
+    settings = replace(SETTINGS, skip_corrupt=True)
+    message = (
+        r"train\.rec: none of 3 records could be read; `gkd records verify` says what is wrong"
+    )
+    with pytest.raises(ConfigError, match=message):
+        make(pack, tmp_path / "cache.gkd", class_mean=True, settings=settings)
+
+
+def test_class_means_of_more_classes_than_images_are_refused(tmp_path: Path) -> None:
+    pack = write_pack(tmp_path, {0: payload(3e9, jpeg(0))}, classes=2**32)
+    embedder = PixelEmbedder()
+    message = "class-mean centres: 4,294,967,296 classes, but only 1 images, .*--centers FILE, or"
+    with pytest.raises(ConfigError, match=message):
+        make(pack, tmp_path / "cache.gkd", class_mean=True, embedder=embedder)
+    assert embedder.images == 0
+
+
+def test_class_means_of_classes_without_images_are_refused_at_once(
+    folder: Path, tmp_path: Path
+) -> None:
+    records = open_records(folder)
+    records.num_classes = 9
+    embedder = PixelEmbedder()
+    with pytest.raises(ConfigError, match="2 of 9 classes have no image, such as 7, 8"):
+        cache_teacher(records, tmp_path / "c.gkd", embedder, CLASS_MEAN, SETTINGS)
+    assert embedder.images == 0
+
+
+def test_a_full_disk_is_told_beforehand(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda path: _Usage())
+    with pytest.raises(ConfigError, match=r"cache\.gkd.*MB are needed, 0\.0 MB are free"):
+        make(folder, tmp_path / "cache.gkd", class_mean=True)
+
+
+def test_what_stands_already_needs_no_room(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = make(folder, tmp_path / "cache.gkd")
+    monkeypatch.setattr("shutil.disk_usage", lambda path: _Usage())
+    assert make(folder, tmp_path / "cache.gkd").cache_id == first.cache_id
+
+
+class _Usage:
+    free = 10
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"batch_size": 0}, "--batch-size: expected 1 or more, got 0; give another number"),
+        ({"workers": 0}, "--workers: expected 1 or more, got 0;"),
+        ({"shard_samples": 0}, "--shard-samples: expected 1 or more, got 0;"),
+        ({"views": ("flipped", "original")}, "--views: expected .*, got flipped,original; give"),
+        ({"views": ()}, "--views: expected original, flipped or both .*, got none;"),
+    ],
+)
+def test_settings_outside_their_range_are_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        CacheSettings(**change)
