@@ -1,4 +1,4 @@
-"""The commands as a user types them: the whole way, and every mistake as one message."""
+"""The commands as a user types them, from faces to a student that is judged and exported."""
 
 import hashlib
 import json
@@ -11,7 +11,6 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
 
 import pytest
 import torch
@@ -19,27 +18,15 @@ import torch
 from gkd.commands.shared import emit
 from gkd.storage import layout
 from gkd.storage.metadata import read_commit, read_spec
-from gkd.storage.records import open_records
-from gkd.storage.synthetic import draw_faces, draw_pairs
 from gkd.trainer.backbones import build_backbone
-from gkd.trainer.verification_set import write_verification_set
 from tests.commands import TINY, fails, gkd, works
-from tests.storage.test_forms import write_form
+from tests.home import write_home
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Faces of eight people, a verification set, a teacher, a cache and a student of it."""
-    home = tmp_path_factory.mktemp("home")
-    known, unknown = range(8), range(8, 14)
-    draw_faces(home / "faces", identities=known, images_each=4, seed=0, workers=1)
-    draw_faces(home / "others", identities=unknown, images_each=4, seed=0, workers=1)
-    paths, issame = draw_pairs(home / "others", identities=unknown, images_each=4, pairs=40, seed=0)
-    write_verification_set(home / "others.bin", [path.read_bytes() for path in paths], issame)
-    torch.manual_seed(0)
-    teacher = build_backbone("iresnet18", embedding_dim=16, width=0.125, input_size=28)
-    torch.save(teacher.state_dict(), home / "teacher.pt")
-    return home
+    return write_home(tmp_path_factory.mktemp("home"))
 
 
 @pytest.fixture(scope="module")
@@ -136,55 +123,6 @@ def test_help_needs_no_heavy_import() -> None:
     assert done.stdout.strip() == "[]"
 
 
-def test_records_are_packed_described_and_verified(home: Path, tmp_path: Path) -> None:
-    packed = json.loads(works("records", "pack", home / "faces", tmp_path / "pack", "--json"))
-    assert (packed["images"], packed["identities"]) == (32, 8)
-    info = json.loads(works("records", "info", tmp_path / "pack", "--json"))
-    assert (info["images"], info["identities"], info["layout"]) == (32, 8, "insightface")
-    assert "32" in works("records", "info", tmp_path / "pack")
-    assert "32 images, 8 identities, 0 faults" in works("records", "verify", tmp_path / "pack")
-
-
-def test_published_forms_are_described_cached_and_trained_on(home: Path, tmp_path: Path) -> None:
-    faces = open_records(home / "faces")
-    parquet = write_form("parquets", faces, tmp_path / "hub")
-    tar = write_form("tar", faces, tmp_path / "shards")
-    for path, form in ((parquet, "parquet"), (tar, "webdataset")):
-        info = json.loads(works("records", "info", path, "--json"))
-        assert (info["images"], info["identities"], info["layout"]) == (32, 8, form)
-        assert "32 images, 8 identities, 0 faults" in works("records", "verify", path)
-    out, teacher = tmp_path / "targets.gkd", ("--teacher", home / "teacher.pt")
-    works("cache-teacher", parquet, out, *teacher, "--centers", "class-mean")
-    against = json.loads(works("targets", "verify", out, "--against", tar, *teacher, "--json"))
-    assert against["ok"]
-    works("records", "pack", parquet, tmp_path / "pack")
-    for source in (tar, tmp_path / "pack"):
-        works("train-student", source, out, tmp_path / f"run-{source.name}", *TINY)
-    told = gkd("train-student", parquet, out, tmp_path / "run", *TINY, "--dry-run")
-    assert told.exit_code == 0
-    assert "decodes up to 7 images beside its own; `gkd records pack" in told.stderr
-
-
-def test_every_fault_of_records_is_listed(home: Path, tmp_path: Path) -> None:
-    works("records", "pack", home / "faces", tmp_path / "pack")
-    spoil(tmp_path / "pack" / "train.rec", row=3)
-    result = gkd("records", "verify", tmp_path / "pack")
-    assert result.exit_code == 1
-    assert re.search(r"train\.rec, key 4, offset \d+: ", result.stdout)
-    assert "32 images, 8 identities, 1 faults" in result.stdout
-    report = json.loads(gkd("records", "verify", tmp_path / "pack", "--json").stdout)
-    assert len(report["faults"]) == 1
-
-
-def spoil(pack: Path, *, row: int) -> None:
-    """Overwrite the start of one encoded image."""
-    records = open_records(pack)
-    content = bytearray(pack.read_bytes())
-    start = content.index(bytes(records.encoded(row)))
-    content[start : start + 64] = bytes(64)
-    pack.write_bytes(content)
-
-
 def test_a_cache_is_described_verified_and_drawn(targets: Path, tmp_path: Path) -> None:
     info = json.loads(works("targets", "info", targets, "--json"))
     assert (info["num_samples"], info["num_classes"], info["shards"]) == (32, 8, 1)
@@ -268,28 +206,6 @@ def test_centres_come_from_files(home: Path, targets: Path, tmp_path: Path) -> N
     assert info["centers"]["name"] == "targets.centers.npy"
 
 
-def test_corrupt_records_end_a_run_or_are_left_out(
-    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("GKD_CACHE_DIR", str(tmp_path / "materialised"))
-    pack, out = tmp_path / "pack", tmp_path / "targets.gkd"
-    works("records", "pack", home / "faces", pack)
-    spoil(pack / "train.rec", row=3)
-    teacher = ("--teacher", home / "teacher.pt", "--centers", "class-mean")
-    message = fails("cache-teacher", pack, out, *teacher)
-    assert "train.rec, key 4, offset" in message
-    assert "--skip-corrupt" in message
-
-    summary = json.loads(works("cache-teacher", pack, out, *teacher, "--skip-corrupt", "--json"))
-    assert summary["skipped"] == 1
-    skipped = json.loads(works("targets", "info", out, "--json"))["skipped"]
-    assert list(skipped) == ["4"]
-    assert "expected an encoded image" in skipped["4"]
-    assert ", 0 faults" in works("targets", "verify", out)
-    for flag in ((), ("--without-kd",)):
-        works("train-student", pack, out, tmp_path / f"run{len(flag)}", *TINY, *flag)
-
-
 def test_a_student_is_judged_exported_and_judged_again(
     home: Path, run: Path, tmp_path: Path
 ) -> None:
@@ -356,35 +272,6 @@ def test_a_run_without_distillation_needs_no_targets(home: Path, tmp_path: Path)
     assert "--without-kd" in message
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("train-student", "faces", "-", "r", "--set", "train.epoch=3"), "did you mean train.epoc"),
-        (("train-student", "faces", "-", "r", "--student", "resnet"), "iresnet50"),
-        (("train-student", "nowhere", "-", "r"), "nowhere: expected a folder with train.rec"),
-        (("train-student", "faces", "faces", "r"), "expected a cache of targets"),
-        (("records", "verify", "teacher.pt"), "expected a folder with train.rec"),
-        (("targets", "verify", "faces"), "expected a cache of targets"),
-        (("evaluate", "nothing.pt", "others.bin"), "nothing.pt"),
-        (("evaluate", "teacher.pt", "teacher.pt"), "teacher.pt"),
-        (("evaluate", "teacher.pt", "others.bin", "--arch", "iresnet50"), "fit iresnet50"),
-        (("export", "nowhere", "out.onnx"), "nowhere"),
-        (("export", "faces", "out.pt"), "expected a name that ends in .onnx or .safetensors, got"),
-        (("export", "faces", "out.onnx"), "faces: expected the folder of a run"),
-        (("evaluate", "teacher.pt", "others.bin", "--plot", "no/x.png"), "there is no folder no"),
-        (("evaluate", "teacher.pt", "others.bin", "--plot", "faces"), "got a folder; name a file"),
-        (("targets", "stats", "targets.gkd", "--plot", "no/x.png"), "there is no folder no"),
-    ],
-)
-def test_a_mistake_ends_in_one_message(
-    home: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], message: str
-) -> None:
-    monkeypatch.chdir(home)
-    told = fails(*arguments)
-    assert told.startswith("Error: ")
-    assert message in told
-
-
 def test_weights_and_checkpoints_that_are_cut_off_are_named(
     home: Path, run: Path, targets: Path, tmp_path: Path
 ) -> None:
@@ -399,44 +286,6 @@ def test_weights_and_checkpoints_that_are_cut_off_are_named(
     sets = ("--set", f"evaluation.sets=['{home / 'others.bin'}']")
     told = fails("train-student", home / "faces", targets, tmp_path / "run", *TINY, *sets)
     assert "last.pt: cannot be read as weights" in told
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (("--threshold", "2"), "threshold: expected from 0 to 1, got 2"),
-        (("--views", "flopped"), "views: expected original, flipped"),
-        (("--centers", "nothing.npy"), "nothing.npy"),
-        (("--device", "abacus"), "device: expected auto, cpu"),
-        (("--teacher", "nothing.onnx"), "nothing.onnx"),
-        (("--teacher", "."), ".: expected the folder of a run of `gkd train-student`"),
-    ],
-)
-def test_a_wrong_option_of_cache_teacher_is_explained(
-    home: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    options: tuple[str, ...],
-    message: str,
-) -> None:
-    monkeypatch.chdir(home)
-    given = {"--teacher": "teacher.pt", "--centers": "class-mean"} | {options[0]: options[1]}
-    told = fails(
-        "cache-teacher", "faces", "out.gkd", *(word for pair in given.items() for word in pair)
-    )
-    assert message in told
-    assert not (home / "out.gkd").exists()
-
-
-@pytest.mark.parametrize(
-    "option", [("--compile",), ("--precision", "bfloat16"), ("--arch", "iresnet50")], ids=str
-)
-def test_what_an_onnx_teacher_cannot_follow_is_refused(
-    home: Path, tmp_path: Path, option: tuple[str, ...]
-) -> None:
-    teacher = ("--teacher", home / "teacher.onnx", "--centers", "class-mean", *option)
-    told = fails("cache-teacher", home / "faces", tmp_path / "c.gkd", *teacher)
-    named = " ".join(option)
-    assert f"teacher.onnx: {named}: expected weights for a network of torch, got an ONNX" in told
 
 
 def test_code_that_a_cache_names_is_not_run(targets: Path, home: Path, tmp_path: Path) -> None:
@@ -466,52 +315,6 @@ def rewrite(cache: Path, root: dict[str, Any]) -> None:
     ]
     content = layout.manifest_content(spec, files, commits)
     (cache / layout.MANIFEST).write_bytes(content)
-
-
-def test_memory_that_ran_out_is_no_traceback(
-    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    huge = ("--teacher", home / "teacher.pt", "--centers", "class-mean")
-    for error in (
-        MemoryError("Unable to allocate 3 TiB"),
-        torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 3 TiB"),
-        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 3 TiB"),
-    ):
-        monkeypatch.setattr("gkd.pipeline.run.cache_teacher", Mock(side_effect=error))
-        told = fails("cache-teacher", home / "faces", tmp_path / "c.gkd", *huge)
-        assert "memory ran out" in told
-        assert "take a smaller batch (--batch-size" in told
-    monkeypatch.setattr("gkd.pipeline.run.cache_teacher", Mock(side_effect=RuntimeError("a bug")))
-    assert isinstance(
-        gkd("cache-teacher", home / "faces", tmp_path / "c.gkd", *huge).exception, RuntimeError
-    )
-
-
-def test_centres_are_class_means_or_files(home: Path) -> None:
-    both = ("--centers", "class-mean", "--centers", "x.npy", "--teacher", home / "teacher.pt")
-    told = fails("cache-teacher", home / "faces", home / "out.gkd", *both)
-    assert "--centers: expected either class-mean alone or files, got class-mean x.npy" in told
-
-
-def test_a_plot_that_cannot_be_drawn_is_told_before_the_work(
-    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    told = fails("evaluate", "no.pt", home / "others.bin", "--plot", tmp_path / "x.png")
-    assert "pip install '.[plot]'" in told
-
-
-def test_wrong_usage_is_exit_code_2(home: Path) -> None:
-    assert "Missing option '--teacher'" in fails("cache-teacher", "a", "b", code=2)
-    numbers = ("--teacher", "t", "--centers", "class-mean", "--temperatures", "one")
-    assert "expected numbers such as 1,2,4" in fails("cache-teacher", "a", "b", *numbers, code=2)
-    numbers = ("--teacher", "t", "--centers", "class-mean", "--shard-samples", "many")
-    assert "--draw-from says how classes are drawn; give --draws too, above 0" in fails(
-        *("cache-teacher", "a", "b", "--teacher", "t", "--centers", "class-mean"),
-        *("--draws", "0", "--draw-from", "all"),
-        code=2,
-    )
-    assert "expected auto or a whole number" in fails("cache-teacher", "a", "b", *numbers, code=2)
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
