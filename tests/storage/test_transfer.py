@@ -1,13 +1,10 @@
-"""Caches sent to folders and got from there, whatever happens."""
+"""Caches sent to folders and got from there: whole, in parts, and damaged on the way."""
 
 import dataclasses
 import shutil
-import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
-import msgspec
 import numpy as np
 import pytest
 
@@ -16,11 +13,9 @@ from gkd.storage.cache import Cache
 from gkd.storage.errors import (
     ConfigError,
     CorruptShardError,
-    GkdError,
     IncompleteCacheError,
     SpecMismatchError,
 )
-from gkd.storage.lock import WriteLock
 from gkd.storage.metadata import committed_shards
 from gkd.storage.pull import pull
 from gkd.storage.push import push
@@ -30,19 +25,8 @@ from gkd.storage.spec import DerivedSpec, DrawsSpec
 from gkd.storage.stats import stats
 from gkd.storage.verify import verify
 from gkd.storage.writer import CacheWriter
-from tests.caches import contents, make_cache, make_cache_with_card, make_spec, write_shard
-from tests.tampering import edit_json, flip_bit, rehash
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Cache:
-    return make_cache_with_card(tmp_path_factory.mktemp("made") / "cache.gkd")
-
-
-@pytest.fixture
-def folder(cache: Cache, tmp_path: Path) -> Path:
-    """A copy of the cache, as an address."""
-    return Path(shutil.copytree(cache.path, tmp_path / "shared" / "cache.gkd"))
+from tests.caches import contents, make_cache, make_spec, write_shard
+from tests.tampering import flip_bit
 
 
 def test_a_cache_goes_to_a_folder_and_back(cache: Cache, tmp_path: Path) -> None:
@@ -182,135 +166,12 @@ def test_a_longer_or_missing_file_is_found(folder: Path, tmp_path: Path) -> None
         pull(str(folder), tmp_path / "back")
 
 
-def test_a_manifest_cannot_name_files_to_send(cache: Cache, folder: Path, tmp_path: Path) -> None:
-    secret = tmp_path / "secret"
-    secret.write_text("key")
-    manifest = msgspec.json.decode((folder / layout.MANIFEST).read_bytes(), type=layout.Manifest)
-    files = manifest.files | {"../../secret": layout.file_record(secret)}
-    commits = [
-        (cache.commit(k), layout.file_record(folder / layout.commit_file(k))) for k in range(3)
-    ]
-    (folder / layout.MANIFEST).write_bytes(layout.manifest_content(cache.spec, files, commits))
-    push(folder, str(tmp_path / "other" / "there" / "cache.gkd"))
-    assert not list((tmp_path / "other").rglob("secret"))
-
-
 def test_an_unfinished_cache_is_not_sent(tmp_path: Path) -> None:
     writer = CacheWriter(tmp_path / "c", make_spec())
     write_shard(writer, 0)
     with pytest.raises(IncompleteCacheError, match="1 of 3 shards"):
         push(writer.path, str(tmp_path / "there"))
     assert not (tmp_path / "there").exists()
-
-
-# ------------------------------------------------------------------------ other caches
-
-
-def test_an_address_with_another_cache_is_left_alone(cache: Cache, tmp_path: Path) -> None:
-    other = make_cache(tmp_path / "other", seed=1)
-    push(other.path, str(tmp_path / "there"))
-    with pytest.raises(SpecMismatchError, match=f"holds another cache, with id {other.id}"):
-        push(cache.path, str(tmp_path / "there"))
-    assert contents(tmp_path / "there") == contents(other.path)
-
-
-def test_a_push_that_another_cache_began_is_left_alone(cache: Cache, tmp_path: Path) -> None:
-    """The same spec and sizes, other bytes: a mixture would pass for the second cache."""
-    other = make_cache(tmp_path / "other", seed=1)
-    push(other.path, str(tmp_path / "there"))
-    (tmp_path / "there" / layout.MANIFEST).unlink()
-    with pytest.raises(SpecMismatchError, match=f"one of the cache {other.id} begun there"):
-        push(cache.path, str(tmp_path / "there"))
-
-
-def test_a_cache_being_written_is_no_place_for_a_push(cache: Cache, tmp_path: Path) -> None:
-    writer = CacheWriter(tmp_path / "c", make_spec())
-    write_shard(writer, 0)
-    before = contents(writer.path)
-    with pytest.raises(SpecMismatchError, match=r"expected nothing, or what a push .* put there"):
-        push(cache.path, str(writer.path))
-    assert contents(writer.path) == before
-
-
-@pytest.mark.parametrize("file", ["README.md", "zarr.json", "data/notes.txt"])
-def test_a_folder_with_files_of_others_is_left_alone(
-    cache: Cache, tmp_path: Path, file: str
-) -> None:
-    there = tmp_path / "there"
-    (there / file).parent.mkdir(parents=True)
-    (there / file).write_text("{}")
-    with pytest.raises(SpecMismatchError) as refused:
-        push(cache.path, str(there))
-    assert str(refused.value) == (
-        f"{there}: expected nothing, or what a push of this cache put there, got "
-        f"{file.partition('/')[0]}; choose another address, or delete what is there"
-    )
-    assert contents(there) == {file: b"{}"}
-    with pytest.raises(SpecMismatchError, match=f"{file.rpartition('/')[2]}: expected nothing"):
-        push(cache.path, str(there / file))
-    assert contents(there) == {file: b"{}"}
-
-
-def test_an_empty_folder_is_a_place_for_a_push(cache: Cache, tmp_path: Path) -> None:
-    (tmp_path / "there").mkdir()
-    (tmp_path / "there" / ".DS_Store").write_bytes(b"nobody's data")
-    assert push(cache.path, str(tmp_path / "there")).whole
-
-
-def test_a_cache_is_no_place_for_another(cache: Cache, folder: Path, tmp_path: Path) -> None:
-    other = make_cache(tmp_path / "other", seed=1)
-    (tmp_path / "link").symlink_to(other.path)
-    for inside in (other.path / "inner", other.path / "samples/deep/inner", tmp_path / "link/in"):
-        with pytest.raises(ConfigError, match=f"inside the cache {other.path}, which would not"):
-            push(cache.path, str(inside))
-        with pytest.raises(ConfigError, match=f"inside the cache {other.path}, which would not"):
-            pull(str(folder), inside)
-    assert verify(other.path).ok
-    # A folder of another Zarr store is none of our business.
-    (tmp_path / "store").mkdir()
-    (tmp_path / "store/zarr.json").write_text('{"zarr_format": 3, "node_type": "group"}')
-    assert pull(str(folder), tmp_path / "store/inner").whole
-
-
-def test_a_pull_leaves_other_caches_alone(folder: Path, tmp_path: Path) -> None:
-    other_settings = make_cache(tmp_path / "settings", max_group=10)
-    with pytest.raises(SpecMismatchError, match="holds another cache"):
-        pull(str(folder), other_settings.path)
-    other_teacher = make_cache(tmp_path / "teacher", seed=1)
-    with pytest.raises(SpecMismatchError, match=r"manifest\.json: of another cache, or damaged"):
-        pull(str(folder), other_teacher.path)
-    (other_teacher.path / layout.MANIFEST).unlink()
-    with pytest.raises(SpecMismatchError, match=r"commits/000000\.json: of another cache"):
-        pull(str(folder), other_teacher.path)
-    (tmp_path / "thesis").mkdir()
-    (tmp_path / "thesis" / "chapter1.tex").write_text("...")
-    for place in (tmp_path / "thesis", tmp_path / "thesis" / "chapter1.tex"):
-        with pytest.raises(ConfigError, match="expected a folder for the cache"):
-            pull(str(folder), place)
-    assert [p.name for p in (tmp_path / "thesis").iterdir()] == ["chapter1.tex"]
-
-
-def test_two_runs_do_not_write_one_folder(folder: Path, tmp_path: Path) -> None:
-    # Another run as this machine knows one: a process that lives.
-    script = (
-        "import sys; from pathlib import Path; from gkd.storage.lock import WriteLock\n"
-        "with WriteLock(Path(sys.argv[1])):\n    print('in', flush=True); sys.stdin.read()"
-    )
-    with subprocess.Popen(
-        [sys.executable, "-c", script, str(tmp_path / "back")],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-    ) as other:
-        assert other.stdout is not None
-        assert other.stdout.readline() == b"in\n"
-        with pytest.raises(ConfigError, match=f"another run is writing it: .*process {other.pid}"):
-            pull(str(folder), tmp_path / "back")
-        assert other.stdin is not None
-        other.stdin.close()
-        other.wait()
-    assert pull(str(folder), tmp_path / "back").whole
-    with WriteLock(tmp_path / "back"):
-        pass
 
 
 # ------------------------------------------------------------------------ parts
@@ -374,92 +235,6 @@ def test_parts_that_are_not_there_are_refused(folder: Path, tmp_path: Path) -> N
     with pytest.raises(ConfigError, match="original, flipped, each once, got flopped"):
         pull(str(folder), tmp_path / "back", views=["flopped"])  # type: ignore[list-item]
     assert not (tmp_path / "back").exists()
-
-
-# ------------------------------------------------------------------------ hostile addresses
-
-
-def lie_about_the_codec(path: Path) -> None:
-    edit_json(path / "original/indices/zarr.json", lambda m: m["codecs"].append({"name": "pickle"}))
-    rehash(path)
-
-
-def lie_about_the_shards(path: Path) -> None:
-    edit_json(path / layout.MANIFEST, lambda m: m["shards"].pop())
-
-
-def leave_the_folder(path: Path) -> None:
-    commit = path / "commits/000001.json"
-    text = commit.read_text().replace("samples/000001.parquet", "../../000001.parquet")
-    commit.write_text(text)
-
-
-def have_another_spec(path: Path) -> None:
-    edit_json(path / "zarr.json", lambda m: m["attributes"].update(max_group=0))
-
-
-def be_of_the_future(path: Path) -> None:
-    edit_json(path / "zarr.json", lambda m: m["attributes"].update(format=2))
-
-
-def be_no_cache(path: Path) -> None:
-    (path / "zarr.json").write_text("[" * 100_000)
-
-
-def be_huge(path: Path) -> None:
-    (path / "zarr.json").write_bytes(bytes(2_000_000))
-
-
-@pytest.mark.parametrize(
-    ("lie", "message"),
-    [
-        (lie_about_the_codec, r"manifest\.json: original/indices/zarr\.json is not what the spec"),
-        (lie_about_the_shards, r"manifest\.json: its sha256 is not the one that it names"),
-        (leave_the_folder, r"commits/000001\.json: its sha256 is not the one in manifest"),
-        (have_another_spec, r"zarr\.json: its spec cannot be: .*max_group: expected 1 to 65535"),
-        (be_of_the_future, r"expected a cache of format 1, got 2; update gkd"),
-        (be_no_cache, r"zarr\.json: no such JSON"),
-        (be_huge, r"zarr\.json: expected at most 1,048,576 bytes, got 2,000,000"),
-    ],
-)
-def test_a_lying_cache_is_refused_before_anything_is_written(
-    folder: Path, tmp_path: Path, lie: Callable[[Path], None], message: str
-) -> None:
-    lie(folder)
-    with pytest.raises(GkdError, match=message):
-        pull(str(folder), tmp_path / "back")
-    assert [p.name for p in tmp_path.iterdir()] == ["shared"]
-
-
-def test_a_commit_record_cannot_name_files(folder: Path, tmp_path: Path) -> None:
-    """Even where all hashes fit: names come from the spec, never from the address."""
-    leave_the_folder(folder)
-    record = layout.file_record(folder / "commits/000001.json")
-    manifest = msgspec.json.decode((folder / layout.MANIFEST).read_bytes(), type=layout.Manifest)
-    commits = []
-    for shard, entry in enumerate(manifest.shards):
-        place = folder / layout.commit_file(shard)
-        commit = msgspec.json.decode(place.read_bytes(), type=layout.Commit)
-        found = record if shard == 1 else layout.FileRecord(place.stat().st_size, entry.commit)
-        commits.append((commit, found))
-    spec = RemoteCache.open(Remote(str(folder))).spec
-    (folder / layout.MANIFEST).write_bytes(layout.manifest_content(spec, manifest.files, commits))
-    with pytest.raises(CorruptShardError, match=r"000001\.json: its list of files is not that of"):
-        pull(str(folder), tmp_path / "back")
-    assert [p.name for p in tmp_path.iterdir()] == ["shared"]
-
-
-def test_a_link_in_the_target_is_not_written_through(
-    cache: Cache, folder: Path, tmp_path: Path
-) -> None:
-    pull(str(folder), tmp_path / "back")
-    place = tmp_path / "back" / "original/sizes/c/0/0"
-    outside = tmp_path / "outside"
-    place.rename(outside)
-    place.symlink_to(outside)
-    pull(str(folder), tmp_path / "back")
-    assert not place.is_symlink()
-    assert contents(tmp_path / "back") == contents(cache.path)
 
 
 # ------------------------------------------------------------------------ addresses

@@ -29,17 +29,12 @@ from gkd.storage.pull import pull
 from gkd.storage.push import push
 from gkd.storage.remote import Remote
 from gkd.storage.remote_cache import WORKERS, RemoteCache, remote_stats
-from tests.caches import contents, make_cache, make_cache_with_card
+from tests.caches import contents, make_cache
 from tests.s3 import S3Server, rclone, s3_server
 from tests.tampering import flip_bit
 
 ADDRESS = "s3://faces/team/cache.gkd"
 NO_SHARD_FILES = 13 + WORKERS  # eleven zarr.json, a card, a claim; and on their way into place
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Cache:
-    return make_cache_with_card(tmp_path_factory.mktemp("made") / "cache.gkd")
 
 
 @pytest.fixture
