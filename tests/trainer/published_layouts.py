@@ -1,16 +1,62 @@
 """Published networks as lists of key names and shapes, and as plain functions of such a dict.
 
-Written from the published layouts: torch and nothing of gkd. ``w`` multiplies the channels.
+Written from the published layouts: numpy, torch and nothing of gkd. ``w`` multiplies the channels.
 """
 
 from collections.abc import Callable, Mapping
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 Shapes = dict[str, tuple[int, ...]]
 State = Mapping[str, Tensor]
+
+IRESNETS = {
+    "iresnet18": (2, 2, 2, 2),
+    "iresnet34": (3, 4, 6, 3),
+    "iresnet50": (3, 4, 14, 3),
+    "iresnet100": (3, 13, 30, 3),
+    "iresnet200": (6, 26, 60, 6),
+}
+MOBILES = {"mobilefacenet": ((1, 4, 6, 2), 2), "mbf_large": ((2, 8, 12, 4), 4)}
+VITS = {"vit_t": (256, 12), "vit_s": (512, 12), "vit_b": (512, 24), "vit_l": (768, 24)}
+IRS: dict[str, tuple[tuple[int, ...], dict[str, bool]]] = {
+    "ir_18": ((2, 2, 2, 2), {}),
+    "ir_34": ((3, 4, 6, 3), {}),
+    "ir_50": ((3, 4, 14, 3), {}),
+    "ir_101": ((3, 13, 30, 3), {}),
+    "ir_152": ((3, 8, 36, 3), {"bottleneck": True}),
+    "ir_200": ((3, 24, 36, 3), {"bottleneck": True}),
+    "ir_se_50": ((3, 4, 14, 3), {"se": True}),
+    "ir_se_101": ((3, 13, 30, 3), {"se": True}),
+    "ir_se_152": ((3, 8, 36, 3), {"bottleneck": True, "se": True}),
+    "ir_se_200": ((3, 24, 36, 3), {"bottleneck": True, "se": True}),
+    "evolve_ir_50": ((3, 4, 14, 3), {"evolve": True}),
+    "evolve_ir_101": ((3, 13, 30, 3), {"evolve": True}),
+    "evolve_ir_152": ((3, 8, 36, 3), {"evolve": True}),
+    "evolve_ir_se_50": ((3, 4, 14, 3), {"evolve": True, "se": True}),
+    "evolve_ir_se_101": ((3, 13, 30, 3), {"evolve": True, "se": True}),
+    "evolve_ir_se_152": ((3, 8, 36, 3), {"evolve": True, "se": True}),
+}
+DIM = 24
+IMAGES = torch.from_numpy(np.random.default_rng(5).normal(size=(2, 3, 112, 112))).float()
+
+
+def published(name: str, *, small: bool = False) -> Shapes:
+    """Names and shapes as published, or of the same network with few channels."""
+    dim = DIM if small else 512
+    if name in IRESNETS:
+        return iresnet_shapes(IRESNETS[name], 1 / 16 if small else 1, dim)
+    if name in MOBILES:
+        large, scale = MOBILES[name]
+        return mobilefacenet_shapes(large, 1 if small else scale, dim)
+    if name in VITS:
+        channels, depth = VITS[name]
+        return vit_shapes(16 if small else channels, depth, dim)
+    blocks, form = IRS[name]
+    return ir_shapes(blocks, 1 / 16 if small else 1, dim, **form)
 
 
 def norm(key: str, channels: int, *, affine: bool = True) -> Shapes:

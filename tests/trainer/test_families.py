@@ -8,7 +8,6 @@ import argparse
 import sys
 import types
 from collections import OrderedDict
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gkd.commands.shared import build_embedder
-from gkd.storage.errors import ConfigError, GkdError
+from gkd.storage.errors import ConfigError
 from gkd.storage.records import open_records
 from gkd.storage.spec import preprocess_preset
 from gkd.storage.torch_files import read_torch_file
@@ -30,52 +28,17 @@ from gkd.trainer.model_card import export_student
 from tests.trainer import published_layouts as layouts
 from tests.trainer import published_networks
 from tests.trainer.faces import run, small_config
-from tests.trainer.published_layouts import Forward, Shapes, State, filled
-
-IRESNETS = {
-    "iresnet18": (2, 2, 2, 2),
-    "iresnet34": (3, 4, 6, 3),
-    "iresnet50": (3, 4, 14, 3),
-    "iresnet100": (3, 13, 30, 3),
-    "iresnet200": (6, 26, 60, 6),
-}
-MOBILES = {"mobilefacenet": ((1, 4, 6, 2), 2), "mbf_large": ((2, 8, 12, 4), 4)}
-VITS = {"vit_t": (256, 12), "vit_s": (512, 12), "vit_b": (512, 24), "vit_l": (768, 24)}
-IRS: dict[str, tuple[tuple[int, ...], dict[str, bool]]] = {
-    "ir_18": ((2, 2, 2, 2), {}),
-    "ir_34": ((3, 4, 6, 3), {}),
-    "ir_50": ((3, 4, 14, 3), {}),
-    "ir_101": ((3, 13, 30, 3), {}),
-    "ir_152": ((3, 8, 36, 3), {"bottleneck": True}),
-    "ir_200": ((3, 24, 36, 3), {"bottleneck": True}),
-    "ir_se_50": ((3, 4, 14, 3), {"se": True}),
-    "ir_se_101": ((3, 13, 30, 3), {"se": True}),
-    "ir_se_152": ((3, 8, 36, 3), {"bottleneck": True, "se": True}),
-    "ir_se_200": ((3, 24, 36, 3), {"bottleneck": True, "se": True}),
-    "evolve_ir_50": ((3, 4, 14, 3), {"evolve": True}),
-    "evolve_ir_101": ((3, 13, 30, 3), {"evolve": True}),
-    "evolve_ir_152": ((3, 8, 36, 3), {"evolve": True}),
-    "evolve_ir_se_50": ((3, 4, 14, 3), {"evolve": True, "se": True}),
-    "evolve_ir_se_101": ((3, 13, 30, 3), {"evolve": True, "se": True}),
-    "evolve_ir_se_152": ((3, 8, 36, 3), {"evolve": True, "se": True}),
-}
-DIM = 24
-IMAGES = torch.from_numpy(np.random.default_rng(5).normal(size=(2, 3, 112, 112))).float()
-
-
-def published(name: str, *, small: bool = False) -> Shapes:
-    """Names and shapes as published, or of the same network with few channels."""
-    dim = DIM if small else 512
-    if name in IRESNETS:
-        return layouts.iresnet_shapes(IRESNETS[name], 1 / 16 if small else 1, dim)
-    if name in MOBILES:
-        large, scale = MOBILES[name]
-        return layouts.mobilefacenet_shapes(large, 1 if small else scale, dim)
-    if name in VITS:
-        channels, depth = VITS[name]
-        return layouts.vit_shapes(16 if small else channels, depth, dim)
-    blocks, form = IRS[name]
-    return layouts.ir_shapes(blocks, 1 / 16 if small else 1, dim, **form)
+from tests.trainer.published_layouts import (
+    DIM,
+    IMAGES,
+    IRS,
+    VITS,
+    Forward,
+    Shapes,
+    State,
+    filled,
+    published,
+)
 
 
 @pytest.mark.parametrize("name", BACKBONES)
@@ -340,110 +303,6 @@ def test_settings_beside_the_weights_are_read_as_inert(
     torch.save(content, tmp_path / "w.ckpt")
     with pytest.raises(ConfigError, match="would run code, got one that names "):
         load_backbone("auto", tmp_path / "w.ckpt")
-
-
-NETS = """
-from torch import nn
-
-class Wrapped(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.backbone = nn.Sequential(nn.Conv2d(3, 4, 5, 4), nn.Flatten(), nn.Linear(2916, 6))
-
-    def forward(self, x):
-        return self.backbone(x)
-
-class Pair(Wrapped):
-    def forward(self, x):
-        return self.backbone(x), None
-
-class Map(Wrapped):
-    def forward(self, x):
-        return self.backbone[0](x)
-
-make_net = Wrapped
-
-def make_text():
-    return "net"
-
-def fail():
-    raise KeyError("no weights here")
-
-def needs(path):
-    return Wrapped()
-
-constant = 3
-"""
-
-
-@pytest.fixture
-def nets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The current folder, with a package ``own_nets`` and weights of its network."""
-    (tmp_path / "own_nets").mkdir()
-    (tmp_path / "own_nets/nets.py").write_text(NETS)
-    (tmp_path / "own_nets/broken.py").write_text("raise ImportError('needs abacus')")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    shapes = {"0.weight": (4, 3, 5, 5), "0.bias": (4,), "2.weight": (6, 2916), "2.bias": (6,)}
-    state = filled({f"backbone.{key}": shape for key, shape in shapes.items()})
-    torch.save({"state_dict": {f"module.{k}": v for k, v in state.items()}}, tmp_path / "w.pt")
-    yield tmp_path
-    for name in [name for name in sys.modules if name.startswith("own_nets")]:
-        del sys.modules[name]
-
-
-@torch.no_grad()
-def test_a_network_of_the_users_own_code_loads(nets: Path) -> None:
-    loaded = load_backbone("own_nets.nets:make_net", nets / "w.pt")
-    state = torch.load(nets / "w.pt")["state_dict"]
-    weights = {key.removeprefix("module.backbone."): value for key, value in state.items()}
-    x = F.conv2d(IMAGES, weights["0.weight"], weights["0.bias"], stride=4).flatten(1)
-    expected = x @ weights["2.weight"].T + weights["2.bias"]
-    torch.testing.assert_close(loaded.module(IMAGES), expected)
-    assert loaded.name == "own_nets.nets:make_net"
-    embedder = build_embedder(
-        nets / "w.pt",
-        arch="own_nets.nets:make_net",
-        preprocess=preprocess_preset("arcface"),
-        device="cpu",
-        precision="float32",
-    )
-    assert (embedder.arch, embedder.embedding_dim) == ("own_nets.nets:make_net", 6)
-
-
-@pytest.mark.parametrize(
-    ("arch", "message"),
-    [
-        ("own_nets.nets:", r"expected package\.module:factory, e\.g\. mypackage"),
-        ("own nets:make", r"expected package\.module:factory"),
-        ("no_nets.at_all:make", r"no_nets\.at_all cannot be imported: ModuleNotFoundError: No mod"),
-        ("own_nets.broken:make", r"own_nets\.broken cannot be imported: ImportError: needs abacus"),
-        ("own_nets.nets:absent", r"class absent in own_nets\.nets, got nothing of that name"),
-        ("own_nets.nets:constant", r"class constant in own_nets\.nets, got int"),
-        ("own_nets.nets:make_text", r"make_text\(\) to return a torch\.nn\.Module, got str"),
-        ("own_nets.nets:fail", r"fail\(\) raises KeyError: 'no weights here'; it is called with"),
-        ("own_nets.nets:needs", r"needs\(\) raises TypeError: .*argument: 'path'; it is called"),
-        ("own_nets.nets:Pair", r"w: expected embeddings \[1, D\] for 1 images, got a tuple"),
-        ("own_nets.nets:Map", r"w: expected embeddings \[1, D\] .*got shape \[1, 4, 27, 27\]"),
-    ],
-)
-def test_code_that_makes_no_embedder_is_refused(nets: Path, arch: str, message: str) -> None:
-    with pytest.raises(GkdError, match=message):
-        build_embedder(
-            nets / "w.pt",
-            arch=arch,
-            preprocess=preprocess_preset("arcface"),
-            device="cpu",
-            precision="float32",
-        )
-
-
-def test_weights_of_another_network_do_not_fit_the_users(nets: Path) -> None:
-    torch.save(filled(published("ir_18", small=True)), nets / "other.pt")
-    with pytest.raises(
-        ConfigError, match=r"do not fit own_nets.*missing: backbone\.0\.w.*like ir_18"
-    ):
-        load_backbone("own_nets.nets:make_net", nets / "other.pt")
 
 
 @pytest.mark.parametrize("name", ["vit_t", "mbf_large", "ir_18", "evolve_ir_50"])
