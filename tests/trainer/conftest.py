@@ -1,6 +1,7 @@
 """The small data set and a run on it, made once."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,8 @@ def faces(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def one_thread() -> Iterator[None]:
+@contextmanager
+def on_one_thread() -> Iterator[None]:
     """As the runs in processes of their own, which must agree to the bit."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -26,10 +27,16 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    with on_one_thread():
+        yield
+
+
 @pytest.fixture(scope="session")
 def unbroken(faces: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of 15 steps from start to end."""
-    torch.set_num_threads(1)
     out = tmp_path_factory.mktemp("unbroken") / "run"
-    run(faces, out, f'evaluation.sets=["{faces}/pairs.bin"]')
+    with on_one_thread():
+        run(faces, out, f'evaluation.sets=["{faces}/pairs.bin"]')
     return out

@@ -24,13 +24,7 @@ from gkd.trainer.ranks import ALONE
 from gkd.trainer.state import RunState
 from tests.trainer.faces import load, run, small_config
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def started(faces: Path, *overrides: str) -> tuple[RunState, Iterator[Batch]]:

@@ -4,7 +4,6 @@ import base64
 import json
 import shutil
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -32,6 +31,8 @@ from gkd.trainer.report import write_report
 from gkd.trainer.state import RunState
 from gkd.trainer.verification_set import load_verification_set
 from tests.trainer.faces import load, run, small_config
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 HOSTILE = "<script>alert(1)</script>\"'&$\\frac$ </td></table>\x07\udce9 名"
 VOID = {"meta", "img", "br"}
@@ -355,11 +356,3 @@ def test_worst_of_many_are_few() -> None:
     cosines = np.linspace(1, -1, 40, dtype=np.float32)
     summary = summarise(np.arange(40), cosines, Many())
     assert [each.number for each in summary.worst] == list(range(39, 9, -1))
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
