@@ -2,7 +2,9 @@
 
 import functools
 import gc
+import time
 import traceback
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,6 +31,8 @@ ARRIVAL = timedelta(minutes=10)
 # Once all are here a rank may wait long, while another evaluates or prepares data; torchrun ends
 # those whose peers died.
 PATIENCE = timedelta(hours=6)
+# Between looks for an answer of the first rank.
+_ANSWER_SECONDS = 0.05
 
 
 @dataclass(frozen=True)
@@ -171,20 +175,19 @@ def joined_ranks(device: str) -> Iterator[Ranks]:
         _take_gpu(torch.cuda.device_count())
     try:
         store, rank, _ = next(rendezvous("env://", timeout=ARRIVAL))
-        store.set(f"arrived/{rank}", "")
-        store.wait([f"arrived/{each}" for each in range(world_size)], ARRIVAL)
+        attempt = _common_attempt(store, rank, world_size)
         store.set_timeout(PATIENCE)
         dist.init_process_group(
             "nccl" if device == "cuda" else "gloo",
-            store=store,
+            store=dist.PrefixStore(attempt, store),
             rank=rank,
             world_size=world_size,
             timeout=PATIENCE,
         )
     except (RuntimeError, ValueError) as error:
         raise ConfigError(
-            f"the other ranks of WORLD_SIZE={world_size} cannot be reached ({error}); start all of "
-            "them with torchrun"
+            f"the other ranks of WORLD_SIZE={world_size} cannot be reached ({error}); see why they "
+            "ended, or start all of them with torchrun"
         ) from error
     try:
         yield Ranks(dist.get_rank(), dist.get_world_size())
@@ -196,6 +199,31 @@ def joined_ranks(device: str) -> Iterator[Ranks]:
         # lock in hand, and that waits for a thread of the group that may want the lock.
         gc.collect()
         dist.destroy_process_group()
+
+
+def _common_attempt(store: dist.Store, rank: int, world_size: int) -> str:
+    """A name that all ranks of this start have in common, and none of an earlier one.
+
+    torchrun's store outlives its restarts, and what dead ranks wrote there, addresses among it, is
+    not to be taken for these ranks'. The first rank names the start, the others answer to that name
+    with one of their own, and go on once the first says that it heard them.
+
+    Raises:
+        RuntimeError: where not all are here by ``ARRIVAL``.
+    """
+    mine, deadline = uuid.uuid4().hex, time.monotonic() + ARRIVAL.total_seconds()
+    if rank == 0:
+        store.set("attempt", mine)
+        heard = [store.get(f"{mine}/{other}").decode() for other in range(1, world_size)]
+        store.set(f"{mine}/heard", " ".join(heard))
+        return mine
+    while time.monotonic() < deadline:
+        attempt = store.get("attempt").decode()
+        store.set(f"{attempt}/{rank}", mine)
+        time.sleep(_ANSWER_SECONDS)
+        if store.check([f"{attempt}/heard"]) and mine in store.get(f"{attempt}/heard").decode():
+            return attempt
+    raise RuntimeError(f"rank 0 did not answer within {ARRIVAL}")
 
 
 def _forget_frames(error: BaseException | None) -> None:

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -33,11 +34,15 @@ from tests.trainer.runs import LAST, assert_same_end, last_centers, losses
 FAST = ("train.epochs=3", "train.batch_size=12", "checkpoint.every_epochs=0.34")
 
 
-def torchrun(ranks: int, *arguments: object) -> "subprocess.Popen[str]":
+ANY_PORT = ("--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0")
+
+
+def torchrun(
+    ranks: int, *arguments: object, flags: Sequence[str] = ANY_PORT
+) -> "subprocess.Popen[str]":
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}"]
-    command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
     return subprocess.Popen(
-        [*command, "-m", *map(str, arguments)],
+        [*command, *flags, "-m", *map(str, arguments)],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
@@ -103,6 +108,21 @@ def kill(process: "subprocess.Popen[str]") -> None:
     ]:
         each.kill()
     process.communicate()
+
+
+@pytest.mark.parametrize("way", ["c10d", "static"])
+def test_torchrun_starts_again_when_a_rank_is_killed(faces: Path, tmp_path: Path, way: str) -> None:
+    """Its store outlives the restart, with the addresses of the dead."""
+    out = tmp_path / "run"
+    flags = ANY_PORT if way == "c10d" else (f"--master-port={free_port()}",)
+    command = "tests.trainer.faces", faces, out, *FAST, "train.epochs=60"
+    process = torchrun(2, *command, flags=(*flags, "--max-restarts=1"))
+    wait_for_checkpoint(process, out)
+    psutil.Process(process.pid).children()[1].kill()
+    assert read_checkpoint(out / LAST)["step"] < 180, "nothing was interrupted"
+    finished(process)
+    steps = [line[0] for line in losses(out)]
+    assert steps == list(range(1, 181))
 
 
 def shape_of(file: Path) -> list[int]:
@@ -206,6 +226,13 @@ def ranked(rank: int, port: int, *arguments: object, **environment: str) -> str:
     return done.stderr
 
 
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port: int = free.getsockname()[1]
+    return port
+
+
 def agent_store() -> Any:
     """What torchrun holds for its ranks to find each other by."""
     host = "localhost", 0
@@ -238,10 +265,7 @@ UNREACHED = "ConfigError: the other ranks of WORLD_SIZE=2 cannot be reached"
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_whose_torchrun_died_does_not_wait_for_long(rank: int) -> None:
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    assert UNREACHED in ranked(rank, port, "ARRIVAL", 2, 0)
+    assert UNREACHED in ranked(rank, free_port(), "ARRIVAL", 2, 0)
 
 
 def test_a_rank_that_never_comes_is_not_waited_for_for_long() -> None:
