@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Literal
 import click
 
 from gkd.commands.shared import (
+    OUT,
     PATH,
     arch_option,
     as_json,
@@ -31,10 +32,10 @@ if TYPE_CHECKING:
 @device_option
 @precision_option
 @click.option("--batch-size", type=click.IntRange(min=1), default=128, show_default=True)
-@click.option("--plot", type=PATH, help="Draw the ROC into this PNG.")
+@click.option("--plot", type=OUT, help="Draw the ROC into this PNG.")
 @click.option(
     "--cache",
-    type=PATH,
+    type=OUT,
     help="Where embeddings are kept for the next time, by default below GKD_CACHE_DIR.",
 )
 @click.option("--no-cache", is_flag=True, help="Keep no embeddings and read none.")
@@ -105,7 +106,7 @@ def report(run: Path) -> None:
 
 @click.command("export")
 @click.argument("run", type=PATH)
-@click.argument("out", metavar="OUT.onnx|OUT.safetensors", type=PATH)
+@click.argument("out", metavar="OUT.onnx|OUT.safetensors", type=OUT)
 @click.option("--licence", metavar="TEXT", help="Terms of the model, for its card.")
 @click.option("--note", metavar="TEXT", help="Anything else its users should know, for its card.")
 @as_json
@@ -127,7 +128,7 @@ def export(run: Path, out: Path, licence: str | None, note: str | None, as_json:
 
 
 @click.command("demo")
-@click.argument("out", type=PATH, default=Path("gkd-demo"))
+@click.argument("out", type=OUT, default=Path("gkd-demo"))
 def demo(out: Path) -> None:
     """Draw faces, train a teacher on them, cache it, and train a student with and without it."""
     from gkd.demo import run_demo

@@ -6,6 +6,7 @@ from typing import Any
 import click
 
 from gkd.commands.shared import (
+    OUT,
     PATH,
     as_json,
     cache_settings,
@@ -35,7 +36,7 @@ from gkd.commands.shared import (
     "--thresholds", callback=parse_numbers, default="0.8,0.9,0.93,0.95,0.99", show_default=True
 )
 @target_options
-@click.option("--plot", type=PATH, help="Draw group and cache sizes into this PNG.")
+@click.option("--plot", type=OUT, help="Draw group and cache sizes into this PNG.")
 @sort_option
 @as_json
 def plan(

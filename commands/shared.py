@@ -45,7 +45,20 @@ class _Place(click.Path):
         return super().convert(value, param, ctx)
 
 
+class _Outside(_Place):
+    """A path that is written to, which must not lie in a cache."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The value, as click converts it."""
+        from gkd.storage.places import require_outside_caches
+
+        path = super().convert(value, param, ctx)
+        require_outside_caches(path)
+        return path
+
+
 PATH: Any = _Place(path_type=Path)
+OUT: Any = _Outside(path_type=Path)
 # A path or an address, as it was typed.
 PLACE: Any = _Place()
 

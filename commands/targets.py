@@ -8,6 +8,7 @@ import click
 import msgspec
 
 from gkd.commands.shared import (
+    OUT,
     PATH,
     PLACE,
     Resumable,
@@ -169,7 +170,7 @@ def _verify_against(
 
 @targets.command("stats")
 @click.argument("place", metavar="TARGETS", type=PLACE)
-@click.option("--plot", type=PATH, help="Draw group sizes and masses into this PNG.")
+@click.option("--plot", type=OUT, help="Draw group sizes and masses into this PNG.")
 @storage_option
 @as_json
 def targets_stats(place: str, plot: Path | None, options: dict[str, Any], as_json: bool) -> None:
@@ -210,7 +211,7 @@ def targets_stats(place: str, plot: Path | None, options: dict[str, Any], as_jso
 @targets.command("confusions")
 @click.argument("path", metavar="TARGETS", type=PATH)
 @click.option("--records", "source", type=PATH, metavar="RECORDS", help="Show faces from these.")
-@click.option("--out", type=PATH, required=True, metavar="FOLDER", help="Where the results go.")
+@click.option("--out", type=OUT, required=True, metavar="FOLDER", help="Where the results go.")
 @click.option(
     "--most",
     type=click.IntRange(min=1),

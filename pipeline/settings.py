@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, field
 
 from gkd.storage.errors import ConfigError
-from gkd.storage.spec import MAX_GROUP, VIEWS, CenterPrecision, DrawsSpec, View
+from gkd.storage.spec import MAX_GROUP, MAX_SCALE, VIEWS, CenterPrecision, DrawsSpec, View
 
 MOST_SHARD_SAMPLES = 65_536
 MOST_SHARD_BYTES = 256_000_000
@@ -54,7 +54,8 @@ class PartitionSettings:
         _check("--temperatures", temperatures, distinct, "each number once")
         fits = 1 <= self.max_group <= MAX_GROUP
         _check("--max-group", self.max_group, fits, f"a number from 1 to {MAX_GROUP:,}")
-        _check("--scale", self.scale, _is_positive(self.scale), positive)
+        fits = 0 < self.scale <= MAX_SCALE
+        _check("--scale", self.scale, fits, f"a number above 0, at most {MAX_SCALE:g}")
         _check("--margin", self.margin, math.isfinite(self.margin), "a finite number")
         if self.draws is not None:
             count, temperature = self.draws.count, self.draws.temperature

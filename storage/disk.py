@@ -22,7 +22,8 @@ def disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        place = error.filename or path
+        # Of two, as a copy has, the second is what is written.
+        place = error.filename2 or error.filename or path
         if error.errno in _FULL:
             raise ConfigError(
                 f"{place}: the disk has no room for it, or this user or process is allowed no more "

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -77,8 +77,13 @@ def join(
         )
     labels, known_digests = records.labels, samples.digests[known]
     places = match(digests, labels, known_digests, samples.labels[known])
-    if (places == _ABSENT).any() and not drop_unmatched:
-        _require_skipped(records, cache, samples, np.flatnonzero(places == _ABSENT), digests)
+    absent = places == _ABSENT
+    unreadable = absent & ~digests.any(axis=1)
+    unknown = _not_skipped(records, samples, unreadable if drop_unmatched else absent)
+    for row in unknown[unreadable[unknown]].tolist():
+        records.encoded(row)
+    if len(unknown) and not drop_unmatched:
+        _refuse_unknown(records, cache, samples, unknown)
     joined = np.flatnonzero(places != _ABSENT)
     if not len(joined):
         raise SpecMismatchError(
@@ -89,7 +94,8 @@ def join(
     if (samples.labels[known[places[joined]]] != labels[joined]).any():
         unique = _unique(known_digests)
         sure = joined[unique[places[joined]]]
-        classes = _numbering(records, cache, sure, samples.labels[known[places[sure]]])
+        labels_there = samples.labels[known[places[sure]]]
+        classes = _numbering(records, cache, sure, labels_there, drop_unmatched=drop_unmatched)
         # Among equal images of several classes the right one is known only now.
         numbered = classes[samples.labels[known]]
         places = match(digests, labels, known_digests, numbered)
@@ -102,21 +108,20 @@ def join(
     )
 
 
-def _require_skipped(
-    records: "Records",
-    cache: Cache,
-    samples: Samples,
-    absent: npt.NDArray[np.int64],
-    digests: npt.NDArray[np.uint8],
-) -> None:
-    """Refuse images without targets unless the cache was told to skip them."""
+def _not_skipped(
+    records: "Records", samples: Samples, absent: npt.NDArray[np.bool_]
+) -> npt.NDArray[np.int64]:
+    """Rows of those images, of ``absent`` [N], that the cache was not told to skip."""
     skipped = set(samples.keys(np.flatnonzero(~samples.present)))
-    unknown = absent[[records.key(row) not in skipped for row in absent.tolist()]]
-    if not len(unknown):
-        return
-    for row in unknown[~digests[unknown].any(axis=1)].tolist():
-        records.encoded(row)
-    note = f" ({len(skipped)} were skipped when it was made)" if skipped else ""
+    rows = [row for row in np.flatnonzero(absent).tolist() if records.key(row) not in skipped]
+    return np.array(rows, np.int64)
+
+
+def _refuse_unknown(
+    records: "Records", cache: Cache, samples: Samples, unknown: npt.NDArray[np.int64]
+) -> NoReturn:
+    skipped = int((~samples.present).sum())
+    note = f" ({skipped} were skipped when it was made)" if skipped else ""
     raise SpecMismatchError(
         f"{len(unknown)} of {len(records)} images of {records.path} are not in the cache "
         f"{cache.path}{note}, the first: {_list(records.where(row) for row in _few(unknown))}; "
@@ -141,10 +146,13 @@ def _numbering(
     cache: Cache,
     rows: npt.NDArray[np.int64],
     cache_labels: npt.NDArray[np.int64],
+    *,
+    drop_unmatched: bool,
 ) -> npt.NDArray[np.int64]:
     """Number in the records of each class of the cache, int64 [C].
 
-    Learned from images ``rows`` of the records, which have ``cache_labels`` in the cache.
+    Learned from images ``rows`` of the records, which have ``cache_labels`` in the cache. Classes
+    without an image on one side may be any without one on the other where such images are dropped.
     """
     ours = records.labels[rows]
     pairs = np.unique(np.stack([cache_labels, ours], 1), axis=0)
@@ -162,7 +170,8 @@ def _numbering(
     classes[pairs[:, 0]] = pairs[:, 1]
     missing = np.flatnonzero(classes == _ABSENT)
     free = np.setdiff1d(np.arange(records.num_classes), pairs[:, 1])
-    if len(missing) and len(free) and (len(missing), len(free)) != (1, 1):
+    decided = drop_unmatched or (len(missing), len(free)) == (1, 1)
+    if len(missing) and len(free) and not decided:
         raise SpecMismatchError(
             f"{_differing(records, cache, rows, cache_labels)}; {len(free)} classes of the records "
             f"have no image in the cache, the first: {_list(map(str, _few(free)))}, so which of "
@@ -170,7 +179,7 @@ def _numbering(
         )
     # Classes that only the cache has come after those of the records.
     beyond = np.arange(records.num_classes, records.num_classes + len(missing))
-    classes[missing] = free[: len(missing)] if len(free) else beyond
+    classes[missing] = np.concatenate([free, beyond])[: len(missing)]
     return classes
 
 

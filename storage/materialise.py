@@ -23,6 +23,7 @@ from gkd.storage.cache import Cache
 from gkd.storage.disk import disk_errors, require_room
 from gkd.storage.errors import ConfigError, CorruptDataError
 from gkd.storage.launch import all_cores
+from gkd.storage.places import require_outside_caches
 from gkd.storage.progress import progress
 from gkd.storage.spec import VIEWS, CacheSpec, View
 from gkd.storage.target_arrays import (
@@ -201,9 +202,11 @@ def _open(cache: Cache, views: tuple[View, ...], target: Path) -> TargetStore | 
 
 
 def default_folder() -> Path:
-    """``$GKD_CACHE_DIR``, or ``~/.cache/gkd``."""
+    """``$GKD_CACHE_DIR``, or ``~/.cache/gkd``; ConfigError where that is inside a cache."""
     chosen = os.environ.get("GKD_CACHE_DIR")
-    return Path(chosen) if chosen else Path.home() / ".cache" / "gkd"
+    folder = Path(chosen) if chosen else Path.home() / ".cache" / "gkd"
+    require_outside_caches(folder)
+    return folder
 
 
 def touch(path: Path) -> None:

@@ -29,8 +29,9 @@ from gkd.storage.target_arrays import concatenate, cut_out
 from gkd.storage.targets import SparseTargets
 from gkd.storage.writer import CacheWriter, ShardSamples, delete_leftovers
 
-# Fields in which caches that are merged may differ.
+# Fields in which caches that are merged may differ: files are known by their sha256.
 _FREE = ("num_samples", "shard_samples", "dataset", "derived", "software")
+_FREE_NAMES = ("teacher.name", "centers.name")
 _EXAMPLES = 3
 
 
@@ -137,7 +138,8 @@ def _settings(spec: CacheSpec) -> Iterator[tuple[str, Any]]:
         if field in _FREE:
             continue
         if isinstance(value, dict):
-            yield from ((f"{field}.{name}", each) for name, each in value.items())
+            named = ((f"{field}.{name}", each) for name, each in value.items())
+            yield from (item for item in named if item[0] not in _FREE_NAMES)
         else:
             yield field, value
     yield "dataset.label_order", spec.dataset.label_order

@@ -10,6 +10,7 @@ import numpy.typing as npt
 from gkd.storage.errors import ConfigError
 
 FORMAT = 1
+MAX_SCALE = 1024.0
 MAX_GROUP = 65535
 MOST_SHARD_NUMBERS = 1 << 26  # of a shard and view beside the entries, in one chunk
 View = Literal["original", "flipped"]

@@ -215,6 +215,7 @@ def _mass(code_counts: npt.NDArray[np.int64]) -> MassStats:
     """Codes fall as probabilities rise, so the quantiles are taken from the other end."""
     codes = _quantiles(code_counts, [1 - quantile for quantile in QUANTILES])
     probs = np.exp(decode_log_probs(np.arange(len(code_counts), dtype=np.uint16)), dtype=np.float64)
+    probs[MAX_CODE] = 0.0  # this, or too little for a code
     return MassStats(
         mean=float(code_counts @ probs) / max(int(code_counts.sum()), 1),
         quantiles=tuple(probs[codes].tolist()),

@@ -7,6 +7,8 @@ from unittest.mock import Mock
 import pytest
 import torch
 
+from gkd.storage.verify import verify
+from tests.caches import make_cache
 from tests.commands import fails, gkd
 from tests.home import write_home
 
@@ -48,6 +50,35 @@ def test_a_mistake_ends_in_one_message(
     told = fails(*arguments)
     assert told.startswith("Error: ")
     assert message in told
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("export", "run", "CACHE/x.onnx"),
+        ("evaluate", "teacher.pt", "others.bin", "--plot", "CACHE/roc.png"),
+        ("evaluate", "teacher.pt", "others.bin", "--cache", "CACHE"),
+        ("plan", "faces", "--teacher", "teacher.pt", "--plot", "CACHE/commits/plan.png"),
+        ("targets", "stats", "CACHE", "--plot", "CACHE/stats.png"),
+        ("targets", "confusions", "CACHE", "--out", "CACHE/found"),
+        ("demo", "CACHE/demo"),
+    ],
+)
+def test_nothing_is_written_inside_a_cache(tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    cache = make_cache(tmp_path / "c.gkd")
+    told = fails(*(word.replace("CACHE", str(cache.path)) for word in arguments))
+    assert f"inside the cache {cache.path}, which would not be whole any more" in told
+    assert verify(cache.path).ok
+
+
+def test_no_copies_of_targets_go_into_a_cache(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = make_cache(tmp_path / "c.gkd")
+    monkeypatch.setenv("GKD_CACHE_DIR", str(cache.path / "copies"))
+    told = fails("train-student", home / "faces", cache.path, tmp_path / "run")
+    assert f"inside the cache {cache.path}, which would not be whole any more" in told
+    assert verify(cache.path).ok
 
 
 @pytest.mark.parametrize(

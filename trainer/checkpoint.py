@@ -321,7 +321,7 @@ def read_centers(
     if not folder.is_dir():
         raise ConfigError(
             f"{folder}: expected the class centres of the checkpoint beside it, got nothing; copy "
-            "the whole folder of checkpoints, not one file"
+            f"the whole folder of checkpoints, not one file; {_ways_on(folder)}"
         )
     fault = _fault(folder, sha256) if ranks.first else ""
     if ranks.highest(int(bool(fault))):

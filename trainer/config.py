@@ -15,6 +15,7 @@ import msgspec
 from msgspec import Meta
 
 from gkd.storage.errors import ConfigError
+from gkd.storage.spec import MAX_SCALE
 from gkd.trainer.backbones.build import BackboneName
 from gkd.trainer.heads import Margin
 
@@ -28,7 +29,7 @@ CountOrNone = Annotated[int, Meta(ge=0)]
 EmbeddingDim = Annotated[int, Meta(ge=1, le=8192)]
 Width = Annotated[float, Meta(gt=0, le=8)]
 # Sixteen times the field's: from there on a softmax is an argmax.
-Scale = Annotated[float, Meta(gt=0, le=1024)]
+Scale = Annotated[float, Meta(gt=0, le=MAX_SCALE)]
 Epochs = Annotated[float, Meta(gt=0, le=1e6)]
 # BatchNorm over the batch needs two images.
 BatchSize = Annotated[int, Meta(ge=2)]

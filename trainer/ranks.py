@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor, Shard
@@ -179,7 +180,7 @@ def joined_ranks(device: str) -> Iterator[Ranks]:
         store.set_timeout(PATIENCE)
         dist.init_process_group(
             "nccl" if device == "cuda" else "gloo",
-            store=dist.PrefixStore(attempt, store),
+            store=PrefixStore(attempt, store),
             rank=rank,
             world_size=world_size,
             timeout=PATIENCE,
@@ -201,7 +202,7 @@ def joined_ranks(device: str) -> Iterator[Ranks]:
         dist.destroy_process_group()
 
 
-def _common_attempt(store: dist.Store, rank: int, world_size: int) -> str:
+def _common_attempt(store: Store, rank: int, world_size: int) -> str:
     """A name that all ranks of this start have in common, and none of an earlier one.
 
     torchrun's store outlives its restarts, and what dead ranks wrote there, addresses among it, is

@@ -319,7 +319,8 @@ def test_an_empty_batch_is_an_empty_partition() -> None:
         ("temperatures", (1.0, 1.0), "--temperatures: expected each number once, got 1,1;"),
         ("max_group", 0, "--max-group: expected a number from 1 to 65,535, got 0;"),
         ("max_group", 70000, "--max-group: expected a number from 1 to 65,535, got 70000;"),
-        ("scale", -1.0, r"--scale: expected a finite number above 0, got -1\.0;"),
+        ("scale", -1.0, r"--scale: expected a number above 0, at most 1024, got -1\.0;"),
+        ("scale", 1e6, r"--scale: expected a number above 0, at most 1024, got 1000000\.0;"),
         ("margin", math.inf, "--margin: expected a finite number, got inf"),
     ],
 )

@@ -114,8 +114,9 @@ def test_an_unreadable_image_that_was_not_skipped_is_named(cache: Cache, tmp_pat
     records = open_records(folder)
     (folder / "b" / "1.jpg").unlink()
     records.num_classes = 50
-    with pytest.raises(CorruptRecordError, match=r"b/1\.jpg"):
-        join(records, cache, digests=np.zeros((2, 16), np.uint8))
+    for dropped in (False, True):
+        with pytest.raises(CorruptRecordError, match=r"b/1\.jpg"):
+            join(records, cache, digests=np.zeros((2, 16), np.uint8), drop_unmatched=dropped)
 
 
 def test_unknown_images_are_left_out_on_request(cache: Cache) -> None:
@@ -185,6 +186,24 @@ def test_classes_of_unknown_images_come_along_when_they_are_left_out(cache: Cach
     found = join(cast("Records", records), cache, digests=digests, drop_unmatched=True)
     assert (found.num_classes, found.unmatched) == (53, 3)
     np.testing.assert_array_equal(found.classes, np.arange(50) + 3)
+
+
+@pytest.mark.parametrize("new", [2, 5])
+def test_new_identities_take_the_numbers_of_those_that_are_gone(cache: Cache, new: int) -> None:
+    """A folder without three identities, and with new ones in front whose images are left out."""
+    gone = np.array([3, 17, 30])
+    rows = [row for row in every_row(cache) if labels_of(cache.spec)[row] not in gone]
+    stay = np.delete(np.arange(50), gone)
+    labels = np.searchsorted(stay, labels_of(cache.spec)[rows]) + new
+    records = FakeRecords(np.concatenate([labels, np.arange(new)]), 47 + new)
+    digests = digests_of_rows([*rows, *range(200, 200 + new)])
+    with pytest.raises(SpecMismatchError):
+        join(cast("Records", records), cache, digests=digests)
+    found = join(cast("Records", records), cache, digests=digests, drop_unmatched=True)
+    assert (found.num_classes, found.unmatched) == (max(50, 47 + new), new)
+    assert found.classes is not None
+    np.testing.assert_array_equal(found.classes[stay], np.arange(47) + new)
+    assert found.classes[gone].tolist() == [*range(min(new, 3)), *range(49, 49 + 3 - new)]
 
 
 def test_a_class_that_was_split_is_refused(cache: Cache) -> None:

@@ -174,9 +174,9 @@ def test_an_interrupted_merge_goes_on(
         ),
         (
             lambda s: msgspec.structs.replace(
-                s, teacher=msgspec.structs.replace(s.teacher, name="other.onnx")
+                s, teacher=msgspec.structs.replace(s.teacher, sha256="7" * 64)
             ),
-            "teacher.name: 'teacher.onnx' and 'other.onnx'",
+            "teacher.sha256: '1{64}' and '7{64}'",
         ),
         (
             lambda s: msgspec.structs.replace(
@@ -193,6 +193,23 @@ def test_caches_of_other_makings_are_refused(
     with pytest.raises(SpecMismatchError, match=f"differ in {message}; merge caches of one"):
         merge([parts[0], other], tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_files_of_other_names_are_the_same_teacher_and_centres(
+    whole: Cache, parts: list[Cache], tmp_path: Path
+) -> None:
+    def renamed(spec: CacheSpec) -> CacheSpec:
+        return msgspec.structs.replace(
+            spec,
+            teacher=msgspec.structs.replace(spec.teacher, name="copy.onnx"),
+            centers=msgspec.structs.replace(spec.centers, name="copy.npy"),
+        )
+
+    other = part(whole, tmp_path / "other", range(60, 80), 40, renamed)
+    merge([parts[0], other], tmp_path / "out")
+    assert Cache.open(tmp_path / "out").spec.teacher == whole.spec.teacher
+    # Nor is the other one's writing gone on with refused.
+    CacheWriter(other.path, msgspec.structs.replace(other.spec, teacher=whole.spec.teacher))
 
 
 def test_an_image_in_two_caches_is_refused(

@@ -68,6 +68,13 @@ def test_bytes_are_those_of_the_files(cache: Cache) -> None:
     assert found.bytes_per_sample == total / 100
 
 
+def test_a_group_of_all_mass_leaves_none(tmp_path: Path) -> None:
+    cache = make_cache(tmp_path / "one.gkd", num_classes=1)
+    for view in stats(cache).views:
+        for mass in view.secondary.values():
+            assert (mass.mean, set(mass.quantiles)) == (0.0, {0.0})
+
+
 def test_figures_are_json(cache: Cache) -> None:
     assert "secondary" in json.dumps(dataclasses.asdict(stats(cache)), default=str)
 

@@ -136,7 +136,10 @@ def test_a_finished_cache_has_nothing_pending(tmp_path: Path) -> None:
     cache = make_cache(tmp_path / "c", skipped={3: "corrupt"})
     writer = CacheWriter(cache.path, cache.spec)
     assert writer.pending() == []
+    manifest = cache.path / layout.MANIFEST
+    before = manifest.stat()
     assert writer.finish() == cache.id
+    assert manifest.stat() == before, "it was written anew"
     with pytest.raises(ValueError, match="shard 1 is committed already"):
         write_shard(writer, 1)
 

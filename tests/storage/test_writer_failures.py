@@ -16,6 +16,7 @@ import pytest
 
 from gkd.storage import layout
 from gkd.storage.cache import Cache
+from gkd.storage.disk import disk_errors
 from gkd.storage.errors import ConfigError, GkdError, IncompleteCacheError
 from gkd.storage.metadata import committed_shards, read_commit
 from gkd.storage.spec import CacheSpec
@@ -251,6 +252,12 @@ def test_a_folder_that_may_not_be_written_is_told(
     monkeypatch.setattr(Path, "mkdir", refuse)
     with pytest.raises(ConfigError, match=rf"cannot be written \({os.strerror(code)}\); choose a"):
         CacheWriter(tmp_path / "c", make_spec())
+
+
+def test_of_a_copy_the_file_that_is_written_is_told(tmp_path: Path) -> None:
+    source, copy = tmp_path / "source", tmp_path / "copy"
+    with pytest.raises(ConfigError, match=rf"^{copy}: the disk has no room"), disk_errors(tmp_path):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(source), None, str(copy))
 
 
 def test_other_errors_of_a_disk_pass_as_they_are(

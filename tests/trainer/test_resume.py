@@ -165,7 +165,11 @@ def test_bits_that_flipped_in_a_checkpoint_are_not_gone_on_with(
     damaged = bytearray(file.read_bytes())
     damaged[-20] ^= 1
     file.write_bytes(damaged)
-    with pytest.raises(GkdError, match=r"beside it, step_000000005\.pt \(step 5\), remove last"):
+    there_is = r"beside it, step_000000005\.pt \(step 5\), remove last"
+    with pytest.raises(GkdError, match=there_is):
+        run(faces, out, *setting)
+    shutil.rmtree(last_centers(out))
+    with pytest.raises(GkdError, match=rf"copy the whole folder of checkpoints, .*{there_is}"):
         run(faces, out, *setting)
     (out / LAST).unlink()
     shutil.copy(out / "checkpoints/step_000000005.pt", out / LAST)
