@@ -211,7 +211,7 @@ def targets_stats(place: str, plot: Path | None, options: dict[str, Any], as_jso
 @targets.command("confusions")
 @click.argument("path", metavar="TARGETS", type=PATH)
 @click.option("--records", "source", type=PATH, metavar="RECORDS", help="Show faces from these.")
-@click.option("--out", type=OUT, required=True, metavar="FOLDER", help="Where the results go.")
+@click.option("--out", type=PATH, required=True, metavar="FOLDER", help="Where the results go.")
 @click.option(
     "--most",
     type=click.IntRange(min=1),

@@ -13,6 +13,7 @@ from gkd.storage.confusion_page import confusion_page, shown_rows
 from gkd.storage.confusions import confusions, keys_of
 from gkd.storage.disk import disk_errors
 from gkd.storage.errors import ConfigError
+from gkd.storage.places import require_outside_caches
 from gkd.storage.rows import Records
 from gkd.storage.thumbnails import thumbnails
 
@@ -48,15 +49,14 @@ def write_confusions(
     names that stand in ``out`` are replaced.
 
     Raises:
-        ConfigError: where ``out`` is no folder or cannot be written to.
+        ConfigError: where ``out`` is no folder, inside a cache, or cannot be written to.
         IncompleteCacheError: where the cache is not finished.
         CorruptShardError: where the cache is damaged.
         SpecMismatchError: where the records have none of the images.
     """
     if out.exists() and not out.is_dir():
         raise ConfigError(f"{out}: expected a folder to write to, got a file; name another")
-    if (out / "zarr.json").exists():
-        raise ConfigError(f"{out}: a cache, in which nothing else may stand; name another folder")
+    require_outside_caches(out)
     with disk_errors(out):
         out.mkdir(parents=True, exist_ok=True)
     found = confusions(cache)
