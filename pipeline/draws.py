@@ -27,8 +27,10 @@ from gkd.storage.targets import encode_log_probs
 
 BLOCK = 8  # classes whose sum is kept
 SPAN = 256  # classes whose sum is looked through for each number
-# Draws whose blocks are held at once. More are slower on a CPU: the system zeroes large arrays.
-CPU_DRAWS, ACCELERATOR_DRAWS = 1024, 2**20
+# Draws whose blocks are held at once: on a CPU few enough for its caches.
+CPU_DRAWS, ACCELERATOR_DRAWS = 2048, 2**20
+# An exponent that float32 bears, and a sum of such too.
+BEARABLE = 60.0
 
 
 def uniform_numbers(
@@ -94,39 +96,56 @@ class BlockSums:
         self.temperature = temperature
         spans = -(-num_classes // SPAN)
         self.of_blocks = torch.empty(batch, spans, SPAN // BLOCK, device=device)
-        self._shifts: list[Tensor] = []
+        self._peaks: list[Tensor] = []
+        self._taken: list[Taken] = []
         self._ends = [0]
 
     def add(self, terms: Tensor, peak: Tensor, taken: Taken) -> Tensor:
         """Take the next chunk's terms [B, n], at shifts ``peak`` [B]; the sum of each row.
 
-        What was taken out of the chunk before has no term there and is added.
+        What was taken out of the chunk before has no term there and is added by ``finish``.
         """
         if terms.shape[1] % SPAN:
             terms = functional.pad(terms, (0, -terms.shape[1] % SPAN))
         # As a product this is twice as fast as the sum of so short rows.
         sums = (terms.view(-1, BLOCK) @ terms.new_ones(BLOCK)).view(len(terms), -1)
-        total = sums.sum(1)
-
-        # Those may stand far above the others, and at another's shift be infinite.
-        shift = peak.scatter_reduce(0, taken.rows, taken.logits, "amax")
-        sums *= torch.exp((peak - shift) / self.temperature)[:, None]
-        places = taken.rows * sums.shape[1] + taken.columns // BLOCK
-        # Of several at one place the sum is in order, on a GPU too.
-        terms = torch.exp((taken.logits - shift[taken.rows]) / self.temperature)
-        sums.view(-1).index_put_((places,), terms, accumulate=True)
         spans = sums.view(len(sums), -1, SPAN // BLOCK)
-        end = self._ends[-1] + spans.shape[1]
-        self.of_blocks[:, self._ends[-1] : end] = spans
-        self._ends.append(end)
-        self._shifts.append(shift)
-        return total
+        start = self._ends[-1]
+        self.of_blocks[:, start : start + spans.shape[1]] = spans
+        self._ends.append(start + spans.shape[1])
+        self._peaks.append(peak)
+        self._taken.append(taken)
+        return sums.sum(1)
 
-    def shifts(self) -> Tensor:
-        """Shift of each span of each row, float64 [B, spans]."""
-        counts = torch.tensor(self._ends, device=self.of_blocks.device).diff()
-        shifts = torch.stack(self._shifts, 1).to(torch.float64)
-        return shifts.repeat_interleave(counts, 1, output_size=self._ends[-1])
+    def finish(self) -> Tensor:
+        """Add what was taken out of all chunks; the shift of each span, float64 [B, spans]."""
+        device = self.of_blocks.device
+        ends = torch.tensor(self._ends, device=device)
+        rows, columns, logits = (
+            torch.cat([getattr(taken, name) for taken in self._taken])
+            for name in ("rows", "columns", "logits")
+        )
+        counts = torch.tensor([len(taken.rows) for taken in self._taken], device=device)
+        of_taken = torch.repeat_interleave(counts, output_size=len(rows))  # chunks
+
+        peaks = torch.stack(self._peaks, 1)
+        places = rows * len(self._peaks) + of_taken
+        # Some may stand so far above the others that at these's shift they would be infinite.
+        held = logits - BEARABLE * self.temperature
+        shifts = peaks.flatten().scatter_reduce(0, places, held, "amax")
+        terms = torch.exp((logits - shifts[places]) / self.temperature)
+        shifts = shifts.view_as(peaks)
+
+        def of_spans(of_chunks: Tensor) -> Tensor:
+            return of_chunks.repeat_interleave(ends.diff(), 1, output_size=self._ends[-1])
+
+        if not torch.equal(shifts, peaks):
+            self.of_blocks *= of_spans(torch.exp((peaks - shifts) / self.temperature))[:, :, None]
+        blocks = ends[of_taken] * (SPAN // BLOCK) + columns // BLOCK
+        places = rows * self.of_blocks[0].numel() + blocks
+        # Of several at one place the sum is in order, on a GPU too.
+        self.of_blocks.view(-1).index_put_((places,), terms, accumulate=True)
+        return of_spans(shifts.double())
 
 
 def draw_from_all(sums: BlockSums, logits: Logits, uniforms: Tensor) -> Drawn:
@@ -134,7 +153,7 @@ def draw_from_all(sums: BlockSums, logits: Logits, uniforms: Tensor) -> Drawn:
 
     ``sums`` are of all classes at T, and ``logits`` of the same rows.
     """
-    shifts = sums.shifts() / sums.temperature
+    shifts = sums.finish() / sums.temperature
     highest = shifts.amax(1)
     masses = sums.of_blocks.sum(2) * torch.exp(shifts - highest[:, None])
     log_total = highest + masses.sum(1).log()
