@@ -100,7 +100,7 @@ class WriteLock:
         self._beating = threading.Thread(target=self._beat, name="lock", daemon=True)
 
     def __enter__(self) -> Self:
-        require_outside_caches(self.target, is_cache=True)
+        require_outside_caches(self.target, may_be_one=True)
         with disk_errors(self.folder):
             self._show()
             try:

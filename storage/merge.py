@@ -24,14 +24,13 @@ from gkd.storage.layout import METADATA
 from gkd.storage.lock import WriteLock
 from gkd.storage.progress import progress
 from gkd.storage.retarget import shard_samples, software_versions
-from gkd.storage.spec import CacheSpec, DatasetSpec, DerivedSpec, View
+from gkd.storage.spec import CacheSpec, DatasetSpec, DerivedSpec, View, settings_of
 from gkd.storage.target_arrays import concatenate, cut_out
 from gkd.storage.targets import SparseTargets
 from gkd.storage.writer import CacheWriter, ShardSamples, delete_leftovers
 
-# Fields in which caches that are merged may differ: files are known by their sha256.
-_FREE = ("num_samples", "shard_samples", "dataset", "derived", "software")
-_FREE_NAMES = ("teacher.name", "centers.name")
+# Fields in which caches that are merged may differ.
+_FREE = ("num_samples", "shard_samples", "dataset", "derived")
 _EXAMPLES = 3
 
 
@@ -118,7 +117,7 @@ def merged_spec(caches: Sequence[Cache]) -> CacheSpec:
 
 
 def _require_same_settings(first: Cache, other: Cache) -> None:
-    ours, theirs = (dict(_settings(cache.spec)) for cache in (first, other))
+    ours, theirs = _common(first.spec), _common(other.spec)
     differences = [
         f"{field}: {ours.get(field)!r} and {theirs.get(field)!r}"
         for field in ours.keys() | theirs.keys()
@@ -132,17 +131,13 @@ def _require_same_settings(first: Cache, other: Cache) -> None:
         )
 
 
-def _settings(spec: CacheSpec) -> Iterator[tuple[str, Any]]:
-    """Name and value of everything that caches must have in common."""
-    for field, value in msgspec.to_builtins(spec).items():
-        if field in _FREE:
-            continue
-        if isinstance(value, dict):
-            named = ((f"{field}.{name}", each) for name, each in value.items())
-            yield from (item for item in named if item[0] not in _FREE_NAMES)
-        else:
-            yield field, value
-    yield "dataset.label_order", spec.dataset.label_order
+def _common(spec: CacheSpec) -> dict[str, Any]:
+    """What caches must have in common."""
+    return {
+        field: value
+        for field, value in settings_of(spec).items()
+        if field.partition(".")[0] not in _FREE or field == "dataset.label_order"
+    }
 
 
 def _require_disjoint(caches: Sequence[Cache]) -> None:

@@ -7,16 +7,16 @@ from gkd.storage.errors import ConfigError, CorruptShardError
 from gkd.storage.metadata import read_spec
 
 
-def require_outside_caches(path: Path, *, is_cache: bool = False) -> None:
+def require_outside_caches(path: Path, *, may_be_one: bool = False) -> None:
     """Refuse a place inside a cache: what is written there is no part of it and spoils it.
 
-    With ``is_cache`` the place itself may be one, which is then gone on with.
+    With ``may_be_one`` the place itself may be one, which is then gone on with.
 
     Raises:
         ConfigError: naming the cache.
     """
     place = path.absolute().resolve()
-    for folder in place.parents if is_cache else (place, *place.parents):
+    for folder in place.parents if may_be_one else (place, *place.parents):
         if _is_cache(folder):
             raise ConfigError(
                 f"{path}: inside the cache {folder}, which would not be whole any more; name a "

@@ -67,7 +67,7 @@ def push(
 def _claim(remote: Remote, cache_id: str) -> None:
     """Make sure that the address is free or this cache's, and take it."""
     if remote.folder is not None:
-        require_outside_caches(remote.folder, is_cache=True)
+        require_outside_caches(remote.folder, may_be_one=True)
     elif (around := remote.around(CLAIM)) is not None:
         raise ConfigError(
             f"{remote.address}: inside the cache {around}, which would not be whole any more; name "

@@ -1,7 +1,7 @@
 """What a cache is: every number and digest that decided its bytes."""
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
@@ -210,6 +210,30 @@ class CacheSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         """Rows of the data set that a shard holds."""
         start = shard * self.shard_samples
         return range(start, min(start + self.shard_samples, self.num_samples))
+
+
+def settings_of(spec: CacheSpec) -> dict[str, Any]:
+    """What a cache is, by field, those of parts as ``part.field``.
+
+    Left out are the versions of software, and what files and data sets are called: what they are
+    their sha256 says.
+    """
+    return _flat(msgspec.to_builtins(spec))
+
+
+_WORDS = ("software", "teacher.name", "centers.name", "dataset.name")
+
+
+def _flat(fields: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in fields.items():
+        if prefix + name in _WORDS:
+            continue
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat
 
 
 def _positive(number: float) -> bool:

@@ -7,9 +7,7 @@ import uuid
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
@@ -25,7 +23,7 @@ from gkd.storage.errors import (
 )
 from gkd.storage.layout import ArrayLayout, Commit, ViewRecord, file_record
 from gkd.storage.metadata import read_commit, read_spec
-from gkd.storage.spec import CacheSpec, View
+from gkd.storage.spec import CacheSpec, View, settings_of
 from gkd.storage.targets import SparseTargets
 
 
@@ -257,7 +255,7 @@ def _create(path: Path, spec: CacheSpec) -> None:
 def _require_same_spec(
     path: Path, stored: CacheSpec, wanted: CacheSpec, unknown: Collection[str] = ()
 ) -> None:
-    theirs, ours = (_flat_fields(msgspec.to_builtins(spec)) for spec in (stored, wanted))
+    theirs, ours = settings_of(stored), settings_of(wanted)
     differences = [
         f"  {field}: the cache has {theirs.get(field)!r}, this run {ours.get(field)!r}"
         for field in sorted((theirs.keys() | ours.keys()) - set(unknown))
@@ -269,19 +267,6 @@ def _require_same_spec(
             + "\n".join(differences)
             + "\nRun again with the cache's settings to go on with it, or choose another folder."
         )
-
-
-def _flat_fields(fields: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in fields.items():
-        # What a file is called does not say what it is: that its sha256 does.
-        if prefix + name in ("software", "teacher.name", "centers.name", "dataset.name"):
-            continue
-        if isinstance(value, dict):
-            flat |= _flat_fields(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = value
-    return flat
 
 
 def _check_samples(spec: CacheSpec, shard: int, samples: ShardSamples) -> None:

@@ -20,13 +20,6 @@ from gkd.storage import layout
 from gkd.storage.metadata import read_commit, read_spec
 from gkd.trainer.backbones import build_backbone
 from tests.commands import TINY, fails, gkd, works
-from tests.home import write_home
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Faces of eight people, a verification set, a teacher, a cache and a student of it."""
-    return write_home(tmp_path_factory.mktemp("home"))
 
 
 @pytest.fixture(scope="module")

@@ -10,17 +10,8 @@ import torch
 from gkd.storage.verify import verify
 from tests.caches import make_cache
 from tests.commands import fails, gkd
-from tests.home import write_home
 
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_home(tmp_path_factory.mktemp("home"))
-
-
-@pytest.fixture(autouse=True)
-def materialised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("GKD_CACHE_DIR", str(tmp_path / "materialised"))
+pytestmark = pytest.mark.usefixtures("materialised")
 
 
 @pytest.mark.parametrize(

@@ -8,18 +8,9 @@ import pytest
 
 from gkd.storage.records import open_records
 from tests.commands import TINY, fails, gkd, works
-from tests.home import write_home
 from tests.storage.test_forms import write_form
 
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_home(tmp_path_factory.mktemp("home"))
-
-
-@pytest.fixture(autouse=True)
-def materialised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("GKD_CACHE_DIR", str(tmp_path / "materialised"))
+pytestmark = pytest.mark.usefixtures("materialised")
 
 
 def test_records_are_packed_described_and_verified(home: Path, tmp_path: Path) -> None:

@@ -16,6 +16,8 @@ from gkd.trainer.backbones import build_backbone
 from gkd.trainer.checkpoint import read_checkpoint
 from tests.commands import TINY, fails, gkd, works
 
+pytestmark = pytest.mark.usefixtures("materialised")
+
 # Half a step of the stored codes, as a natural logarithm.
 ROUNDING = np.log(2) / 2048
 
@@ -41,12 +43,6 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     np.save(home / "centers.npy", np.random.default_rng(0).normal(size=(8, 16)).astype(np.float32))
     cache_teacher(home, home / "faces", home / "targets.gkd", "--threshold", 0.99)
     return home
-
-
-@pytest.fixture(autouse=True)
-def materialised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("GKD_CACHE_DIR", str(tmp_path / "materialised"))
-    return tmp_path / "materialised"
 
 
 def test_a_retargeted_cache_is_that_of_a_fresh_run(home: Path, tmp_path: Path) -> None:
