@@ -62,10 +62,10 @@ def processor_seconds() -> float:
     return sum(use.ru_utime + use.ru_stime for use in uses)
 
 
-def best_in_turns(
+def in_turns(
     works: list[Callable[[], object]], rounds: int, clock: Callable[[], float] = time.perf_counter
-) -> list[float]:
-    """Least seconds of each, measured turn by turn."""
+) -> npt.NDArray[np.float64]:
+    """Seconds [rounds, n] of each work, measured turn by turn."""
     turns = []
     for _ in range(rounds):
         seconds = []
@@ -75,7 +75,7 @@ def best_in_turns(
             work()
             seconds.append(clock() - began)
         turns.append(seconds)
-    return [min(seconds) for seconds in zip(*turns, strict=True)]
+    return np.array(turns)
 
 
 def lookup_speeds(store: TargetStore) -> tuple[float, float, float]:
@@ -95,7 +95,7 @@ def lookup_speeds(store: TargetStore) -> tuple[float, float, float]:
             raw.lookup(rows)
 
     count = len(batches) * BATCH
-    mine, other = best_in_turns([ours, theirs], ROUNDS)
+    mine, other = in_turns([ours, theirs], ROUNDS).min(0)
     return count / mine, count / other, entries / count
 
 
@@ -114,8 +114,8 @@ def epoch(dataset: FaceBatches, plans: Plans, workers: int) -> None:
         pass
 
 
-def epoch_seconds(folder: Path) -> list[float]:
-    """Processor seconds of an epoch with two workers: without targets, with them, and in blocks."""
+def epoch_seconds(folder: Path) -> npt.NDArray[np.float64]:
+    """Processor seconds [rounds, 3] of an epoch of two workers: without targets, with, in blocks."""
     cache = make_cache(
         folder / "epoch",
         num_samples=IMAGES,
@@ -142,7 +142,7 @@ def epoch_seconds(folder: Path) -> list[float]:
         ),
     ]
     works: list[Callable[[], object]] = [functools.partial(epoch, *way, 2) for way in ways]
-    return best_in_turns(works, ROUNDS, processor_seconds)
+    return in_turns(works, ROUNDS, processor_seconds)
 
 
 def main() -> None:
@@ -162,10 +162,13 @@ def main() -> None:
         print(f"{speed:,.0f} samples/s of {entries:.1f}, raw {raw_speed:,.0f}", file=sys.stderr)
         ratios["lookup / raw memmap CSR"] = speed / raw_speed
         ratios["lookup, samples a second"] = speed
-        plain, with_targets, in_blocks = epoch_seconds(folder)
+        turns = epoch_seconds(folder)
+        plain, with_targets, in_blocks = turns.min(0)
         told = f"with targets {with_targets:.2f} s, in blocks {in_blocks:.2f} s"
         print(f"epoch {plain:.2f} s, {told}", file=sys.stderr)
         ratios["epoch of two workers without / with targets"] = plain / with_targets
+        pairs = float(np.median(turns[:, 0] / turns[:, 1]))
+        ratios["epoch of two workers without / with targets, median of turns"] = pairs
         ratios["epoch of two workers without / with targets in blocks"] = plain / in_blocks
 
         n, mean, most = LARGE
