@@ -115,7 +115,7 @@ def epoch(dataset: FaceBatches, plans: Plans, workers: int) -> None:
 
 
 def epoch_seconds(folder: Path) -> npt.NDArray[np.float64]:
-    """Processor seconds [rounds, 3] of an epoch of two workers: without targets, with, in blocks."""
+    """Processor seconds [rounds, 3] of two workers: without targets, with them, in blocks."""
     cache = make_cache(
         folder / "epoch",
         num_samples=IMAGES,
