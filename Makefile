@@ -7,7 +7,7 @@ READY := $(VENV)/ready
 DEMO := demo-run
 
 .DELETE_ON_ERROR:
-.PHONY: demo check lint types browser test newest format clean
+.PHONY: demo check lint types mypy pyright browser test coverage newest format clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "gkd needs Python 3.11 or newer, this is %d.%d: make PYTHON=python3.11" % sys.version_info[:2])'
@@ -27,7 +27,12 @@ lint: $(READY)
 	$(BIN)/lint-imports
 
 types: $(READY)
+	@$(MAKE) --no-print-directory --jobs=2 mypy pyright
+
+mypy: $(READY)
 	$(BIN)/mypy
+
+pyright: $(READY)
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 # A browser for the tests of pages; without one, and without the right to install it, they skip.
@@ -38,9 +43,14 @@ browser:
 			>/dev/null || echo "chromium could not be installed: tests in a browser are skipped"; \
 	else echo "no chromium with its driver, and no right to install it: tests in a browser are skipped"; fi
 
+# One thread each: the tests' processes share the cores.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses logical --maxprocesses 8 --dist worksteal
+
 test: $(READY)
-	OMP_WAIT_POLICY=passive $(BIN)/pytest --numprocesses logical --maxprocesses 8 --dist worksteal \
-		--cov --cov-report term:skip-covered
+	$(PYTEST)
+
+coverage: $(READY)
+	$(PYTEST) --cov --cov-report term:skip-covered
 
 # Storage alone under a newer Python with the newest zarr; it needs no torch.
 newest:

@@ -127,7 +127,8 @@ class Ranks:
         """The model with gradients averaged over the ranks, sent as ``hook`` says."""
         if self.world_size == 1:
             return model
-        parallel = DistributedDataParallel(model, broadcast_buffers=False)
+        parallel = DistributedDataParallel(model)
+        parallel.broadcast_buffers = False  # the argument of this name is deprecated by torch 2.13
         if hook != "float32":
             dtype = torch.float16 if hook == "float16" else torch.bfloat16
             parallel.register_comm_hook(dtype, _rounded_mean)
