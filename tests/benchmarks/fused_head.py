@@ -3,8 +3,9 @@
 ``python -m tests.benchmarks.fused_head`` times forward and backward of ``grouped_margin_loss`` for
 a batch of 128, 93,431 classes and 512 dimensions, turn by turn with the layer's three matrix
 products and with a margin head of cross-entropy alone in autograd: processor time of one thread,
-so that neighbours on the machine do not count. The memory above the centres and their gradient is
-the growth of a child process's peak.
+so that neighbours on the machine do not count. Draws and groups of as many entries cost the same
+but for noise, so the median of many turns compares them. The memory above the centres and their
+gradient is the growth of a child process's peak.
 
 ``python -m tests.benchmarks.fused_head webface42m`` runs one step at 2,059,906 classes, says the
 peak of memory, and what the plain head's tensors would take: its step on tensors without memory.
@@ -30,12 +31,12 @@ from gkd.trainer.fused import grouped_margin_loss
 from gkd.trainer.heads import Margin
 from gkd.trainer.losses import GroupTargets
 from gkd.trainer.sampling import SampledCenters, sample_classes
-from tests.benchmarks.harness import Bar, report
+from tests.benchmarks.harness import Bar, in_turns, report
 
 BATCH, NUM_CLASSES, EMBEDDING_DIM = 128, 93_431, 512
 WEBFACE42M = 2_059_906
 MARGIN, SCALE = Margin(m3=0.4), 64.0
-ROUNDS = 7
+ROUNDS, PAIR_ROUNDS = 7, 25
 MEGABYTE, GIBIBYTE = 1e6, 2**30
 
 
@@ -114,19 +115,10 @@ class Layer:
         self.embeddings.grad = self.centers.grad = None
 
 
-def processor_seconds(work: Callable[[], None]) -> float:
-    began = time.process_time()
-    work()
-    return time.process_time() - began
-
-
 def least_seconds(works: dict[str, Callable[[], None]]) -> dict[str, float]:
     """Least time of each, taken in turns: noise only ever adds."""
-    times: dict[str, list[float]] = {name: [] for name in works}
-    for _ in range(ROUNDS):
-        for name, work in works.items():
-            times[name].append(processor_seconds(work))
-    return {name: min(some) for name, some in times.items()}
+    least = in_turns(list(works.values()), ROUNDS, time.process_time).min(0)
+    return dict(zip(works, least.tolist(), strict=True))
 
 
 def memory(what: str) -> int:
@@ -169,17 +161,17 @@ def compare() -> None:
             "without targets": lambda: layer.fused(None),
             "mean 19": lambda: layer.fused(groups[19]),
             "mean 2000": lambda: layer.fused(groups[2000]),
-            "mean 64": lambda: layer.fused(groups[64]),
-            "64 draws": lambda: layer.fused(drawn),
         }
     )
+    pair = [lambda: layer.fused(groups[64]), lambda: layer.fused(drawn)]
+    exact, draws = in_turns(pair, PAIR_ROUNDS, time.process_time).T
     print({name: round(value, 3) for name, value in seconds.items()}, file=sys.stderr)
     products, plain = seconds["products"], seconds["plain"]
     ratios = {
         "mean 19 / three products": seconds["mean 19"] / products,
         "mean 2000 / three products": seconds["mean 2000"] / products,
         "mean 19 / plain head without targets": seconds["mean 19"] / plain,
-        "64 draws / groups of 64": seconds["64 draws"] / seconds["mean 64"],
+        "64 draws / groups of 64": float(np.median(draws / exact)),
         "without targets / three products": seconds["without targets"] / products,
         "plain head without targets / three products": plain / products,
         "MB above centres and gradient": in_a_child(measure_extra_bytes) / MEGABYTE,

@@ -1,18 +1,39 @@
-"""What every benchmark shares: the machine in words, and the one JSON object at the end."""
+"""What benchmarks share: works measured in turns, and the one JSON object at the end."""
 
+import gc
 import json
 import operator
 import os
 import platform
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
 
 from tests.paths import ROOT
 
 RESULTS = ROOT / "benchmarks"
 COMPARE = {"<=": operator.le, ">": operator.gt, ">=": operator.ge, "==": operator.eq}
 Bar = tuple[str, float]
+
+
+def in_turns(
+    works: Sequence[Callable[[], object]],
+    rounds: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> npt.NDArray[np.float64]:
+    """Seconds [rounds, n] of each work, measured turn by turn, every other one from the last on."""
+    turns = np.empty((rounds, len(works)))
+    for number, seconds in enumerate(turns):
+        for place in range(len(works))[:: -1 if number % 2 else 1]:
+            gc.collect()
+            began = clock()
+            works[place]()
+            seconds[place] = clock() - began
+    return turns
 
 
 def machine() -> str:

@@ -2,7 +2,6 @@
 
 import resource
 import sys
-import time
 from collections.abc import Callable
 from functools import partial
 
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from gkd.pipeline.partition import partition, partition_logits
 from gkd.pipeline.settings import DRAWS, PartitionSettings
-from tests.benchmarks.harness import report
+from tests.benchmarks.harness import in_turns, report
 from tests.reference import dense_group
 
 ROUNDS = 9
@@ -50,24 +49,10 @@ def sorted_softmax(logits: Tensor) -> Tensor:
     return order[probs.cumsum(1) < SHARP.threshold]
 
 
-def seconds(*works: Callable[[], object], rounds: int = ROUNDS) -> list[float]:
-    """Best of some rounds of each work, in turns so that all see the same machine."""
-    best = [float("inf")] * len(works)
-    for _ in range(rounds):
-        for place, work in enumerate(works):
-            began = time.perf_counter()
-            work()
-            best[place] = min(best[place], time.perf_counter() - began)
-    return best
-
-
 def drawn_ratio(plain: Callable[[], object], drawn: Callable[[], object]) -> float:
-    """Median of the time with draws / the time just before without."""
-    ratios = []
-    for _ in range(DRAW_ROUNDS):
-        without, with_draws = seconds(plain, drawn, rounds=1)
-        ratios.append(with_draws / without)
-    return float(np.median(ratios))
+    """Median of the time with draws / the time in the same turn without."""
+    without, with_draws = in_turns([plain, drawn], DRAW_ROUNDS).T
+    return float(np.median(with_draws / without))
 
 
 def many_classes() -> tuple[float, int]:
@@ -99,12 +84,13 @@ def main() -> None:
     gib, differing = many_classes()
     logits, labels = teacher_logits()
     soft = PartitionSettings(group_temperature=2.0)
-    one, sharp, softer, plain = seconds(
+    works: list[Callable[[], object]] = [
         partial(torch.logsumexp, logits, 1),
         partial(partition_logits, logits, labels, SHARP),
         partial(partition_logits, logits, labels, soft),
         partial(sorted_softmax, logits),
-    )
+    ]
+    one, sharp, softer, plain = in_turns(works, ROUNDS).min(0).tolist()
     for name, config, took in (("T=1", SHARP, sharp), ("T=2", soft, softer)):
         median = np.median(partition_logits(logits, labels, config).targets.sizes)
         print(

@@ -12,7 +12,6 @@ stands beside tarfile's, which makes no index of samples and labels.
 import os
 import tarfile
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -21,7 +20,7 @@ import pyarrow as pa
 
 from gkd.storage import parquet_blocks
 from gkd.storage.records import Records, open_records
-from tests.benchmarks.harness import report
+from tests.benchmarks.harness import in_turns, report
 from tests.paths import SHARED_DATA
 from tests.storage.forms import image_column, samples, write_parquet, write_tar
 
@@ -57,10 +56,8 @@ def main() -> None:
         decode = best(lambda: [records.image(row) for row in at_random[:DECODED]]) / DECODED
         print(f"a JPEG decoded: {decode * 1e6:.1f} us")
         for what, rows in (("in order", in_order), ("at random", at_random)):
-            raw, rec, shard = in_turns(
-                reads_of_file(rows), reads(records, rows), reads(open_records(tar), rows)
-            )
-            each = [seconds / len(rows) for seconds in (raw, rec, shard)]
+            forms = [reads_of_file(rows), reads(records, rows), reads(open_records(tar), rows)]
+            each = in_turns(forms, ROUNDS).min(0) / len(rows)
             print(f"{what}: " + ", ".join(f"{seconds * 1e6:.2f} us" for seconds in each))
             ratios[f".rec, reads {what} / pread"] = each[1] / each[0]
             ratios[f"tar, reads {what} / .rec"] = each[2] / each[1]
@@ -82,7 +79,7 @@ def walk(tar: Path) -> dict[str, float]:
             assert sum(1 for _ in archive)
 
     count = len(open_records(tar))
-    standard, ours = in_turns(theirs, lambda: open_records(tar))
+    standard, ours = in_turns([theirs, lambda: open_records(tar)], ROUNDS).min(0).tolist()
     print(
         f"index: {ours / count * 1e6:.1f} s a million samples, tarfile {standard / count * 1e6:.1f}"
     )
@@ -117,18 +114,7 @@ def reads_of_file(rows: Sequence[int]) -> Callable[[], object]:
 
 def best(run: Callable[[], object]) -> float:
     """Seconds of the best round."""
-    return in_turns(run)[0]
-
-
-def in_turns(*runs: Callable[[], object]) -> list[float]:
-    """Seconds of each one's best round, the rounds in turns."""
-    seconds = [float("inf")] * len(runs)
-    for _ in range(ROUNDS):
-        for number, run in enumerate(runs):
-            began = time.perf_counter()
-            run()
-            seconds[number] = min(seconds[number], time.perf_counter() - began)
-    return seconds
+    return float(in_turns([run], ROUNDS).min())
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from gkd.trainer.fused import grouped_margin_loss
 from gkd.trainer.heads import MarginHead
 from gkd.trainer.losses import GroupTargets
 from gkd.trainer.schedules import make_optimizer
-from tests.benchmarks.harness import Bar, report
+from tests.benchmarks.harness import Bar, in_turns, report
 
 BATCH = 32
 ROUNDS = 15
@@ -70,17 +70,11 @@ def make_step(
     return step
 
 
-def seconds(work: Callable[[], object]) -> float:
-    began = time.process_time()
-    work()
-    return time.process_time() - began
-
-
 def teacher_seconds() -> float:
     teacher = build_backbone("iresnet50").eval()
     images: Tensor = torch.randn(BATCH, 3, 112, 112)
     with torch.no_grad():
-        return min(seconds(lambda: teacher(images)) for _ in range(2))
+        return float(in_turns([lambda: teacher(images)], 2, time.process_time).min())
 
 
 def step_seconds(num_classes: int, entries: int) -> tuple[float, float]:
@@ -88,8 +82,9 @@ def step_seconds(num_classes: int, entries: int) -> tuple[float, float]:
     step, targets = make_step(num_classes), random_targets(num_classes, entries)
     step(None)
     step(targets)
-    turns = [(seconds(lambda: step(None)), seconds(lambda: step(targets))) for _ in range(ROUNDS)]
-    return min(plain for plain, _ in turns), min(with_kd for _, with_kd in turns)
+    pair = [lambda: step(None), lambda: step(targets)]
+    plain, with_kd = in_turns(pair, ROUNDS, time.process_time).min(0).tolist()
+    return plain, with_kd
 
 
 def main() -> None:

@@ -9,12 +9,9 @@ machine does, so of many turns the median of their ratios counts, every other tu
 """
 
 import functools
-import gc
 import resource
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +27,7 @@ from gkd.storage.synthetic import draw_faces
 from gkd.trainer.data import FaceBatches, JoinedTargets
 from gkd.trainer.loading import load_batches
 from gkd.trainer.plans import Plans
-from tests.benchmarks.harness import Bar, report
+from tests.benchmarks.harness import Bar, in_turns, report
 from tests.benchmarks.synthetic_cache import make_cache
 
 CLASSES = 93_431
@@ -61,20 +58,6 @@ def processor_seconds() -> float:
     """Spent so far by this process and by those of its children that have ended."""
     uses = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return sum(use.ru_utime + use.ru_stime for use in uses)
-
-
-def in_turns(
-    works: list[Callable[[], object]], rounds: int, clock: Callable[[], float] = time.perf_counter
-) -> npt.NDArray[np.float64]:
-    """Seconds [rounds, n] of each work, measured turn by turn, every other one from the last on."""
-    turns = np.empty((rounds, len(works)))
-    for number, seconds in enumerate(turns):
-        for place in range(len(works))[:: -1 if number % 2 else 1]:
-            gc.collect()
-            began = clock()
-            works[place]()
-            seconds[place] = clock() - began
-    return turns
 
 
 def lookup_speeds(store: TargetStore) -> tuple[float, float, float]:
@@ -140,7 +123,7 @@ def epoch_seconds(folder: Path) -> npt.NDArray[np.float64]:
             Plans(IMAGES, TRAINING_BATCH, 1, 0, flip=False, blocks=streamed.blocks(2)),
         ),
     ]
-    works: list[Callable[[], object]] = [functools.partial(epoch, *way, 2) for way in ways]
+    works = [functools.partial(epoch, *way, 2) for way in ways]
     return in_turns(works, EPOCH_ROUNDS, processor_seconds)
 
 
