@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gkd.pipeline.embed import EmbeddedBatch, join_batches
+from gkd.pipeline.resuming import Seen, require_same_images
 from gkd.pipeline.shards import Background
 from gkd.pipeline.specs import dataset_spec, teacher_spec
 from gkd.pipeline.teacher import Embedder
@@ -47,6 +48,7 @@ class EmbeddingStore:
     Raises:
         ConfigError: where the folder cannot be written, or holds something else.
         SpecMismatchError: where it holds embeddings of another teacher or data set.
+        CorruptRecordError: where an image of theirs cannot be read any more.
     """
 
     def __init__(
@@ -74,6 +76,7 @@ class EmbeddingStore:
                 folder.mkdir(parents=True, exist_ok=True)
                 atomic.write_file(settings, msgspec.json.format(msgspec.json.encode(source)))
         _require_same(settings, source)
+        require_same_images(records, folder, self.shards(), self._seen)
 
     def rows(self, shard: int) -> range:
         """Rows of the records that a shard holds."""
@@ -100,6 +103,11 @@ class EmbeddingStore:
             rows.append(batch.rows.start + batch.kept[some])
             embeddings.append(batch.embeddings[view][some])
         return np.concatenate(rows), np.concatenate(embeddings)
+
+    def _seen(self, shard: int) -> Seen:
+        """The rows of a kept shard that have an image, and its digests."""
+        batch = self.load(shard, [])
+        return batch.rows.start + batch.kept, batch.digests[batch.kept]
 
     def keep(self, batches: Iterable[EmbeddedBatch], advance: Advance) -> None:
         """Keep the batches of whole shards, in their order; each is written while others come."""

@@ -5,6 +5,7 @@ import time
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -33,12 +34,13 @@ from gkd.pipeline.embed import (
     split_batch,
 )
 from gkd.pipeline.embedding_store import EmbeddingStore, work_path
+from gkd.pipeline.resuming import Seen, require_same_images
 from gkd.pipeline.settings import CacheSettings
 from gkd.pipeline.shards import Background, PartitionedBatch, committing, partition_batch
 from gkd.pipeline.specs import cache_spec, dataset_spec
 from gkd.pipeline.teacher import Embedder
 from gkd.storage import atomic, launch, layout
-from gkd.storage.cache import Cache
+from gkd.storage.cache import Cache, digests_of
 from gkd.storage.card import write_card
 from gkd.storage.disk import disk_errors, require_room
 from gkd.storage.errors import ConfigError
@@ -130,6 +132,7 @@ class _Run:
         self.shard_samples = settings.samples_per_shard(len(records))
         self.dataset = dataset_spec(records)
         self.num_shards = -(-len(records) // self.shard_samples)
+        self._mine = range(rank, self.num_shards, world_size)
         self.images = 0
         self.lock = WriteLock(self.out, rank, world_size)
 
@@ -158,6 +161,9 @@ class _Run:
         if self.rank:
             self.lock.wait_for((self.out / layout.METADATA).exists)
         writer = CacheWriter(self.out, spec, guard=self.lock.check)
+        pending = writer.pending(self.rank, self.world_size)
+        written = sorted(set(self._mine).difference(pending))
+        require_same_images(self.records, self.out, written, partial(_seen, self.out, spec))
         precision = self.settings.center_precision
         array = on_device(centers.array, self.embedder, precision)
         if precision != "float32":
@@ -168,7 +174,7 @@ class _Run:
             )
         if self.rank == 0 and not committed_shards(self.out):
             self._calibrate(array, store, own_means=centers.kind == CLASS_MEAN)
-        self._write_shards(writer, array, store)
+        self._write_shards(writer, pending, array, store)
         if self.rank:
             self.lock.wait_for((self.out / layout.MANIFEST).exists)
             return
@@ -264,8 +270,7 @@ class _Run:
         return Centers(array, CLASS_MEAN, CLASS_MEAN)
 
     def _keep_embeddings(self, store: EmbeddingStore) -> None:
-        mine = range(self.rank, self.num_shards, self.world_size)
-        missing = [shard for shard in mine if not store.has(shard)]
+        missing = [shard for shard in self._mine if not store.has(shard)]
         if not missing:
             return
         # Of all ranks, who write to the same disk.
@@ -273,7 +278,7 @@ class _Run:
         size = sum(map(len, map(self._rows, left))) * len(VIEWS) * self.embedder.embedding_dim * 4
         require_room(store.folder, size)
         rows = sum(len(self._rows(shard)) for shard in missing)
-        whole = sum(len(self._rows(shard)) for shard in mine)
+        whole = sum(len(self._rows(shard)) for shard in self._mine)
         with (
             self._progress("run teacher", whole, whole - rows) as advance,
             closing(self._live(missing, VIEWS)) as batches,
@@ -308,11 +313,13 @@ class _Run:
         yield from self._live([s for s in shards if store is None or not store.has(s)], views)
 
     def _write_shards(
-        self, writer: CacheWriter, centers: torch.Tensor, store: EmbeddingStore | None
+        self,
+        writer: CacheWriter,
+        pending: Sequence[int],
+        centers: torch.Tensor,
+        store: EmbeddingStore | None,
     ) -> None:
-        mine = range(self.rank, self.num_shards, self.world_size)
-        pending = writer.pending(self.rank, self.world_size)
-        whole = sum(len(self._rows(shard)) for shard in mine)
+        whole = sum(len(self._rows(shard)) for shard in self._mine)
         left = sum(len(self._rows(shard)) for shard in pending)
         parts: list[PartitionedBatch] = []
         settings, class_chunk = self.settings.partition, self.settings.class_chunk
@@ -337,6 +344,13 @@ class _Run:
         if self.world_size > 1:
             what = f"{what}, rank {self.rank} of {self.world_size}"
         return progress(what, total, "images", done, quiet_below=total + 1 if self.rank else 0)
+
+
+def _seen(out: Path, spec: CacheSpec, shard: int) -> Seen:
+    """Rows and digests of a written shard's images; what a manifest says is not asked."""
+    table = Cache(out, spec, None, "").read_samples(shard)
+    present = table["digest"].is_valid().to_numpy()
+    return table["row"].to_numpy()[present], digests_of(table)[present]
 
 
 def _finished_means(out: Path) -> Centers | None:

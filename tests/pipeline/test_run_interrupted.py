@@ -19,6 +19,7 @@ from gkd.pipeline.calibration import FEWEST_IMAGES
 from gkd.pipeline.centers import CLASS_MEAN, centers_path
 from gkd.pipeline.embedding_store import work_path
 from gkd.storage.cache import Cache
+from gkd.storage.errors import SpecMismatchError
 from gkd.storage.spec import VIEWS, DrawsSpec
 from gkd.storage.verify import verify
 from gkd.storage.writer import CacheWriter
@@ -164,6 +165,29 @@ def test_a_partition_pass_goes_on_from_kept_embeddings(
     make(folder, out, class_mean=True, embedder=embedder)
     assert embedder.images == 0
     assert contents(out) == unbroken
+
+
+@pytest.mark.parametrize("class_mean", [False, True])
+def test_images_swapped_for_others_of_the_same_size_are_not_gone_on_with(
+    tmp_path: Path, class_mean: bool
+) -> None:
+    folder, out = write_folder(tmp_path / "set"), tmp_path / "cache.gkd"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CacheWriter, "write_shard", failing(2))
+        with pytest.raises(OSError, match="the disk is gone"):
+            make(folder, out, class_mean=class_mean)
+    before = {path: path.read_bytes() for path in sorted(folder.rglob("*.png"))}
+    for path, content in before.items():
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    written = work_path(out) if class_mean else out
+    with pytest.raises(
+        SpecMismatchError, match=rf"/0\.png: expected the image that {written} was begun with"
+    ):
+        make(folder, out, class_mean=class_mean)
+    for path, content in before.items():
+        path.write_bytes(content)
+    make(folder, out, class_mean=class_mean)
+    assert not verify(out).faults
 
 
 def wait_for(path: Path) -> None:
