@@ -3,12 +3,9 @@
 ``python -m tests.benchmarks.student_step`` times whole steps (forward, class layer, loss,
 backward, clipping, optimiser) of MobileFaceNet on 112x112 images, with and without targets, turn
 by turn, and with an online IResNet-50 teacher for comparison. Processor time of one thread, so
-that neighbours on the machine do not count, and the median of the turns' ratios. The allocator
-keeps what it has: which step finds memory given back to the system, and has it mapped again, some
-hundred thousand pages of it, is chance, and a tenth of the time.
+that neighbours on the machine do not count, and the median of the turns' ratios.
 """
 
-import ctypes
 import sys
 import time
 from collections.abc import Callable
@@ -28,7 +25,6 @@ from tests.benchmarks.harness import Bar, in_turns, report
 BATCH = 32
 ROUNDS = 41
 CPU = torch.device("cpu")
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 # Classes and entries a sample: the LFW recipe, and MS1MV3 with a small and a large group.
 SHAPES = {"lfw": (4859, 1853), "ms1mv3 small": (93431, 19), "ms1mv3 large": (93431, 2000)}
 
@@ -92,15 +88,7 @@ def step_seconds(num_classes: int, entries: int) -> tuple[float, float]:
     return float(np.median(plain)), float(np.median(with_kd / plain))
 
 
-def keep_memory() -> None:
-    """Have glibc give nothing back to the system, and take nothing outside its heap."""
-    libc = ctypes.CDLL(None)
-    libc.mallopt(M_TRIM_THRESHOLD, -1)
-    libc.mallopt(M_MMAP_MAX, 0)
-
-
 def main() -> None:
-    keep_memory()
     torch.set_num_threads(1)
     ratios: dict[str, float] = {}
     bars: dict[str, Bar] = {}

@@ -181,7 +181,7 @@ def test_images_swapped_for_others_of_the_same_size_are_not_gone_on_with(
         path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     written = work_path(out) if class_mean else out
     with pytest.raises(
-        SpecMismatchError, match=rf"/0\.png: expected the image that {written} was begun with"
+        SpecMismatchError, match=rf"id0/0\.png: expected the image that {written} was begun with"
     ):
         make(folder, out, class_mean=class_mean)
     for path, content in before.items():
