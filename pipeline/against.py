@@ -394,13 +394,8 @@ def _recomputed(
             part = slice(start, start + size)
             images = np.stack([records.image(int(place)) for place in places[part]])
             logits = {
-                view: _logits(
-                    embedder(images if view == "original" else images[:, :, ::-1]),
-                    centers,
-                    labels[rows[part]],
-                    spec,
-                )
-                for view in spec.views
+                view: _logits(embeddings, centers, labels[rows[part]], spec)
+                for view, embeddings in embedder.start(images, spec.views)().items()
             }
             for i, (row, place, shard) in enumerate(
                 zip(rows[part].tolist(), places[part].tolist(), shards[part].tolist(), strict=True)

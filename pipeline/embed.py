@@ -1,20 +1,20 @@
 """Records to a teacher's embeddings, batch by batch."""
 
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from gkd.pipeline.teacher import FACE_SIZE, Embedder, faulty_rows
+from gkd.pipeline.teacher import FACE_SIZE, IN_FLIGHT, Embedder, Embeddings, faulty_rows
 from gkd.storage.errors import ConfigError, CorruptRecordError, GkdError
 from gkd.storage.images import DIGEST_BYTES, decode_face, digest
 from gkd.storage.parallel import ordered_map
 from gkd.storage.rows import Records
 from gkd.storage.spec import View
 
-IN_FLIGHT = 2  # batches on an accelerator: one is copied to or from it while the other is computed
 # An accelerator is fed by the interpreter, whose time goes by operations and not by images.
 CPU_BATCH, ACCELERATOR_BATCH = 128, 512
 
@@ -93,16 +93,15 @@ def embed(
     def decode_batch(rows: range) -> _Decoded:
         return _decode(records, rows, skip_corrupt)
 
-    def embed_batch(batch: _Decoded) -> EmbeddedBatch:
-        return _embed_decoded(records, batch, embedder, views)
-
+    ahead = 0 if embedder.device == "cpu" else IN_FLIGHT
+    started: deque[tuple[_Decoded, Callable[[], Embeddings]]] = deque()
     with closing(ordered_map(decode_batch, batches, workers=workers)) as decoded:
-        if embedder.device == "cpu":
-            # The consumer computes on the same cores, and changes how many threads torch has.
-            yield from map(embed_batch, decoded)
-        else:
-            with closing(ordered_map(embed_batch, decoded, workers=IN_FLIGHT)) as embedded:
-                yield from embedded
+        for batch in decoded:
+            started.append((batch, _start(batch, embedder, views)))
+            if len(started) > ahead:
+                yield _finish(records, embedder, *started.popleft())
+        for batch, wait in started:
+            yield _finish(records, embedder, batch, wait)
 
 
 @dataclass(frozen=True)
@@ -136,26 +135,27 @@ def _decode(records: Records, rows: range, skip_corrupt: bool) -> _Decoded:
     return _Decoded(rows, kept, images[kept] if skipped else images, digests, skipped)
 
 
-def _embed_decoded(
-    records: Records, batch: _Decoded, embedder: Embedder, views: Sequence[View]
+def _start(batch: _Decoded, embedder: Embedder, views: Sequence[View]) -> Callable[[], Embeddings]:
+    if not len(batch.kept):
+        return lambda: {view: np.empty((0, embedder.embedding_dim), np.float32) for view in views}
+    return embedder.start(batch.images, views)
+
+
+def _finish(
+    records: Records, embedder: Embedder, batch: _Decoded, wait: Callable[[], Embeddings]
 ) -> EmbeddedBatch:
-    embeddings: dict[View, npt.NDArray[np.float32]] = {}
-    for view in views:
-        if not len(batch.kept):
-            embeddings[view] = np.empty((0, embedder.embedding_dim), np.float32)
-            continue
-        images = batch.images if view == "original" else batch.images[:, :, ::-1]
-        embeddings[view] = embedder(images)
-        faulty = faulty_rows(embeddings[view])
+    found = wait()
+    for view, embeddings in found.items():
+        faulty = faulty_rows(embeddings)
         if len(faulty):
             first = batch.rows[batch.kept[faulty[0]]]
             raise GkdError(
                 f"{embedder.name}: NaN, infinite or zero embeddings of {len(faulty)} of "
-                f"{len(images)} images ({view} view), the first of {records.where(first)}; "
+                f"{len(embeddings)} images ({view} view), the first of {records.where(first)}; "
                 f"computed in {embedder.precision}: try --precision float32, and check the weights "
                 "and the preprocessing"
             )
-    return EmbeddedBatch(batch.rows, batch.kept, embeddings, batch.digests, batch.skipped)
+    return EmbeddedBatch(batch.rows, batch.kept, found, batch.digests, batch.skipped)
 
 
 def join_batches(batches: Sequence[EmbeddedBatch]) -> EmbeddedBatch:

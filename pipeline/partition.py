@@ -31,7 +31,7 @@ from gkd.pipeline.floors import MOST_SAMPLED, better_floor, certain_floor, first
 from gkd.pipeline.logits import ACCELERATOR_LOGITS, CPU_LOGITS, CosineLogits, GivenLogits, Logits
 from gkd.pipeline.settings import PartitionSettings
 from gkd.pipeline.tail import LEAST_TERM, Tail
-from gkd.storage.target_arrays import concatenate
+from gkd.storage.target_arrays import concatenate, cut_out
 from gkd.storage.targets import SparseTargets, encode_log_probs, offsets_from_sizes
 
 BLOCK_ROWS = 64
@@ -43,6 +43,10 @@ class Partition:
 
     targets: SparseTargets
     truncated: npt.NDArray[np.bool_]
+
+    def of(self, rows: range) -> "Partition":
+        """Those of some consecutive rows."""
+        return Partition(cut_out(self.targets, rows), self.truncated[rows.start : rows.stop])
 
 
 def partition(

@@ -18,7 +18,6 @@ from gkd.storage.layout import file_record
 from gkd.storage.metadata import read_commit
 from gkd.storage.rows import Records, Subset
 from gkd.storage.spec import CacheSpec, View
-from gkd.storage.target_arrays import cut_out
 from gkd.storage.writer import CacheWriter
 
 INDEX_ENTRY_BYTES, CRC_BYTES = 16, 4  # of a packed array's index, an entry an inner chunk
@@ -131,10 +130,7 @@ def _cut_out(
 ) -> PartitionedBatch:
     """Images ``taken`` of the sample as ``rows`` of a cache."""
     place = slice(taken.start, taken.stop)
-    cut: dict[View, Partition] = {
-        view: Partition(cut_out(whole.targets, taken), whole.truncated[place])
-        for view, whole in views.items()
-    }
+    cut: dict[View, Partition] = {view: whole.of(taken) for view, whole in views.items()}
     return PartitionedBatch(rows, np.arange(len(rows)), cut, digests[place], {})
 
 

@@ -44,18 +44,23 @@ def partition_batch(
 ) -> PartitionedBatch:
     """Groups of a batch in all its views; ``labels`` int64 [m] are of the kept images."""
     draws, digests = settings.draws, batch.digests[batch.kept]
+    of_views = [uniform_numbers(draws, view, digests) for view in batch.embeddings] if draws else []
+    # All views at once: an accelerator's time goes by operations and not by rows.
+    embeddings = np.concatenate(list(batch.embeddings.values()))
     with _before_the_teacher(centers.device):
-        views: dict[View, Partition] = {
-            view: partition(
-                torch.from_numpy(embeddings),
-                torch.from_numpy(labels),
-                centers,
-                settings,
-                uniforms=None if draws is None else uniform_numbers(draws, view, digests),
-                class_chunk=class_chunk,
-            )
-            for view, embeddings in batch.embeddings.items()
-        }
+        whole = partition(
+            torch.from_numpy(embeddings),
+            torch.from_numpy(np.tile(labels, len(batch.embeddings))),
+            centers,
+            settings,
+            uniforms=np.concatenate(of_views) if of_views else None,
+            class_chunk=class_chunk,
+        )
+    count = len(labels)
+    views: dict[View, Partition] = {
+        view: whole.of(range(place * count, (place + 1) * count))
+        for place, view in enumerate(batch.embeddings)
+    }
     return PartitionedBatch(batch.rows, batch.kept, views, batch.digests, batch.skipped)
 
 

@@ -1,7 +1,7 @@
 """Teachers: networks that turn aligned faces into embeddings."""
 
-import threading
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -15,11 +15,13 @@ from gkd.pipeline.onnx_files import onnx_sha256
 from gkd.storage.errors import ConfigError, GkdError
 from gkd.storage.extras import require
 from gkd.storage.launch import local_rank, own_gpu, usable_cores
-from gkd.storage.spec import Precision, Preprocess
+from gkd.storage.spec import Precision, Preprocess, View
 
 FACE_SIZE = 112
 CPU_BLOCK = 16
+IN_FLIGHT = 2  # batches that an accelerator is given ahead of the one that is waited for
 AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+Embeddings = Mapping[View, npt.NDArray[np.float32]]
 
 
 class Embedder(Protocol):
@@ -37,6 +39,21 @@ class Embedder(Protocol):
     def __call__(self, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
         """Faces RGB uint8 [B, 112, 112, 3] to embeddings float32 [B, D], of any length."""
         ...
+
+    def start(
+        self, images: npt.NDArray[np.uint8], views: Sequence[View]
+    ) -> Callable[[], Embeddings]:
+        """Ask for embeddings of faces in some views; what is returned waits for them.
+
+        A device of its own works meanwhile; a CPU does all when it is waited for.
+        """
+
+        def wait() -> Embeddings:
+            return {
+                view: self(images if view == "original" else images[:, :, ::-1]) for view in views
+            }
+
+        return wait
 
 
 def resolve_device(device: str) -> str:
@@ -85,7 +102,7 @@ def faulty_rows(embeddings: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:
     return np.flatnonzero(~(np.isfinite(lengths) & (lengths > 0)))
 
 
-class TorchEmbedder:
+class TorchEmbedder(Embedder):
     """A torch module float [B, 3, 112, 112] -> [B, D] as a teacher, in evaluation mode.
 
     ``compile`` has torch.compile make its kernels, at the first batch of each length.
@@ -114,75 +131,100 @@ class TorchEmbedder:
         self.compiled = compile
         if self.precision == "float32":  # what a spec calls so is not TF32
             torch.backends.cudnn.allow_tf32 = False
-        self._backend = torch.get_device_module(self.device)
-        self._streams = threading.local()
         # Convolutions on GPUs are fastest where the channels come last.
         on_cpu = self.device == "cpu"
         self._memory_format = torch.contiguous_format if on_cpu else torch.channels_last
         module = module.to(torch.device(self.device)).eval()
         module = module.to(memory_format=self._memory_format)  # type: ignore[call-overload]
         self._module = torch.compile(module) if compile else module
-        self._backend.synchronize(self.device)  # before other streams use the weights
+        if not on_cpu:
+            backend = torch.get_device_module(self.device)
+            backend.synchronize(self.device)  # before another stream uses the weights
+            self._stream = backend.Stream(self.device)
         self.embedding_dim = _probe(self, name)
 
     def __call__(self, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
         """Faces RGB uint8 [B, 112, 112, 3] to embeddings float32 [B, D]."""
         if self.device != "cpu":
-            return self._embed(images)
+            return self.start(images, ["original"])()["original"]
         # How many threads share a sum changes its last bits, and torchrun gives a rank fewer of
         # them. So each image block is one thread's, and blocks do not depend on the threads.
         threads = torch.get_num_threads()
-        blocks = [images[at : at + CPU_BLOCK] for at in range(0, len(images), CPU_BLOCK)]
+        blocks = [
+            torch.from_numpy(np.ascontiguousarray(images[at : at + CPU_BLOCK]))
+            for at in range(0, len(images), CPU_BLOCK)
+        ]
         try:
             with ThreadPoolExecutor(
                 min(threads, len(blocks)), initializer=torch.set_num_threads, initargs=(1,)
             ) as pool:
-                return np.concatenate(list(pool.map(self._embed, blocks)))
+                embeddings = torch.cat(list(pool.map(self._forward, blocks)))
         finally:
             torch.set_num_threads(threads)  # a part of this setting is the process's
+        return _checked(embeddings.numpy(), len(images), self.name)
+
+    def start(
+        self, images: npt.NDArray[np.uint8], views: Sequence[View]
+    ) -> Callable[[], Embeddings]:
+        """Ask for embeddings of faces in some views; what is returned waits for them.
+
+        All of a device's work is asked for by the caller's thread, which never waits for it here:
+        threads that ask side by side would wait for the interpreter at every operation.
+        """
+        if self.device == "cpu":
+            return super().start(images, views)
+        with torch.get_device_module(self.device).stream(self._stream):
+            pinned = torch.from_numpy(np.ascontiguousarray(images)).pin_memory()
+            moved = pinned.to(self.device, non_blocking=True)
+            on_host: dict[View, torch.Tensor] = {
+                view: self._forward(moved if view == "original" else moved.flip(2)).to(
+                    "cpu", non_blocking=True
+                )
+                for view in views
+            }
+            done = self._stream.record_event()
+
+        def wait() -> Embeddings:
+            done.synchronize()
+            return {
+                view: _checked(embeddings.numpy(), len(images), self.name)
+                for view, embeddings in on_host.items()
+            }
+
+        return wait
 
     @torch.inference_mode()
-    def _embed(self, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-        """Embeddings by a stream of this thread's own, so that copies and work of two overlap."""
-        kind, half = torch.device(self.device).type, AUTOCAST.get(self.precision)
-        # Autocast's cache of weights is all threads', and does not wait for another's stream.
-        autocast = torch.autocast(kind, half, enabled=half is not None, cache_enabled=False)
-        with self._backend.stream(self._own_stream()), autocast:
-            pixels = self._pixels(self._moved(images))
-            embeddings = self._module(pixels.to(memory_format=self._memory_format))
-            if not isinstance(embeddings, torch.Tensor):
-                raise GkdError(
-                    f"{self.name}: expected embeddings [{len(images)}, D] for {len(images)} "
-                    f"images, got a {type(embeddings).__name__}; the teacher must return one tensor"
-                )
-            on_host = embeddings.float().cpu().numpy()
-        return _checked(on_host, len(images), self.name)
-
-    def _own_stream(self) -> Any:
-        if not hasattr(self._streams, "own"):
-            self._streams.own = self._backend.Stream(self.device)
-        return self._streams.own
-
-    def _moved(self, images: npt.NDArray[np.uint8]) -> torch.Tensor:
-        """The images' bytes on the device, from pinned memory where that is another's."""
-        if self.device == "cpu":
-            return torch.from_numpy(np.ascontiguousarray(images))
-        # A mirrored view is moved as it lies in memory, and turned there.
-        mirrored = images.strides[2] < 0
-        host = torch.from_numpy(np.ascontiguousarray(images[:, :, ::-1] if mirrored else images))
-        moved = host.pin_memory().to(self.device, non_blocking=True)
-        return moved.flip(2) if mirrored else moved
+    def _forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Embeddings float32 of faces uint8 [B, 112, 112, 3], both on the device."""
+        half = AUTOCAST.get(self.precision)
+        # Autocast's cache of weights would be shared by threads that do not wait for each other.
+        with torch.autocast(
+            images.device.type, half, enabled=half is not None, cache_enabled=False
+        ):
+            pixels = self._pixels(images).to(memory_format=self._memory_format)
+            embeddings = self._module(pixels)
+        if not isinstance(embeddings, torch.Tensor):
+            raise GkdError(
+                f"{self.name}: expected embeddings [{len(images)}, D] for {len(images)} "
+                f"images, got a {type(embeddings).__name__}; the teacher must return one tensor"
+            )
+        return embeddings.float()
 
     def _pixels(self, images: torch.Tensor) -> torch.Tensor:
         """``Preprocess.apply`` on the device, to the same bits."""
-        std = torch.tensor(self.preprocess.std, device=images.device)
-        mean = torch.tensor(self.preprocess.mean, device=images.device)
+        scale, shift = _affine(self.preprocess, images.device)
         images = images.flip(3) if self.preprocess.bgr else images
-        scale = 1 / std
-        return (images * scale + -mean * scale).permute(0, 3, 1, 2)
+        return (images * scale + shift).permute(0, 3, 1, 2)
 
 
-class OnnxEmbedder:
+@functools.cache
+def _affine(preprocess: Preprocess, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """What pixels are multiplied by, and what is added; a copy to a GPU waits for its work."""
+    scale = 1 / torch.tensor(preprocess.std, device=device)
+    return scale, -torch.tensor(preprocess.mean, device=device) * scale
+
+
+class OnnxEmbedder(Embedder):
     """Any ONNX network with one image input [N, 3, 112, 112], run by onnxruntime.
 
     A fixed batch axis is served by padding; of several outputs the first is the embedding.
@@ -216,6 +258,7 @@ class OnnxEmbedder:
         self._session = _session(runtime, path, self.device, threads or usable_cores())
         self._input, self._fixed_batch, self._dtype = _image_input(self._session, path)
         self._output = self._session.get_outputs()[0].name
+        self._pool = ThreadPoolExecutor(IN_FLIGHT)
         self.embedding_dim = _probe(self, self.name)
 
     def __call__(self, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
@@ -230,6 +273,13 @@ class OnnxEmbedder:
                 for at in range(0, len(pixels), batch)
             ]
         )
+
+    def start(
+        self, images: npt.NDArray[np.uint8], views: Sequence[View]
+    ) -> Callable[[], Embeddings]:
+        """Ask for embeddings of faces in some views; what is returned waits for them."""
+        wait = super().start(images, views)
+        return wait if self.device == "cpu" else self._pool.submit(wait).result
 
     def _run_padded(self, pixels: npt.NDArray[Any], batch: int) -> npt.NDArray[np.float32]:
         padding = np.zeros((batch - len(pixels), *pixels.shape[1:]), pixels.dtype)

@@ -16,6 +16,7 @@ from PIL import Image
 from gkd.pipeline.centers import CLASS_MEAN, Centers
 from gkd.pipeline.run import CacheSummary, cache_teacher
 from gkd.pipeline.settings import CacheSettings, PartitionSettings
+from gkd.pipeline.teacher import Embedder
 from gkd.storage.records import open_records
 from gkd.storage.spec import Precision, preprocess_preset
 from gkd.storage.writer import CacheWriter
@@ -28,7 +29,7 @@ SETTINGS = CacheSettings(
 )
 
 
-class PixelEmbedder:
+class PixelEmbedder(Embedder):
     """A fixed random projection of coarse pixels; ``seconds`` slow a batch down."""
 
     name = "pixels"

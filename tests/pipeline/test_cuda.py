@@ -10,12 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from gkd.pipeline.embed import IN_FLIGHT
 from gkd.pipeline.partition import partition
 from gkd.pipeline.settings import DRAWS, PartitionSettings
 from gkd.pipeline.teacher import TorchEmbedder
-from gkd.storage.parallel import ordered_map
-from gkd.storage.spec import preprocess_preset
+from gkd.storage.spec import VIEWS, preprocess_preset
 from gkd.trainer.backbones import build_backbone
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -45,13 +43,14 @@ def test_batches_in_flight_are_embedded_as_on_the_cpu(
         )
         for device, precision in (("cpu", "float32"), ("cuda", precision))
     )
-    found = list(ordered_map(there, batches, workers=IN_FLIGHT))
-    for batch, theirs in zip(batches, found, strict=True):
-        ours = here(batch)
-        mirrored, copied = there(batch[:, :, ::-1]), there(batch[:, :, ::-1].copy())
-        np.testing.assert_allclose(mirrored, copied, rtol=1e-3, atol=1e-3)
-        cosines = (ours * theirs).sum(1) / np.linalg.norm(ours, axis=1)
-        assert (cosines / np.linalg.norm(theirs, axis=1)).min() > least
+    waits = [there.start(batch, VIEWS) for batch in batches]
+    for batch, wait in zip(batches, waits, strict=True):
+        theirs = wait()
+        for view, ours in here.start(batch, VIEWS)().items():
+            cosines = (ours * theirs[view]).sum(1) / np.linalg.norm(ours, axis=1)
+            assert (cosines / np.linalg.norm(theirs[view], axis=1)).min() > least
+        mirrored = there(batch[:, :, ::-1])
+        np.testing.assert_allclose(mirrored, theirs["flipped"], rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
