@@ -235,7 +235,7 @@ batch_size_option = click.option(
     callback=parse_auto,
     default="auto",
     show_default=True,
-    help="Images a batch; auto is 128 on a CPU, 512 on a GPU.",
+    help="Images a batch; auto is 128 on a CPU, 1,024 on a GPU.",
 )
 # What a teacher is, and how it is run.
 teacher_options = together(

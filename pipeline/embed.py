@@ -16,7 +16,10 @@ from gkd.storage.rows import Records
 from gkd.storage.spec import View
 
 # An accelerator is fed by the interpreter, whose time goes by operations and not by images.
-CPU_BATCH, ACCELERATOR_BATCH = 128, 512
+CPU_BATCH, ACCELERATOR_BATCH = 128, 1024
+# More threads decode no faster: they, and the one that feeds the accelerator, wait in turns for the
+# interpreter.
+ACCELERATOR_DECODERS = 4
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,9 @@ def embed(
     def decode_batch(rows: range) -> _Decoded:
         return _decode(records, rows, skip_corrupt)
 
-    ahead = 0 if embedder.device == "cpu" else IN_FLIGHT
+    ahead = 0
+    if embedder.device != "cpu":
+        ahead, workers = IN_FLIGHT, min(workers, ACCELERATOR_DECODERS)
     started: deque[tuple[_Decoded, Callable[[], Embeddings]]] = deque()
     with closing(ordered_map(decode_batch, batches, workers=workers)) as decoded:
         for batch in decoded:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 CPU_LOGITS = 2**18  # 1 MB: stays in a core's cache
-ACCELERATOR_LOGITS = 2**25
+ACCELERATOR_LOGITS = 2**26  # 256 MB: large enough to keep one busy while the next is asked for
 
 
 class Logits(Protocol):

@@ -14,8 +14,8 @@ from gkd.trainer.sampling import SampledCenters
 
 # Classes of a chunk: its logits stay in a CPU's caches.
 CHUNK_CLASSES = 1024
-# An accelerator wants few and large operations: directions and logits of a chunk, 64 MB.
-ACCELERATOR_NUMBERS = 1 << 24
+# An accelerator wants few and large operations: directions and logits of a chunk, 128 MB.
+ACCELERATOR_NUMBERS = 1 << 25
 
 
 @dataclass(frozen=True)
