@@ -2,8 +2,9 @@
 
 ``python -m tests.benchmarks.cuda`` needs a GPU, and for the stages the LFW pack. Each time is the
 least of some rounds, taken in turns, of the host and the device together; of `cache-teacher` it is
-one run's, of `train-student` the median of its log's windows. The teacher is an IResNet-50 in bfloat16 whose weights are random, its BatchNorm statistics
-those of faces; 93,431 classes, whose centres are the means of LFW's identities and random beyond.
+one run's, of `train-student` the median of its log's windows. The teacher is an IResNet-50 in
+bfloat16 whose weights are random, its BatchNorm statistics those of faces; 93,431 classes, whose
+centres are the means of LFW's identities and random beyond.
 """
 
 import json
