@@ -67,7 +67,8 @@ class AgainstReport:
 
     ``targets`` are the sampled images in all views; ``other_groups`` of them are not the primary
     group to the last class (which rounding may do at its end), ``wrong`` differ by more than is
-    allowed, ``first_wrong`` says where the first of these is. ``drawn`` is None without draws.
+    allowed, ``first_wrong`` says where the first of these is. ``drawn`` tests all draws and
+    ``first_drawn`` the first quarter of each sample's, which must be draws too; None without any.
     """
 
     images: int
@@ -79,11 +80,13 @@ class AgainstReport:
     wrong: int
     first_wrong: str
     drawn: DrawTest | None = None
+    first_drawn: DrawTest | None = None
 
     @property
     def ok(self) -> bool:
         """Whether every sampled target is the teacher's, to the stored precision."""
-        return not self.wrong and (self.drawn is None or self.drawn.ok)
+        tests = (self.drawn, self.first_drawn)
+        return not self.wrong and all(test is None or test.ok for test in tests)
 
 
 def verify_against(
@@ -117,7 +120,7 @@ def verify_against(
     allowed = allowed_differences(cache.spec)
     each: list[Differences] = []
     wrong: list[str] = []
-    counts = DrawCounts()
+    counts, first_counts = DrawCounts(), DrawCounts()
     for view, row, place, logits, group in _recomputed(
         cache, records, embedder, _as_multiplied(centers, cache.spec), rows, places, samples.labels
     ):
@@ -125,7 +128,9 @@ def verify_against(
         differences = compare(cache.spec, group, label, logits)
         each.append(differences)
         if group.draws is not None:
-            counts.add(group.draws[0], _drawn_from(cache.spec, label, logits))
+            drawn, log_probs = group.draws[0], _drawn_from(cache.spec, label, logits)
+            counts.add(drawn, log_probs)
+            first_counts.add(drawn[: -(-len(drawn) // 4)], log_probs)
         if differences.exceed(allowed):
             wrong.append(f"{records.where(place)}, row {row} of the cache, {view} view")
     return AgainstReport(
@@ -138,6 +143,7 @@ def verify_against(
         wrong=len(wrong),
         first_wrong=wrong[0] if wrong else "",
         drawn=None if cache.spec.draws is None else counts.test(),
+        first_drawn=None if cache.spec.draws is None else first_counts.test(),
     )
 
 

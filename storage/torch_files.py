@@ -51,7 +51,7 @@ def read_torch_file(
         with warnings.catch_warnings():
             # torch warns of pickle protocols other than 2, and then reads or refuses them.
             warnings.simplefilter("ignore", UserWarning)
-            return _load(path)
+            content = _load(path)
     # Damaged and hostile bytes make torch raise nearly anything, an OSError without a name too.
     except Exception as error:
         if isinstance(error, OSError) and error.filename is not None:
@@ -61,6 +61,13 @@ def read_torch_file(
             f"tensors only and none that would run code, got {_described(path, error)}"
             + (f"; {remedy}" if remedy else "")
         ) from error
+    damaged = _damaged_part(path)
+    if damaged:
+        raise ConfigError(
+            f"{path}: its bytes are not those that were written: the checksum of {damaged} does "
+            "not fit" + ("; get it again" if remedy else "")
+        )
+    return content
 
 
 def _load(path: Path) -> Any:
@@ -82,14 +89,19 @@ def _load(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def damaged_part(path: Path) -> str:
+def _damaged_part(path: Path) -> str:
     """The first part of a torch file in zip form whose bytes are not those written; else empty.
 
-    torch writes a CRC of each part, and does not look at it when it reads.
+    torch writes a CRC of each part, unless it was told not to, and looks at none when it reads.
     """
+    with path.open("rb") as file:
+        if file.read(len(ZIP_START)) != ZIP_START:
+            return ""
     try:
-        with zipfile.ZipFile(path) as file:
-            return file.testzip() or ""
+        with zipfile.ZipFile(path) as archive:
+            if not any(part.CRC for part in archive.infolist()):
+                return ""
+            return archive.testzip() or ""
     # Damaged headers: zipfile raises its own, and what any field out of place brings.
     except (zipfile.BadZipFile, zlib.error, RuntimeError, ValueError, EOFError) as error:
         return f"its directory ({error})"

@@ -260,9 +260,10 @@ def _check_signal(spec: CacheSpec, kd: KdConfig) -> None:
             "kd.signal=group, or cache again with --draws"
         )
     if signal != "group" and draws is not None and draws.temperature != kd.temperature:
+        groups_too = ", or kd.signal=group" if kd.temperature in spec.temperatures else ""
         raise ConfigError(
             f"kd.temperature: the classes were drawn at {draws.temperature:g}, got "
-            f"{kd.temperature:g}; set kd.temperature={draws.temperature:g}, or kd.signal=group"
+            f"{kd.temperature:g}; set kd.temperature={draws.temperature:g}{groups_too}"
         )
     if kd.temperature not in spec.temperatures:
         stored = ", ".join(f"{t:g}" for t in spec.temperatures)

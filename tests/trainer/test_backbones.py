@@ -223,6 +223,28 @@ def test_weights_that_are_cut_off_are_named(share: float, tmp_path: Path) -> Non
     assert f"got one that is cut off after {size:,} bytes; get it again" in str(error.value)
 
 
+@pytest.mark.parametrize("checksums", [True, False])
+def test_a_flipped_bit_is_found_where_there_are_checksums(checksums: bool, tmp_path: Path) -> None:
+    path, mark = tmp_path / "w.pt", torch.arange(7.0, 1007.0)
+    state = build_backbone("iresnet18", width=1 / 16, embedding_dim=8).state_dict()
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(checksums)
+    try:
+        torch.save({"epoch": 3, "state_dict": state, "mark": mark}, path)
+    finally:
+        torch.serialization.set_crc32_options(before)
+    load_backbone("iresnet18", path)
+    whole = bytearray(path.read_bytes())
+    whole[whole.index(mark.numpy().tobytes()) + 2000] ^= 1
+    path.write_bytes(whole)
+    if checksums:
+        message = r"w\.pt: its bytes are not .* checksum of \w+/data/\d+ does not fit; get it again"
+        with pytest.raises(ConfigError, match=message):
+            load_backbone("iresnet18", path)
+    else:
+        load_backbone("iresnet18", path)
+
+
 def test_another_archive_is_named(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "w.pt", "w") as archive:
         archive.writestr("readme.txt", "no tensors")
