@@ -20,7 +20,7 @@ from gkd.pipeline.teacher import (
 )
 from gkd.storage.atomic import sha256_file
 from gkd.storage.errors import ConfigError, GkdError
-from gkd.storage.spec import preprocess_preset
+from gkd.storage.spec import VIEWS, preprocess_preset
 
 ARCFACE = preprocess_preset("arcface")
 
@@ -101,6 +101,20 @@ def test_networks_with_another_input_are_refused(
     path = write_onnx(tmp_path / "other.onnx", **arguments)
     with pytest.raises(ConfigError, match=message):
         OnnxEmbedder(path, ARCFACE)
+
+
+def test_batches_asked_of_another_device_are_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    embedder = OnnxEmbedder(write_onnx(tmp_path / "means.onnx", ["n", 3, 112, 112]), ARCFACE)
+    rng = np.random.default_rng(0)
+    batches = [rng.integers(0, 256, (3, 112, 112, 3), np.uint8) for _ in range(4)]
+    monkeypatch.setattr(embedder, "device", "cuda")  # which this onnxruntime does not have
+    waits = [embedder.start(batch, VIEWS) for batch in batches]
+    for batch, wait in zip(batches, waits, strict=True):
+        found = wait()
+        np.testing.assert_array_equal(found["original"], embedder(batch))
+        np.testing.assert_array_equal(found["flipped"], embedder(batch[:, :, ::-1]))
 
 
 def test_an_output_that_is_no_vector_is_refused(tmp_path: Path) -> None:

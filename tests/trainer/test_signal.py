@@ -96,7 +96,7 @@ def test_workers_hand_over_what_the_entries_stand_for(drawn: tuple[Records, Join
             "kd.temperature=1",
             r"kd\.temperature: the classes were drawn at 4, got 1; .*signal=group",
         ),
-        ("kd.temperature=3", r"kd\.temperature: .* drawn at 4, got 3"),
+        ("kd.temperature=3", r"kd\.temperature: .* drawn at 4, got 3; set kd\.temperature=4$"),
     ],
 )
 def test_another_temperature_than_that_of_the_draws_is_refused(
