@@ -23,7 +23,7 @@ from gkd.commands.shared import (
 )
 
 if TYPE_CHECKING:
-    from gkd.storage.spec import Precision
+    from gkd.storage.cache.spec import Precision
 
 
 @click.group()
@@ -38,9 +38,9 @@ def centers() -> None:
 @as_json
 def centers_info(files: tuple[Path, ...], source: Path | None, sort: Any, as_json: bool) -> None:
     """Say what FILEs of class centres hold; parts, or the folder of them, are joined."""
-    from gkd.pipeline.center_files import read_center_files
-    from gkd.pipeline.centers import describe_centers
-    from gkd.storage.records import open_records
+    from gkd.pipeline.centers.files import read_center_files
+    from gkd.pipeline.centers.load import describe_centers
+    from gkd.storage.records.open import open_records
 
     records = None if source is None else open_records(source, sort=sort)
     emit(describe_centers(read_center_files(files), records), as_json)
@@ -90,10 +90,10 @@ def centers_build(
     They are the mean embeddings of both views of each identity's images, with --refine trained on.
     OUT says what it was made from, and --centers OUT of cache-teacher takes it for that alone.
     """
-    from gkd.pipeline.build_centers import build_centers
-    from gkd.pipeline.refine import refine_settings
-    from gkd.storage.records import open_records
-    from gkd.storage.spec import preprocess_preset
+    from gkd.pipeline.centers.build import build_centers
+    from gkd.pipeline.centers.refine import refine_settings
+    from gkd.storage.cache.spec import preprocess_preset
+    from gkd.storage.records.open import open_records
 
     records = open_records(source, sort=sort)
     embedder = build_embedder(

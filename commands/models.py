@@ -20,7 +20,7 @@ from gkd.commands.shared import (
 )
 
 if TYPE_CHECKING:
-    from gkd.storage.spec import Precision
+    from gkd.storage.cache.spec import Precision
 
 
 @click.command("evaluate")
@@ -60,9 +60,9 @@ def evaluate(
     and loose_crop/ (1:1 verification of templates), or one of TinyFace with Gallery_Match/, Probe/
     and perhaps Gallery_Distractor/ (1:N identification).
     """
-    from gkd.storage.spec import preprocess_preset
-    from gkd.trainer.embedding_cache import EmbeddingCache, default_embeddings
-    from gkd.trainer.protocols import (
+    from gkd.storage.cache.spec import preprocess_preset
+    from gkd.trainer.evaluation.embedding_cache import EmbeddingCache, default_embeddings
+    from gkd.trainer.evaluation.protocols import (
         evaluate_set,
         load_set,
         plot_results,
@@ -99,7 +99,7 @@ def evaluate(
 @click.argument("run", type=PATH)
 def report(run: Path) -> None:
     """Write RUN/report.html again, from the files of the run folder RUN alone."""
-    from gkd.trainer.report import write_report
+    from gkd.trainer.report.page import write_report
 
     click.echo(write_report(run))
 
@@ -117,7 +117,7 @@ def export(run: Path, out: Path, licence: str | None, note: str | None, as_json:
     under the names of who published the network. Beside it OUT.md says what the model is and how to
     use it.
     """
-    from gkd.trainer.model_card import export_student
+    from gkd.trainer.export.model_card import export_student
 
     exported = export_student(run, out, licence=licence, note=note)
     if as_json:
@@ -131,6 +131,6 @@ def export(run: Path, out: Path, licence: str | None, note: str | None, as_json:
 @click.argument("out", type=OUT, default=Path("gkd-demo"))
 def demo(out: Path) -> None:
     """Draw faces, train a teacher on them, cache it, and train a student with and without it."""
-    from gkd.demo import run_demo
+    from gkd.demo.run import run_demo
 
     run_demo(out)

@@ -57,10 +57,10 @@ def plan(
     """
     from rich.console import Console
 
-    from gkd.pipeline.plan import PlanSettings
-    from gkd.pipeline.plan import plan as run
-    from gkd.pipeline.plan_show import plan_table, plot_plan
-    from gkd.storage.records import open_records
+    from gkd.pipeline.plan.forecast import PlanSettings
+    from gkd.pipeline.plan.forecast import plan as run
+    from gkd.pipeline.plan.show import plan_table, plot_plan
+    from gkd.storage.records.open import open_records
 
     if plot:
         require_plot(plot)

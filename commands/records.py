@@ -27,8 +27,8 @@ def records() -> None:
 @as_json
 def records_info(source: Path, sort: Any, as_json: bool) -> None:
     """Say what RECORDS hold: packs, Parquet files, tar shards or an image folder."""
-    from gkd.storage.records import open_records
-    from gkd.storage.records_check import records_info
+    from gkd.storage.records.check import records_info
+    from gkd.storage.records.open import open_records
 
     emit(records_info(open_records(source, sort=sort)), as_json)
 
@@ -40,8 +40,8 @@ def records_info(source: Path, sort: Any, as_json: bool) -> None:
 @as_json
 def records_verify(source: Path, sort: Any, workers: int, as_json: bool) -> None:
     """Read and decode every image of RECORDS and list every fault; exit 1 if there is one."""
-    from gkd.storage.records import open_records
-    from gkd.storage.records_check import verify_records
+    from gkd.storage.records.check import verify_records
+    from gkd.storage.records.open import open_records
 
     report = verify_records(open_records(source, sort=sort), workers=workers)
     faults = [str(fault) for fault in report.faults]
@@ -69,6 +69,6 @@ def records_pack(source: Path, out: Path, sort: Any, workers: int, as_json: bool
 
     Images are copied byte for byte, so a cache of RECORDS serves OUT as well.
     """
-    from gkd.storage.packing import pack
+    from gkd.storage.records.write_pack import pack
 
     emit(pack(source, out, sort=sort, workers=workers), as_json)

@@ -10,14 +10,14 @@ import click
 import msgspec
 from click.core import ParameterSource
 
-from gkd.storage.launch import usable_cores
+from gkd.storage.util.torchrun_env import usable_cores
 
 if TYPE_CHECKING:
-    from gkd.pipeline.centers import Centers
+    from gkd.pipeline.centers.load import Centers
     from gkd.pipeline.settings import CacheSettings
-    from gkd.pipeline.teacher import Embedder
-    from gkd.storage.records import Records
-    from gkd.storage.spec import Precision, Preprocess
+    from gkd.pipeline.teacher.embedder import Embedder
+    from gkd.storage.cache.spec import Precision, Preprocess
+    from gkd.storage.records.open import Records
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -50,7 +50,7 @@ class _Outside(_Place):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """The value, as click converts it."""
-        from gkd.storage.places import require_outside_caches
+        from gkd.storage.cache.places import require_outside_caches
 
         path = super().convert(value, param, ctx)
         require_outside_caches(path)
@@ -298,7 +298,7 @@ target_options = together(
 
 def chosen_teacher(options: Mapping[str, Any]) -> "Embedder":
     """The teacher of ``teacher_options``."""
-    from gkd.storage.spec import preprocess_preset
+    from gkd.storage.cache.spec import preprocess_preset
 
     return build_embedder(
         options["teacher"],
@@ -316,7 +316,7 @@ def cache_settings(options: Mapping[str, Any]) -> "CacheSettings":
     from dataclasses import fields
 
     from gkd.pipeline.settings import CacheSettings, PartitionSettings
-    from gkd.storage.spec import DrawsSpec
+    from gkd.storage.cache.spec import DrawsSpec
 
     def named(kind: Any) -> dict[str, Any]:
         return {each.name: options[each.name] for each in fields(kind) if each.name in options}
@@ -348,7 +348,7 @@ def require_plot(path: Path) -> None:
         ConfigError: naming the folder that is not there, or the extra that draws.
     """
     from gkd.storage.errors import ConfigError
-    from gkd.storage.extras import require
+    from gkd.storage.util.extras import require
 
     if path.is_dir():
         raise ConfigError(f"--plot {path}: expected a PNG file to write, got a folder; name a file")
@@ -373,9 +373,9 @@ def build_embedder(
     Raises:
         GkdError: where it cannot be read, or an option does not go with it.
     """
-    from gkd.pipeline.teacher import OnnxEmbedder, TorchEmbedder
-    from gkd.storage.atomic import sha256_file
+    from gkd.pipeline.teacher.embedder import OnnxEmbedder, TorchEmbedder
     from gkd.storage.errors import ConfigError
+    from gkd.storage.util.atomic import sha256_file
     from gkd.trainer.backbones import load_backbone
     from gkd.trainer.checkpoint import chosen_checkpoint
 
@@ -414,7 +414,7 @@ def chosen_centers(
     Raises:
         GkdError: where both are named, or the files do not fit records and teacher.
     """
-    from gkd.pipeline.centers import CLASS_MEAN, open_centers
+    from gkd.pipeline.centers.load import CLASS_MEAN, open_centers
     from gkd.storage.errors import ConfigError
 
     if CLASS_MEAN in given and len(given) > 1:

@@ -21,11 +21,11 @@ from gkd.commands.shared import (
     target_options,
     teacher_options,
 )
-from gkd.storage.launch import all_cores, local_world_size, rank, tell, world_size
+from gkd.storage.util.torchrun_env import all_cores, local_world_size, log_rank0, rank, world_size
 
 if TYPE_CHECKING:
-    from gkd.storage.records import Records
-    from gkd.trainer.data import JoinedTargets, Order
+    from gkd.storage.records.open import Records
+    from gkd.trainer.data.dataset import JoinedTargets, Order
     from gkd.trainer.dry_run import DryRun
 
 NO_TARGETS = Path("-")
@@ -53,7 +53,7 @@ NO_TARGETS = Path("-")
 def cache_teacher(source: Path, out: Path, sort: Any, as_json: bool, **options: Any) -> None:
     """Run the teacher over RECORDS once and store its primary groups in OUT, or go on with it."""
     from gkd.pipeline.run import cache_teacher as run
-    from gkd.storage.records import open_records
+    from gkd.storage.records.open import open_records
 
     settings = cache_settings(options)
     records = open_records(source, sort=sort)
@@ -97,16 +97,16 @@ def train_student(
     Where there are no TARGETS, write - for them, with --without-kd. On several GPUs or nodes:
     torchrun --nproc-per-node N -m gkd.cli train-student ...; train.batch_size is that of all ranks.
     """
-    from gkd.storage.cache import Cache
-    from gkd.storage.records import ParquetRecords, open_records
+    from gkd.storage.cache.reader import Cache
+    from gkd.storage.records.open import ParquetRecords, open_records
     from gkd.trainer.compiling import require_compiler
     from gkd.trainer.config import load_config
-    from gkd.trainer.data import join_targets
-    from gkd.trainer.devices import choose_device
+    from gkd.trainer.data.dataset import join_targets
+    from gkd.trainer.device import choose_device
+    from gkd.trainer.distributed import joined_ranks
     from gkd.trainer.dry_run import dry_run
     from gkd.trainer.loop import train
-    from gkd.trainer.ranks import joined_ranks
-    from gkd.trainer.report import REPORT
+    from gkd.trainer.report.page import REPORT
 
     chosen = [f"student.name={student}"] if student else []
     chosen += ["kd.enabled=false"] if without_kd else []
@@ -115,7 +115,7 @@ def train_student(
     def load(order: "Order") -> "tuple[Records, JoinedTargets | None]":
         records = open_records(source, sort=sort)
         if isinstance(records, ParquetRecords):
-            tell(
+            log_rank0(
                 f"{source}: a shuffled read of Parquet decodes up to {records.group_rows:,} images "
                 f"beside its own; `gkd records pack {source} PACK` once and train on PACK, which "
                 "the same targets serve"
@@ -132,7 +132,7 @@ def train_student(
         )
         if joined.unmatched:
             left = f"{joined.unmatched:,} images without targets are left out"
-            tell(f"{left}, {len(records):,} stay")
+            log_rank0(f"{left}, {len(records):,} stay")
         return records, joined
 
     if dry:

@@ -28,11 +28,11 @@ from gkd.commands.shared import (
     storage_option,
     workers_option,
 )
-from gkd.storage.launch import usable_cores
+from gkd.storage.util.torchrun_env import usable_cores
 
 if TYPE_CHECKING:
-    from gkd.pipeline.against import AgainstReport
-    from gkd.storage.verify import Level
+    from gkd.pipeline.checks.recompute import AgainstReport
+    from gkd.storage.cache.verify import Level
 
 
 @click.group()
@@ -46,10 +46,10 @@ def targets() -> None:
 @as_json
 def targets_info(place: str, options: dict[str, Any], as_json: bool) -> None:
     """Say what made TARGETS, a cache here or at an address, and whether they are finished."""
-    from gkd.storage.cache import Cache
-    from gkd.storage.metadata import committed_shards
-    from gkd.storage.remote import Remote, is_address
-    from gkd.storage.remote_cache import RemoteCache
+    from gkd.storage.cache.metadata import committed_shards
+    from gkd.storage.cache.reader import Cache
+    from gkd.storage.sharing.remote import Remote, is_address
+    from gkd.storage.sharing.remote_cache import RemoteCache
 
     if is_address(place):
         remote = RemoteCache.open(Remote(place, options))
@@ -94,7 +94,7 @@ def targets_verify(
     By default every byte is held against its hash. With --against RECORDS --teacher FILE a random
     sample is computed again instead, and the largest differences are told.
     """
-    from gkd.storage.verify import verify
+    from gkd.storage.cache.verify import verify
 
     if quick and deep:
         raise click.UsageError("--quick and --deep exclude each other; give one of them")
@@ -134,10 +134,10 @@ def _verify_against(
     device: str,
     sort: Any,
 ) -> "AgainstReport":
-    from gkd.pipeline.against import load_named_centers, verify_against
-    from gkd.storage.cache import Cache
+    from gkd.pipeline.checks.recompute import load_named_centers, verify_against
+    from gkd.storage.cache.reader import Cache
     from gkd.storage.errors import ConfigError
-    from gkd.storage.records import open_records
+    from gkd.storage.records.open import open_records
 
     cache = Cache.open(path)
     named = cache.spec
@@ -178,11 +178,11 @@ def targets_stats(place: str, plot: Path | None, options: dict[str, Any], as_jso
 
     At an address the arrays are left there: sizes and counts only.
     """
-    from gkd.storage.cache import Cache
+    from gkd.storage.analysis.stats import CacheStats, plot_stats, stats
+    from gkd.storage.cache.reader import Cache
     from gkd.storage.errors import ConfigError
-    from gkd.storage.remote import Remote, is_address
-    from gkd.storage.remote_cache import RemoteCache, remote_stats
-    from gkd.storage.stats import CacheStats, plot_stats, stats
+    from gkd.storage.sharing.remote import Remote, is_address
+    from gkd.storage.sharing.remote_cache import RemoteCache, remote_stats
 
     if plot:
         require_plot(plot)
@@ -237,10 +237,10 @@ def targets_confusions(
     takes for another identity than their label), hard.parquet (images that no identity claims) and
     confusions.html, one page with the faces.
     """
-    from gkd.storage.cache import Cache
-    from gkd.storage.confusion_files import write_confusions
-    from gkd.storage.materialise import DIGESTS, default_folder
-    from gkd.storage.records import open_records
+    from gkd.storage.analysis.confusion_files import write_confusions
+    from gkd.storage.cache.reader import Cache
+    from gkd.storage.reading.mmap_store import DIGESTS, default_folder
+    from gkd.storage.records.open import open_records
 
     cache = Cache.open(path)
     records = open_records(source, sort=sort) if source else None
@@ -264,7 +264,7 @@ def targets_push(
 
     ADDRESS is a folder or anything that fsspec opens: s3://, gs://, hf://, sftp://.
     """
-    from gkd.storage.push import push
+    from gkd.storage.sharing.push import push
 
     emit(push(path, address, options=options, read_back=read_back), as_json)
 
@@ -293,7 +293,7 @@ def targets_pull(
     Every file is held against its hash on arrival, and those that stand in TARGETS already too: a
     pull into a damaged copy mends it.
     """
-    from gkd.storage.pull import pull
+    from gkd.storage.sharing.pull import pull
 
     emit(pull(address, path, shards=shards, views=views, options=options), as_json)
 
@@ -314,8 +314,8 @@ def targets_retarget(path: Path, out: Path, as_json: bool, **settings: Any) -> N
 
     What is not given stays as in IN. What IN cannot answer exactly is refused with the reason.
     """
-    from gkd.storage.cache import Cache
-    from gkd.storage.retarget import retarget
+    from gkd.storage.cache.reader import Cache
+    from gkd.storage.cache.retarget import retarget
 
     id = retarget(Cache.open(path), out, **settings)
     emit({"path": out, "id": id}, as_json)
@@ -329,8 +329,8 @@ def targets_retarget(path: Path, out: Path, as_json: bool, **settings: Any) -> N
 @as_json
 def targets_merge(out: Path, paths: tuple[Path, ...], as_json: bool, **words: Any) -> None:
     """Join caches IN... of disjoint records, one teacher and equal settings into OUT."""
-    from gkd.storage.cache import Cache
-    from gkd.storage.merge import merge
+    from gkd.storage.cache.merge import merge
+    from gkd.storage.cache.reader import Cache
 
     id = merge([Cache.open(path) for path in paths], out, **words)
     emit({"path": out, "id": id}, as_json)
@@ -346,7 +346,7 @@ def targets_gc(older_than: float, dry_run: bool, as_json: bool) -> None:
     These are targets made ready for reading, digests of images and embeddings of test sets; all
     are made again as needed.
     """
-    from gkd.storage.materialise import collect
+    from gkd.storage.reading.mmap_store import collect
 
     found = collect(older_than=older_than, dry_run=dry_run)
     if as_json:

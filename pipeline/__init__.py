@@ -1,1 +1,4 @@
-"""Stage one: a teacher, its class centres, and the primary groups of every image."""
+"""Stage one: a teacher and its class centres in, a cache of targets out.
+
+May be imported by the commands alone; imports ``storage`` and never ``trainer``.
+"""

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from gkd.pipeline.teacher import FACE_SIZE, IN_FLIGHT, Embedder, Embeddings, faulty_rows
+from gkd.pipeline.teacher.embedder import FACE_SIZE, IN_FLIGHT, Embedder, Embeddings, faulty_rows
+from gkd.storage.cache.spec import View
 from gkd.storage.errors import ConfigError, CorruptRecordError, GkdError
-from gkd.storage.images import DIGEST_BYTES, decode_face, digest
-from gkd.storage.parallel import ordered_map
-from gkd.storage.rows import Records
-from gkd.storage.spec import View
+from gkd.storage.records.base import Records
+from gkd.storage.records.images import DIGEST_BYTES, decode_face, digest
+from gkd.storage.util.parallel import ordered_map
 
 # An accelerator is fed by the interpreter, whose time goes by operations and not by images.
 CPU_BATCH, ACCELERATOR_BATCH = 128, 1024

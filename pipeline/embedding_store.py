@@ -11,17 +11,17 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from gkd.pipeline.cache_spec import dataset_spec, teacher_spec
 from gkd.pipeline.embed import EmbeddedBatch, join_batches
-from gkd.pipeline.resuming import Seen, require_same_images
-from gkd.pipeline.shards import Background
-from gkd.pipeline.specs import dataset_spec, teacher_spec
-from gkd.pipeline.teacher import Embedder
-from gkd.storage import atomic
-from gkd.storage.disk import disk_errors
+from gkd.pipeline.resume_check import Seen, require_same_images
+from gkd.pipeline.shard_writer import AsyncShardWriter
+from gkd.pipeline.teacher.embedder import Embedder
+from gkd.storage.cache.spec import DatasetSpec, Preprocess, TeacherSpec, View
 from gkd.storage.errors import ConfigError, CorruptRecordError, SpecMismatchError
-from gkd.storage.progress import Advance
-from gkd.storage.rows import Records
-from gkd.storage.spec import DatasetSpec, Preprocess, TeacherSpec, View
+from gkd.storage.records.base import Records
+from gkd.storage.util import atomic
+from gkd.storage.util.disk import disk_errors
+from gkd.storage.util.progress import Advance
 
 SETTINGS = "settings.json"
 SAMPLED_SHARDS, SAMPLED_IMAGES = 4, 512
@@ -112,7 +112,7 @@ class EmbeddingStore:
     def keep(self, batches: Iterable[EmbeddedBatch], advance: Advance) -> None:
         """Keep the batches of whole shards, in their order; each is written while others come."""
         parts: list[EmbeddedBatch] = []
-        with Background() as background:
+        with AsyncShardWriter() as background:
             for batch in batches:
                 background.check()
                 parts.append(batch)

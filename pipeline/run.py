@@ -14,9 +14,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from gkd.pipeline.calibration import sample_images, tell_groups, tell_presets
-from gkd.pipeline.center_files import read_npy
-from gkd.pipeline.centers import (
+from gkd.pipeline.cache_spec import cache_spec, dataset_spec
+from gkd.pipeline.centers.files import read_npy
+from gkd.pipeline.centers.load import (
     CLASS_MEAN,
     Centers,
     ClassMeans,
@@ -25,6 +25,7 @@ from gkd.pipeline.centers import (
     require_all_classes,
     rounding,
 )
+from gkd.pipeline.checks.calibration import check_preprocessing, report_group_sizes, sample_images
 from gkd.pipeline.embed import (
     EmbeddedBatch,
     check_labels,
@@ -34,22 +35,27 @@ from gkd.pipeline.embed import (
     split_batch,
 )
 from gkd.pipeline.embedding_store import EmbeddingStore, work_path
-from gkd.pipeline.resuming import Seen, require_same_images
+from gkd.pipeline.resume_check import Seen, require_same_images
 from gkd.pipeline.settings import CacheSettings
-from gkd.pipeline.shards import Background, PartitionedBatch, committing, partition_batch
-from gkd.pipeline.specs import cache_spec, dataset_spec
-from gkd.pipeline.teacher import Embedder
-from gkd.storage import atomic, launch, layout
-from gkd.storage.cache import Cache, digests_of
-from gkd.storage.card import write_card
-from gkd.storage.disk import disk_errors, require_room
+from gkd.pipeline.shard_writer import (
+    AsyncShardWriter,
+    PartitionedBatch,
+    partition_batch,
+    write_shard_job,
+)
+from gkd.pipeline.teacher.embedder import Embedder
+from gkd.storage.cache import layout
+from gkd.storage.cache.card import write_card
+from gkd.storage.cache.metadata import committed_shards, read_spec
+from gkd.storage.cache.reader import Cache, digests_of
+from gkd.storage.cache.spec import VIEWS, CacheSpec, CentersSpec, View
+from gkd.storage.cache.writer import CacheWriter, delete_leftovers, require_writable
 from gkd.storage.errors import ConfigError
-from gkd.storage.lock import WriteLock
-from gkd.storage.metadata import committed_shards, read_spec
-from gkd.storage.progress import Advance, progress
-from gkd.storage.rows import Records
-from gkd.storage.spec import VIEWS, CacheSpec, CentersSpec, View
-from gkd.storage.writer import CacheWriter, delete_leftovers, require_writable
+from gkd.storage.records.base import Records
+from gkd.storage.util import atomic, torchrun_env
+from gkd.storage.util.disk import disk_errors, require_room
+from gkd.storage.util.lock import WriteLock
+from gkd.storage.util.progress import Advance, progress
 
 SAMPLE_BYTES = 100  # of a view: a rough floor for the disk that a cache needs
 
@@ -109,8 +115,8 @@ def cache_teacher(
         out.absolute(),
         embedder,
         settings,
-        launch.rank() if rank is None else rank,
-        launch.world_size() if world_size is None else world_size,
+        torchrun_env.rank() if rank is None else rank,
+        torchrun_env.world_size() if world_size is None else world_size,
     )
     return run.make(centers)
 
@@ -168,7 +174,7 @@ class _Run:
         array = on_device(centers.array, self.embedder, precision)
         if precision != "float32":
             most, scale = rounding(centers.array, precision), self.settings.partition.scale
-            launch.tell(
+            torchrun_env.log_rank0(
                 f"centres in {precision}: no cosine differs by more than {most:.1e} from "
                 f"float32's, no logit by more than {scale * most:.1e}"
             )
@@ -201,11 +207,11 @@ class _Run:
             rows, embeddings = store.sample(views[0])
         else:
             if not own_means:
-                tell_presets(self.records, self.embedder, views, workers=workers)
+                check_preprocessing(self.records, self.embedder, views, workers=workers)
             rows, embeddings = sample_images(self.records, self.embedder, views, workers=workers)
         if len(rows):
             labels, settings = self.records.labels[rows], self.settings.partition
-            tell_groups(embeddings, labels, centers, settings, own_means=own_means)
+            report_group_sizes(embeddings, labels, centers, settings, own_means=own_means)
 
     def _rows(self, shard: int) -> range:
         start = shard * self.shard_samples
@@ -251,7 +257,7 @@ class _Run:
         labels = self.records.labels
         require_all_classes(self.records)
         if self.rank == 0 and not store.shards():
-            tell_presets(self.records, self.embedder, VIEWS, workers=self.settings.workers)
+            check_preprocessing(self.records, self.embedder, VIEWS, workers=self.settings.workers)
         self._keep_embeddings(store)
         path = centers_path(self.out)
         ready = store.folder / "centers.npy"
@@ -325,7 +331,7 @@ class _Run:
         settings, class_chunk = self.settings.partition, self.settings.class_chunk
         what = "run teacher and partition" if store is None else "partition"
         with (
-            Background() as background,
+            AsyncShardWriter() as background,
             self._progress(what, whole, whole - left) as advance,
             closing(self._batches(pending, store)) as batches,
         ):
@@ -336,7 +342,7 @@ class _Run:
                 advance(len(batch.rows))
                 shard = batch.rows.start // self.shard_samples
                 if batch.rows.stop == self._rows(shard).stop:
-                    background.start(committing(writer, shard, self.records, parts))
+                    background.start(write_shard_job(writer, shard, self.records, parts))
                     parts = []
 
     def _progress(self, what: str, total: int, done: int) -> AbstractContextManager[Advance]:

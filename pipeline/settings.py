@@ -3,8 +3,8 @@
 import math
 from dataclasses import dataclass, field
 
+from gkd.storage.cache.spec import MAX_GROUP, MAX_SCALE, VIEWS, CenterPrecision, DrawsSpec, View
 from gkd.storage.errors import ConfigError
-from gkd.storage.spec import MAX_GROUP, MAX_SCALE, VIEWS, CenterPrecision, DrawsSpec, View
 
 MOST_SHARD_SAMPLES = 65_536
 MOST_SHARD_BYTES = 256_000_000

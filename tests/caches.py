@@ -7,10 +7,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from gkd.storage import layout
-from gkd.storage.cache import Cache
-from gkd.storage.push import CLAIM
-from gkd.storage.spec import (
+from gkd.storage.cache import layout
+from gkd.storage.cache.reader import Cache
+from gkd.storage.cache.spec import (
     VIEWS,
     CacheSpec,
     CentersSpec,
@@ -20,8 +19,9 @@ from gkd.storage.spec import (
     View,
     preprocess_preset,
 )
-from gkd.storage.targets import SparseTargets, encode_log_probs, offsets_from_sizes
-from gkd.storage.writer import CacheWriter, ShardSamples
+from gkd.storage.cache.targets import SparseTargets, encode_log_probs, offsets_from_sizes
+from gkd.storage.cache.writer import CacheWriter, ShardSamples
+from gkd.storage.sharing.push import CLAIM
 
 NO_SKIPS: dict[int, str] = {}
 

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import torch
 
-from gkd.storage.synthetic import draw_faces, draw_pairs
+from gkd.demo.synthetic import draw_faces, draw_pairs
 from gkd.trainer.backbones import build_backbone
-from gkd.trainer.verification_set import write_verification_set
+from gkd.trainer.evaluation.bin_file import write_verification_set
 
 
 def write_home(home: Path) -> Path:

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from gkd.pipeline.teacher import OnnxEmbedder
-from gkd.storage.confusions import Confusions
-from gkd.storage.rows import Records, Subset
-from gkd.storage.spec import preprocess_preset
+from gkd.pipeline.teacher.embedder import OnnxEmbedder
+from gkd.storage.analysis.confusions import Confusions
+from gkd.storage.cache.spec import preprocess_preset
+from gkd.storage.records.base import Records, Subset
 from tests.paths import SHARED_DATA
 
 LEAST_IMAGES = 4  # of an identity that takes part in a swap

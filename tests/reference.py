@@ -11,7 +11,7 @@ from torch import Tensor
 Array = npt.NDArray[np.float64]
 
 
-# --- the loss (gkd.trainer.losses) ---------------------------------------------------------------
+# --- the loss (gkd.trainer.head.loss) --------------------------------------------------------
 
 
 def log_softmax(logits: Array) -> Array:
@@ -63,7 +63,7 @@ def dense_terms(teacher: Array, student: Array, group: npt.NDArray[np.bool_]) ->
 
 
 class LossWeights(TypedDict):
-    """What weighs the terms of the grouped loss (see gkd.trainer.losses)."""
+    """What weighs the terms of the grouped loss (see gkd.trainer.head.loss)."""
 
     temperature: float
     w_binary: float

@@ -8,11 +8,11 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from gkd.storage import layout
-from gkd.storage.cache import Cache
-from gkd.storage.layout import Commit
-from gkd.storage.metadata import read_spec
-from gkd.storage.targets import SparseTargets
+from gkd.storage.cache import layout
+from gkd.storage.cache.layout import Commit
+from gkd.storage.cache.metadata import read_spec
+from gkd.storage.cache.reader import Cache
+from gkd.storage.cache.targets import SparseTargets
 
 
 def flip_bit(path: Path, bit: int) -> None:

@@ -32,7 +32,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
         names = archive.namelist()
     top = {name.split("/")[0] for name in names}
     assert {name for name in top if not name.endswith(".dist-info")} == {"gkd"}
-    assert {"gkd/cli.py", "gkd/storage/spec.py", "gkd/storage/FORMAT.md"} <= set(names)
+    assert {"gkd/cli.py", "gkd/storage/cache/spec.py", "gkd/storage/FORMAT.md"} <= set(names)
 
 
 def test_an_empty_environment_runs_gkd(wheel: Path, tmp_path: Path) -> None:
@@ -46,5 +46,5 @@ def test_an_empty_environment_runs_gkd(wheel: Path, tmp_path: Path) -> None:
     assert "cache-teacher" in run(environment / "bin" / "gkd", "--help", cwd=elsewhere)
     version = run(environment / "bin" / "gkd", "--version", cwd=elsewhere)
     assert wheel.name.split("-")[1] in version
-    everything = "import gkd.pipeline.run, gkd.trainer.loop, gkd.storage.cache"
+    everything = "import gkd.pipeline.run, gkd.trainer.loop, gkd.storage.cache.reader"
     run(python, "-c", everything, cwd=elsewhere)

@@ -20,12 +20,12 @@ from torch.distributed.checkpoint.hf_storage import (
 )
 from torch.distributed.tensor import DTensor
 
-from gkd.storage import atomic
 from gkd.storage.errors import ConfigError, SpecMismatchError
-from gkd.storage.torch_files import read_torch_file
+from gkd.storage.util import atomic
+from gkd.storage.util.torch_files import read_torch_file
 from gkd.trainer.backbones import build_backbone
 from gkd.trainer.config import RunConfig, StudentConfig, differences
-from gkd.trainer.ranks import Ranks
+from gkd.trainer.distributed import Ranks
 
 FORMAT = 1
 FOLDER = "checkpoints"
@@ -162,7 +162,7 @@ def _ways_on(damaged: Path) -> str:
 
 def write_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
     """Publish a checkpoint: written aside, synced, renamed. ``content`` is builtins and tensors."""
-    with atomic.written_aside(path) as aside, aside.open("wb") as file:
+    with atomic.atomic_path(path) as aside, aside.open("wb") as file:
         torch.save({"format": FORMAT, **content}, file)
 
 
@@ -356,7 +356,7 @@ def _same_file(path: Path, name: Path) -> bool:
 
 def _duplicate(path: Path, name: Path) -> None:
     """A second name for a whole file: a link, or a copy where the disk knows no links."""
-    with atomic.written_aside(name) as aside:
+    with atomic.atomic_path(name) as aside:
         try:
             os.link(path, aside)
         except OSError:

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import filelock
 
-from gkd.storage.disk import disk_errors
+from gkd.storage.cache.places import require_outside_caches
 from gkd.storage.errors import ConfigError
-from gkd.storage.places import require_outside_caches
-from gkd.trainer.ranks import Ranks
-from gkd.trainer.run_folder import RUN
+from gkd.storage.util.disk import disk_errors
+from gkd.trainer.distributed import Ranks
+from gkd.trainer.run_dir import RUN
 
 
 @contextmanager

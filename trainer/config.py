@@ -14,10 +14,10 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
+from gkd.storage.cache.spec import MAX_SCALE
 from gkd.storage.errors import ConfigError
-from gkd.storage.spec import MAX_SCALE
 from gkd.trainer.backbones.build import BackboneName
-from gkd.trainer.heads import Margin
+from gkd.trainer.head.margin import Margin
 
 Positive = Annotated[float, Meta(gt=0)]
 NonNegative = Annotated[float, Meta(ge=0)]
@@ -116,7 +116,7 @@ class KdConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     signal       group: the stored primary groups; draws: the drawn classes in their place;
                  hybrid: both, the stored entries exactly and the draws for the rest; auto: draws
                  where the cache has some, else group. Draws from all classes teach the whole
-                 divergence: Primary is KL(p||q), Binary is 0. See ``gkd.trainer.losses``
+                 divergence: Primary is KL(p||q), Binary is 0. See ``gkd.trainer.head.loss``
     temperature  T, one of those that the cache holds
     w_binary     weight of the primary mass against the secondary mass
     w_primary    weight of the distribution within the primary group

@@ -12,19 +12,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from gkd.storage.blocks import ShardStore
-from gkd.storage.records import Records
-from gkd.storage.target_arrays import array_shapes
+from gkd.storage.cache.target_arrays import array_shapes
+from gkd.storage.reading.shard_store import ShardStore
+from gkd.storage.records.open import Records
 from gkd.trainer.backbones.common import FACE_SIZE
 from gkd.trainer.checkpoint import student_backbone
 from gkd.trainer.config import RunConfig
-from gkd.trainer.data import JoinedTargets, check_data, chosen_signal
-from gkd.trainer.devices import choose_dtype
-from gkd.trainer.fused import grouped_margin_loss
-from gkd.trainer.heads import MarginHead
+from gkd.trainer.data.dataset import JoinedTargets, check_data, chosen_signal
+from gkd.trainer.data.sampler import BatchSampler
+from gkd.trainer.device import choose_dtype
+from gkd.trainer.distributed import Ranks
+from gkd.trainer.head.fused import grouped_margin_loss
+from gkd.trainer.head.margin import MarginHead
 from gkd.trainer.loop import targets_in_use
-from gkd.trainer.plans import Plans
-from gkd.trainer.ranks import Ranks
 from gkd.trainer.schedules import make_optimizer
 
 # Two batches tell what grows with the batch from what does not.
@@ -86,7 +86,9 @@ def dry_run(
             records.num_classes, config.student.embedding_dim, margin=config.head.margins
         )
     batch = config.train.batch_size
-    plans = Plans(len(records), batch, config.train.epochs, config.train.seed, config.data.flip)
+    plans = BatchSampler(
+        len(records), batch, config.train.epochs, config.train.seed, config.data.flip
+    )
     flops = backbone_flops(model)
     learning = learning_centers(config, targets, records.num_classes)
     # The first rank has most of the centres.

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from gkd.trainer.losses import GroupTargets
-from gkd.trainer.ranks import Ranks
+from gkd.trainer.distributed import Ranks
+from gkd.trainer.head.loss import GroupTargets
 
 
 def gather_embeddings(part: Tensor, ranks: Ranks) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gkd.storage.errors import ConfigError
-from gkd.storage.records import Records
+from gkd.storage.records.open import Records
 
 # The mean that judges a divergence forgets over about this many steps.
 MEMORY = 100
@@ -33,7 +33,7 @@ class SkippedStep:
     parts: dict[str, float]
     records: tuple[str, ...]
 
-    def told(self) -> dict[str, object]:
+    def to_log(self) -> dict[str, object]:
         """For the log: JSON knows no NaN, so the parts are words."""
         parts = {name: f"{value:g}" for name, value in self.parts.items()}
         return {"not_finite": parts, "records": list(self.records)}
@@ -52,7 +52,7 @@ def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
 
 
-class KeptBuffers:
+class BufferSnapshot:
     """A copy of a module's buffers: running statistics, which a bad step would spoil for good."""
 
     def __init__(self, module: nn.Module) -> None:
@@ -69,7 +69,7 @@ class KeptBuffers:
             _copy_all(kept, live)
 
     @torch.no_grad()
-    def put_back(self) -> None:
+    def restore(self) -> None:
         """Make the buffers what they were when they were kept."""
         for live, kept in zip(self._live, self._kept, strict=True):
             _copy_all(live, kept)

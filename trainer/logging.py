@@ -12,11 +12,11 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from gkd.storage.atomic import write_file
-from gkd.storage.disk import disk_errors
 from gkd.storage.errors import ConfigError, GkdError
-from gkd.storage.extras import require
-from gkd.trainer.losses import GkdLoss
+from gkd.storage.util.atomic import write_file
+from gkd.storage.util.disk import disk_errors
+from gkd.storage.util.extras import require
+from gkd.trainer.head.loss import GkdLoss
 
 METRICS = "metrics.jsonl"
 LOSSES = ("loss", "ce", "primary", "binary")

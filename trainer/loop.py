@@ -15,13 +15,13 @@ import msgspec
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
-from gkd.storage.atomic import delete_asides, write_file
-from gkd.storage.blocks import ShardStore
-from gkd.storage.disk import disk_errors
+from gkd.storage.cache.spec import preprocess_preset
 from gkd.storage.errors import ConfigError, GkdError, SpecMismatchError
-from gkd.storage.progress import progress
-from gkd.storage.records import Records
-from gkd.storage.spec import preprocess_preset
+from gkd.storage.reading.shard_store import ShardStore
+from gkd.storage.records.open import Records
+from gkd.storage.util.atomic import delete_temporaries, write_file
+from gkd.storage.util.disk import disk_errors
+from gkd.storage.util.progress import progress
 from gkd.trainer.checkpoint import (
     FOLDER,
     LAST,
@@ -32,19 +32,19 @@ from gkd.trainer.checkpoint import (
 )
 from gkd.trainer.claim import claimed
 from gkd.trainer.config import RunConfig, to_toml
-from gkd.trainer.data import Batch, FaceBatches, JoinedTargets, check_data
-from gkd.trainer.devices import products_for
-from gkd.trainer.evaluation import VerificationResult, evaluate, module_embed
-from gkd.trainer.findings import gather, write_findings
+from gkd.trainer.data.dataset import Batch, FaceBatches, JoinedTargets, check_data
+from gkd.trainer.data.loader import load_batches
+from gkd.trainer.device import products_for
+from gkd.trainer.distributed import ALONE, Ranks
+from gkd.trainer.evaluation.bin_file import VerificationSet, load_verification_set
+from gkd.trainer.evaluation.verification import VerificationResult, evaluate, module_embed
+from gkd.trainer.final_metrics import gather, write_findings
 from gkd.trainer.guards import finite_weights
-from gkd.trainer.loading import load_batches
 from gkd.trainer.logging import RunLog, Window
-from gkd.trainer.ranks import ALONE, Ranks
-from gkd.trainer.report import write_report
-from gkd.trainer.run_folder import CONFIG, RUN, Dataset, Described
+from gkd.trainer.report.page import write_report
+from gkd.trainer.run_dir import CONFIG, RUN, Dataset, Described
+from gkd.trainer.signals import Stop, stop_signals
 from gkd.trainer.state import RunState
-from gkd.trainer.stopping import Stop, stop_signals
-from gkd.trainer.verification_set import VerificationSet, load_verification_set
 
 PACKAGES = ("gkd", "torch", "numpy")
 # What a rank tells the others before a step.
@@ -215,7 +215,7 @@ class _Training:
                 seconds = time.perf_counter() - asked
                 run.window.add(loss, seconds=seconds, waited=waited, skipped=skipped)
                 if skipped and run.last_skipped is not None:
-                    self._write_log(run.last_skipped.told())
+                    self._write_log(run.last_skipped.to_log())
                 run.require_sound(self.records)
                 note = ""
                 # At each epoch's end too, so that every step is in a line of its epoch.
@@ -270,7 +270,7 @@ class _Training:
         """Log the accuracy on every set; whether their mean is the best so far."""
         run = self.run
         improved = run.ranks.together(lambda: run.ranks.first and self._evaluate_here())
-        improved, run.accuracy, run.best = run.ranks.of_first((improved, run.accuracy, run.best))
+        improved, run.accuracy, run.best = run.ranks.broadcast((improved, run.accuracy, run.best))
         run.evaluated = run.step
         if improved:
             run.best_step = run.step
@@ -362,7 +362,7 @@ def _describe_folder(out: Path, run: RunState, described: Described) -> None:
     write_file(out / CONFIG, to_toml(run.config).encode())
     folder, keep = out / FOLDER, run.config.checkpoint.keep
     folder.mkdir(exist_ok=True)
-    delete_asides(folder)
+    delete_temporaries(folder)
     if run.saved >= 0:
         settle(folder, step=run.saved, best_step=run.best_step, keep=keep)
 

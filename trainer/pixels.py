@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from gkd.storage.spec import Preprocess
+from gkd.storage.cache.spec import Preprocess
 
 
 def network_input(preprocess: Preprocess, device: torch.device) -> Callable[[Tensor], Tensor]:

@@ -12,9 +12,9 @@ import msgspec
 import torch
 from torch import Tensor, nn
 
+from gkd.storage.cache.spec import preprocess_preset
 from gkd.storage.errors import ConfigError
-from gkd.storage.records import Records
-from gkd.storage.spec import preprocess_preset
+from gkd.storage.records.open import Records
 from gkd.trainer.checkpoint import (
     RunData,
     centers_of,
@@ -23,20 +23,20 @@ from gkd.trainer.checkpoint import (
     student_backbone,
 )
 from gkd.trainer.config import RunConfig
-from gkd.trainer.data import Batch, JoinedTargets
-from gkd.trainer.devices import choose_device, choose_dtype
-from gkd.trainer.fit import IdentityFit
-from gkd.trainer.fused import LayerLoss, grouped_margin_loss
+from gkd.trainer.data.dataset import Batch, JoinedTargets
+from gkd.trainer.data.sampler import BatchSampler
+from gkd.trainer.device import choose_device, choose_dtype
+from gkd.trainer.distributed import ALONE, Ranks
 from gkd.trainer.gathering import classes_in_use
-from gkd.trainer.guards import Divergence, KeptBuffers, SkippedStep, gradient_norm
-from gkd.trainer.heads import MarginHead
+from gkd.trainer.guards import BufferSnapshot, Divergence, SkippedStep, gradient_norm
+from gkd.trainer.head.class_lookup import look_up_classes
+from gkd.trainer.head.fused import LayerLoss, grouped_margin_loss
+from gkd.trainer.head.loss import GkdLoss
+from gkd.trainer.head.margin import MarginHead
+from gkd.trainer.head.partial_fc import SampledCenters, borrowed, sample_classes
+from gkd.trainer.identity_cosines import IdentityCosineStatistics
 from gkd.trainer.logging import Window
-from gkd.trainer.losses import GkdLoss
-from gkd.trainer.picks import look_up
 from gkd.trainer.pixels import network_input
-from gkd.trainer.plans import Plans
-from gkd.trainer.ranks import ALONE, Ranks
-from gkd.trainer.sampling import SampledCenters, borrowed, sample_classes
 from gkd.trainer.schedules import kd_ramp, make_optimizer, make_scheduler
 
 
@@ -59,7 +59,7 @@ class RunState:
 
     config: RunConfig
     data: RunData
-    plans: Plans
+    plans: BatchSampler
     device: torch.device
     dtype: torch.dtype
     model: nn.Module
@@ -70,8 +70,8 @@ class RunState:
     scheduler: torch.optim.lr_scheduler.LRScheduler
     scaler: torch.amp.GradScaler
     ranks: Ranks
-    kept: KeptBuffers
-    fit: IdentityFit
+    kept: BufferSnapshot
+    fit: IdentityCosineStatistics
     step: int = 0
     saved: int = -1
     skipped: int = 0
@@ -111,7 +111,7 @@ class RunState:
             scale=config.head.scale,
             rows=ranks.rows(records.num_classes),
         ).to(device)
-        plans = Plans(
+        plans = BatchSampler(
             len(records),
             config.train.batch_size,
             config.train.epochs,
@@ -154,8 +154,8 @@ class RunState:
             scheduler=scheduler,
             scaler=ranks.scaler(device, enabled=dtype == torch.float16),
             ranks=ranks,
-            kept=KeptBuffers(model),
-            fit=IdentityFit(len(records), ranks),
+            kept=BufferSnapshot(model),
+            fit=IdentityCosineStatistics(len(records), ranks),
         )
 
     def state(self) -> dict[str, Any]:
@@ -310,7 +310,7 @@ class RunState:
         kd, labels, targets = self.config.kd, batch.labels, batch.targets
         weight, ranks, first_class = self.head.weight, self.ranks, self.head.rows.start
         # Here the host waits for the device, so it comes before the backbone's work.
-        looked_up = look_up(
+        looked_up = look_up_classes(
             labels, targets, weight, ranks=ranks, first_class=first_class, sampled=sampled
         )
         images = self.pixels(batch.images)
@@ -348,7 +348,7 @@ class RunState:
 
     def _skip(self, parts: dict[str, float], batch: Batch, records: Records) -> None:
         """Put the running statistics back, and count."""
-        self.kept.put_back()
+        self.kept.restore()
         self.skipped += 1
         self.skipped_in_a_row += 1
         rows = self.ranks.gather(batch.rows.to(self.device)).tolist()

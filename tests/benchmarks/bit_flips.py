@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 
 from tests.benchmarks.harness import report
-from tests.storage.flips import make_small_cache, unnoticed_flips
+from tests.storage.cache.flips import make_small_cache, unnoticed_flips
 
 FLIPS = 200
 

@@ -12,14 +12,14 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from gkd.pipeline.centers import CLASS_MEAN
+from gkd.pipeline.centers.load import CLASS_MEAN
 from gkd.pipeline.embed import CPU_BATCH, cut
 from gkd.pipeline.run import cache_teacher
 from gkd.pipeline.settings import DRAWS, CacheSettings, PartitionSettings
-from gkd.pipeline.teacher import OnnxEmbedder
-from gkd.storage.parallel import ordered_map
-from gkd.storage.records import Records, open_records
-from gkd.storage.spec import preprocess_preset
+from gkd.pipeline.teacher.embedder import OnnxEmbedder
+from gkd.storage.cache.spec import preprocess_preset
+from gkd.storage.records.open import Records, open_records
+from gkd.storage.util.parallel import ordered_map
 from tests.benchmarks.harness import report
 from tests.paths import SHARED_DATA
 

@@ -11,7 +11,7 @@ import sys
 
 import numpy as np
 
-from gkd.pipeline.calibration import (
+from gkd.pipeline.checks.calibration import (
     PRESETS,
     compare,
     pairs_to_score,
@@ -19,9 +19,9 @@ from gkd.pipeline.calibration import (
     score,
 )
 from gkd.pipeline.embed import cut
-from gkd.pipeline.teacher import OnnxEmbedder
-from gkd.storage.records import open_records
-from gkd.storage.spec import Preprocess, preprocess_preset
+from gkd.pipeline.teacher.embedder import OnnxEmbedder
+from gkd.storage.cache.spec import Preprocess, preprocess_preset
+from gkd.storage.records.open import open_records
 from tests.benchmarks.harness import Bar, report
 from tests.paths import SHARED_DATA
 

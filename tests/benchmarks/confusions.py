@@ -12,12 +12,12 @@ import tempfile
 import time
 from pathlib import Path
 
-from gkd.pipeline.centers import CLASS_MEAN
+from gkd.pipeline.centers.load import CLASS_MEAN
 from gkd.pipeline.run import cache_teacher
 from gkd.pipeline.settings import DRAWS, CacheSettings, PartitionSettings
-from gkd.storage.cache import Cache
-from gkd.storage.confusions import confusions
-from gkd.storage.records import open_records
+from gkd.storage.analysis.confusions import confusions
+from gkd.storage.cache.reader import Cache
+from gkd.storage.records.open import open_records
 from tests.benchmarks.harness import report
 from tests.paths import SHARED_DATA
 from tests.planted import RememberingTeacher, figures, plant

@@ -21,20 +21,20 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gkd.pipeline.centers import Centers
+from gkd.pipeline.centers.load import Centers
 from gkd.pipeline.embed import ACCELERATOR_BATCH
-from gkd.pipeline.partition import partition, partition_logits
+from gkd.pipeline.groups.partition import partition, partition_logits
 from gkd.pipeline.run import cache_teacher
 from gkd.pipeline.settings import DRAWS, CacheSettings, PartitionSettings
-from gkd.pipeline.teacher import TorchEmbedder
-from gkd.storage.cache import Cache
-from gkd.storage.launch import usable_cores
-from gkd.storage.records import Records, open_records
-from gkd.storage.rows import Subset
-from gkd.storage.spec import preprocess_preset
+from gkd.pipeline.teacher.embedder import TorchEmbedder
+from gkd.storage.cache.reader import Cache
+from gkd.storage.cache.spec import preprocess_preset
+from gkd.storage.records.base import Subset
+from gkd.storage.records.open import Records, open_records
+from gkd.storage.util.torchrun_env import usable_cores
 from gkd.trainer.backbones import build_backbone
 from gkd.trainer.config import load_config
-from gkd.trainer.data import join_targets
+from gkd.trainer.data.dataset import join_targets
 from gkd.trainer.logging import METRICS
 from gkd.trainer.loop import train
 from tests.benchmarks import student_step

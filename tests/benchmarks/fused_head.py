@@ -27,10 +27,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gkd.trainer.dry_run import PeakBytes
-from gkd.trainer.fused import grouped_margin_loss
-from gkd.trainer.heads import Margin
-from gkd.trainer.losses import GroupTargets
-from gkd.trainer.sampling import SampledCenters, sample_classes
+from gkd.trainer.head.fused import grouped_margin_loss
+from gkd.trainer.head.loss import GroupTargets
+from gkd.trainer.head.margin import Margin
+from gkd.trainer.head.partial_fc import SampledCenters, sample_classes
 from tests.benchmarks.harness import Bar, in_turns, report
 
 BATCH, NUM_CLASSES, EMBEDDING_DIM = 128, 93_431, 512

@@ -18,7 +18,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from statistics import mean, stdev
 
-from gkd.storage.launch import usable_cores
+from gkd.storage.util.torchrun_env import usable_cores
 from tests.benchmarks.harness import Bar, report
 from tests.benchmarks.lfw_student import (
     CONFIG,

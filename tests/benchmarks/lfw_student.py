@@ -23,7 +23,7 @@ from statistics import mean, stdev
 
 import numpy as np
 
-from gkd.trainer.verification_set import load_verification_set, write_verification_set
+from gkd.trainer.evaluation.bin_file import load_verification_set, write_verification_set
 from tests.benchmarks.harness import report
 from tests.paths import SHARED_DATA
 

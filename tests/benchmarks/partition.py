@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gkd.pipeline.partition import partition, partition_logits
+from gkd.pipeline.groups.partition import partition, partition_logits
 from gkd.pipeline.settings import DRAWS, PartitionSettings
 from tests.benchmarks.harness import in_turns, report
 from tests.reference import dense_group

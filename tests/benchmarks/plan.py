@@ -18,17 +18,17 @@ from statistics import median
 import numpy as np
 import numpy.typing as npt
 
-from gkd.pipeline import plan_sample
-from gkd.pipeline.centers import CLASS_MEAN
-from gkd.pipeline.plan import Plan, PlanSettings, plan
+from gkd.pipeline.centers.load import CLASS_MEAN
+from gkd.pipeline.plan import sample as plan_sample
+from gkd.pipeline.plan.forecast import Plan, PlanSettings, plan
 from gkd.pipeline.run import cache_teacher
 from gkd.pipeline.settings import DRAWS, CacheSettings, PartitionSettings
-from gkd.pipeline.teacher import OnnxEmbedder
-from gkd.storage.cache import Cache
-from gkd.storage.records import Records, open_records
-from gkd.storage.rows import Subset
-from gkd.storage.spec import preprocess_preset
-from gkd.storage.stats import stats
+from gkd.pipeline.teacher.embedder import OnnxEmbedder
+from gkd.storage.analysis.stats import stats
+from gkd.storage.cache.reader import Cache
+from gkd.storage.cache.spec import preprocess_preset
+from gkd.storage.records.base import Subset
+from gkd.storage.records.open import Records, open_records
 from tests.benchmarks.harness import Bar, report
 from tests.paths import SHARED_DATA
 

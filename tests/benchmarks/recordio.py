@@ -24,9 +24,15 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from gkd.storage.packing import pack
-from gkd.storage.recordio import MAGIC, RecordReader, RecordWriter, encode_record, read_index
-from gkd.storage.records import Records, open_records
+from gkd.storage.records.open import Records, open_records
+from gkd.storage.records.recordio import (
+    MAGIC,
+    RecordReader,
+    RecordWriter,
+    encode_record,
+    read_index,
+)
+from gkd.storage.records.write_pack import pack
 from tests.benchmarks.harness import report
 from tests.paths import SHARED_DATA
 

@@ -18,11 +18,11 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from gkd.storage import parquet_blocks
-from gkd.storage.records import Records, open_records
+from gkd.storage.records import parquet_blocks
+from gkd.storage.records.open import Records, open_records
 from tests.benchmarks.harness import in_turns, report
 from tests.paths import SHARED_DATA
-from tests.storage.forms import image_column, samples, write_parquet, write_tar
+from tests.storage.records.forms import image_column, samples, write_parquet, write_tar
 
 ROUNDS = 5
 RANDOM_READS = 20_000

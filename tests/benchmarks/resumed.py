@@ -12,7 +12,7 @@ from pathlib import Path
 from tests.benchmarks.harness import Bar, report
 from tests.trainer.faces import make
 from tests.trainer.runs import assert_same_end, losses, wait_for_step
-from tests.trainer.test_ranks import finished, kill, train
+from tests.trainer.test_distributed import finished, kill, train
 
 KILLS, STEPS = 10, 120  # FAST has three steps an epoch
 

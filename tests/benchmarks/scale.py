@@ -14,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
-from gkd.storage.cache import Cache
-from gkd.storage.join import match
-from gkd.storage.materialise import TargetStore, materialise
+from gkd.storage.cache.reader import Cache
+from gkd.storage.reading.join import match
+from gkd.storage.reading.mmap_store import TargetStore, materialise
 from tests.benchmarks.harness import report
 from tests.benchmarks.synthetic_cache import make_cache
 from tests.paths import ROOT

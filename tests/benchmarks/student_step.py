@@ -16,9 +16,9 @@ from torch import Tensor
 
 from gkd.trainer.backbones import build_backbone
 from gkd.trainer.config import load_config
-from gkd.trainer.fused import grouped_margin_loss
-from gkd.trainer.heads import MarginHead
-from gkd.trainer.losses import GroupTargets
+from gkd.trainer.head.fused import grouped_margin_loss
+from gkd.trainer.head.loss import GroupTargets
+from gkd.trainer.head.margin import MarginHead
 from gkd.trainer.schedules import make_optimizer
 from tests.benchmarks.harness import Bar, in_turns, report
 

@@ -6,12 +6,12 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from gkd.storage.cache import Cache
-from gkd.storage.parallel import ordered_map
-from gkd.storage.progress import progress
-from gkd.storage.spec import CacheSpec, View
-from gkd.storage.targets import SparseTargets, encode_log_probs, offsets_from_sizes
-from gkd.storage.writer import CacheWriter, ShardSamples
+from gkd.storage.cache.reader import Cache
+from gkd.storage.cache.spec import CacheSpec, View
+from gkd.storage.cache.targets import SparseTargets, encode_log_probs, offsets_from_sizes
+from gkd.storage.cache.writer import CacheWriter, ShardSamples
+from gkd.storage.util.parallel import ordered_map
+from gkd.storage.util.progress import progress
 from tests.caches import make_spec
 
 

@@ -17,16 +17,16 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from gkd.storage.blocks import ShardStore
-from gkd.storage.cache import Cache
-from gkd.storage.materialise import TargetStore, materialise
-from gkd.storage.records import Records, open_records
-from gkd.storage.rows import Subset
-from gkd.storage.stats import stats
-from gkd.storage.synthetic import draw_faces
-from gkd.trainer.data import FaceBatches, JoinedTargets
-from gkd.trainer.loading import load_batches
-from gkd.trainer.plans import Plans
+from gkd.demo.synthetic import draw_faces
+from gkd.storage.analysis.stats import stats
+from gkd.storage.cache.reader import Cache
+from gkd.storage.reading.mmap_store import TargetStore, materialise
+from gkd.storage.reading.shard_store import ShardStore
+from gkd.storage.records.base import Subset
+from gkd.storage.records.open import Records, open_records
+from gkd.trainer.data.dataset import FaceBatches, JoinedTargets
+from gkd.trainer.data.loader import load_batches
+from gkd.trainer.data.sampler import BatchSampler
 from tests.benchmarks.harness import Bar, in_turns, report
 from tests.benchmarks.synthetic_cache import make_cache
 
@@ -91,7 +91,7 @@ def bytes_per_sample(cache: Cache) -> tuple[float, float, float]:
     return view.bytes_per_sample, 8 + 6 * view.entries / cache.spec.num_samples + masses, masses
 
 
-def epoch(dataset: FaceBatches, plans: Plans, workers: int) -> None:
+def epoch(dataset: FaceBatches, plans: BatchSampler, workers: int) -> None:
     for _ in load_batches(dataset, plans, workers=workers, pin=False):
         pass
 
@@ -112,7 +112,7 @@ def epoch_seconds(folder: Path) -> npt.NDArray[np.float64]:
     chosen = np.random.default_rng(0).integers(0, len(drawn), IMAGES)
     records: Records = Subset(drawn, chosen, CLASSES)
     rows = np.random.default_rng(1).permutation(IMAGES)
-    plans = Plans(IMAGES, TRAINING_BATCH, 1, 0, flip=False)
+    plans = BatchSampler(IMAGES, TRAINING_BATCH, 1, 0, flip=False)
     full = JoinedTargets(store, rows, CLASSES)
     streamed = JoinedTargets(ShardStore(cache), rows, CLASSES)
     ways = [
@@ -120,7 +120,7 @@ def epoch_seconds(folder: Path) -> npt.NDArray[np.float64]:
         (FaceBatches(records, full, temperature=4.0), plans),
         (
             FaceBatches(records, streamed, temperature=4.0),
-            Plans(IMAGES, TRAINING_BATCH, 1, 0, flip=False, blocks=streamed.blocks(2)),
+            BatchSampler(IMAGES, TRAINING_BATCH, 1, 0, flip=False, blocks=streamed.blocks(2)),
         ),
     ]
     works = [functools.partial(epoch, *way, 2) for way in ways]

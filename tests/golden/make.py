@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from gkd.storage.spec import (
+from gkd.storage.cache.spec import (
     VIEWS,
     CacheSpec,
     CentersSpec,
@@ -26,8 +26,8 @@ from gkd.storage.spec import (
     View,
     preprocess_preset,
 )
-from gkd.storage.targets import SparseTargets, offsets_from_sizes
-from gkd.storage.writer import CacheWriter, ShardSamples
+from gkd.storage.cache.targets import SparseTargets, offsets_from_sizes
+from gkd.storage.cache.writer import CacheWriter, ShardSamples
 
 SKIPPED = {5: "expected 112x112 pixels, got 64x64"}
 ALL_MASS, NO_MASS = 8, 9

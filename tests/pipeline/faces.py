@@ -13,13 +13,13 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from gkd.pipeline.centers import CLASS_MEAN, Centers
+from gkd.pipeline.centers.load import CLASS_MEAN, Centers
 from gkd.pipeline.run import CacheSummary, cache_teacher
 from gkd.pipeline.settings import CacheSettings, PartitionSettings
-from gkd.pipeline.teacher import Embedder
-from gkd.storage.records import open_records
-from gkd.storage.spec import Precision, preprocess_preset
-from gkd.storage.writer import CacheWriter
+from gkd.pipeline.teacher.embedder import Embedder
+from gkd.storage.cache.spec import Precision, preprocess_preset
+from gkd.storage.cache.writer import CacheWriter
+from gkd.storage.records.open import open_records
 
 EMBEDDING_DIM = 16
 SETTINGS = CacheSettings(

@@ -18,8 +18,9 @@ from pathlib import Path
 import numpy as np
 
 from gkd.pipeline.settings import CacheSettings
-from gkd.storage import layout, lock
+from gkd.storage.cache import layout
 from gkd.storage.errors import IncompleteCacheError
+from gkd.storage.util import lock
 from tests.pipeline.faces import SETTINGS, PixelEmbedder, make
 
 SHARD_SAMPLES = 3

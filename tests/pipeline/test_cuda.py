@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from gkd.pipeline.partition import partition
+from gkd.pipeline.groups.partition import partition
 from gkd.pipeline.settings import DRAWS, PartitionSettings
-from gkd.pipeline.teacher import TorchEmbedder
-from gkd.storage.spec import VIEWS, preprocess_preset
+from gkd.pipeline.teacher.embedder import TorchEmbedder
+from gkd.storage.cache.spec import VIEWS, preprocess_preset
 from gkd.trainer.backbones import build_backbone
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -7,9 +7,9 @@ import numpy as np
 import numpy.typing as npt
 
 from gkd.pipeline.embed import cut, embed
-from gkd.pipeline.teacher import IN_FLIGHT, Embeddings
-from gkd.storage.records import open_records
-from gkd.storage.spec import VIEWS, View
+from gkd.pipeline.teacher.embedder import IN_FLIGHT, Embeddings
+from gkd.storage.cache.spec import VIEWS, View
+from gkd.storage.records.open import open_records
 from tests.pipeline.faces import PixelEmbedder, write_folder
 
 

@@ -18,16 +18,16 @@ import numpy as np
 import pytest
 import torch
 
-from gkd.pipeline.centers import Centers
+from gkd.demo.synthetic import draw_faces
+from gkd.pipeline.centers.load import Centers
 from gkd.pipeline.run import cache_teacher
 from gkd.pipeline.settings import CacheSettings, PartitionSettings
-from gkd.storage import layout
-from gkd.storage.lock import Holder, WriteLock
-from gkd.storage.metadata import committed_shards
-from gkd.storage.records import open_records
-from gkd.storage.rows import Subset
-from gkd.storage.synthetic import draw_faces
-from gkd.storage.writer import CacheWriter
+from gkd.storage.cache import layout
+from gkd.storage.cache.metadata import committed_shards
+from gkd.storage.cache.writer import CacheWriter
+from gkd.storage.records.base import Subset
+from gkd.storage.records.open import open_records
+from gkd.storage.util.lock import Holder, WriteLock
 from gkd.trainer.backbones import build_backbone
 from tests.paths import ROOT
 from tests.pipeline.faces import PixelEmbedder, write_folder

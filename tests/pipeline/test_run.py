@@ -8,24 +8,24 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from gkd.pipeline.calibration import FEWEST_IMAGES
-from gkd.pipeline.centers import CLASS_MEAN, centers_path
+from gkd.pipeline.centers.load import CLASS_MEAN, centers_path
+from gkd.pipeline.checks.calibration import FEWEST_IMAGES
 from gkd.pipeline.embed import EmbeddedBatch, join_batches, split_batch
 from gkd.pipeline.embedding_store import work_path
 from gkd.pipeline.run import cache_teacher
 from gkd.pipeline.settings import CacheSettings, PartitionSettings
-from gkd.pipeline.teacher import OnnxEmbedder
-from gkd.storage.cache import Cache
+from gkd.pipeline.teacher.embedder import OnnxEmbedder
+from gkd.storage.cache.reader import Cache
+from gkd.storage.cache.spec import VIEWS, DrawsSpec, preprocess_preset
+from gkd.storage.cache.targets import decode_log_probs
+from gkd.storage.cache.verify import verify
+from gkd.storage.cache.writer import CacheWriter
 from gkd.storage.errors import CorruptRecordError
-from gkd.storage.records import digest, open_records
-from gkd.storage.spec import VIEWS, DrawsSpec, preprocess_preset
-from gkd.storage.targets import decode_log_probs
-from gkd.storage.verify import verify
-from gkd.storage.writer import CacheWriter
+from gkd.storage.records.open import digest, open_records
 from tests.paths import SHARED_DATA, needs_shared_data
 from tests.pipeline.faces import SETTINGS, PixelEmbedder, centers, failing, make, write_folder
 from tests.reference import dense_group, dense_secondary, log_sum_exp
-from tests.storage.packs import insightface_records, jpeg, payload, write_pack
+from tests.storage.records.packs import insightface_records, jpeg, payload, write_pack
 
 
 @pytest.fixture(scope="module")

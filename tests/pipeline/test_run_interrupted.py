@@ -14,15 +14,15 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from gkd.pipeline import shards
-from gkd.pipeline.calibration import FEWEST_IMAGES
-from gkd.pipeline.centers import CLASS_MEAN, centers_path
+from gkd.pipeline import shard_writer as shards
+from gkd.pipeline.centers.load import CLASS_MEAN, centers_path
+from gkd.pipeline.checks.calibration import FEWEST_IMAGES
 from gkd.pipeline.embedding_store import work_path
-from gkd.storage.cache import Cache
+from gkd.storage.cache.reader import Cache
+from gkd.storage.cache.spec import VIEWS, DrawsSpec
+from gkd.storage.cache.verify import verify
+from gkd.storage.cache.writer import CacheWriter
 from gkd.storage.errors import SpecMismatchError
-from gkd.storage.spec import VIEWS, DrawsSpec
-from gkd.storage.verify import verify
-from gkd.storage.writer import CacheWriter
 from tests.paths import ROOT
 from tests.pipeline.faces import SETTINGS, PixelEmbedder, failing, make, write_folder
 
@@ -227,7 +227,7 @@ def test_a_second_error_of_the_writer_is_noted_on_the_first() -> None:
         raise OSError("the disk is gone")
 
     def run() -> None:
-        with shards.Background() as background:
+        with shards.AsyncShardWriter() as background:
             background.start(fail)
             raise ValueError("teacher")
 

@@ -9,16 +9,16 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from gkd.pipeline.calibration import FEWEST_IMAGES
-from gkd.pipeline.centers import CLASS_MEAN, Centers
+from gkd.pipeline.centers.load import CLASS_MEAN, Centers
+from gkd.pipeline.checks.calibration import FEWEST_IMAGES
 from gkd.pipeline.embedding_store import work_path
 from gkd.pipeline.run import cache_teacher
 from gkd.pipeline.settings import CacheSettings
+from gkd.storage.cache.writer import CacheWriter
 from gkd.storage.errors import ConfigError, GkdError, SpecMismatchError
-from gkd.storage.records import open_records
-from gkd.storage.writer import CacheWriter
+from gkd.storage.records.open import open_records
 from tests.pipeline.faces import SETTINGS, PixelEmbedder, centers, failing, make, write_folder
-from tests.storage.packs import jpeg, payload, write_pack
+from tests.storage.records.packs import jpeg, payload, write_pack
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from gkd.storage.cache import Cache
+from gkd.storage.cache.reader import Cache
 from tests.caches import make_cache_with_card
 
 

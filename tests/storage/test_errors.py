@@ -2,7 +2,8 @@ import re
 
 import pytest
 
-from gkd.storage import errors, extras
+from gkd.storage import errors
+from gkd.storage.util import extras
 
 
 def test_the_docstring_draws_the_tree() -> None:

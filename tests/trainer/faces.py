@@ -14,11 +14,10 @@ import numpy.typing as npt
 import simplejpeg
 import torch
 
-from gkd.pipeline.partition import partition_logits
+from gkd.pipeline.groups.partition import partition_logits
 from gkd.pipeline.settings import PartitionSettings
-from gkd.storage.cache import Cache
-from gkd.storage.records import Records, digests, open_records
-from gkd.storage.spec import (
+from gkd.storage.cache.reader import Cache
+from gkd.storage.cache.spec import (
     CacheSpec,
     CentersSpec,
     DatasetSpec,
@@ -27,17 +26,18 @@ from gkd.storage.spec import (
     View,
     preprocess_preset,
 )
-from gkd.storage.targets import encode_log_probs
-from gkd.storage.writer import CacheWriter, ShardSamples
+from gkd.storage.cache.targets import encode_log_probs
+from gkd.storage.cache.writer import CacheWriter, ShardSamples
+from gkd.storage.records.open import Records, digests, open_records
 from gkd.trainer.config import RunConfig, load_config
-from gkd.trainer.data import JoinedTargets, join_targets
+from gkd.trainer.data.dataset import JoinedTargets, join_targets
+from gkd.trainer.distributed import ALONE, Ranks, joined_ranks
+from gkd.trainer.evaluation.bin_file import write_verification_set
 from gkd.trainer.loop import Summary, train
-from gkd.trainer.ranks import ALONE, Ranks, joined_ranks
-from gkd.trainer.verification_set import write_verification_set
 from tests.reference import log_softmax
 
 if TYPE_CHECKING:
-    from gkd.storage.targets import SparseTargets
+    from gkd.storage.cache.targets import SparseTargets
 
 IDENTITIES, IMAGES_EACH = 6, 7
 SETTINGS = PartitionSettings(group_temperature=4.0, temperatures=(1.0, 4.0))

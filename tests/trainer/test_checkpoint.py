@@ -22,7 +22,7 @@ from gkd.trainer.checkpoint import (
     student_backbone,
     write_checkpoint,
 )
-from gkd.trainer.ranks import ALONE
+from gkd.trainer.distributed import ALONE
 from tests.trainer.faces import small_config
 
 CONFIG = small_config()

@@ -9,7 +9,7 @@ import torch
 
 from gkd.storage.errors import ConfigError
 from gkd.trainer.config import RunConfig, differences, load_config, to_toml
-from gkd.trainer.heads import Margin
+from gkd.trainer.head.margin import Margin
 
 
 def test_without_a_file_it_is_the_published_recipe() -> None:

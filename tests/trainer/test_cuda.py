@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from tests.trainer.faces import run
+from tests.trainer.head.test_fused import MARGINS, leaves, loss_of, random_problem
 from tests.trainer.runs import losses
-from tests.trainer.test_fused import MARGINS, leaves, loss_of, random_problem
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

@@ -9,14 +9,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gkd.storage.cache import Cache
+from gkd.storage.cache.reader import Cache
+from gkd.storage.cache.spec import DrawsSpec, View
 from gkd.storage.errors import ConfigError
-from gkd.storage.records import open_records
-from gkd.storage.rows import Subset
-from gkd.storage.spec import DrawsSpec, View
+from gkd.storage.records.base import Subset
+from gkd.storage.records.open import open_records
 from gkd.trainer.checkpoint import student_backbone
 from gkd.trainer.config import load_config
-from gkd.trainer.data import FaceBatches, join_targets
+from gkd.trainer.data.dataset import FaceBatches, join_targets
+from gkd.trainer.data.loader import load_batches
 from gkd.trainer.dry_run import (
     PeakBytes,
     activation_bytes,
@@ -25,7 +26,6 @@ from gkd.trainer.dry_run import (
     dry_run,
     optimizer_bytes,
 )
-from gkd.trainer.loading import load_batches
 from gkd.trainer.state import RunState
 from tests.trainer.faces import load, small_config, write_cache
 

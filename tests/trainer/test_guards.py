@@ -11,16 +11,16 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from gkd.storage.atomic import sha256_file
 from gkd.storage.errors import ConfigError, GkdError
-from gkd.storage.records import open_records
-from gkd.storage.rows import Subset
+from gkd.storage.records.base import Subset
+from gkd.storage.records.open import open_records
+from gkd.storage.util.atomic import sha256_file
 from gkd.trainer.checkpoint import publish, read_checkpoint, write_checkpoint
-from gkd.trainer.data import Batch, FaceBatches
+from gkd.trainer.data.dataset import Batch, FaceBatches
+from gkd.trainer.data.loader import load_batches
+from gkd.trainer.distributed import ALONE
 from gkd.trainer.guards import DIVERGED, LONG, Divergence, finite_weights
-from gkd.trainer.loading import load_batches
 from gkd.trainer.loop import train
-from gkd.trainer.ranks import ALONE
 from gkd.trainer.state import RunState
 from tests.trainer.faces import load, run, small_config
 

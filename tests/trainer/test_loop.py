@@ -15,20 +15,20 @@ import numpy.typing as npt
 import pytest
 import torch
 
+from gkd.storage.cache.spec import preprocess_preset
+from gkd.storage.cache.targets import TargetBatch
 from gkd.storage.errors import ConfigError, CorruptRecordError, SpecMismatchError
-from gkd.storage.records import open_records
-from gkd.storage.rows import Subset
-from gkd.storage.spec import preprocess_preset
-from gkd.storage.targets import TargetBatch
+from gkd.storage.records.base import Subset
+from gkd.storage.records.open import open_records
 from gkd.trainer import loop
 from gkd.trainer.checkpoint import load_student, read_checkpoint
 from gkd.trainer.config import load_config
-from gkd.trainer.data import FaceBatches
-from gkd.trainer.loading import load_batches
+from gkd.trainer.data.dataset import FaceBatches
+from gkd.trainer.data.loader import load_batches
+from gkd.trainer.data.sampler import BatchIndices
+from gkd.trainer.head.loss import GroupTargets
 from gkd.trainer.loop import train
-from gkd.trainer.losses import GroupTargets
-from gkd.trainer.plans import BatchPlan
-from gkd.trainer.run_folder import read_described
+from gkd.trainer.run_dir import read_described
 from gkd.trainer.state import RunState
 from tests.paths import ROOT
 from tests.reference import log_softmax
@@ -186,7 +186,7 @@ def test_training_fits_the_data(faces: Path, tmp_path: Path) -> None:
 class OnlineTeacher(FaceBatches):
     """Targets from the teacher's dense logits at each step, exact, sorted densely, no cache."""
 
-    def _targets(self, plan: BatchPlan) -> GroupTargets:
+    def _targets(self, plan: BatchIndices) -> GroupTargets:
         views = (teacher_logits(self.records, "original"), teacher_logits(self.records, "flipped"))
         classes, log_probs, rest = [], [], []
         for row, flipped in zip(plan.rows, plan.flipped, strict=True):

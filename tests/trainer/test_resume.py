@@ -20,8 +20,8 @@ from gkd.storage.errors import ConfigError, GkdError, SpecMismatchError
 from gkd.trainer import checkpoint, loop
 from gkd.trainer.checkpoint import read_checkpoint
 from gkd.trainer.config import load_config
-from gkd.trainer.evaluation import evaluate
-from gkd.trainer.findings import read_findings
+from gkd.trainer.evaluation.verification import evaluate
+from gkd.trainer.final_metrics import read_findings
 from gkd.trainer.loop import train
 from gkd.trainer.state import RunState
 from tests.paths import ROOT

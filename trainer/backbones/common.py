@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gkd.storage.errors import ConfigError
-from gkd.storage.images import FACE_SHAPE
+from gkd.storage.records.images import FACE_SHAPE
 
 FACE_SIZE = FACE_SHAPE[0]
 INPUT_SIZES = (112, 56, 28)

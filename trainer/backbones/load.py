@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gkd.storage.errors import ConfigError
-from gkd.storage.torch_files import read_torch_file
+from gkd.storage.util.torch_files import read_torch_file
 from gkd.trainer.backbones.build import BACKBONES, FAMILIES, build_backbone, family_of
 from gkd.trainer.backbones.factory import is_factory, make_network
 

@@ -1,0 +1,4 @@
+"""The teacher's class centres: read from published files, or made as class means and refined.
+
+May be imported by ``checks``, ``plan`` and the run; imports ``teacher``.
+"""

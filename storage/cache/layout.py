@@ -1,0 +1,298 @@
+"""Format 1 on disk (FORMAT.md): paths, Zarr metadata, commit records and the manifest."""
+
+import hashlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, cast
+
+import msgspec
+import numpy as np
+import zarr
+from msgspec import Meta
+from zarr.storage import LocalStore, StorePath
+
+from gkd.storage.cache.spec import CacheSpec, View
+from gkd.storage.util import atomic
+
+if TYPE_CHECKING:
+    from zarr.core.array_spec import ArrayConfigParams
+    from zarr.core.metadata.v3 import ArrayMetadataJSON_V3
+
+INNER_CHUNK = 65536
+METADATA = "zarr.json"
+MANIFEST = "manifest.json"
+CARD = "README.md"
+
+_NO_SHA256 = "0" * 64
+
+Count = Annotated[int, Meta(ge=0)]
+Sha256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
+
+
+class FileRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Size and hex sha256 of one file."""
+
+    bytes: Count
+    sha256: Sha256
+
+
+def file_record(path: Path) -> FileRecord:
+    """The record of a file as it is on disk."""
+    return FileRecord(path.stat().st_size, atomic.sha256_file(path))
+
+
+class ViewRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What one shard holds of one view; ``truncated`` groups were cut at ``max_group``."""
+
+    entries: Count
+    truncated: Count
+
+
+class Commit(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The last file written of a shard, and the only proof that the shard is there.
+
+    ``rows`` is half open; ``skipped`` maps record keys to reasons; ``files`` maps the path of
+    every file of the shard, relative to the cache, to its size and hash.
+    """
+
+    format: int
+    shard: Count
+    rows: tuple[Count, Count]
+    views: dict[View, ViewRecord]
+    skipped: dict[str, str]
+    files: dict[str, FileRecord]
+
+
+class ShardRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A shard in the manifest; ``commit`` is the sha256 of its commit record."""
+
+    commit: Sha256
+    rows: tuple[Count, Count]
+    entries: dict[View, Count]
+
+
+class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The last file written of a cache; its sha256 is the cache's id.
+
+    ``spec`` is the digest of the spec without ``software``; ``files`` are those of no shard;
+    ``bytes`` is the size of everything the manifest vouches for; ``self_sha256`` is the sha256 of
+    the manifest's own bytes with 64 zeros in its place, so that a damaged manifest is known
+    for one before anything else is held against it.
+    """
+
+    format: int
+    spec: Sha256
+    files: dict[str, FileRecord]
+    shards: tuple[ShardRecord, ...]
+    num_samples: Count
+    skipped: Count
+    entries: dict[View, Count]
+    truncated: dict[View, Count]
+    bytes: Count
+    self_sha256: Sha256
+
+
+def encode_json(value: Any) -> bytes:
+    """Deterministic, indented JSON of a struct or of builtins."""
+    return msgspec.json.format(msgspec.json.encode(value, order="deterministic"), indent=2) + b"\n"
+
+
+def spec_digest(spec: CacheSpec) -> str:
+    """Hex sha256 of what decided the arrays: the spec without its software versions."""
+    fields = msgspec.to_builtins(spec)
+    del fields["software"]
+    return hashlib.sha256(msgspec.json.encode(fields, order="deterministic")).hexdigest()
+
+
+@dataclass(frozen=True)
+class ArrayLayout:
+    """One Zarr array: a row a shard of samples.
+
+    Where ``packed``, the row holds the entries of all samples one after the other in one Zarr
+    shard file of inner chunks; else it is one chunk with a fixed place for each sample.
+    """
+
+    path: str
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    packed: bool
+
+    @property
+    def name(self) -> str:
+        """Last part of the path, which is also the field's name in ``SparseTargets``."""
+        return self.path.rpartition("/")[2]
+
+    def shard_file(self, shard: int) -> str:
+        """Path of the file that holds one row, relative to the cache."""
+        return f"{self.path}/c/{shard}" + "/0" * (len(self.shape) - 1)
+
+    def metadata(self) -> dict[str, Any]:
+        """Content of the array's ``zarr.json``."""
+        codecs: list[dict[str, Any]] = [
+            {"name": "bytes", "configuration": {"endian": "little"}},
+            {
+                "name": "blosc",
+                "configuration": {
+                    "typesize": self.dtype.itemsize,
+                    "cname": "zstd",
+                    "clevel": 3,
+                    "shuffle": "bitshuffle",
+                    "blocksize": 0,
+                },
+            },
+            {"name": "crc32c"},
+        ]
+        if self.packed:
+            sharding = {
+                "chunk_shape": [1, INNER_CHUNK],
+                "codecs": codecs,
+                "index_codecs": [codecs[0], codecs[2]],
+                "index_location": "end",
+            }
+            codecs = [{"name": "sharding_indexed", "configuration": sharding}]
+        return {
+            "zarr_format": 3,
+            "node_type": "array",
+            "shape": list(self.shape),
+            "data_type": self.dtype.name,
+            "chunk_grid": {
+                "name": "regular",
+                "configuration": {"chunk_shape": [1, *self.shape[1:]]},
+            },
+            "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
+            "fill_value": 0.0 if self.dtype.kind == "f" else 0,
+            "codecs": codecs,
+            "attributes": {},
+            "storage_transformers": [],
+        }
+
+    def open(self, root: Path, *, writable: bool = False) -> zarr.Array[Any]:
+        """The array in the cache at ``root``, by our own metadata and never by the disk's."""
+        store = StorePath(LocalStore(root, read_only=not writable), self.path)
+        # Chunks of zeros are written as well: absence must never be data.
+        config: ArrayConfigParams = {"write_empty_chunks": True}
+        metadata = cast("ArrayMetadataJSON_V3", self.metadata())
+        return zarr.Array(zarr.AsyncArray(metadata, store, config))
+
+
+def packed_width(spec: CacheSpec) -> int:
+    """Places for entries in a row: S * max_group, rounded up to whole inner chunks."""
+    return math.ceil(spec.shard_samples * spec.max_group / INNER_CHUNK) * INNER_CHUNK
+
+
+def arrays(spec: CacheSpec, view: View) -> dict[str, ArrayLayout]:
+    """The arrays of one view, by name."""
+    shards, samples = spec.num_shards, spec.shard_samples
+    entries = (shards, packed_width(spec))
+    layouts = [
+        ArrayLayout(f"{view}/indices", np.dtype(np.uint32), entries, True),
+        ArrayLayout(f"{view}/log2_probs", np.dtype(np.uint16), entries, True),
+        ArrayLayout(f"{view}/sizes", np.dtype(np.uint16), (shards, samples), False),
+        ArrayLayout(
+            f"{view}/secondary",
+            np.dtype(np.float32),
+            (shards, samples, len(spec.temperatures)),
+            False,
+        ),
+    ]
+    if spec.draws is not None:
+        drawn = (shards, samples, spec.draws.count)
+        layouts += [
+            ArrayLayout(f"{view}/draws", np.dtype(np.uint32), drawn, False),
+            ArrayLayout(f"{view}/draw_log2_probs", np.dtype(np.uint16), drawn, False),
+        ]
+    if spec.draws is not None and spec.draws.source == "primary":
+        masses = ArrayLayout(
+            f"{view}/draw_secondary", np.dtype(np.float32), (shards, samples), False
+        )
+        layouts.append(masses)
+    return {layout.name: layout for layout in layouts}
+
+
+def metadata_files(spec: CacheSpec) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Path, relative to the cache, and content of every ``zarr.json``."""
+    yield METADATA, _group(msgspec.json.decode(msgspec.json.encode(spec)))
+    for view in spec.views:
+        yield f"{view}/{METADATA}", _group({})
+        for layout in arrays(spec, view).values():
+            yield f"{layout.path}/{METADATA}", layout.metadata()
+
+
+def _group(attributes: dict[str, Any]) -> dict[str, Any]:
+    return {"zarr_format": 3, "node_type": "group", "attributes": attributes}
+
+
+def samples_file(shard: int) -> str:
+    """Path of a shard's table of samples."""
+    return f"samples/{shard:06d}.parquet"
+
+
+def commit_file(shard: int) -> str:
+    """Path of a shard's commit record."""
+    return f"commits/{shard:06d}.json"
+
+
+def view_files(spec: CacheSpec, shard: int, view: View, entries: int) -> dict[str, ArrayLayout]:
+    """Path of every file that one view of a shard must have, and the array it belongs to."""
+    return {
+        layout.shard_file(shard): layout
+        for layout in arrays(spec, view).values()
+        if entries or not layout.packed
+    }
+
+
+def shard_files(spec: CacheSpec, shard: int, entries: dict[View, int]) -> list[str]:
+    """Path of every file that a shard must have, its commit record aside."""
+    return [
+        *(path for view in spec.views for path in view_files(spec, shard, view, entries[view])),
+        samples_file(shard),
+    ]
+
+
+def manifest_content(
+    spec: CacheSpec, files: dict[str, FileRecord], commits: list[tuple[Commit, FileRecord]]
+) -> bytes:
+    """The bytes of a finished cache's manifest from the records of all its files.
+
+    ``files`` are those of no shard; ``commits`` has each commit record, in order, with the
+    record of its own file.
+    """
+    manifest = Manifest(
+        format=spec.format,
+        spec=spec_digest(spec),
+        files=files,
+        shards=tuple(
+            ShardRecord(
+                commit=record.sha256,
+                rows=commit.rows,
+                entries={view: commit.views[view].entries for view in spec.views},
+            )
+            for commit, record in commits
+        ),
+        num_samples=spec.num_samples,
+        skipped=sum(len(commit.skipped) for commit, _ in commits),
+        entries={
+            view: sum(commit.views[view].entries for commit, _ in commits) for view in spec.views
+        },
+        truncated={
+            view: sum(commit.views[view].truncated for commit, _ in commits) for view in spec.views
+        },
+        bytes=sum(record.bytes for record in files.values())
+        + sum(
+            record.bytes + sum(file.bytes for file in commit.files.values())
+            for commit, record in commits
+        ),
+        self_sha256=_NO_SHA256,
+    )
+    content = encode_json(manifest)
+    return encode_json(
+        msgspec.structs.replace(manifest, self_sha256=hashlib.sha256(content).hexdigest())
+    )
+
+
+def is_whole_manifest(content: bytes, manifest: Manifest) -> bool:
+    """Whether a manifest's bytes have the sha256 that they name."""
+    blank = content.replace(manifest.self_sha256.encode(), _NO_SHA256.encode())
+    return hashlib.sha256(blank).hexdigest() == manifest.self_sha256

@@ -1,0 +1,315 @@
+"""Reads a cache of targets, trusting nothing that its files say about themselves."""
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from gkd.storage.cache import layout
+from gkd.storage.cache.chunks import check_chunks
+from gkd.storage.cache.invariants import check_invariants
+from gkd.storage.cache.layout import ArrayLayout, Commit, Manifest, file_record
+from gkd.storage.cache.metadata import (
+    check_metadata,
+    corrupt,
+    incomplete,
+    parse_commit,
+    parse_manifest,
+    read_spec,
+    regular_file,
+)
+from gkd.storage.cache.spec import CacheSpec, View
+from gkd.storage.cache.targets import SparseTargets, offsets_from_sizes
+from gkd.storage.errors import IncompleteCacheError
+from gkd.storage.util import atomic
+
+DIGEST_BYTES = 16
+# Of a record's key: a path's length twice; of a sample's whole row, unpacked.
+_MOST_KEY_BYTES = 8192
+_MOST_ROW_BYTES = _MOST_KEY_BYTES + 1024
+_MOST_BATCH_BYTES = 1 << 28
+_SAMPLES_SCHEMA = pa.schema(
+    [
+        ("row", pa.int64()),
+        ("key", pa.string()),
+        ("label", pa.int64()),
+        ("digest", pa.binary(DIGEST_BYTES)),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What the N samples of a cache are.
+
+    labels   int64 [N]
+    digests  uint8 [N, 16]  of the encoded images, zero where not present
+    present  bool  [N]      False where the sample was skipped and has no targets
+    """
+
+    cache: "Cache"
+    labels: npt.NDArray[np.int64]
+    digests: npt.NDArray[np.uint8]
+    present: npt.NDArray[np.bool_]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def keys(self, rows: Iterable[int]) -> list[str]:
+        """Record keys of some rows, read from the shards that hold them."""
+        tables: dict[int, pa.Table] = {}
+        keys = []
+        for row in rows:
+            shard, place = divmod(int(row), self.cache.spec.shard_samples)
+            if shard not in tables:
+                tables[shard] = self.cache.read_samples(shard)
+            keys.append(tables[shard]["key"][place].as_py())
+        return keys
+
+
+class Cache:
+    """A cache opened for reading; ``Cache.open`` makes one.
+
+    path      absolute path
+    spec      what decided its bytes
+    manifest  None where it is not finished
+    """
+
+    def __init__(self, path: Path, spec: CacheSpec, manifest: Manifest | None, id: str) -> None:
+        self.path = path
+        self.spec = spec
+        self.manifest = manifest
+        self._id = id
+
+    @classmethod
+    def open(cls, path: str | Path, *, complete: bool = True) -> Self:
+        """Open a cache, checking all its metadata against format 1 before anything is used.
+
+        With ``complete=False`` a cache that is still being written opens too.
+
+        Raises:
+            ConfigError: where ``path`` is no cache.
+            IncompleteCacheError: where it is not finished.
+            CorruptShardError: where its metadata or manifest is not that of its spec.
+        """
+        path = Path(path).absolute()
+        spec = read_spec(path)
+        check_metadata(path, spec)
+        if not (path / layout.MANIFEST).is_symlink() and not (path / layout.MANIFEST).exists():
+            if complete:
+                raise IncompleteCacheError(incomplete(path, spec))
+            return cls(path, spec, None, "")
+        content = regular_file(path, layout.MANIFEST).read_bytes()
+        manifest = parse_manifest(content, path / layout.MANIFEST, spec)
+        files = [file for file, _ in layout.metadata_files(spec)]
+        files += [layout.CARD] if layout.CARD in manifest.files else []
+        for file in files:
+            if manifest.files.get(file) != file_record(regular_file(path, file)):
+                corrupt(path / file, f"its size or sha256 is not the one in {layout.MANIFEST}")
+        return cls(path, spec, manifest, hashlib.sha256(content).hexdigest())
+
+    @property
+    def id(self) -> str:
+        """Hex sha256 of the manifest, which vouches for every byte of the cache.
+
+        Raises:
+            IncompleteCacheError: where the cache is not finished.
+        """
+        if self.manifest is None:
+            raise IncompleteCacheError(incomplete(self.path, self.spec))
+        return self._id
+
+    def commit(self, shard: int) -> Commit:
+        """The commit record of a shard.
+
+        Raises:
+            CorruptShardError: where it is missing, damaged or not the one of the manifest.
+        """
+        path = regular_file(self.path, layout.commit_file(shard))
+        content = path.read_bytes()
+        expected = None if self.manifest is None else self.manifest.shards[shard].commit
+        if expected not in (None, hashlib.sha256(content).hexdigest()):
+            corrupt(path, f"its sha256 is not the one in {layout.MANIFEST}")
+        return parse_commit(content, path, self.spec, shard)
+
+    def shard_file(self, shard: int, file: str, commit: Commit) -> Path:
+        """Path of a file of a shard, after its presence and size were checked."""
+        path = regular_file(self.path, file)
+        expected, size = commit.files[file].bytes, path.stat().st_size
+        if size != expected:
+            corrupt(path, f"expected {expected} bytes, got {size}")
+        return path
+
+    def require_files(self) -> None:
+        """See that every file of every shard is there and has its size, reading none of them.
+
+        Raises:
+            CorruptShardError: at the first that is missing, cut or a link; at a commit record that
+                is damaged.
+        """
+        for shard in range(self.spec.num_shards):
+            commit = self.commit(shard)
+            for file in commit.files:
+                self.shard_file(shard, file, commit)
+
+    def read_shard(self, shard: int, view: View) -> SparseTargets:
+        """Targets of all samples of a shard, in row order.
+
+        Raises:
+            CorruptShardError: where a file is missing, damaged or says what cannot be.
+        """
+        commit = self.commit(shard)
+        entries = commit.views[view].entries
+        n = len(self.spec.shard_rows(shard))
+        arrays = layout.arrays(self.spec, view)
+        sizes = self._sizes(shard, view, commit)
+        rows = {
+            name: self._read_row(shard, array, commit, entries, entries if array.packed else n)
+            for name, array in arrays.items()
+            if name != "sizes"
+        }
+        for name in rows.keys() & {"indices", "draws"}:
+            if rows[name].max(initial=0) >= self.spec.num_classes:
+                corrupt(
+                    self.path / arrays[name].shard_file(shard),
+                    f"class {rows[name].max()} where there are {self.spec.num_classes}",
+                )
+        return SparseTargets(offsets_from_sizes(sizes), **rows)
+
+    def read_sizes(self, shard: int, view: View) -> npt.NDArray[np.uint16]:
+        """Group sizes of all samples of a shard, in row order; 0 for a skipped one.
+
+        Raises:
+            CorruptShardError: where the file is missing, damaged or says what cannot be.
+        """
+        return self._sizes(shard, view, self.commit(shard))
+
+    def read_verified(self, shard: int, view: View) -> SparseTargets:
+        """``read_shard``, with all files held against their hashes and their meaning checked.
+
+        What ``gkd targets verify --deep`` finds in a view of a shard is found here, but for masses
+        of different temperatures and draws that do not fit the groups.
+
+        Raises:
+            CorruptShardError: where a file is missing, damaged or says what cannot be.
+        """
+        commit = self.commit(shard)
+        for file in layout.view_files(self.spec, shard, view, commit.views[view].entries):
+            path = self.shard_file(shard, file, commit)
+            if atomic.sha256_file(path) != commit.files[file].sha256:
+                corrupt(path, "its sha256 is not the one in its commit record")
+        targets = self.read_shard(shard, view)
+        table = self.read_samples(shard)
+        labels, present = table["label"].to_numpy(), table["digest"].is_valid().to_numpy()
+        for name, sample, problem in check_invariants(self.spec, targets, labels, present):
+            file = layout.arrays(self.spec, view)[name].shard_file(shard)
+            row = self.spec.shard_rows(shard).start + sample
+            corrupt(self.path / file, f"row {row}: {problem}")
+        return targets
+
+    def _sizes(self, shard: int, view: View, commit: Commit) -> npt.NDArray[np.uint16]:
+        entries = commit.views[view].entries
+        array = layout.arrays(self.spec, view)["sizes"]
+        sizes = self._read_row(shard, array, commit, entries, len(self.spec.shard_rows(shard)))
+        if sizes.max(initial=0) > self.spec.max_group or sizes.sum(dtype=np.int64) != entries:
+            corrupt(
+                self.path / array.shard_file(shard),
+                f"group sizes above {self.spec.max_group}, or not {entries} in all",
+            )
+        return sizes
+
+    def _read_row(
+        self, shard: int, array: ArrayLayout, commit: Commit, entries: int, count: int
+    ) -> npt.NDArray[Any]:
+        if not count:
+            return np.zeros((0, *array.shape[2:]), array.dtype)
+        path = self.shard_file(shard, array.shard_file(shard), commit)
+        check_chunks(path, array, entries)
+        try:
+            values: npt.NDArray[Any] = np.asarray(array.open(self.path)[shard, :count])
+        except (ValueError, RuntimeError, OSError) as error:
+            corrupt(path, f"it cannot be decoded ({error})", error)
+        return values
+
+    def read_samples(self, shard: int) -> pa.Table:
+        """Table of a shard's samples: row, key, label, digest (null where skipped).
+
+        Raises:
+            CorruptShardError: where the file is missing, damaged or not that of the shard's rows.
+        """
+        commit = self.commit(shard)
+        path = self.shard_file(shard, layout.samples_file(shard), commit)
+        rows = self.spec.shard_rows(shard)
+        # In pyarrow's own memory: its threads may drop the file a little after the read, and one
+        # that drops Python's memory while the interpreter ends aborts it (apache/arrow#34314).
+        with pa.OSFile(str(path)) as source:
+            content = source.read_buffer()
+        if hashlib.sha256(content).hexdigest() != commit.files[layout.samples_file(shard)].sha256:
+            corrupt(path, "its sha256 is not the one in its commit record")
+        try:
+            with pq.ParquetFile(pa.BufferReader(content)) as file:
+                told = file.metadata
+                if told.num_rows != len(rows) or file.schema_arrow != _SAMPLES_SCHEMA:
+                    corrupt(path, f"expected {len(rows)} rows of {_SAMPLES_SCHEMA.names}")
+                size = sum(told.row_group(i).total_byte_size for i in range(told.num_row_groups))
+                if size > len(rows) * _MOST_ROW_BYTES:
+                    corrupt(path, f"{size:,} bytes unpacked for {len(rows):,} samples")
+                table = _unpack(path, file, size)
+            table.validate(full=True)
+        except (pa.ArrowException, OSError) as error:
+            corrupt(path, f"it cannot be decoded ({error})", error)
+        if not np.array_equal(table["row"].to_numpy(), np.arange(rows.start, rows.stop)):
+            corrupt(path, f"its rows are not {rows.start} to {rows.stop - 1}")
+        if table["key"].null_count or table["label"].null_count:
+            corrupt(path, "a sample without key or label")
+        without = table["key"].filter(table["digest"].is_null()).to_pylist()
+        if sorted(without) != sorted(commit.skipped):
+            corrupt(path, "samples without digest are not those skipped by the commit record")
+        return table
+
+    def samples(self) -> Samples:
+        """Labels and digests of all samples."""
+        n = self.spec.num_samples
+        samples = Samples(
+            self, np.empty(n, np.int64), np.zeros((n, DIGEST_BYTES), np.uint8), np.empty(n, bool)
+        )
+        for shard in range(self.spec.num_shards):
+            rows = self.spec.shard_rows(shard)
+            place = slice(rows.start, rows.stop)
+            table = self.read_samples(shard)
+            samples.labels[place] = table["label"].to_numpy()
+            samples.present[place] = table["digest"].is_valid().to_numpy()
+            samples.digests[place] = digests_of(table)
+        return samples
+
+
+def digests_of(table: pa.Table) -> npt.NDArray[np.uint8]:
+    """Digests uint8 [n, 16] of a table of samples, zero where there is none."""
+    column = table["digest"].combine_chunks().fill_null(bytes(DIGEST_BYTES))
+    raw = np.frombuffer(column.buffers()[1], np.uint8)
+    start = column.offset * DIGEST_BYTES
+    return raw[start : start + len(column) * DIGEST_BYTES].reshape(-1, DIGEST_BYTES)
+
+
+def _unpack(path: Path, file: pq.ParquetFile, size: int) -> pa.Table:
+    """A table of samples of ``size`` bytes, its keys looked at before many are written out.
+
+    Neighbouring keys share what they begin with, so few bytes may mean many; none is longer than
+    all bytes together.
+    """
+    rows = max(1, _MOST_BATCH_BYTES // max(size, 1))
+    batches = []
+    for batch in file.iter_batches(batch_size=rows):
+        lengths = pc.call_function("binary_length", [batch["key"]])
+        longest = pc.call_function("max", [lengths]).as_py() or 0
+        if longest > _MOST_KEY_BYTES:
+            corrupt(path, f"a record key of {longest:,} bytes")
+        batches.append(batch)
+    return pa.Table.from_batches(batches, _SAMPLES_SCHEMA)

@@ -1,0 +1,73 @@
+"""Targets straight from the cache's shards, some shards at a time: no disk, little memory."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from gkd.storage.cache.reader import Cache
+from gkd.storage.cache.spec import VIEWS, CacheSpec, View
+from gkd.storage.cache.target_arrays import TargetArrays, array_shapes, fill, lay_out
+from gkd.storage.cache.targets import SparseTargets
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """Some shards of a cache in memory; looked up as a ``TargetStore`` is.
+
+    first  int64 [views, K], where the samples of each shard that is here begin, -1 for the others
+    """
+
+    spec: CacheSpec
+    arrays: TargetArrays
+    first: npt.NDArray[np.int64]
+
+    def lookup(self, rows: npt.NDArray[np.int64], flipped: npt.NDArray[np.bool_]) -> SparseTargets:
+        """Targets of samples ``rows`` [B], each of the view that ``flipped`` [B] says.
+
+        Raises:
+            IndexError: for a row of another shard, or of a view that the cache does not have.
+        """
+        shards, places = np.divmod(np.asarray(rows, np.int64), self.spec.shard_samples)
+        first = self.first[np.asarray(flipped, np.intp), shards]
+        if len(first) and first.min() < 0:
+            raise IndexError(f"row {rows[first.argmin()]} is in no shard of this block")
+        return self.arrays.take(first + places)
+
+
+class ShardStore:
+    """A cache's targets, read block by block where they are asked for in the order of shards."""
+
+    def __init__(self, cache: Cache) -> None:
+        self.cache = cache
+        self.spec = cache.spec
+        self.cache_id = cache.id
+        self.views: tuple[View, ...] = cache.spec.views
+
+    def load(self, shards: Sequence[int]) -> Block:
+        """Read shards, all views of them, held against their hashes.
+
+        Raises:
+            CorruptShardError: where the cache is damaged.
+        """
+        shapes = array_shapes(self.cache, shards, self.views)
+        arrays = {name: np.empty(shape, dtype) for name, (dtype, shape) in shapes.items()}
+        first = np.full((len(VIEWS), self.spec.num_shards), -1)
+        parts = list(lay_out(self.cache, shards, self.views))
+        for part in parts:
+            first[VIEWS.index(part.view), part.shard] = part.first_row
+        for _ in fill(self.cache, parts, arrays, workers=1):
+            pass
+        return Block(self.spec, TargetArrays.named(self.spec, arrays.__getitem__), first)
+
+    def size_counts(self, view: View) -> npt.NDArray[np.int64]:
+        """How many samples of a view have a group of each size, int64 [max_group + 1].
+
+        Raises:
+            CorruptShardError: where the cache is damaged.
+        """
+        counts = np.zeros(self.spec.max_group + 1, np.int64)
+        for shard in range(self.spec.num_shards):
+            counts += np.bincount(self.cache.read_sizes(shard, view), minlength=len(counts))
+        return counts

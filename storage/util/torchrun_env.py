@@ -1,0 +1,50 @@
+"""What torchrun told this process of the others, and what it may use of its machine."""
+
+import os
+import sys
+
+
+def rank() -> int:
+    """This process's number among those that torchrun started; 0 without it."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    """How many processes torchrun started, on all nodes; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def local_world_size() -> int:
+    """How many of them it started on this node."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def local_rank() -> int | None:
+    """This process's number among those of its node; None without torchrun."""
+    number = os.environ.get("LOCAL_RANK")
+    return None if number is None else int(number)
+
+
+def own_gpu(gpus: int) -> int:
+    """Number of this process's GPU among the ``gpus``, one or more, that it is shown.
+
+    More processes than GPUs share them; where each is shown its own alone, that is number 0.
+    """
+    return (local_rank() or 0) % gpus
+
+
+def all_cores() -> int:
+    """Cores that this process may run on, for work that one process of a node does for all."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+def usable_cores() -> int:
+    """Its share of them, where torchrun started several processes on the node."""
+    return max(1, all_cores() // local_world_size())
+
+
+def log_rank0(text: str) -> None:
+    """A line on stderr, of one of several processes."""
+    if rank() == 0:
+        print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,190 @@
+"""Sharing as a user types it: push, pull, look at what is far away, and every mistake."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import fsspec
+import pytest
+import torch
+
+from gkd.storage.cache.reader import Cache
+from gkd.storage.cache.verify import verify
+from gkd.trainer.backbones import build_backbone
+from tests.caches import make_cache
+from tests.commands.running import fails, works
+from tests.pipeline.faces import write_folder
+from tests.s3 import S3Server, s3_server
+
+ADDRESS = "s3://faces/cache.gkd"
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Cache:
+    return make_cache(tmp_path_factory.mktemp("made") / "cache.gkd", skipped={41: "no image"})
+
+
+@pytest.fixture(scope="module")
+def server(cache: Cache, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    with s3_server(tmp_path_factory.mktemp("s3")) as server:
+        works("targets", "push", cache.path, ADDRESS)
+        yield server
+
+
+def test_a_cache_is_pushed_and_pulled(server: S3Server, cache: Cache, tmp_path: Path) -> None:
+    again = json.loads(works("targets", "push", cache.path, ADDRESS, "--read-back", "--json"))
+    assert (again["id"], again["copied_files"]) == (cache.id, 0)
+    told = works("targets", "pull", ADDRESS, tmp_path / "back.gkd")
+    assert cache.id in told
+    assert Cache.open(tmp_path / "back.gkd").id == cache.id
+
+
+def test_parts_are_pulled(server: S3Server, tmp_path: Path) -> None:
+    part = ("targets", "pull", ADDRESS, tmp_path / "part.gkd", "--json")
+    assert not json.loads(works(*part, "--shards", "0-1,2", "--views", "original"))["whole"]
+    info = json.loads(works("targets", "info", tmp_path / "part.gkd", "--json"))
+    assert (info["id"], info["committed_shards"]) == ("not finished", 3)
+    assert info["views"] == ["original"]
+    assert json.loads(works(*part, "--views", "original"))["whole"]
+    assert "expected some of 0 to 2, got 3" in fails(*part, "--shards", "1-3")
+    assert "expected some of original, flipped" in fails(*part, "--views", "sideways")
+    for wrong in ("1-", "x", "1,,2", "-3"):
+        assert "expected shards such as 0-9,12" in fails(*part, "--shards", wrong, code=2)
+
+
+def test_a_cache_far_away_is_described(server: S3Server, cache: Cache, tmp_path: Path) -> None:
+    far = json.loads(works("targets", "info", ADDRESS, "--json"))
+    near = json.loads(works("targets", "info", cache.path, "--json"))
+    assert far.pop("address") == ADDRESS
+    assert cache.manifest is not None
+    assert far.pop("bytes") == cache.manifest.bytes
+    del near["path"], near["committed_shards"]
+    assert far == near
+    assert far["skipped"] == {"42": "no image"}
+
+    figures = json.loads(works("targets", "stats", ADDRESS, "--json"))
+    assert [view["view"] for view in figures["views"]] == ["original", "flipped"]
+    told = works("targets", "stats", ADDRESS)
+    assert "mean size" in told
+    assert "Quantiles and masses need the arrays: `gkd targets pull`" in told
+    plot = ("--plot", tmp_path / "plot.png")
+    assert "a plot needs the arrays" in fails("targets", "stats", ADDRESS, *plot)
+
+
+def test_options_of_the_address_are_passed_on(
+    server: S3Server, cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = dict(server.environment)
+    names = {
+        "key": "AWS_ACCESS_KEY_ID",
+        "secret": "AWS_SECRET_ACCESS_KEY",
+        "endpoint_url": "AWS_ENDPOINT_URL",
+    }
+    options = [f"{option}={given[name]}" for option, name in names.items()]
+    options.append('client_kwargs={"region_name": "us-east-1"}')
+    for name in names.values():
+        monkeypatch.delenv(name)
+    words = [word for option in options for word in ("--storage-option", option)]
+    assert cache.id in works("targets", "info", ADDRESS, *words)
+    words[3] = "secret=anothersecretkey"
+    assert "access refused" in fails("targets", "info", ADDRESS, *words)
+    assert "expected KEY=VALUE" in fails(
+        "targets", "info", ADDRESS, "--storage-option", "key", code=2
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("pull", "s3://faces/nothing", "out"), "got nothing with a zarr.json; check bucket"),
+        (("info", "s3://voices/cache.gkd"), "got nothing with a zarr.json; check bucket"),
+        (("info", "ftps3://faces"), "Protocol not known"),
+        (("push", "nowhere", ADDRESS), "nowhere: expected a cache of targets"),
+        (("pull", "nowhere", "out"), "nowhere: expected a cache of targets"),
+    ],
+)
+def test_a_mistake_ends_in_one_message(
+    server: S3Server,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: tuple[str, ...],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    told = fails("targets", *arguments)
+    assert told.startswith("Error: ")
+    assert message in told
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_cache_is_made_with_a_card(tmp_path: Path) -> None:
+    write_folder(tmp_path / "faces", identities=3, images=2)
+    torch.manual_seed(0)
+    teacher = build_backbone("iresnet18", embedding_dim=16, width=0.125, input_size=28)
+    torch.save(teacher.state_dict(), tmp_path / "teacher.pt")
+    make: tuple[object, ...] = ("cache-teacher", tmp_path / "faces", tmp_path / "faces.gkd")
+    make += ("--teacher", tmp_path / "teacher.pt", "--centers", "class-mean", "--json")
+    made = json.loads(works(*make, "--licence", "Research only", "--note", "Noise, no faces."))
+    card = (tmp_path / "faces.gkd" / "README.md").read_text()
+    assert card.startswith("# What `teacher` says of `faces`\n")
+    assert "\nNoise, no faces.\n" in card
+    assert "## Terms\n\nResearch only\n" in card
+    assert verify(tmp_path / "faces.gkd").ok
+
+    # What is finished stays as it is.
+    assert json.loads(works(*make, "--note", "Noise, no faces."))["cache_id"] == made["cache_id"]
+    assert "README.md: the cache is finished and its id covers this card" in fails(
+        *make, "--note", "Other words"
+    )
+    assert (tmp_path / "faces.gkd" / "README.md").read_text() == card
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("targets", "push", "", ADDRESS),
+        ("targets", "push", "faces.gkd", ""),
+        ("targets", "pull", "", "faces.gkd"),
+        ("targets", "pull", ADDRESS, ""),
+        ("targets", "info", ""),
+        ("targets", "stats", ""),
+        ("targets", "verify", ""),
+        ("targets", "retarget", "", "out.gkd"),
+        ("targets", "retarget", "faces.gkd", ""),
+        ("targets", "merge", "", "a.gkd", "b.gkd"),
+        ("targets", "merge", "out.gkd", "a.gkd", ""),
+        ("cache-teacher", "", "out.gkd", "--teacher", "t.onnx", "--centers", "class-mean"),
+        ("cache-teacher", "faces", "", "--teacher", "t.onnx", "--centers", "class-mean"),
+        ("cache-teacher", "faces", "out.gkd", "--teacher", "", "--centers", "class-mean"),
+        ("train-student", "", "faces.gkd", "run"),
+        ("train-student", "faces", "", "run"),
+        ("train-student", "faces", "faces.gkd", ""),
+    ],
+)
+def test_an_empty_path_is_a_mistake(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...]
+) -> None:
+    make_cache(tmp_path / "here", num_samples=3)
+    # Where a cache stands, the current folder would do.
+    monkeypatch.chdir(tmp_path / "here")
+    told = fails(*arguments, code=2)
+    assert "expected a path, got an empty one; see whether a variable is not set" in told
+    assert verify(tmp_path / "here").ok
+
+
+def test_an_address_without_a_bucket_is_a_mistake(cache: Cache, tmp_path: Path) -> None:
+    for address in ("s3://", "s3:///", "file://"):
+        assert f"{address}: names no bucket" in fails("targets", "push", cache.path, address)
+        assert f"{address}: names no bucket" in fails("targets", "pull", address, tmp_path / "c")
+        assert f"{address}: names no bucket" in fails("targets", "info", address)
+
+
+def test_files_of_others_in_a_bucket_are_left_alone(server: S3Server, cache: Cache) -> None:
+    bucket = fsspec.filesystem("s3")
+    bucket.pipe_file("faces/team/README.md", b"mine")
+    told = fails("targets", "push", cache.path, "s3://faces/team")
+    assert "s3://faces/team: expected nothing, or what a push of this cache put there, got" in told
+    bucket.invalidate_cache()
+    assert bucket.find("faces/team") == ["faces/team/README.md"]
+    assert bucket.cat_file("faces/team/README.md") == b"mine"
+    works("targets", "push", cache.path, "s3://faces/team/cache.gkd")

@@ -1,0 +1,119 @@
+"""Draws of whole caches are right, and whatever they say that cannot be is found."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pytest
+
+from gkd.storage.cache.draw_checks import check_draws
+from gkd.storage.cache.reader import Cache
+from gkd.storage.cache.spec import DrawsSpec
+from gkd.storage.cache.targets import SparseTargets
+from gkd.storage.cache.verify import verify
+from tests.caches import make_cache
+from tests.tampering import rewrite_row
+
+PRESENT = np.arange(40) != 1  # row 41 of the second shard is skipped
+
+
+@pytest.fixture(scope="module", params=["all", "primary"])
+def made(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Cache:
+    source: Literal["all", "primary"] = request.param
+    return make_cache(
+        tmp_path_factory.mktemp("made") / "c",
+        max_group=49,
+        skipped={41: "no image"},
+        draws=DrawsSpec(12, 4.0, source),
+    )
+
+
+def test_true_draws_have_no_fault(made: Cache) -> None:
+    assert verify(made.path).ok
+    targets = made.read_shard(1, "original")
+    assert targets.draws is not None
+    assert (targets.sizes < 49).any()
+    assert not targets.draws[1].any()
+    assert list(check_draws(made.spec, targets, PRESENT)) == []
+
+
+def a_class_twice(targets: SparseTargets) -> SparseTargets:
+    assert targets.draws is not None
+    assert targets.draw_log2_probs is not None
+    draws, codes = targets.draws.copy(), targets.draw_log2_probs.copy()
+    draws[7, :2], codes[7, :2] = draws[7, 0], [codes[7, 0], codes[7, 0] + 1]
+    return replace(targets, draws=draws, draw_log2_probs=codes)
+
+
+def too_much_mass(targets: SparseTargets) -> SparseTargets:
+    assert targets.draw_log2_probs is not None
+    codes = targets.draw_log2_probs.copy()
+    codes[7] = 0
+    return replace(targets, draw_log2_probs=codes)
+
+
+def another_probability(targets: SparseTargets) -> SparseTargets:
+    assert targets.draws is not None
+    assert targets.draw_log2_probs is not None
+    codes = targets.draw_log2_probs.copy()
+    entry = targets.indices[targets.offsets[7]]
+    draws = targets.draws.copy()
+    draws[7] = entry
+    codes[7] = 9000
+    return replace(targets, draws=draws, draw_log2_probs=codes)
+
+
+def draws_of_a_skipped(targets: SparseTargets) -> SparseTargets:
+    assert targets.draws is not None
+    draws = targets.draws.copy()
+    draws[1, 3] = 5
+    return replace(targets, draws=draws)
+
+
+@pytest.mark.parametrize(
+    ("change", "array", "sample", "problem"),
+    [
+        (a_class_twice, "draw_log2_probs", 7, "a class with two probabilities"),
+        (too_much_mass, "draw_log2_probs", 7, "distinct classes with more mass than there is"),
+        (another_probability, "draw_log2_probs", 7, "another probability than its entry's"),
+        (draws_of_a_skipped, "draws", 1, "draws of a sample that was skipped"),
+    ],
+)
+def test_what_cannot_be_is_told_with_its_place(
+    made: Cache,
+    change: Callable[[SparseTargets], SparseTargets],
+    array: str,
+    sample: int,
+    problem: str,
+) -> None:
+    wrong = change(made.read_shard(1, "original"))
+    assert (array, sample, problem) in list(check_draws(made.spec, wrong, PRESENT))
+
+
+def test_draws_from_a_group_are_in_it_and_its_mass_is_the_stored_one(made: Cache) -> None:
+    targets = made.read_shard(1, "original")
+    assert targets.draws is not None
+    sample = int(np.flatnonzero((targets.sizes > 0) & (targets.sizes < 49))[0])
+    group = targets.indices[targets.offsets[sample] : targets.offsets[sample + 1]]
+    draws = targets.draws.copy()
+    draws[sample, 0] = np.setdiff1d(np.arange(50), group)[0]
+    found = [p for *_, p in check_draws(made.spec, replace(targets, draws=draws), PRESENT)]
+    outside = "a class that is not in the group it was drawn from"
+    assert (outside in found) == (made.spec.draws == DrawsSpec(12, 4.0, "primary"))
+    if targets.draw_secondary is not None:
+        for other in (targets.draw_secondary - np.float32(0.5), np.zeros_like(PRESENT, np.float32)):
+            changed = replace(targets, draw_secondary=np.where(PRESENT, other, np.float32(0)))
+            found = [p for *_, p in check_draws(made.spec, changed, PRESENT)]
+            assert "another mass than is outside its group" in found
+
+
+def test_a_deep_look_names_the_file(tmp_path: Path) -> None:
+    cache = make_cache(tmp_path / "c", draws=DrawsSpec(12, 4.0, "all"))
+    wrong = too_much_mass(cache.read_shard(2, "flipped"))
+    rewrite_row(cache, "flipped/draw_log2_probs", 2, wrong.draw_log2_probs)
+    assert verify(cache.path, level="hashes").ok
+    fault = verify(cache.path).faults[0]
+    assert fault.file == "flipped/draw_log2_probs/c/2/0/0"
+    assert fault.problem == "row 87: distinct classes with more mass than there is"

@@ -1,0 +1,401 @@
+import multiprocessing
+import os
+import pickle
+import shutil
+import time
+from collections import namedtuple
+from collections.abc import Callable
+from pathlib import Path
+
+import filelock
+import numpy as np
+import pytest
+
+from gkd.storage.cache.reader import Cache
+from gkd.storage.cache.spec import VIEWS, DrawsSpec
+from gkd.storage.cache.targets import SparseTargets
+from gkd.storage.cache.verify import verify
+from gkd.storage.cache.writer import CacheWriter
+from gkd.storage.errors import (
+    ConfigError,
+    CorruptDataError,
+    CorruptShardError,
+    IncompleteCacheError,
+)
+from gkd.storage.reading.mmap_store import DAY, Collected, TargetStore, collect, materialise
+from tests.caches import make_cache, make_spec
+from tests.tampering import LIES, flip_bit, tell_lie
+
+# Names as a killed process and the kept digests of a data set have them.
+HALF = f".original.{'0123' * 8}"
+DIGESTS_FILE = f"{'ab' * 32}.npz"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Cache:
+    draws = DrawsSpec(4, 4.0, "primary")
+    folder = tmp_path_factory.mktemp("made")
+    return make_cache(folder / "c", skipped={41: "no image"}, draws=draws)
+
+
+@pytest.fixture(scope="module")
+def store(made: Cache, tmp_path_factory: pytest.TempPathFactory) -> TargetStore:
+    return materialise(made, folder=tmp_path_factory.mktemp("stores"))
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def one_by_one(cache: Cache, rows: np.ndarray, flipped: np.ndarray) -> list[list[np.ndarray]]:
+    """Each sample's own slices of the shard that holds it."""
+    shards = {(s, v): cache.read_shard(s, v) for s in range(cache.spec.num_shards) for v in VIEWS}
+    samples: list[list[np.ndarray]] = []
+    for row, is_flipped in zip(rows, flipped, strict=True):
+        shard, place = divmod(int(row), cache.spec.shard_samples)
+        targets = shards[shard, VIEWS[int(is_flipped)]]
+        group = slice(targets.offsets[place], targets.offsets[place + 1])
+        sample: list[np.ndarray] = [targets.indices[group], targets.log2_probs[group]]
+        for dense in (
+            targets.secondary,
+            targets.draws,
+            targets.draw_log2_probs,
+            targets.draw_secondary,
+        ):
+            assert dense is not None
+            sample.append(dense[place])
+        samples.append(sample)
+    return samples
+
+
+def assert_is(targets: SparseTargets, samples: list[list[np.ndarray]]) -> None:
+    assert targets.offsets.tolist() == [0, *np.cumsum([len(s[0]) for s in samples]).tolist()]
+    for number, field in enumerate(
+        ["indices", "log2_probs", "secondary", "draws", "draw_log2_probs", "draw_secondary"]
+    ):
+        join = np.concatenate if number < 2 else np.stack
+        expected, got = join([sample[number] for sample in samples]), getattr(targets, field)
+        np.testing.assert_array_equal(got, expected, err_msg=field)
+        assert got.dtype == expected.dtype
+
+
+@pytest.mark.parametrize("slice_entries", [0, 256])
+def test_lookup_gives_each_row_its_view(
+    made: Cache, store: TargetStore, slice_entries: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gkd.storage.cache.target_arrays._SLICE_ENTRIES", slice_entries)
+    rng = np.random.default_rng(0)
+    rows = np.concatenate([rng.integers(0, 100, 60), [0, 99, 41, 41, 0]])
+    flipped = np.concatenate([rng.random(60) < 0.5, [True, True, True, False, False]])
+    targets = store.lookup(rows, flipped)
+    assert_is(targets, one_by_one(made, rows, flipped))
+    assert targets.sizes[-3:-1].tolist() == [0, 0]
+
+
+def test_a_store_knows_its_cache(made: Cache, store: TargetStore) -> None:
+    assert store.cache_id == made.id
+    assert store.spec == made.spec
+    assert len(store) == 100
+
+
+def test_an_empty_batch_is_an_empty_batch(store: TargetStore) -> None:
+    targets = store.lookup(np.zeros(0, np.int64), np.zeros(0, bool))
+    assert len(targets) == len(targets.indices) == 0
+    assert targets.secondary.shape == (0, 3)
+
+
+@pytest.mark.parametrize("rows", [[-1], [0, 100]])
+def test_rows_that_are_not_there_are_refused(store: TargetStore, rows: list[int]) -> None:
+    with pytest.raises(IndexError, match="of a cache of 100 samples"):
+        store.lookup(np.array(rows), np.zeros(len(rows), bool))
+
+
+def test_a_store_is_found_again_by_the_id(made: Cache, tmp_path: Path) -> None:
+    first = materialise(made, folder=tmp_path)
+    stamps = {file: file.stat().st_mtime_ns for file in first.path.glob("*.npy")}
+    second = materialise(made, folder=tmp_path)
+    assert second.path == first.path == tmp_path / made.id / "original+flipped"
+    assert {file: file.stat().st_mtime_ns for file in second.path.glob("*.npy")} == stamps
+
+
+def test_one_view_alone(made: Cache, tmp_path: Path) -> None:
+    store = materialise(made, folder=tmp_path, views=["flipped"])
+    rows = np.array([3, 88])
+    assert_is(store.lookup(rows, np.ones(2, bool)), one_by_one(made, rows, np.ones(2, bool)))
+    with pytest.raises(ConfigError, match="targets of the flipped view only"):
+        store.lookup(rows, np.array([True, False]))
+
+
+def test_a_view_that_was_not_cached_is_refused(tmp_path: Path) -> None:
+    cache = make_cache(tmp_path / "c", num_samples=5, views=("original",))
+    with pytest.raises(ConfigError, match="expected views original, flipped, the cache has origin"):
+        materialise(cache, folder=tmp_path / "stores", views=VIEWS)
+
+
+def test_the_default_folder_is_the_users(
+    made: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GKD_CACHE_DIR", str(tmp_path / "chosen"))
+    assert materialise(made).path.is_relative_to(tmp_path / "chosen" / made.id)
+    monkeypatch.delenv("GKD_CACHE_DIR")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert materialise(made).path.is_relative_to(tmp_path / "home/.cache/gkd" / made.id)
+
+
+def test_damage_is_found_while_copying_and_nothing_is_left(made: Cache, tmp_path: Path) -> None:
+    path = Path(shutil.copytree(made.path, tmp_path / "c"))
+    flip_bit(path / "flipped/secondary/c/1/0/0", 200)
+    with pytest.raises(CorruptShardError, match="flipped/secondary/c/1/0/0: its sha256 is not"):
+        materialise(Cache.open(path), folder=tmp_path / "stores")
+    assert names(tmp_path / "stores" / made.id) == ["lock"]
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-2])
+
+
+def empty(file: Path) -> None:
+    file.write_bytes(b"")
+
+
+def lengthen(file: Path) -> None:
+    file.write_bytes(file.read_bytes() + b"\0")
+
+
+def overwrite(file: Path) -> None:
+    file.write_bytes(b"\xff" * file.stat().st_size)
+
+
+@pytest.mark.parametrize("damage", [cut, empty, lengthen, overwrite, Path.unlink])
+@pytest.mark.parametrize("file", ["offsets.npy", "indices.npy", "draws.npy", "store.json"])
+def test_a_damaged_store_is_made_again(
+    made: Cache, store: TargetStore, tmp_path: Path, damage: Callable[[Path], None], file: str
+) -> None:
+    place = Path(shutil.copytree(store.path, tmp_path / made.id / store.path.name)) / file
+    damage(place)
+    if damage is not lengthen or file != "store.json":
+        with pytest.raises(CorruptDataError, match=r"flipped: damaged .*; remove it"):
+            TargetStore(place.parent)
+    again = materialise(made, folder=tmp_path)
+    assert names(tmp_path / made.id) == ["lock", "original+flipped"]
+    for each in store.path.iterdir():
+        assert (again.path / each.name).read_bytes() == each.read_bytes()
+    rows, flipped = np.arange(100), np.zeros(100, bool)
+    assert_is(again.lookup(rows, flipped), one_by_one(made, rows, flipped))
+
+
+def test_a_store_of_another_cache_under_this_name_is_made_again(
+    made: Cache, tmp_path: Path
+) -> None:
+    other = materialise(make_cache(tmp_path / "c", seed=1), folder=tmp_path)
+    shutil.copytree(other.path, tmp_path / made.id / other.path.name)
+    assert materialise(made, folder=tmp_path).cache_id == made.id
+
+
+def test_a_folder_that_cannot_be_written_is_told(made: Cache) -> None:
+    with pytest.raises(ConfigError, match=r"/sys/gkd.*: cannot be written .*; choose a folder"):
+        materialise(made, folder=Path("/sys/gkd"))
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_what_a_deep_verify_finds_is_refused(made: Cache, tmp_path: Path, lie: str) -> None:
+    path = Path(shutil.copytree(made.path, tmp_path / "c"))
+    tell_lie(Cache.open(path), lie, 2, "flipped")
+    assert verify(path, level="hashes").ok
+    faults = verify(path).faults
+    with pytest.raises(CorruptShardError) as refused:
+        materialise(Cache.open(path), folder=tmp_path / "stores")
+    assert refused.value.fault in [f"{path}/{fault}" for fault in faults]
+    assert names(tmp_path / "stores" / Cache.open(path).id) == ["lock"]
+
+
+def test_a_full_disk_is_told_before_anything_is_copied(
+    made: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(2000, 1000, 1000))
+    with pytest.raises(ConfigError, match=r"MB are needed, 0\.0 MB are free .* GKD_CACHE_DIR"):
+        materialise(made, folder=tmp_path)
+
+
+def test_an_unfinished_cache_is_refused(tmp_path: Path) -> None:
+    writer = CacheWriter(tmp_path / "c", make_spec())
+    with pytest.raises(IncompleteCacheError, match="0 of 3 shards"):
+        materialise(Cache.open(writer.path, complete=False), folder=tmp_path)
+
+
+def test_what_a_killed_process_left_is_cleared(made: Cache, tmp_path: Path) -> None:
+    leftover = tmp_path / made.id / f".original+flipped.{'0' * 32}"
+    leftover.mkdir(parents=True)
+    (leftover / "indices.npy").write_bytes(b"half")
+    materialise(made, folder=tmp_path)
+    assert names(tmp_path / made.id) == ["lock", "original+flipped"]
+
+
+def lookup_in_process(
+    path: Path, folder: Path, results: "multiprocessing.Queue[tuple[str, list[int], float]]"
+) -> None:
+    store = materialise(Cache.open(path), folder=folder)
+    again: TargetStore = pickle.loads(pickle.dumps(store))
+    targets = again.lookup(np.arange(100), np.arange(100) % 2 == 0)
+    results.put((str(again.path), targets.indices.tolist(), float(targets.secondary.sum())))
+
+
+def test_eight_processes_at_once_make_one_store(
+    made: Cache, store: TargetStore, tmp_path: Path
+) -> None:
+    context = multiprocessing.get_context("spawn")
+    results = context.Queue()
+    arguments = (made.path, tmp_path, results)
+    processes = [context.Process(target=lookup_in_process, args=arguments) for _ in range(8)]
+    for process in processes:
+        process.start()
+    found = [results.get(timeout=120) for _ in processes]
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0] * 8
+    expected = store.lookup(np.arange(100), np.arange(100) % 2 == 0)
+    place = str(tmp_path / made.id / "original+flipped")
+    total = float(expected.secondary.sum())
+    assert found == [(place, expected.indices.tolist(), total)] * 8
+
+
+def aged(path: Path, days: float) -> Path:
+    then = time.time() - days * DAY
+    os.utime(path, (then, then))
+    return path
+
+
+@pytest.fixture
+def used(made: Cache, tmp_path: Path) -> Path:
+    """A folder with two stores, unused for 10 and for 1 days, a half one and digests."""
+    both = materialise(made, folder=tmp_path).path
+    one = materialise(made, folder=tmp_path, views=["flipped"]).path
+    aged(both / "store.json", 10)
+    aged(one / "store.json", 1)
+    half = both.with_name(HALF)
+    half.mkdir()
+    (half / "indices.npy").write_bytes(b"half")
+    aged(half, 3)
+    (tmp_path / "digests").mkdir()
+    (tmp_path / "digests" / DIGESTS_FILE).write_bytes(b"sixteen bytes...")
+    aged(tmp_path / "digests" / DIGESTS_FILE, 8)
+    (tmp_path / "notes.txt").write_text("not ours")
+    return tmp_path
+
+
+def states(found: list[Collected]) -> dict[str, tuple[bool, str]]:
+    return {each.path.name: (each.removed, each.why) for each in found}
+
+
+def test_collecting_removes_all_that_nobody_uses(made: Cache, used: Path) -> None:
+    found = collect(folder=used)
+    assert states(found) == dict.fromkeys(
+        ["original+flipped", "flipped", HALF, DIGESTS_FILE], (True, "")
+    )
+    assert {each.path.name: round(each.days) for each in found}["original+flipped"] == 10
+    assert {each.path.name: each.bytes for each in found}[DIGESTS_FILE] == 16
+    assert names(used / made.id) == ["lock"]
+    assert names(used) == sorted([made.id, "digests", "notes.txt"])
+    assert len(materialise(made, folder=used)) == 100
+
+
+def test_collecting_leaves_what_strangers_keep_beside(made: Cache, used: Path) -> None:
+    home = used / made.id
+    strange = [
+        used / "project" / "lock",
+        used / "project" / "src" / "main.py",
+        used / "project" / "original" / "store.json",
+        used / "digests" / "precious" / "a.npz",
+        used / "digests" / ("cd" * 32 + ".npz") / "a.npz",
+        used / "digests" / "notes.npz",
+        used / "digests" / (DIGESTS_FILE + ".old"),
+        home / "mine" / "store.json",
+        home / "flipped+original" / "store.json",
+        home / ".git" / "config",
+        home / ".original.0123" / "a.npy",
+        used / ("cd" * 32) / "original" / "photo.jpg",
+    ]
+    for file in strange:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("precious")
+    (home / f".flipped.{'0' * 32}").symlink_to(used / "project")
+    (used / ("ef" * 32)).symlink_to(home)
+    shutil.rmtree(home / "original+flipped")
+    materialise(made, folder=used)  # clears what killed processes left, and nothing else
+    assert {each.path.name for each in collect(folder=used)} == {
+        "original+flipped",
+        "flipped",
+        DIGESTS_FILE,
+    }
+    assert [file for file in strange if not file.exists()] == []
+    assert (home / f".flipped.{'0' * 32}").is_symlink()
+
+
+def test_a_removal_that_is_broken_off_leaves_no_store(
+    made: Cache, used: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(path: Path) -> None:
+        (path / "store.json").unlink(missing_ok=True)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "rmtree", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            collect(folder=used, older_than=9)
+    assert "original+flipped" not in names(used / made.id)
+    assert collect(folder=used)
+    assert names(used / made.id) == ["lock"]
+
+
+def test_what_was_used_lately_stays(made: Cache, used: Path) -> None:
+    found = collect(folder=used, older_than=7)
+    assert states(found) == {
+        "original+flipped": (True, ""),
+        "flipped": (False, "used within 7 days"),
+        HALF: (False, "used within 7 days"),
+        DIGESTS_FILE: (True, ""),
+    }
+    assert names(used / made.id) == [HALF, "flipped", "lock"]
+
+
+def test_a_dry_run_removes_nothing(made: Cache, used: Path) -> None:
+    assert all(each.removed for each in collect(folder=used, dry_run=True))
+    assert names(used / made.id) == [HALF, "flipped", "lock", "original+flipped"]
+
+
+def test_finding_a_store_again_counts_as_use(made: Cache, used: Path) -> None:
+    materialise(made, folder=used)
+    assert not states(collect(folder=used, older_than=7))["original+flipped"][0]
+
+
+def hold(
+    path: Path, opened: "multiprocessing.Queue[int]", done: "multiprocessing.Queue[int]"
+) -> None:
+    store = TargetStore(path)
+    opened.put(len(store))
+    done.get()
+
+
+def test_a_store_that_another_process_has_open_stays(made: Cache, used: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    opened, done = context.Queue(), context.Queue()
+    path = used / made.id / "flipped"
+    process = context.Process(target=hold, args=(path, opened, done))
+    process.start()
+    assert opened.get(timeout=120) == 100
+    assert states(collect(folder=used))["flipped"] == (False, "in use")
+    assert path.exists()
+    done.put(0)
+    process.join()
+    assert states(collect(folder=used))["flipped"] == (True, "")
+
+
+def test_a_store_that_is_being_made_stays(made: Cache, used: Path) -> None:
+    with filelock.FileLock(used / made.id / "lock"):
+        found = states(collect(folder=used))
+    assert found[HALF] == (False, "in use")
+
+
+def test_no_folder_is_nothing_to_collect(tmp_path: Path) -> None:
+    assert collect(folder=tmp_path / "none") == []

@@ -1,0 +1,173 @@
+"""Digests that are kept for the next start, and every change that makes them void."""
+
+import os
+import shutil
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gkd.demo.synthetic import draw_faces
+from gkd.storage.errors import CorruptRecordError
+from gkd.storage.records import base as rows
+from gkd.storage.records.base import Subset, kept_digests
+from gkd.storage.records.open import Records, digests, open_records
+from gkd.storage.records.write_pack import pack
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder ``faces`` and a pack ``pack`` of the same images."""
+    folder = tmp_path_factory.mktemp("drawn")
+    draw_faces(folder / "faces", identities=range(3), images_each=3, seed=0, workers=1)
+    pack(folder / "faces", folder / "pack", sort="natural", workers=1)
+    return folder
+
+
+@pytest.fixture(params=["faces", "pack"])
+def home(
+    request: pytest.FixtureRequest, drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Path:
+    """Records that are large enough to keep their digests, unchanged for a while."""
+    monkeypatch.setattr(rows, "LEAST_KEPT_BYTES", 1)
+    home = Path(shutil.copytree(drawn / request.param, tmp_path / "records"))
+    for path in home.rglob("*"):
+        settle(path)
+    return home
+
+
+def settle(path: Path, seconds: float = 100.0) -> None:
+    then = time.time() - seconds
+    os.utime(path, (then, then))
+
+
+def kept(home: Path, folder: Path) -> np.ndarray:
+    return kept_digests(open_records(home), folder, workers=1)
+
+
+@pytest.fixture
+def hashed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by one each time images are hashed."""
+    calls: list[int] = []
+
+    def count(records: Records, *, workers: int) -> np.ndarray:
+        calls.append(len(records))
+        return digests(records, workers=workers)
+
+    monkeypatch.setattr(rows, "digests", count)
+    return calls
+
+
+def test_the_second_start_hashes_nothing(home: Path, tmp_path: Path, hashed: list[int]) -> None:
+    first = kept(home, tmp_path / "digests")
+    np.testing.assert_array_equal(first, digests(open_records(home), workers=1))
+    second = kept(home, tmp_path / "digests")
+    np.testing.assert_array_equal(first, second)
+    assert hashed == [9]
+
+
+def change_content(home: Path) -> None:
+    """Other bytes of the same length."""
+    path = next(path for path in sorted(home.rglob("*")) if path.suffix in (".jpg", ".rec"))
+    content = bytearray(path.read_bytes())
+    content[-9] ^= 1
+    path.write_bytes(content)
+    settle(path, 50)
+
+
+def swap_names(home: Path) -> None:
+    """Two images change names; in a pack, two lines of the index change places."""
+    if (home / "train.idx").exists():
+        lines = (home / "train.idx").read_text().splitlines()
+        offsets = [line.split("\t")[1] for line in lines]
+        offsets[1], offsets[2] = offsets[2], offsets[1]
+        keys = [line.split("\t")[0] for line in lines]
+        text = "".join(f"{k}\t{o}\n" for k, o in zip(keys, offsets, strict=True))
+        (home / "train.idx").write_text(text)
+        settle(home / "train.idx", 50)
+    else:
+        one, other = sorted(home.rglob("*.jpg"))[:2]
+        aside = one.rename(home / "aside")
+        other.rename(one)
+        aside.rename(other)
+
+
+@pytest.mark.parametrize("change", [change_content, swap_names])
+def test_a_change_is_noticed(
+    home: Path, tmp_path: Path, hashed: list[int], change: Callable[[Path], None]
+) -> None:
+    kept(home, tmp_path / "digests")
+    change(home)
+    found = kept(home, tmp_path / "digests")
+    np.testing.assert_array_equal(found, digests(open_records(home), workers=1))
+    assert len(hashed) == 2
+
+
+def test_what_changed_just_now_is_not_kept(home: Path, tmp_path: Path, hashed: list[int]) -> None:
+    for path in home.rglob("*"):
+        settle(path, 0)
+    kept(home, tmp_path / "digests")
+    assert not list((tmp_path / "digests").glob("*.npz"))
+
+
+@pytest.mark.parametrize("spoil", [b"", b"PK\x03\x04 no archive"])
+def test_a_damaged_file_is_made_again(
+    home: Path, tmp_path: Path, hashed: list[int], spoil: bytes
+) -> None:
+    first = kept(home, tmp_path / "digests")
+    (file,) = (tmp_path / "digests").glob("*.npz")
+    file.write_bytes(spoil)
+    np.testing.assert_array_equal(kept(home, tmp_path / "digests"), first)
+    np.testing.assert_array_equal(kept(home, tmp_path / "digests"), first)
+    assert len(hashed) == 2
+
+
+def test_a_flipped_bit_is_noticed(home: Path, tmp_path: Path, hashed: list[int]) -> None:
+    first = kept(home, tmp_path / "digests")
+    (file,) = (tmp_path / "digests").glob("*.npz")
+    content = file.read_bytes()
+    place = content.index(first[4].tobytes())
+    file.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+    np.testing.assert_array_equal(kept(home, tmp_path / "digests"), first)
+    assert len(hashed) == 2
+
+
+def test_a_small_data_set_keeps_nothing(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rows, "LEAST_KEPT_BYTES", 1 << 28)
+    kept(home, tmp_path / "digests")
+    assert not list((tmp_path / "digests").glob("*.npz"))
+
+
+def test_a_file_that_is_gone_is_named(drawn: Path, tmp_path: Path) -> None:
+    home = Path(shutil.copytree(drawn / "faces", tmp_path / "faces"))
+    records = open_records(home)
+    gone = home / records.key(4)
+    gone.unlink()
+    with pytest.raises(CorruptRecordError, match=f"key {records.key(4)}: No such file"):
+        list(records.stamps())
+    pack = open_records(shutil.copytree(drawn / "pack", tmp_path / "pack"))
+    (tmp_path / "pack" / "train.idx").unlink()
+    with pytest.raises(CorruptRecordError, match=r"train\.idx: No such file"):
+        list(pack.stamps())
+
+
+def test_a_subset_is_of_the_same_files(drawn: Path) -> None:
+    records = open_records(drawn / "faces")
+    subset = Subset(records, np.array([4, 2]), num_classes=7)
+    assert subset.num_classes == 7
+    assert list(subset.stamps()) == list(records.stamps())
+
+
+def test_of_several_at_once_one_reads_the_images(
+    home: Path, tmp_path: Path, hashed: list[int]
+) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: kept(home, tmp_path / "digests"), range(4)))
+    assert len(hashed) == 1
+    for each in found:
+        np.testing.assert_array_equal(each, found[0])

@@ -1,0 +1,269 @@
+import hashlib
+import json
+import pickle
+import struct
+import tempfile
+from itertools import accumulate
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gkd.storage.errors import ConfigError, CorruptRecordError
+from gkd.storage.records.recordio import (
+    MAX_LENGTH,
+    Record,
+    RecordReader,
+    RecordWriter,
+    encode_record,
+    frame,
+    read_index,
+)
+from tests.paths import SHARED_DATA, needs_shared_data
+from tests.storage.records.packs import MAGIC, part, payload
+
+MAGIC_BYTES = struct.pack("<I", MAGIC)
+# Magics at every alignment, one after the other, and alone.
+pieces = st.sampled_from([MAGIC_BYTES, MAGIC_BYTES[:1], MAGIC_BYTES[1:], b"abcd", b"x", b""])
+payloads = st.lists(pieces, max_size=12).map(b"".join)
+
+
+def rec(tmp_path: Path, content: bytes) -> RecordReader:
+    path = tmp_path / "some.rec"
+    path.write_bytes(content)
+    return RecordReader(path)
+
+
+def dmlc_frame(data: bytes) -> bytes:
+    """RecordIOWriter::WriteRecord of dmlc-core's src/recordio.cc, line by line."""
+    out = b""
+    position = 0
+    for at in range(0, len(data) // 4 * 4, 4):
+        if data[at : at + 4] == MAGIC_BYTES:
+            flag = 1 if position == 0 else 2
+            out += struct.pack("<II", MAGIC, flag << 29 | at - position) + data[position:at]
+            position = at + 4
+    flag = 3 if position != 0 else 0
+    out += struct.pack("<II", MAGIC, flag << 29 | len(data) - position) + data[position:]
+    return out + bytes((len(data) + 3) // 4 * 4 - len(data))
+
+
+@needs_shared_data
+@pytest.mark.parametrize("indexed", [True, False])
+def test_corner_cases_read_as_mxnet_reads_them(indexed: bool) -> None:
+    folder = SHARED_DATA / "recordio"
+    expected = json.loads((folder / "odd.json").read_text())
+    reader = RecordReader(folder / "odd.rec")
+    keys, offsets = read_index(folder / "odd.idx")
+    if not indexed:
+        offsets, order = reader.scan(), np.argsort(offsets)
+        keys = keys[order]
+    assert len(keys) == len(offsets) == len(expected) == 112
+    for key, offset in zip(keys.tolist(), offsets.tolist(), strict=True):
+        record = reader.read(offset, key)
+        assert {
+            "flag": record.flag,
+            "label": record.labels.tolist(),
+            "id": record.id,
+            "id2": record.id2,
+            "bytes": len(record.body),
+            "sha256": hashlib.sha256(record.body).hexdigest(),
+        } == expected[str(key)]
+
+
+@needs_shared_data
+def test_corner_cases_are_written_as_mxnet_writes_them(tmp_path: Path) -> None:
+    theirs = SHARED_DATA / "recordio/odd.rec"
+    reader = RecordReader(theirs)
+    with RecordWriter(tmp_path / "odd.rec") as writer:
+        keys, offsets = read_index(theirs.with_suffix(".idx"))
+        for key, offset in zip(keys.tolist(), offsets.tolist(), strict=True):
+            writer.write(key, reader.payload(offset))
+    for suffix in (".rec", ".idx"):
+        ours = (tmp_path / "odd.rec").with_suffix(suffix)
+        assert ours.read_bytes() == theirs.with_suffix(suffix).read_bytes()
+
+
+@needs_shared_data
+@pytest.mark.parametrize("name", ["recordio/odd", "recordio/im2rec/train", "lfw/train"])
+def test_headers_gathered_at_once_equal_records_read_one_by_one(name: str) -> None:
+    reader = RecordReader(SHARED_DATA / f"{name}.rec")
+    _, offsets = read_index(SHARED_DATA / f"{name}.idx")
+    headers = reader.headers(offsets)
+    for row, offset in enumerate(offsets[:500].tolist()):
+        record = reader.read(offset)
+        assert headers.flags[row] == record.flag
+        assert headers.labels[row] == record.labels[0]
+        assert headers.seconds[row] == (record.labels[1] if record.flag > 1 else 0)
+        assert headers.sizes[row] == len(record.body)
+
+
+@settings(deadline=None)  # files are synced
+@given(st.lists(payloads, max_size=6))
+def test_written_records_read_back(datas: list[bytes]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "some.rec"
+        with RecordWriter(path) as writer:
+            for key, data in enumerate(datas):
+                writer.write(key * 10, data)
+        assert path.read_bytes() == b"".join(map(dmlc_frame, datas))
+        reader = RecordReader(path)
+        keys, offsets = read_index(path.with_suffix(".idx"))
+        assert keys.tolist() == [key * 10 for key in range(len(datas))]
+        assert offsets.tolist() == reader.scan().tolist()
+        assert [bytes(reader.payload(offset)) for offset in offsets.tolist()] == datas
+
+
+@given(st.one_of(st.floats(width=32, allow_nan=False), st.just([7.0, 8.0, 9.5])), payloads)
+def test_headers_are_mxnets(label: float | list[float], body: bytes) -> None:
+    data = encode_record(label, body, id=3, id2=2**63)
+    assert data == payload(label, body, 3, 2**63)
+
+
+def test_a_record_is_taken_apart(tmp_path: Path) -> None:
+    reader = rec(tmp_path, part(b"skipped") + part(payload([5, 6], b"image", 7, 8)))
+    record = reader.read(16)
+    assert isinstance(record, Record)
+    assert (record.flag, record.id, record.id2, bytes(record.body)) == (2, 7, 8, b"image")
+    assert record.labels.tolist() == [5.0, 6.0]
+
+
+def test_a_whole_record_is_not_copied(tmp_path: Path) -> None:
+    reader = rec(tmp_path, part(payload(1, b"image")))
+    first, second = (np.frombuffer(reader.body(0), np.uint8) for _ in range(2))
+    assert np.shares_memory(first, second)
+
+
+def test_a_reader_pickles_by_path(tmp_path: Path) -> None:
+    reader = rec(tmp_path, part(payload(1, b"x" * 5000)))
+    pickled = pickle.dumps(reader)
+    assert len(pickled) < 500
+    assert pickle.loads(pickled).body(0) == b"x" * 5000
+    reader.path.write_bytes(part(b""))
+    with pytest.raises(CorruptRecordError, match=r"some\.rec: expected 5032 bytes .*, got 8;"):
+        pickle.loads(pickled)
+
+
+WRONG = part(payload(1, b"image"))  # 40 bytes
+
+
+@pytest.mark.parametrize(
+    ("content", "offset", "message"),
+    [
+        (WRONG, 40, r"expected a record at a multiple of 4 below the file's end 40, got offset 40"),
+        (WRONG, 36, r"below the file's end 40, got offset 36"),
+        (WRONG, -8, r"below the file's end 40, got offset -8"),
+        (WRONG, 2, r"a multiple of 4 below the file's end 40, got offset 2"),
+        (WRONG, 4, r"expected magic 0xced7230a, got 0x0000001d"),
+        (WRONG[:30], 0, r"expected 29 bytes from offset 8, got 22: the file is truncated"),
+        (part(b"tiny"), 0, r"expected a header of 24 bytes, got 4"),
+        (part(struct.pack("<I", 9) + bytes(30)), 0, r"expected 9 labels .*, got 34 bytes"),
+        (part(b"body", 3), 0, r"expected the start of a record, got part flag 3"),
+        (part(b"body", 1), 0, r"expected a record at a multiple of 4 .*, got offset 12"),
+        (part(b"body", 1) + WRONG, 0, r"expected a later part at offset 12, got flag 0"),
+        (part(b"body", 1) + part(b"", 3, 77), 0, r"magic 0xced7230a at offset 12, got 0x0000004d"),
+        (b"", 0, r"below the file's end 0, got offset 0"),
+    ],
+)
+def test_damage_is_told_with_its_place(
+    tmp_path: Path, content: bytes, offset: int, message: str
+) -> None:
+    reader = rec(tmp_path, content)
+    place = rf"some\.rec, key 17, offset {offset}: "
+    with pytest.raises(CorruptRecordError, match=place + ".*" + message):
+        reader.read(offset, 17)
+    headers = reader.headers(np.array([offset]))
+    assert headers.sizes.tolist() == headers.flags.tolist() == [-1]
+
+
+def test_a_scan_shows_damage_and_goes_on(tmp_path: Path) -> None:
+    good = part(payload(1, b"0123"))
+    split = b"".join(frame(payload(2, MAGIC_BYTES + b"4567")))
+    first_part = split[:32]
+    pieces = {
+        "first": (good, True),
+        "garbage": (b"\x01" * 20, False),
+        "whole": (good, True),
+        "split": (split, True),
+        "stray middle part": (part(b"lost", 2), False),
+        "first part alone": (first_part, False),
+        "after it": (good, True),
+        "cut by the end": (good[:-4], False),
+    }
+    reader = rec(tmp_path, b"".join(content for content, _ in pieces.values()))
+    starts = list(accumulate((len(content) for content, _ in pieces.values()), initial=0))[:-1]
+    assert reader.scan().tolist() == starts
+    readable = reader.headers(np.array(starts)).sizes >= 0
+    assert dict(zip(pieces, readable.tolist(), strict=True)) == {
+        name: good for name, (_, good) in pieces.items()
+    }
+
+
+@settings(deadline=None)
+@given(st.data())
+def test_a_scan_finds_every_record_that_was_not_touched(data: st.DataObject) -> None:
+    bodies = data.draw(st.lists(payloads, min_size=1, max_size=6))
+    framed = [b"".join(frame(payload(1, body))) for body in bodies]
+    starts = np.cumsum([0, *map(len, framed)])
+    content = bytearray(b"".join(framed))
+    hit = data.draw(st.integers(0, len(framed) - 1))
+    # With its magic gone, nothing but this record is lost.
+    at = int(starts[hit]) + data.draw(st.integers(0, 3))
+    content[at] ^= data.draw(st.integers(1, 255))
+    with tempfile.TemporaryDirectory() as folder:
+        reader = rec(Path(folder), bytes(content))
+        found = reader.scan().tolist()
+        assert set(starts[:-1].tolist()) <= set(found)
+        assert reader.headers(np.array(found)).sizes[found.index(starts[hit])] == -1
+
+
+def test_an_index_of_many_lines_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "some.idx"
+    keys = np.random.default_rng(0).permutation(100_000)
+    path.write_text("".join(f"{key}\t{key * 4}\n" for key in keys))
+    read = read_index(path)
+    np.testing.assert_array_equal(read[0], keys)
+    np.testing.assert_array_equal(read[1], keys * 4)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("1\t0\nx\t40\n", r"some\.idx: expected lines of key, tab, offset, got: .*'x'"),
+        ("1 0\n", r"expected lines of key, tab, offset, got: .*Expected 2 columns, got 1"),
+        ("1\t0\n2\t\n", r"expected lines of key, tab, offset, got: "),
+        ("7\t0\n8\t4\n7\t8\n", r"expected every key once, got key 7 again \(1 such lines\)"),
+    ],
+)
+def test_a_damaged_index_is_refused(tmp_path: Path, content: str, message: str) -> None:
+    path = tmp_path / "some.idx"
+    path.write_text(content)
+    with pytest.raises(CorruptRecordError, match=message) as raised:
+        read_index(path)
+    assert "write the index again, or remove it" in str(raised.value)
+
+
+def test_an_interrupted_writer_leaves_nothing(tmp_path: Path) -> None:
+    def write_and_stop() -> None:
+        with RecordWriter(tmp_path / "some.rec") as writer:
+            writer.write(0, b"data")
+            assert not (tmp_path / "some.rec").exists()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_and_stop()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("existing", ["some.rec", "some.idx"])
+def test_a_writer_keeps_what_is_there(tmp_path: Path, existing: str) -> None:
+    (tmp_path / existing).write_text("precious")
+    with pytest.raises(ConfigError, match=rf"{existing}: exists already; remove it or choose"):
+        RecordWriter(tmp_path / "some.rec")
+
+
+def test_a_record_that_cannot_be_framed_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"at most 536870911 bytes, got 536870912"):
+        next(frame(np.zeros(MAX_LENGTH + 1, np.uint8).data))

@@ -1,0 +1,110 @@
+"""ONNX files: what onnxruntime gives is what torch gives, or there is no file."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from gkd.storage.cache.spec import preprocess_preset
+from gkd.storage.errors import ConfigError
+from gkd.trainer.backbones.build import build_backbone
+from gkd.trainer.export.formats import export_onnx
+
+onnx: Any = pytest.importorskip("onnx")
+onnxruntime: Any = pytest.importorskip("onnxruntime")
+
+PREPROCESS = preprocess_preset("imagenet", bgr=True)
+
+
+@pytest.mark.parametrize(("name", "width"), [("mobilefacenet", 0.25), ("iresnet18", 0.125)])
+def test_export_gives_torchs_embeddings_for_any_batch(
+    tmp_path: Path, name: str, width: float
+) -> None:
+    torch.manual_seed(0)
+    model = build_backbone(name, embedding_dim=24, width=width, input_size=56)
+    with torch.no_grad():  # statistics that a training would have left
+        model(torch.randn(8, 3, 112, 112))
+    model.eval()
+    out = tmp_path / "deep" / "student.onnx"
+    export_onnx(model, out, preprocess=PREPROCESS, name="demo")
+    assert [path.name for path in out.parent.iterdir()] == ["student.onnx"]
+
+    session = onnxruntime.InferenceSession(str(out), providers=["CPUExecutionProvider"])
+    images = np.random.default_rng(1).standard_normal((7, 3, 112, 112), np.float32)
+    got = session.run(["embedding"], {"input": images})[0]
+    with torch.no_grad():
+        expected = model(torch.from_numpy(images)).numpy()
+    np.testing.assert_allclose(got, expected, atol=1e-4 * np.linalg.norm(expected, axis=1).min())
+    alone = session.run(["embedding"], {"input": images[3:4]})[0]
+    np.testing.assert_allclose(alone[0], got[3], rtol=1e-3, atol=1e-4)
+
+    (entry,) = session.get_inputs()
+    assert (entry.name, entry.shape, entry.type) == (
+        "input",
+        ["batch", 3, 112, 112],
+        "tensor(float)",
+    )
+    metadata = session.get_modelmeta().custom_metadata_map
+    assert (metadata["name"], metadata["embedding_dim"]) == ("demo", "24")
+    assert (metadata["channel_order"], metadata["preprocess"]) == ("BGR", "imagenet")
+    assert tuple(json.loads(metadata["preprocess_mean"])) == PREPROCESS.mean
+    assert tuple(json.loads(metadata["preprocess_std"])) == PREPROCESS.std
+    assert metadata["gkd_version"]
+
+
+def test_model_is_left_as_it_was(tmp_path: Path) -> None:
+    model = build_backbone("iresnet18", embedding_dim=8, width=0.125, input_size=28).train()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    export_onnx(model, tmp_path / "student.onnx", preprocess=PREPROCESS, name="demo")
+    assert model.training
+    for key, value in model.state_dict().items():
+        torch.testing.assert_close(value, before[key], rtol=0, atol=0)
+
+
+class Restless(nn.Module):
+    """Answers otherwise each time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3, 4))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        pooled = images.mean(dim=(2, 3)) @ self.weight
+        return pooled + torch.rand_like(pooled)
+
+
+class Stubborn(Restless):
+    """Branches on values, which no graph can hold."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        if images.sum().item() > 1:
+            return images.mean(dim=(2, 3)) @ self.weight
+        return images.amax(dim=(2, 3)) @ self.weight
+
+
+def test_disagreement_is_an_error_and_leaves_no_file(tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"student.onnx: the export disagrees with torch on a batch"
+    ):
+        export_onnx(Restless(), tmp_path / "student.onnx", preprocess=PREPROCESS, name="demo")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_model_that_cannot_be_traced_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"student.onnx: Stubborn cannot be exported to ONNX: "):
+        export_onnx(Stubborn(), tmp_path / "student.onnx", preprocess=PREPROCESS, name="demo")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("missing", ["onnx", "onnxscript", "onnxruntime"])
+def test_missing_extra_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: str
+) -> None:
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(ConfigError, match=rf"{missing} cannot be imported .*'\.\[onnx\]'"):
+        export_onnx(Restless(), tmp_path / "student.onnx", preprocess=PREPROCESS, name="demo")

@@ -1,0 +1,279 @@
+"""The processes that train together: torchrun's ranks, or this one alone."""
+
+import functools
+import gc
+import time
+import traceback
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Literal, NoReturn, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
+from torch.distributed.rendezvous import rendezvous
+from torch.distributed.tensor import DTensor, Shard
+from torch.nn.parallel import DistributedDataParallel
+
+from gkd.storage.errors import ConfigError, GkdError
+from gkd.storage.util import torchrun_env
+
+T = TypeVar("T")
+Hook = Literal["float32", "float16", "bfloat16"]
+
+# All ranks start at once: one that is not here by then, or whose torchrun is gone, will not come.
+ARRIVAL = timedelta(minutes=10)
+# Once all are here a rank may wait long, while another evaluates or prepares data; torchrun ends
+# those whose peers died.
+PATIENCE = timedelta(hours=6)
+# Between looks for an answer of the first rank.
+_ANSWER_SECONDS = 0.05
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process's number among ``world_size``; each call is made by all of them."""
+
+    rank: int = 0
+    world_size: int = 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the one that logs, evaluates and writes."""
+        return self.rank == 0
+
+    def rows(self, count: int) -> range:
+        """This rank's part of ``count`` rows that are cut as DTensor cuts them."""
+        size = -(-count // self.world_size)
+        return range(min(self.rank * size, count), min((self.rank + 1) * size, count))
+
+    def highest(self, value: int) -> int:
+        """The highest of the ranks' values."""
+        if self.world_size == 1:
+            return value
+        values = torch.tensor(value, device=_collective_device())
+        dist.all_reduce(values, dist.ReduceOp.MAX)
+        return int(values.item())
+
+    def barrier(self) -> None:
+        """Wait until all ranks are here."""
+        self.highest(0)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum of the ranks' tensors of one shape; overwrites this rank's."""
+        if self.world_size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def highest_of_each(self, values: Tensor) -> Tensor:
+        """The highest of the ranks' values at each place of CPU tensors of one shape."""
+        if self.world_size == 1:
+            return values
+        values = values.to(_collective_device())
+        dist.all_reduce(values, dist.ReduceOp.MAX)
+        return values.cpu()
+
+    def logsumexp(self, values: Tensor) -> Tensor:
+        """The logsumexp of the ranks' tensors of one shape."""
+        return values if self.world_size == 1 else self.gather(values[None]).logsumexp(0)
+
+    def gather(self, part: Tensor) -> Tensor:
+        """The ranks' tensors [n, ...] of one shape, one after the other."""
+        if self.world_size == 1:
+            return part
+        part = part.contiguous()
+        parts = [torch.empty_like(part) for _ in range(self.world_size)]
+        dist.all_gather(parts, part)
+        return torch.cat(parts)
+
+    def together(self, work: Callable[[], T]) -> T:
+        """What each rank's own work gives; where any fails all end, and the first of them says why.
+
+        For work without collectives, or another rank would wait in vain for its part of one.
+        """
+        error: Exception | None = None
+        made: list[T] = []
+        try:
+            made.append(work())
+        except Exception as met:
+            error = met
+        mine = self.world_size - self.rank
+        worst = self.highest(0 if error is None else mine)
+        if error is not None and worst == mine:
+            raise error
+        if worst:
+            raise SystemExit(1)
+        return made[0]
+
+    def fail(self, message: str) -> NoReturn:
+        """End all ranks, which all call it: the first says why."""
+        raise GkdError(message) if self.first else SystemExit(1)
+
+    def broadcast(self, value: T) -> T:
+        """The first rank's value, a plain object."""
+        if self.world_size == 1:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, src=0, device=_collective_device())
+        return values[0]
+
+    def parallel(self, model: nn.Module, *, hook: Hook) -> nn.Module:
+        """The model with gradients averaged over the ranks, sent as ``hook`` says."""
+        if self.world_size == 1:
+            return model
+        parallel = DistributedDataParallel(model)
+        parallel.broadcast_buffers = False  # the argument of this name is deprecated by torch 2.13
+        if hook != "float32":
+            dtype = torch.float16 if hook == "float16" else torch.bfloat16
+            parallel.register_comm_hook(dtype, _rounded_mean)
+        return parallel
+
+    def scaler(self, device: torch.device, *, enabled: bool) -> torch.amp.GradScaler:
+        """A gradient scaler; ranks skip a step together, whoever's gradient is not finite."""
+        if self.world_size == 1:
+            return torch.amp.GradScaler(device.type, enabled=enabled)
+        return ShardedGradScaler(device.type, enabled=enabled)
+
+    def sharded(self, part: Tensor, count: int) -> Tensor:
+        """The ranks' ``rows`` of one tensor [count, ...] as one DTensor; alone, the tensor."""
+        if self.world_size == 1:
+            return part
+        shape = torch.Size((count, *part.shape[1:]))
+        stride = torch.empty(shape, device="meta").stride()
+        return DTensor.from_local(
+            part, self._mesh, [Shard(0)], run_check=False, shape=shape, stride=stride
+        )
+
+    @functools.cached_property
+    def _mesh(self) -> DeviceMesh:
+        return init_device_mesh(_collective_device().type, (self.world_size,))
+
+
+ALONE = Ranks()
+
+
+@contextmanager
+def joined_ranks(device: str) -> Iterator[Ranks]:
+    """The ranks that torchrun started, joined until the end, or this process alone.
+
+    ``device`` is cpu or cuda, by which they talk: gloo or NCCL. To be called before anything that
+    takes one rank longer than another: they wait ``ARRIVAL`` for each other here, and ``PATIENCE``
+    ever after.
+
+    Raises:
+        ConfigError: where the other ranks cannot be reached, or a rank has no GPU.
+    """
+    world_size = torchrun_env.world_size()
+    if world_size == 1:
+        yield ALONE
+        return
+    if device == "cuda":
+        _take_gpu(torch.cuda.device_count())
+    try:
+        store, rank, _ = next(rendezvous("env://", timeout=ARRIVAL))
+        attempt = _common_attempt(store, rank, world_size)
+        store.set_timeout(PATIENCE)
+        dist.init_process_group(
+            "nccl" if device == "cuda" else "gloo",
+            store=PrefixStore(attempt, store),
+            rank=rank,
+            world_size=world_size,
+            timeout=PATIENCE,
+        )
+    except (RuntimeError, ValueError) as error:
+        raise ConfigError(
+            f"the other ranks of WORLD_SIZE={world_size} cannot be reached ({error}); see why they "
+            "ended, or start all of them with torchrun"
+        ) from error
+    try:
+        yield Ranks(dist.get_rank(), dist.get_world_size())
+    except BaseException as error:
+        _forget_frames(error)
+        raise
+    finally:
+        # DDP's reducer, were it to hold the group last, would destroy it with the interpreter's
+        # lock in hand, and that waits for a thread of the group that may want the lock.
+        gc.collect()
+        dist.destroy_process_group()
+
+
+def _common_attempt(store: Store, rank: int, world_size: int) -> str:
+    """A name that all ranks of this start have in common, and none of an earlier one.
+
+    torchrun's store outlives its restarts, and what dead ranks wrote there, addresses among it, is
+    not to be taken for these ranks'. The first rank names the start, the others answer to that name
+    with one of their own, and go on once the first says that it heard them.
+
+    Raises:
+        RuntimeError: where not all are here by ``ARRIVAL``.
+    """
+    mine, deadline = uuid.uuid4().hex, time.monotonic() + ARRIVAL.total_seconds()
+    if rank == 0:
+        store.set("attempt", mine)
+        heard = [store.get(f"{mine}/{other}").decode() for other in range(1, world_size)]
+        store.set(f"{mine}/heard", " ".join(heard))
+        return mine
+    while time.monotonic() < deadline:
+        attempt = store.get("attempt").decode()
+        store.set(f"{attempt}/{rank}", mine)
+        time.sleep(_ANSWER_SECONDS)
+        if store.check([f"{attempt}/heard"]) and mine in store.get(f"{attempt}/heard").decode():
+            return attempt
+    raise RuntimeError(f"rank 0 did not answer within {ARRIVAL}")
+
+
+def _forget_frames(error: BaseException | None) -> None:
+    """Let go of what the functions held that an error came through."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
+
+
+def _take_gpu(gpus: int) -> None:
+    """Make this rank's GPU, of the ``gpus`` that it is shown, the one that torch uses.
+
+    Raises:
+        ConfigError: where it is shown none, or its own cannot be used.
+    """
+    if not gpus:
+        raise ConfigError(
+            f"train.device: expected a GPU for rank {torchrun_env.local_rank() or 0} of this node, "
+            "torch finds none; show it one with CUDA_VISIBLE_DEVICES, or set train.device=cpu"
+        )
+    number = torchrun_env.own_gpu(gpus)
+    try:
+        torch.cuda.set_device(number)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            f"train.device: GPU {number} of this node cannot be used ({reason}); see with "
+            "nvidia-smi whether it is free, or set train.device=cpu"
+        ) from error
+
+
+def _rounded_mean(
+    dtype: torch.dtype,
+    bucket: dist.GradBucket,  # type: ignore[name-defined]
+) -> torch.futures.Future[Tensor]:
+    """The mean of the ranks' gradients, sent in ``dtype``.
+
+    torch's own hooks do this too, but that for bfloat16 refuses gloo, which can send it.
+    """
+    gradients: Tensor = bucket.buffer()
+    rounded = gradients.to(dtype).div_(dist.get_world_size())
+    work = dist.all_reduce(rounded, async_op=True)
+    assert work is not None
+    future: torch.futures.Future[Tensor] = work.get_future().then(
+        lambda sent: gradients.copy_(sent.value()[0])
+    )
+    return future
+
+
+def _collective_device() -> torch.device:
+    return torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")

@@ -1,0 +1,256 @@
+"""Verification sets: pairs of faces in the field's ``.bin`` files, read without running their code.
+
+A ``.bin`` is a pickle of ``(bins, issame_list)``: 2P encoded images for P pairs, and one truth
+value a pair (``deepinsight/insightface:recognition/arcface_torch/eval/verification.py``). A pickle
+may name any callable to be run, so the reader knows the handful of names that such files carry
+and answers each with a stand-in of its own: neither numpy's nor any other constructor is
+ever given to the file.
+"""
+
+import io
+import pickle
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import numpy.typing as npt
+
+from gkd.storage.errors import ConfigError, CorruptRecordError
+from gkd.storage.records.images import FACE_SHAPE, decode
+from gkd.storage.util.atomic import write_file
+
+FOLDS = 10
+
+
+@dataclass(frozen=True)
+class VerificationSet:
+    """P pairs of faces: images 2i and 2i + 1 are pair i.
+
+    path     the file
+    images   2P encoded images
+    issame   bool [P], both of one identity
+    """
+
+    path: Path
+    images: tuple[bytes, ...]
+    issame: npt.NDArray[np.bool_]
+
+    @property
+    def name(self) -> str:
+        """Short name for tables: ``lfw`` of ``lfw.bin``."""
+        return self.path.stem
+
+    def __len__(self) -> int:
+        return len(self.issame)
+
+    def image(self, number: int) -> npt.NDArray[np.uint8]:
+        """Image ``number`` (from 0) decoded, RGB uint8 [112, 112, 3].
+
+        Raises:
+            CorruptRecordError: naming file and image, where it is no image or of another size.
+        """
+        where = f"{self.path}, image {number} of {len(self.images)} (pair {number // 2})"
+        try:
+            pixels = decode(self.images[number])
+        except CorruptRecordError as error:
+            raise CorruptRecordError(
+                f"{where}: {error}; get the file again or leave this verification set out"
+            ) from error
+        if pixels.shape != FACE_SHAPE:
+            raise CorruptRecordError(
+                f"{where}: expected an aligned face of 112x112 RGB, got {pixels.shape[1]}x"
+                f"{pixels.shape[0]}; write the set again from aligned faces"
+            )
+        return pixels
+
+
+def load_verification_set(path: Path) -> VerificationSet:
+    """Read a ``.bin`` of Python 2 or 3; the images are decoded (and checked) when asked for.
+
+    Raises:
+        ConfigError: where there is no such file, or too few pairs for the protocol's ten folds.
+        CorruptRecordError: where the file is no verification set, or asks for more than data.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(
+            f"{path}: expected a verification set (.bin), found no file; check the path"
+        )
+    bins, truths = _unpickle(path)
+    images = tuple(_encoded(path, number, item) for number, item in enumerate(bins))
+    issame = _truths(path, truths)
+    if len(images) != 2 * len(issame):
+        raise CorruptRecordError(
+            f"{path}: expected 2 images a pair, got {len(images)} images for {len(issame)} pairs; "
+            "the file is damaged, get it again"
+        )
+    _check_pairs(path, issame)
+    return VerificationSet(path, images, issame)
+
+
+def write_verification_set(
+    path: Path, images: Sequence[bytes], issame: npt.NDArray[np.bool_]
+) -> None:
+    """Write 2P encoded images and P truth values as a ``.bin`` (pickle protocol 2).
+
+    Raises:
+        ConfigError: where the counts do not fit, or are too few for the protocol's ten folds.
+    """
+    if len(images) != 2 * len(issame):
+        raise ConfigError(
+            f"{path}: expected 2 images a pair, got {len(images)} images for {len(issame)} pairs"
+        )
+    _check_pairs(path, issame)
+    bins = [bytes(image) for image in images]
+    write_file(path, pickle.dumps((bins, [bool(same) for same in issame]), protocol=2))
+
+
+def _check_pairs(path: Path, issame: npt.NDArray[np.bool_]) -> None:
+    same = int(issame.sum())
+    if len(issame) < FOLDS or same in (0, len(issame)):
+        raise ConfigError(
+            f"{path}: expected at least {FOLDS} pairs (one a fold), of both kinds, got {same} of "
+            f"one identity and {len(issame) - same} of two; use a larger verification set"
+        )
+
+
+# --- the pickle -----------------------------------------------------------------------------------
+# Every stand-in is a class with a __setstate__: the BUILD opcode then has no attribute to set,
+# neither on an instance nor on the class itself.
+
+
+class _Forbidden(Exception):
+    """The file asks for something that a verification set has no need of."""
+
+
+class _StandIn:
+    def __setstate__(self, state: Any) -> None:
+        """Take no state: a dtype's carries only what its code says already."""
+
+
+class _Encode(_StandIn):
+    """``_codecs.encode``: how Python 3 writes bytes in protocol 2."""
+
+    def __new__(cls, text: Any, encoding: Any = "latin1") -> Any:
+        if not isinstance(text, str) or encoding not in ("latin1", "latin-1"):
+            raise _Forbidden(f"_codecs.encode to {encoding!r}")
+        return text.encode("latin1")
+
+
+class _Dtype(_StandIn):
+    """``numpy.dtype`` of bytes or truth values."""
+
+    def __init__(self, code: Any, *_flags: Any) -> None:
+        text = code.decode("latin1") if isinstance(code, bytes) else code
+        if text not in ("u1", "b1"):
+            raise _Forbidden(f"a numpy array of dtype {text!r}")
+        self.kind: str = text
+
+
+class _Array(_StandIn):
+    """``numpy.ndarray`` with one axis, filled by its state."""
+
+    kind = ""
+    data = b""
+
+    def __setstate__(self, state: Any) -> None:
+        _version, _shape, dtype, _fortran, data = state
+        self._fill(dtype, data)
+
+    def _fill(self, dtype: Any, data: Any) -> None:
+        if not isinstance(dtype, _Dtype) or not isinstance(data, bytes | bytearray):
+            raise _Forbidden("a numpy array of objects")
+        self.kind = dtype.kind
+        self.data = bytes(data)
+
+
+class _Reconstruct(_StandIn):
+    """``numpy.core.multiarray._reconstruct``: an empty array, state follows."""
+
+    def __new__(cls, *_shape_and_type: Any) -> Any:
+        return _Array()
+
+
+class _FromBuffer(_StandIn):
+    """``numpy._core.numeric._frombuffer``: an array in pickle protocol 5."""
+
+    def __new__(cls, data: Any, dtype: Any, *_shape_and_order: Any) -> Any:
+        array = _Array()
+        array._fill(dtype, data)
+        return array
+
+
+class _Scalar(_StandIn):
+    """``numpy.core.multiarray.scalar``: one truth value."""
+
+    def __new__(cls, dtype: Any, data: Any) -> Any:
+        if not isinstance(dtype, _Dtype) or not isinstance(data, bytes) or len(data) != 1:
+            raise _Forbidden("a numpy scalar of objects")
+        return data != b"\0"
+
+
+_STAND_INS: dict[tuple[str, str], type] = {
+    ("_codecs", "encode"): _Encode,
+    ("numpy", "ndarray"): _Array,
+    ("numpy", "dtype"): _Dtype,
+}
+for _core in ("numpy.core", "numpy._core"):  # the name before numpy 2, and since
+    _STAND_INS[f"{_core}.multiarray", "_reconstruct"] = _Reconstruct
+    _STAND_INS[f"{_core}.multiarray", "scalar"] = _Scalar
+    _STAND_INS[f"{_core}.numeric", "_frombuffer"] = _FromBuffer
+
+
+# The unpickler in Python: the one in C lets ten bytes, a high memo slot, take all memory.
+class _Unpickler(pickle._Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        stand_in = _STAND_INS.get((module, name))
+        if stand_in is None:
+            raise _Forbidden(f"{module}.{name}")
+        return stand_in
+
+
+def _unpickle(path: Path) -> tuple[Sequence[Any], Any]:
+    try:
+        content = _Unpickler(io.BytesIO(path.read_bytes()), encoding="bytes").load()
+    except _Forbidden as error:
+        raise CorruptRecordError(
+            f"{path}: the file asks for {error}, which no verification set needs; nothing of it "
+            "was run. It is damaged or hostile: get it from a source that you trust"
+        ) from error
+    except Exception as error:  # unpickling damaged bytes raises nearly anything
+        raise CorruptRecordError(
+            f"{path}: expected a pickle of (images, truth values), got bytes that end in "
+            f"{type(error).__name__}: {error}; the file is damaged, get it again"
+        ) from error
+    match content:
+        case [list() | tuple() as bins, truths]:
+            return bins, truths
+    _refuse(path, "a pair of (images, truth values)", content)
+
+
+def _encoded(path: Path, number: int, item: Any) -> bytes:
+    if isinstance(item, _Array) and item.kind == "u1":
+        return item.data
+    if isinstance(item, bytes | bytearray):
+        return bytes(item)
+    _refuse(path, f"image {number} as bytes", item)
+
+
+def _truths(path: Path, truths: Any) -> npt.NDArray[np.bool_]:
+    if isinstance(truths, _Array) and truths.kind == "b1":
+        return np.asarray(np.frombuffer(truths.data, np.uint8) != 0)
+    if not isinstance(truths, list | tuple):
+        _refuse(path, "a list of truth values", truths)
+    for number, truth in enumerate(truths):
+        if not isinstance(truth, bool | int) or truth not in (0, 1):
+            _refuse(path, f"a truth value for pair {number}", truth)
+    return np.array(truths, bool)
+
+
+def _refuse(path: Path, expected: str, got: Any) -> NoReturn:
+    kind = type(got).__name__.lstrip("_").lower()
+    raise CorruptRecordError(
+        f"{path}: expected {expected}, got {kind}; this is no verification set, get it again"
+    )

@@ -1,0 +1,4 @@
+"""Trained students as ONNX or safetensors files, each with its model card.
+
+May be imported by the commands alone.
+"""

@@ -1,0 +1,4 @@
+"""``report.html``: a finished run on one page.
+
+May be imported by the loop and the commands.
+"""
