@@ -375,7 +375,7 @@ def build_embedder(
     """
     from gkd.pipeline.teacher.embedder import OnnxEmbedder, TorchEmbedder
     from gkd.storage.errors import ConfigError
-    from gkd.storage.util.atomic import sha256_file
+    from gkd.storage.util.files import sha256_file
     from gkd.trainer.backbones import load_backbone
     from gkd.trainer.checkpoint import chosen_checkpoint
 

@@ -25,9 +25,9 @@ from gkd.storage.cache.reader import Cache
 from gkd.storage.cache.targets import decode_log_probs
 from gkd.storage.errors import ConfigError, GkdError
 from gkd.storage.records.open import open_records
-from gkd.storage.util.atomic import write_file
 from gkd.storage.util.extras import require
-from gkd.storage.util.png import write_png
+from gkd.storage.util.files import write_file
+from gkd.storage.util.plotting import write_png
 from gkd.storage.util.torchrun_env import all_cores
 from gkd.trainer.evaluation.bin_file import write_verification_set
 

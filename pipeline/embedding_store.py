@@ -19,8 +19,7 @@ from gkd.pipeline.teacher.embedder import Embedder
 from gkd.storage.cache.spec import DatasetSpec, Preprocess, TeacherSpec, View
 from gkd.storage.errors import ConfigError, CorruptRecordError, SpecMismatchError
 from gkd.storage.records.base import Records
-from gkd.storage.util import atomic
-from gkd.storage.util.disk import disk_errors
+from gkd.storage.util.files import disk_errors, write_file
 from gkd.storage.util.progress import Advance
 
 SETTINGS = "settings.json"
@@ -74,7 +73,7 @@ class EmbeddingStore:
         if not settings.exists():
             with disk_errors(folder):
                 folder.mkdir(parents=True, exist_ok=True)
-                atomic.write_file(settings, msgspec.json.format(msgspec.json.encode(source)))
+                write_file(settings, msgspec.json.format(msgspec.json.encode(source)))
         _require_same(settings, source)
         require_same_images(records, folder, self.shards(), self._seen)
 
@@ -137,7 +136,7 @@ class EmbeddingStore:
             **arrays,
         )
         with disk_errors(self.folder):
-            atomic.write_file(self._path(shard), buffer.getvalue())
+            write_file(self._path(shard), buffer.getvalue())
 
     def load(self, shard: int, views: Sequence[View]) -> EmbeddedBatch:
         """The kept embeddings of a shard.

@@ -52,8 +52,8 @@ from gkd.storage.cache.spec import VIEWS, CacheSpec, CentersSpec, View
 from gkd.storage.cache.writer import CacheWriter, delete_leftovers, require_writable
 from gkd.storage.errors import ConfigError
 from gkd.storage.records.base import Records
-from gkd.storage.util import atomic, torchrun_env
-from gkd.storage.util.disk import disk_errors, require_room
+from gkd.storage.util import torchrun_env
+from gkd.storage.util.files import disk_errors, require_room, write_file
 from gkd.storage.util.lock import WriteLock
 from gkd.storage.util.progress import Advance, progress
 
@@ -375,7 +375,7 @@ def _save_array(path: Path, array: npt.NDArray[np.float32]) -> None:
     buffer = io.BytesIO()
     np.save(buffer, array, allow_pickle=False)
     with disk_errors(path):
-        atomic.write_file(path, buffer.getvalue())
+        write_file(path, buffer.getvalue())
 
 
 def _summary(out: Path, images: int, seconds: float) -> CacheSummary:

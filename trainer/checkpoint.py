@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.hf_storage import (
 from torch.distributed.tensor import DTensor
 
 from gkd.storage.errors import ConfigError, SpecMismatchError
-from gkd.storage.util import atomic
+from gkd.storage.util.files import publish_file, sha256_file, sync_file, sync_folder
 from gkd.storage.util.torch_files import read_torch_file
 from gkd.trainer.backbones import build_backbone
 from gkd.trainer.config import RunConfig, StudentConfig, differences
@@ -162,7 +162,7 @@ def _ways_on(damaged: Path) -> str:
 
 def write_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
     """Publish a checkpoint: written aside, synced, renamed. ``content`` is builtins and tensors."""
-    with atomic.atomic_path(path) as aside, aside.open("wb") as file:
+    with publish_file(path) as aside, aside.open("wb") as file:
         torch.save({"format": FORMAT, **content}, file)
 
 
@@ -192,7 +192,7 @@ def publish(
         if not written:
             _write_centers(where, centers, ranks)
         if ranks.first:
-            digests = {file.name: atomic.sha256_file(file) for file in sorted(where.iterdir())}
+            digests = {file.name: sha256_file(file) for file in sorted(where.iterdir())}
             named = {"folder": where.name, "tensors": list(centers), "sha256": digests}
             write_checkpoint(folder / LAST, {**content, "centers": named})
             settle(folder, step=step, best_step=best_step, keep=keep)
@@ -252,7 +252,7 @@ def settle(folder: Path, *, step: int, best_step: int, keep: int) -> None:
     for old in folder.glob(f"{CENTERS}_*"):
         if old.name.removeprefix(f"{CENTERS}_") not in steps:
             shutil.rmtree(old)
-    atomic.sync_folder(folder)
+    sync_folder(folder)
 
 
 def _write_centers(folder: Path, centers: Mapping[str, Tensor], ranks: Ranks) -> None:
@@ -276,8 +276,8 @@ def _write_centers(folder: Path, centers: Mapping[str, Tensor], ranks: Ranks) ->
         )
     if ranks.first:
         for file in folder.iterdir():
-            atomic.sync_file(file)
-        atomic.sync_folder(folder)
+            sync_file(file)
+        sync_folder(folder)
 
 
 def centers_of(content: Mapping[str, Any], path: Path) -> tuple[Path, dict[str, str]]:
@@ -341,7 +341,7 @@ def _fault(folder: Path, sha256: Mapping[str, str]) -> str:
     """What is wrong with the files of class centres; empty where they are as they were written."""
     for name, expected in sha256.items():
         file = folder / name
-        found = atomic.sha256_file(file) if file.is_file() else "no file"
+        found = sha256_file(file) if file.is_file() else "no file"
         if found != expected:
             return (
                 f"{file}: expected the class centres of the checkpoint as they were written "
@@ -356,7 +356,7 @@ def _same_file(path: Path, name: Path) -> bool:
 
 def _duplicate(path: Path, name: Path) -> None:
     """A second name for a whole file: a link, or a copy where the disk knows no links."""
-    with atomic.atomic_path(name) as aside:
+    with publish_file(name) as aside:
         try:
             os.link(path, aside)
         except OSError:

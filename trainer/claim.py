@@ -8,7 +8,7 @@ import filelock
 
 from gkd.storage.cache.places import require_outside_caches
 from gkd.storage.errors import ConfigError
-from gkd.storage.util.disk import disk_errors
+from gkd.storage.util.files import disk_errors
 from gkd.trainer.distributed import Ranks
 from gkd.trainer.run_dir import RUN
 

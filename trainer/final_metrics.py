@@ -7,7 +7,7 @@ import msgspec
 import numpy as np
 
 from gkd.storage.errors import ConfigError
-from gkd.storage.util.atomic import write_file
+from gkd.storage.util.files import write_file
 from gkd.trainer.data.dataset import JoinedTargets
 from gkd.trainer.evaluation.verification import VerificationResult
 from gkd.trainer.identity_cosines import FitSummary

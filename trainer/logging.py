@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from gkd.storage.errors import ConfigError, GkdError
-from gkd.storage.util.atomic import write_file
-from gkd.storage.util.disk import disk_errors
 from gkd.storage.util.extras import require
+from gkd.storage.util.files import disk_errors, write_file
 from gkd.trainer.head.loss import GkdLoss
 
 METRICS = "metrics.jsonl"

@@ -19,8 +19,7 @@ from gkd.storage.cache.spec import preprocess_preset
 from gkd.storage.errors import ConfigError, GkdError, SpecMismatchError
 from gkd.storage.reading.shard_store import ShardStore
 from gkd.storage.records.open import Records
-from gkd.storage.util.atomic import delete_temporaries, write_file
-from gkd.storage.util.disk import disk_errors
+from gkd.storage.util.files import delete_temporaries, disk_errors, write_file
 from gkd.storage.util.progress import progress
 from gkd.trainer.checkpoint import (
     FOLDER,

@@ -23,8 +23,7 @@ from gkd.storage.cache.spec import VIEWS, CentersKind
 from gkd.storage.cache.writer import delete_leftovers
 from gkd.storage.errors import ConfigError
 from gkd.storage.records.base import Records
-from gkd.storage.util import atomic
-from gkd.storage.util.disk import disk_errors, require_room
+from gkd.storage.util.files import disk_errors, publish_file, require_room
 from gkd.storage.util.lock import WriteLock
 from gkd.storage.util.progress import progress
 
@@ -211,5 +210,5 @@ class _Build:
             settings,
         )
         text = msgspec.json.encode(built).decode()
-        with disk_errors(self.out), atomic.atomic_path(self.out) as aside:
+        with disk_errors(self.out), publish_file(self.out) as aside:
             save_file({"centers": centers.array}, aside, {METADATA: text})

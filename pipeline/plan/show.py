@@ -8,7 +8,7 @@ from rich.table import Table
 
 from gkd.pipeline.plan.forecast import DEVICES, Plan, PlanPoint
 from gkd.storage.util.extras import require
-from gkd.storage.util.png import write_png
+from gkd.storage.util.plotting import write_png
 
 
 def plan_table(plan: Plan) -> Table:

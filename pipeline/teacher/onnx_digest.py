@@ -6,8 +6,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from gkd.storage.errors import ConfigError
-from gkd.storage.util.atomic import sha256_file
 from gkd.storage.util.extras import require
+from gkd.storage.util.files import sha256_file
 
 
 def onnx_sha256(path: Path) -> str:

@@ -14,8 +14,7 @@ from gkd.storage.cache.places import require_outside_caches
 from gkd.storage.cache.reader import Cache
 from gkd.storage.errors import ConfigError
 from gkd.storage.records.base import Records
-from gkd.storage.util.atomic import write_file
-from gkd.storage.util.disk import disk_errors
+from gkd.storage.util.files import disk_errors, write_file
 
 PAGE = "confusions.html"
 

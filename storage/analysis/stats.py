@@ -14,7 +14,7 @@ from gkd.storage.cache.spec import View
 from gkd.storage.cache.targets import MAX_CODE, decode_log_probs, encode_log_probs
 from gkd.storage.errors import ConfigError
 from gkd.storage.util.extras import require
-from gkd.storage.util.png import write_png
+from gkd.storage.util.plotting import write_png
 from gkd.storage.util.progress import progress
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)

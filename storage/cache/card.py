@@ -10,7 +10,7 @@ from gkd.storage.cache.layout import Commit
 from gkd.storage.cache.metadata import read_commit, read_spec
 from gkd.storage.cache.spec import CacheSpec
 from gkd.storage.errors import ConfigError
-from gkd.storage.util import atomic
+from gkd.storage.util.files import write_file
 
 _ABOUT = (
     "A cache of targets for Grouped Knowledge Distillation of face recognisers: for every "
@@ -50,7 +50,7 @@ def write_card(
     text = card_text(spec, commits, licence=licence or theirs[0], note=note or theirs[1])
     for leftover in path.glob(f".{layout.CARD}.*"):
         leftover.unlink()
-    atomic.write_file(path / layout.CARD, text.encode())
+    write_file(path / layout.CARD, text.encode())
 
 
 def _require_words(card: Path, words: Mapping[str, str | None]) -> None:

@@ -14,7 +14,7 @@ from msgspec import Meta
 from zarr.storage import LocalStore, StorePath
 
 from gkd.storage.cache.spec import CacheSpec, View
-from gkd.storage.util import atomic
+from gkd.storage.util.files import sha256_file
 
 if TYPE_CHECKING:
     from zarr.core.array_spec import ArrayConfigParams
@@ -40,7 +40,7 @@ class FileRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 def file_record(path: Path) -> FileRecord:
     """The record of a file as it is on disk."""
-    return FileRecord(path.stat().st_size, atomic.sha256_file(path))
+    return FileRecord(path.stat().st_size, sha256_file(path))
 
 
 class ViewRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

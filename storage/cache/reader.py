@@ -28,7 +28,7 @@ from gkd.storage.cache.metadata import (
 from gkd.storage.cache.spec import CacheSpec, View
 from gkd.storage.cache.targets import SparseTargets, offsets_from_sizes
 from gkd.storage.errors import IncompleteCacheError
-from gkd.storage.util import atomic
+from gkd.storage.util.files import sha256_file
 
 DIGEST_BYTES = 16
 # Of a record's key: a path's length twice; of a sample's whole row, unpacked.
@@ -203,7 +203,7 @@ class Cache:
         commit = self.commit(shard)
         for file in layout.view_files(self.spec, shard, view, commit.views[view].entries):
             path = self.shard_file(shard, file, commit)
-            if atomic.sha256_file(path) != commit.files[file].sha256:
+            if sha256_file(path) != commit.files[file].sha256:
                 corrupt(path, "its sha256 is not the one in its commit record")
         targets = self.read_shard(shard, view)
         table = self.read_samples(shard)

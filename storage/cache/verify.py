@@ -16,7 +16,7 @@ from gkd.storage.cache.metadata import committed_shards, read_commit, read_spec,
 from gkd.storage.cache.reader import Cache
 from gkd.storage.cache.spec import CacheSpec
 from gkd.storage.errors import ConfigError, CorruptShardError
-from gkd.storage.util import atomic
+from gkd.storage.util.files import sha256_file
 from gkd.storage.util.progress import progress
 from gkd.storage.util.torchrun_env import all_cores
 
@@ -204,7 +204,7 @@ def _file_fault(
             return Fault(file, f"expected {expected.bytes} bytes, got {size}")
         if expected is None or not hashed:
             return None
-        sha256 = atomic.sha256_file(place)
+        sha256 = sha256_file(place)
     except CorruptShardError as error:
         return Fault(file, _problem(error, path / file))
     except OSError as error:

@@ -24,8 +24,13 @@ from gkd.storage.errors import (
     IncompleteCacheError,
     SpecMismatchError,
 )
-from gkd.storage.util import atomic
-from gkd.storage.util.disk import disk_errors
+from gkd.storage.util.files import (
+    delete_temporaries,
+    disk_errors,
+    sync_file,
+    sync_folder,
+    write_file,
+)
 
 
 @dataclass(frozen=True)
@@ -113,7 +118,7 @@ class CacheWriter:
                 self._delete_leftovers(shard)
                 commit = self._write_files(shard, views, samples, truncated)
                 self._guard()
-                atomic.write_file(self.path / layout.commit_file(shard), layout.encode_json(commit))
+                write_file(self.path / layout.commit_file(shard), layout.encode_json(commit))
             except OSError:
                 # A full disk has room again for others, and what is half is gone.
                 if not self._is_committed(shard):
@@ -179,8 +184,8 @@ class CacheWriter:
         manifest = self.path / layout.MANIFEST
         if not manifest.is_file() or manifest.read_bytes() != content:
             with disk_errors(self.path):
-                atomic.delete_temporaries(self.path, layout.MANIFEST)
-                atomic.write_file(manifest, content)
+                delete_temporaries(self.path, layout.MANIFEST)
+                write_file(manifest, content)
         return hashlib.sha256(content).hexdigest()
 
     def _is_committed(self, shard: int) -> bool:
@@ -201,7 +206,7 @@ class CacheWriter:
             for array in layout.arrays(self.spec, view).values():
                 shutil.rmtree(self.path / array.path / "c" / str(shard), ignore_errors=True)
         (self.path / layout.samples_file(shard)).unlink(missing_ok=True)
-        atomic.delete_temporaries(self.path / "commits", Path(layout.commit_file(shard)).name)
+        delete_temporaries(self.path / "commits", Path(layout.commit_file(shard)).name)
 
 
 def require_writable(path: Path, spec: CacheSpec, *, unknown: Collection[str] = ()) -> None:
@@ -224,7 +229,7 @@ def delete_leftovers(path: Path) -> None:
     For a process that knows that no other one is creating the cache (``lock.WriteLock``).
     """
     with disk_errors(path.parent):
-        atomic.delete_temporaries(path.parent, path.name)
+        delete_temporaries(path.parent, path.name)
 
 
 def _is_free(path: Path) -> bool:
@@ -245,7 +250,7 @@ def _create(path: Path, spec: CacheSpec) -> None:
         _sync(aside, [file for file, _ in layout.metadata_files(spec)])
         # A rename onto a folder that is not empty fails, so of several ranks exactly one wins.
         aside.rename(path)
-        atomic.sync_folder(path.parent)
+        sync_folder(path.parent)
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
@@ -354,7 +359,7 @@ def _sync(root: Path, files: Iterable[str]) -> None:
     """Make files durable, and the entries of all folders that lead to them."""
     folders: set[Path] = set()
     for file in files:
-        atomic.sync_file(root / file)
+        sync_file(root / file)
         folders.update((root / file).relative_to(root).parents)
     for folder in folders:
-        atomic.sync_folder(root / folder)
+        sync_folder(root / folder)

@@ -32,8 +32,7 @@ from gkd.storage.cache.target_arrays import (
 )
 from gkd.storage.cache.targets import SparseTargets
 from gkd.storage.errors import ConfigError, CorruptDataError
-from gkd.storage.util import atomic
-from gkd.storage.util.disk import disk_errors, require_room
+from gkd.storage.util.files import disk_errors, require_room, sync_folder, write_file
 from gkd.storage.util.progress import progress
 from gkd.storage.util.torchrun_env import all_cores
 
@@ -237,9 +236,9 @@ def _build(cache: Cache, views: tuple[View, ...], target: Path) -> None:
         del arrays
         sizes = {path.name: path.stat().st_size for path in aside.glob("*.npy")}
         description = _Description(cache.id, views, cache.spec, sizes)
-        atomic.write_file(aside / DESCRIPTION, layout.encode_json(description))
+        write_file(aside / DESCRIPTION, layout.encode_json(description))
         aside.rename(target)
-        atomic.sync_folder(target.parent)
+        sync_folder(target.parent)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise

@@ -17,8 +17,7 @@ import numpy.typing as npt
 from gkd.storage.cache.spec import LabelOrder
 from gkd.storage.errors import CorruptRecordError
 from gkd.storage.records.images import DIGEST_BYTES, decode_face, digest
-from gkd.storage.util import atomic
-from gkd.storage.util.disk import disk_errors
+from gkd.storage.util.files import disk_errors, write_file
 from gkd.storage.util.parallel import ordered_map, row_blocks
 from gkd.storage.util.progress import progress
 
@@ -173,7 +172,7 @@ def kept_digests(records: Records, folder: Path, *, workers: int) -> npt.NDArray
             buffer = io.BytesIO()
             np.savez(buffer, digests=made)
             with disk_errors(path):
-                atomic.write_file(path, buffer.getvalue())
+                write_file(path, buffer.getvalue())
         return made
     finally:
         lock.release()

@@ -26,7 +26,7 @@ import pyarrow
 import pyarrow.csv
 
 from gkd.storage.errors import ConfigError, CorruptRecordError
-from gkd.storage.util.atomic import sync_file, sync_folder
+from gkd.storage.util.files import sync_file, sync_folder
 from gkd.storage.util.progress import progress
 
 MAGIC = 0xCED7230A

@@ -15,7 +15,7 @@ from gkd.storage.records.images import FACE_SHAPE, decode_face
 from gkd.storage.records.open import Records, open_records
 from gkd.storage.records.pack import EXACT_FLOAT32
 from gkd.storage.records.recordio import RecordWriter, encode_record
-from gkd.storage.util.atomic import sync_file, sync_folder
+from gkd.storage.util.files import sync_file, sync_folder
 from gkd.storage.util.lock import WriteLock
 from gkd.storage.util.parallel import ordered_map, row_blocks
 from gkd.storage.util.progress import progress

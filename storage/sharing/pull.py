@@ -24,8 +24,13 @@ from gkd.storage.errors import ConfigError, CorruptShardError, SpecMismatchError
 from gkd.storage.sharing.remote import Remote
 from gkd.storage.sharing.remote_cache import WORKERS, RemoteCache, record_of
 from gkd.storage.sharing.transfer import Tally, TransferSummary, named, shard_files, tally_of
-from gkd.storage.util import atomic
-from gkd.storage.util.disk import disk_errors, require_room
+from gkd.storage.util.files import (
+    delete_temporaries,
+    disk_errors,
+    publish_file,
+    require_room,
+    write_file,
+)
 from gkd.storage.util.lock import WriteLock
 from gkd.storage.util.parallel import for_each
 
@@ -80,7 +85,7 @@ def pull(
     with WriteLock(path), disk_errors(path), tally_of("pull", told) as tally:
         # What a killed pull left on its way into place.
         for inside in _folders(path):
-            atomic.delete_temporaries(inside)
+            delete_temporaries(inside)
         _write_all(path, written, tally)
         for folder in ("samples", "commits"):
             (path / folder).mkdir(exist_ok=True)
@@ -247,7 +252,7 @@ def _fetch(remote: Remote, path: Path, file: str, record: FileRecord, tally: Tal
     target = path / file
     with disk_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        with atomic.atomic_path(target) as aside:
+        with publish_file(target) as aside:
             remote.fetch(file, aside, record.bytes, tally.advance)
             if file_record(aside) != record:
                 raise CorruptShardError(
@@ -263,6 +268,6 @@ def _write_all(path: Path, files: Mapping[str, bytes], tally: Tally) -> None:
         record = record_of(content)
         if not _is_right(path, file, record):
             (path / file).parent.mkdir(parents=True, exist_ok=True)
-            atomic.write_file(path / file, content)
+            write_file(path / file, content)
             tally.copied(record)
         tally.advance(record.bytes)

@@ -14,8 +14,7 @@ from fsspec.exceptions import FSTimeoutError
 from fsspec.implementations.local import LocalFileSystem
 
 from gkd.storage.errors import ConfigError, CorruptShardError, GkdError, IncompleteCacheError
-from gkd.storage.util import atomic
-from gkd.storage.util.disk import disk_errors
+from gkd.storage.util.files import disk_errors, write_file
 
 Advance = Callable[[int], None]
 _BLOCK_BYTES = 1 << 22
@@ -230,7 +229,7 @@ class _Bytes(Callback):  # type: ignore[misc]
 def _write_local(path: Path, content: bytes) -> None:
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        atomic.write_file(path, content)
+        write_file(path, content)
 
 
 def _nowhere(address: str) -> ConfigError:

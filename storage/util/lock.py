@@ -27,7 +27,7 @@ from msgspec import Meta
 
 from gkd.storage.cache.places import require_outside_caches
 from gkd.storage.errors import ConfigError, GkdError, IncompleteCacheError
-from gkd.storage.util.disk import disk_errors
+from gkd.storage.util.files import disk_errors
 from gkd.storage.util.progress import progress
 
 BEAT_SECONDS = 5.0

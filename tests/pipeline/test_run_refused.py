@@ -161,7 +161,7 @@ def test_a_full_disk_is_told_beforehand(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda path: _Usage())
-    with pytest.raises(ConfigError, match=r"cache\.gkd.*MB are needed, 0\.0 MB are free"):
+    with pytest.raises(ConfigError, match=r"cache\.gkd.*MB of free space, got 0\.0 MB"):
         make(folder, tmp_path / "cache.gkd", class_mean=True)
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from gkd.storage.errors import ConfigError, GkdError
 from gkd.storage.records.base import Subset
 from gkd.storage.records.open import open_records
-from gkd.storage.util.atomic import sha256_file
+from gkd.storage.util.files import sha256_file
 from gkd.trainer.checkpoint import publish, read_checkpoint, write_checkpoint
 from gkd.trainer.data.dataset import Batch, FaceBatches
 from gkd.trainer.data.loader import load_batches

@@ -224,7 +224,7 @@ def test_a_full_disk_under_the_log_is_told_in_one_message(faces: Path, tmp_path:
     assert stopped.returncode == 1
     assert "Exception in thread" not in stopped.stderr
     told = stopped.stderr.strip().splitlines()[-1]
-    assert re.search(r"full/(metrics\.jsonl|tensorboard): the disk has no room for it", told)
+    assert re.search(r"full/(metrics\.jsonl|tensorboard): the disk or the quota is full", told)
 
 
 def test_a_data_worker_that_is_killed_is_told(faces: Path, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from gkd.storage.errors import ConfigError, CorruptRecordError
 from gkd.storage.records.images import FACE_SHAPE, decode
-from gkd.storage.util.atomic import write_file
+from gkd.storage.util.files import write_file
 
 FOLDS = 10
 

@@ -14,7 +14,7 @@ import safetensors.numpy
 from gkd.storage.cache.spec import Preprocess
 from gkd.storage.errors import CorruptDataError
 from gkd.storage.reading.mmap_store import EMBEDDINGS, default_folder, touch
-from gkd.storage.util import atomic
+from gkd.storage.util.files import publish_file
 
 # Counts up whenever the same images would come to a network otherwise.
 FORMAT = 1
@@ -73,7 +73,7 @@ class EmbeddingCache:
         metadata = {"sha256": _sha256(embeddings), "model": self.model, "faces": faces}
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with atomic.atomic_path(self.path(faces)) as aside:
+            with publish_file(self.path(faces)) as aside:
                 safetensors.numpy.save_file({ARRAY: embeddings}, aside, metadata)
         except (OSError, safetensors.SafetensorError) as error:
             # What they were made for goes on: the result is worth more than the next time's speed.

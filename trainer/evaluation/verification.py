@@ -14,7 +14,7 @@ from torch import nn
 from gkd.storage.cache.spec import Preprocess
 from gkd.storage.errors import ConfigError
 from gkd.storage.util.extras import require
-from gkd.storage.util.png import write_png
+from gkd.storage.util.plotting import write_png
 from gkd.trainer.device import DTYPES
 from gkd.trainer.evaluation.bin_file import FOLDS, VerificationSet
 from gkd.trainer.evaluation.embed import Embed, Faces, flip_sums, unit_rows

@@ -18,8 +18,8 @@ from torch import nn
 from gkd.storage.cache.spec import Preprocess
 from gkd.storage.errors import ConfigError
 from gkd.storage.records.images import FACE_SHAPE
-from gkd.storage.util.atomic import write_file
 from gkd.storage.util.extras import require
+from gkd.storage.util.files import write_file
 
 OPSET = 18
 INPUT, OUTPUT = "input", "embedding"

@@ -11,7 +11,7 @@ import msgspec
 from gkd.storage.cache.card import bullets, code
 from gkd.storage.cache.spec import Preprocess, preprocess_preset
 from gkd.storage.errors import ConfigError
-from gkd.storage.util.atomic import sha256_file, write_file
+from gkd.storage.util.files import sha256_file, write_file
 from gkd.trainer.backbones import default_width
 from gkd.trainer.checkpoint import FOLDER, Student, load_student
 from gkd.trainer.config import RunConfig, StudentConfig, to_toml

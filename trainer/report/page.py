@@ -11,9 +11,8 @@ from statistics import fmean, median
 
 from gkd.storage.errors import ConfigError
 from gkd.storage.util import html as page
-from gkd.storage.util.atomic import write_file
-from gkd.storage.util.disk import disk_errors
 from gkd.storage.util.extras import require
+from gkd.storage.util.files import disk_errors, write_file
 from gkd.trainer.final_metrics import SetScore
 from gkd.trainer.identity_cosines import FitSummary
 from gkd.trainer.report import figures

@@ -20,7 +20,7 @@ from gkd.pipeline.teacher.embedder import (
 )
 from gkd.storage.cache.spec import VIEWS, preprocess_preset
 from gkd.storage.errors import ConfigError, GkdError
-from gkd.storage.util.atomic import sha256_file
+from gkd.storage.util.files import sha256_file
 
 ARCFACE = preprocess_preset("arcface")
 

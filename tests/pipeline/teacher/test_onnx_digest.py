@@ -11,7 +11,7 @@ from gkd.pipeline.teacher.embedder import OnnxEmbedder
 from gkd.pipeline.teacher.onnx_digest import onnx_sha256, weight_files
 from gkd.storage.cache.spec import preprocess_preset
 from gkd.storage.errors import ConfigError
-from gkd.storage.util.atomic import sha256_file
+from gkd.storage.util.files import sha256_file
 from tests.paths import SHARED_DATA, needs_shared_data
 
 

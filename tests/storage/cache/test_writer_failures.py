@@ -20,7 +20,7 @@ from gkd.storage.cache.reader import Cache
 from gkd.storage.cache.spec import CacheSpec
 from gkd.storage.cache.writer import CacheWriter, delete_leftovers
 from gkd.storage.errors import ConfigError, GkdError, IncompleteCacheError
-from gkd.storage.util.disk import disk_errors
+from gkd.storage.util.files import disk_errors
 from tests.caches import contents, make_cache, make_spec, write_shard
 from tests.paths import ROOT
 
@@ -213,7 +213,7 @@ def fill_up(place: Path, limit: int | None) -> subprocess.CompletedProcess[str]:
 
 
 def require_whole_shards_only(path: Path, told: str) -> None:
-    assert "make room and run the same command again to go on" in told
+    assert "free some space and run the same command again to resume" in told
     spec = make_spec(num_samples=4000, num_classes=100, shard_samples=1000)
     committed = committed_shards(path)
     assert 0 in committed
@@ -256,7 +256,7 @@ def test_a_folder_that_may_not_be_written_is_told(
 
 def test_of_a_copy_the_file_that_is_written_is_told(tmp_path: Path) -> None:
     source, copy = tmp_path / "source", tmp_path / "copy"
-    with pytest.raises(ConfigError, match=rf"^{copy}: the disk has no room"), disk_errors(tmp_path):
+    with pytest.raises(ConfigError, match=rf"^{copy}: the disk or the quota is full"), disk_errors(tmp_path):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(source), None, str(copy))
 
 

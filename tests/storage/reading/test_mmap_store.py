@@ -214,7 +214,7 @@ def test_a_full_disk_is_told_before_anything_is_copied(
 ) -> None:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(2000, 1000, 1000))
-    with pytest.raises(ConfigError, match=r"MB are needed, 0\.0 MB are free .* GKD_CACHE_DIR"):
+    with pytest.raises(ConfigError, match=r"MB of free space, got 0\.0 MB .* GKD_CACHE_DIR"):
         materialise(made, folder=tmp_path)
 
 

@@ -18,7 +18,7 @@ from PIL import Image
 
 from gkd.storage.cache.spec import preprocess_preset
 from gkd.storage.errors import ConfigError
-from gkd.storage.util.atomic import sha256_file
+from gkd.storage.util.files import sha256_file
 from gkd.trainer.backbones import load_backbone
 from gkd.trainer.checkpoint import (
     RunData,

@@ -1,0 +1,70 @@
+"""Parts of messages: the first few of many items, and the fields in which two values differ."""
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
+
+import msgspec
+
+_ABSENT = object()
+
+
+def first_few(items: Sequence[object], n: int = 3, *, count: int | None = None) -> str:
+    """``a, b, c and 4 more``; ``none`` for no items.
+
+    ``count`` is the number of all items if ``items`` holds only the first of them.
+
+    >>> first_few(range(7))
+    '0, 1, 2 and 4 more'
+    """
+    more = (len(items) if count is None else count) - n
+    shown = ", ".join(str(item) for item in items[:n]) or "none"
+    return f"{shown} and {more:,} more" if more > 0 else shown
+
+
+def describe_differences(
+    old: object,
+    new: object,
+    *,
+    old_name: str = "expected",
+    new_name: str = "got",
+    ignore: Collection[str] = (),
+) -> list[str]:
+    """``field: expected A, got B`` for each field in which two values differ.
+
+    The values are mappings, data classes or msgspec structs; fields inside them are compared one
+    by one and named ``outer.inner``. Fields in ``ignore`` are not compared, nor those inside them.
+
+    >>> describe_differences({"scale": 64.0, "views": {"flipped": 1}}, {"scale": 32, "views": {}})
+    ['scale: expected 64, got 32', 'views.flipped: expected 1, got nothing']
+    """
+    ours, theirs = dict(_flatten(old, ignore)), dict(_flatten(new, ignore))
+    lines = []
+    for field in ours | theirs:
+        pair = ours.get(field, _ABSENT), theirs.get(field, _ABSENT)
+        if pair[0] != pair[1]:
+            shown = [_format(value) for value in pair]
+            if shown[0] == shown[1]:
+                shown = [repr(value) for value in pair]
+            lines.append(f"{field}: {old_name} {shown[0]}, {new_name} {shown[1]}")
+    return lines
+
+
+def _flatten(value: object, ignore: Collection[str], name: str = "") -> Iterator[tuple[str, Any]]:
+    value = msgspec.to_builtins(value) if name == "" else value
+    if name in ignore:
+        return
+    if not isinstance(value, Mapping):
+        yield name, value
+        return
+    for key, inner in value.items():
+        yield from _flatten(inner, ignore, f"{name}.{key}" if name else str(key))
+
+
+def _format(value: object) -> str:
+    if value is _ABSENT:
+        return "nothing"
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_format, value))}]"
+    return str(value)
