@@ -1,66 +1,56 @@
-"""Networks judged, exported and shown: ``gkd evaluate``, ``export``, ``demo``."""
+"""Commands on trained networks: ``gkd evaluate``, ``report``, ``export``; and ``gkd demo``."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Any
 
 import click
 
-from gkd.commands.shared import (
-    OUT,
-    PATH,
-    arch_option,
+from gkd.commands.builders import embedder_from_options, require_plot
+from gkd.commands.options import (
+    LOCAL_PATH,
+    OUTPUT_PATH,
     as_json,
-    bgr_option,
-    build_embedder,
-    device_option,
-    emit_json,
-    precision_option,
-    preprocess_option,
-    require_plot,
+    description_options,
+    network_options,
 )
-
-if TYPE_CHECKING:
-    from gkd.storage.cache.spec import Precision
+from gkd.commands.output import emit_json
 
 
-@click.command("evaluate")
-@click.argument("model", type=PATH)
-@click.argument("sets", metavar="SET...", type=PATH, nargs=-1, required=True)
-@arch_option
-@preprocess_option
-@bgr_option
-@device_option
-@precision_option
-@click.option("--batch-size", type=click.IntRange(min=1), default=128, show_default=True)
-@click.option("--plot", type=OUT, help="Draw the ROC into this PNG.")
+@click.command("evaluate", short_help="Verification and identification accuracy.")
+@click.argument("model", type=LOCAL_PATH)
+@click.argument("sets", metavar="SET...", type=LOCAL_PATH, nargs=-1, required=True)
+@network_options
+@click.option(
+    "--batch-size",
+    type=click.IntRange(min=1),
+    default=128,
+    show_default=True,
+    help="Images per batch.",
+)
+@click.option("--plot", type=OUTPUT_PATH, help="Plot the ROC into this PNG file.")
 @click.option(
     "--cache",
-    type=OUT,
-    help="Where embeddings are kept for the next time, by default below GKD_CACHE_DIR.",
+    type=OUTPUT_PATH,
+    help="Folder that keeps embeddings for the next evaluation; by default under GKD_CACHE_DIR.",
 )
-@click.option("--no-cache", is_flag=True, help="Keep no embeddings and read none.")
+@click.option("--no-cache", is_flag=True, help="Neither keep nor reuse embeddings.")
 @as_json
 def evaluate(
     model: Path,
     sets: tuple[Path, ...],
-    arch: str,
-    preset: str,
-    bgr: bool,
-    device: str,
-    precision: 'Precision | Literal["auto"]',
     batch_size: int,
     plot: Path | None,
     cache: Path | None,
     no_cache: bool,
     as_json: bool,
+    **options: Any,
 ) -> None:
-    """Judge MODEL on SETs: a run folder, a checkpoint, weights or an ONNX file.
+    """Evaluate MODEL, a run folder, a checkpoint, weights or an ONNX file, on each SET.
 
-    A SET is a .bin of pairs (verification over ten folds), a folder of IJB-B or IJB-C with meta/
-    and loose_crop/ (1:1 verification of templates), or one of TinyFace with Gallery_Match/, Probe/
-    and perhaps Gallery_Distractor/ (1:N identification).
+    A SET is a .bin file of pairs (verification over ten folds), a folder of IJB-B or IJB-C with
+    meta/ and loose_crop/ (1:1 verification of templates), or one of TinyFace with Gallery_Match/,
+    Probe/ and optionally Gallery_Distractor/ (1:N identification).
     """
-    from gkd.storage.cache.spec import preprocess_preset
     from gkd.trainer.evaluation.embedding_cache import EmbeddingCache, default_embeddings
     from gkd.trainer.evaluation.protocols import (
         evaluate_set,
@@ -75,28 +65,25 @@ def evaluate(
         raise click.UsageError("--cache and --no-cache exclude each other")
     if plot:
         require_plot(plot)
-    preprocess = preprocess_preset(preset, bgr=bgr)
-    embed = build_embedder(
-        model, arch=arch, preprocess=preprocess, device=device, precision=precision
-    )
+    embed = embedder_from_options(model, options)
     store = None
     if not no_cache:
         folder = cache or default_embeddings()
-        store = EmbeddingCache(folder, embed.sha256, preprocess, embed.precision)
+        store = EmbeddingCache(folder, embed.sha256, embed.preprocess, embed.precision)
     loaded = [load_set(path) for path in sets]
-    results = [evaluate_set(embed, each, batch_size=batch_size, store=store) for each in loaded]
+    results = [evaluate_set(embed, data, batch_size=batch_size, store=store) for data in loaded]
     if plot:
         plot_results(results, plot)
-    for each in results:
-        warn_of(each)
+    for result in results:
+        warn_of(result)
     if as_json:
-        emit_json([result_to_builtins(each) for each in results])
+        emit_json([result_to_builtins(result) for result in results])
     else:
         show_results(results)
 
 
-@click.command("report")
-@click.argument("run", type=PATH)
+@click.command("report", short_help="Write a run's report.html again.")
+@click.argument("run", type=LOCAL_PATH)
 def report(run: Path) -> None:
     """Write RUN/report.html again, from the files of the run folder RUN alone."""
     from gkd.trainer.report.page import write_report
@@ -104,18 +91,16 @@ def report(run: Path) -> None:
     click.echo(write_report(run))
 
 
-@click.command("export")
-@click.argument("run", type=PATH)
-@click.argument("out", metavar="OUT.onnx|OUT.safetensors", type=OUT)
-@click.option("--licence", metavar="TEXT", help="Terms of the model, for its card.")
-@click.option("--note", metavar="TEXT", help="Anything else its users should know, for its card.")
+@click.command("export", short_help="Export a student as ONNX or safetensors.")
+@click.argument("run", type=LOCAL_PATH)
+@click.argument("out", metavar="OUT.onnx|OUT.safetensors", type=OUTPUT_PATH)
+@description_options
 @as_json
 def export(run: Path, out: Path, licence: str | None, note: str | None, as_json: bool) -> None:
     """Write the student of RUN, a run folder or a checkpoint, for programs without gkd.
 
-    OUT.onnx takes any batch size and was checked against torch. OUT.safetensors holds the weights
-    under the names of who published the network. Beside it OUT.md says what the model is and how to
-    use it.
+    OUT.onnx takes any batch size and is checked against torch. OUT.safetensors holds the weights
+    under their publisher's names. The model card OUT.md says what the model is and how to use it.
     """
     from gkd.trainer.export.model_card import export_student
 
@@ -124,13 +109,13 @@ def export(run: Path, out: Path, licence: str | None, note: str | None, as_json:
         emit_json(exported.to_builtins())
     else:
         checked = ", checked against torch" if out.suffix == ".onnx" else ""
-        click.echo(f"{out}: {exported.bytes:,} bytes{checked}; described in {exported.card}")
+        click.echo(f"{out}: {exported.bytes:,} bytes{checked}; model card {exported.card}")
 
 
-@click.command("demo")
-@click.argument("out", type=OUT, default=Path("gkd-demo"))
+@click.command("demo", short_help="Small end-to-end run on synthetic faces.")
+@click.argument("out", type=OUTPUT_PATH, default=Path("gkd-demo"))
 def demo(out: Path) -> None:
-    """Draw faces, train a teacher on them, cache it, and train a student with and without it."""
+    """Draw faces, train a teacher, cache its targets, train a student with and without them."""
     from gkd.demo.run import run_demo
 
     run_demo(out)

@@ -1,42 +1,54 @@
-"""``gkd plan``: what a cache will cost, before it is made."""
+"""``gkd plan``: the size, time and groups of a cache, before it is made."""
 
 from pathlib import Path
 from typing import Any
 
 import click
 
-from gkd.commands.shared import (
-    OUT,
-    PATH,
-    as_json,
+from gkd.commands.builders import (
     cache_settings,
-    chosen_centers,
-    chosen_teacher,
-    emit,
-    parse_numbers,
+    centers_from_options,
+    embedder_from_options,
     require_plot,
+)
+from gkd.commands.options import (
+    LOCAL_PATH,
+    OUTPUT_PATH,
+    as_json,
+    parse_numbers,
     sort_option,
     target_options,
     teacher_options,
 )
+from gkd.commands.output import emit
 
 
-@click.command("plan")
-@click.argument("source", metavar="RECORDS", type=PATH)
+@click.command("plan", short_help="Forecast the size, time and groups of a cache.")
+@click.argument("source", metavar="RECORDS", type=LOCAL_PATH)
 @teacher_options
 @click.option(
     "--samples",
     type=int,
     default=4096,
     show_default=True,
-    help="Images whose groups are made; for class means four times as many go through the teacher.",
+    help="Images to partition; with class means four times as many go through the teacher.",
 )
-@click.option("--group-temperatures", callback=parse_numbers, default="1,2,4", show_default=True)
 @click.option(
-    "--thresholds", callback=parse_numbers, default="0.8,0.9,0.93,0.95,0.99", show_default=True
+    "--group-temperatures",
+    callback=parse_numbers,
+    default="1,2,4",
+    show_default=True,
+    help="Group temperatures to compare.",
+)
+@click.option(
+    "--thresholds",
+    callback=parse_numbers,
+    default="0.8,0.9,0.93,0.95,0.99",
+    show_default=True,
+    help="Thresholds to compare.",
 )
 @target_options
-@click.option("--plot", type=OUT, help="Draw group and cache sizes into this PNG.")
+@click.option("--plot", type=OUTPUT_PATH, help="Plot group and cache sizes into this PNG file.")
 @sort_option
 @as_json
 def plan(
@@ -49,11 +61,11 @@ def plan(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Run the teacher on a sample of RECORDS; say what groups and what cache each setting gives.
+    """Run the teacher on a sample of RECORDS and forecast the cache that each setting gives.
 
-    A row for each group temperature and threshold: group sizes, the probability that groups hold,
-    how many --max-group cuts, bytes an image and in all, and the time of cache-teacher on this
-    device and on several. Nothing is kept.
+    Prints one row for each group temperature and threshold: group sizes, the probability they hold,
+    how many are truncated, bytes per image and in total, and the time of cache-teacher on this
+    device and on several. Nothing is stored.
     """
     from rich.console import Console
 
@@ -71,17 +83,20 @@ def plan(
         thresholds=thresholds,
     )
     records = open_records(source, sort=sort)
-    embedder = chosen_teacher(options)
-    made = run(records, embedder, chosen_centers(options["centers"], records, embedder), settings)
+    embedder = embedder_from_options(options["teacher"], options)
+    centers = centers_from_options(options["centers"], records, embedder)
+    result = run(records, embedder, centers, settings)
     if plot:
-        plot_plan(made, plot)
+        plot_plan(result, plot)
     if as_json:
-        emit(made, as_json)
+        emit(result, as_json)
         return
-    Console().print(plan_table(made))
-    draws = made.draws
+    Console().print(plan_table(result))
+    draws = result.draws
     if draws:
-        what = "all classes" if draws.source == "all" else "the primary group"
-        click.echo(f"bytes include {draws.count} draws from {what} at T = {draws.temperature:g}")
-    for line in made.basis:
+        source_name = "all classes" if draws.source == "all" else "the primary group"
+        click.echo(
+            f"bytes include {draws.count} draws from {source_name} at T = {draws.temperature:g}"
+        )
+    for line in result.basis:
         click.echo(line)

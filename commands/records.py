@@ -1,45 +1,38 @@
-"""``gkd records``: look at, check and make record packs."""
+"""``gkd records``: inspect, verify and pack face records."""
 
 from pathlib import Path
 from typing import Any
 
 import click
 
-from gkd.commands.shared import (
-    PATH,
-    as_json,
-    emit,
-    emit_json,
-    printable,
-    sort_option,
-    workers_option,
-)
+from gkd.commands.options import LOCAL_PATH, as_json, sort_option, workers_option
+from gkd.commands.output import emit, emit_json, printable
 
 
-@click.group()
+@click.group(short_help="Inspect, verify and pack face records.")
 def records() -> None:
-    """Look at, check and make record packs."""
+    """Inspect, verify and pack face records."""
 
 
-@records.command("info")
-@click.argument("source", metavar="RECORDS", type=PATH)
+@records.command("info", short_help="Describe records.")
+@click.argument("source", metavar="RECORDS", type=LOCAL_PATH)
 @sort_option
 @as_json
 def records_info(source: Path, sort: Any, as_json: bool) -> None:
-    """Say what RECORDS hold: packs, Parquet files, tar shards or an image folder."""
+    """Describe RECORDS: packs, Parquet files, tar shards or an image folder."""
     from gkd.storage.records.check import records_info
     from gkd.storage.records.open import open_records
 
     emit(records_info(open_records(source, sort=sort)), as_json)
 
 
-@records.command("verify")
-@click.argument("source", metavar="RECORDS", type=PATH)
+@records.command("verify", short_help="Decode every image, list every fault.")
+@click.argument("source", metavar="RECORDS", type=LOCAL_PATH)
 @sort_option
 @workers_option
 @as_json
 def records_verify(source: Path, sort: Any, workers: int, as_json: bool) -> None:
-    """Read and decode every image of RECORDS and list every fault; exit 1 if there is one."""
+    """Read and decode every image of RECORDS and list every fault; exit with 1 if there is one."""
     from gkd.storage.records.check import verify_records
     from gkd.storage.records.open import open_records
 
@@ -58,16 +51,16 @@ def records_verify(source: Path, sort: Any, workers: int, as_json: bool) -> None
         raise SystemExit(1)
 
 
-@records.command("pack")
-@click.argument("source", metavar="RECORDS", type=PATH)
-@click.argument("out", type=PATH)
+@records.command("pack", short_help="Pack records of any form as train.rec.")
+@click.argument("source", metavar="RECORDS", type=LOCAL_PATH)
+@click.argument("out", type=LOCAL_PATH)
 @sort_option
 @workers_option
 @as_json
 def records_pack(source: Path, out: Path, sort: Any, workers: int, as_json: bool) -> None:
-    """Pack RECORDS of any kind into OUT/train.rec, which MXNet reads too, in their order.
+    """Pack RECORDS of any form as OUT/train.rec, in their order; MXNet reads it too.
 
-    Images are copied byte for byte, so a cache of RECORDS serves OUT as well.
+    Images are copied byte for byte, so a cache of RECORDS matches OUT as well.
     """
     from gkd.storage.records.write_pack import pack
 

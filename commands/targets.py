@@ -1,4 +1,4 @@
-"""``gkd targets``: look at, check, share and derive caches."""
+"""``gkd targets``: inspect, verify, share and derive caches of targets."""
 
 import secrets
 from pathlib import Path
@@ -7,27 +7,24 @@ from typing import TYPE_CHECKING, Any
 import click
 import msgspec
 
-from gkd.commands.shared import (
-    OUT,
-    PATH,
-    PLACE,
+from gkd.commands.builders import build_embedder, require_plot
+from gkd.commands.options import (
+    LOCAL_PATH,
+    LOCATION,
+    OUTPUT_PATH,
+    AliasedOption,
     Resumable,
     as_json,
-    build_embedder,
+    description_options,
     device_option,
-    emit,
-    emit_json,
-    licence_option,
-    note_option,
     parse_names,
     parse_numbers,
     parse_shards,
-    printable,
-    require_plot,
     sort_option,
     storage_option,
     workers_option,
 )
+from gkd.commands.output import emit, emit_json, printable
 from gkd.storage.util.torchrun_env import usable_cores
 
 if TYPE_CHECKING:
@@ -35,30 +32,30 @@ if TYPE_CHECKING:
     from gkd.storage.cache.verify import Level
 
 
-@click.group()
+@click.group(short_help="Inspect, verify, share and derive caches.")
 def targets() -> None:
-    """Look at caches of targets, check, share and derive them."""
+    """Inspect, verify, share and derive caches of targets."""
 
 
-@targets.command("info")
-@click.argument("place", metavar="TARGETS", type=PLACE)
+@targets.command("info", short_help="Describe a cache and what made it.")
+@click.argument("location", metavar="TARGETS", type=LOCATION)
 @storage_option
 @as_json
-def targets_info(place: str, options: dict[str, Any], as_json: bool) -> None:
-    """Say what made TARGETS, a cache here or at an address, and whether they are finished."""
+def targets_info(location: str, options: dict[str, Any], as_json: bool) -> None:
+    """Describe TARGETS, a local cache or one at an address, and what made it."""
     from gkd.storage.cache.metadata import committed_shards
     from gkd.storage.cache.reader import Cache
     from gkd.storage.sharing.remote import Remote, is_address
     from gkd.storage.sharing.remote_cache import RemoteCache
 
-    if is_address(place):
-        remote = RemoteCache.open(Remote(place, options))
+    if is_address(location):
+        remote = RemoteCache.open(Remote(location, options))
         commits = remote.commits()
         state = {"address": remote.remote.address, "id": remote.id, "shards": len(commits)}
         state["bytes"] = remote.manifest.bytes
         spec = remote.spec
     else:
-        cache = Cache.open(place, complete=False)
+        cache = Cache.open(location, complete=False)
         commits = {shard: cache.commit(shard) for shard in committed_shards(cache.path)}
         state = {"path": cache.path, "id": cache.id if cache.manifest else "not finished"}
         state |= {"shards": cache.spec.num_shards, "committed_shards": len(commits)}
@@ -67,16 +64,32 @@ def targets_info(place: str, options: dict[str, Any], as_json: bool) -> None:
     emit(state | {"skipped": skipped} | msgspec.to_builtins(spec), as_json)
 
 
-@targets.command("verify")
-@click.argument("path", metavar="TARGETS", type=PATH)
-@click.option("--quick", is_flag=True, help="Presence and sizes only.")
-@click.option("--deep", is_flag=True, help="Decode all arrays, check what they say.")
-@click.option("--against", type=PATH, metavar="RECORDS", help="Recompute a sample of these.")
-@click.option("--teacher", type=PATH, help="The teacher that recomputes.")
-@click.option("--arch", help="Its backbone; by default the one that TARGETS name.")
-@click.option("--centers", type=PATH, multiple=True, help="Its centres, unless class means.")
-@click.option("--sample", type=click.IntRange(min=1), default=256, show_default=True)
-@click.option("--seed", type=int, help="Draws the sample; by default another one each time.")
+@targets.command("verify", short_help="Check every file of a cache, or recompute a sample.")
+@click.argument("path", metavar="TARGETS", type=LOCAL_PATH)
+@click.option("--quick", is_flag=True, help="Check presence and sizes only.")
+@click.option("--deep", is_flag=True, help="Also decode all arrays and check their invariants.")
+@click.option(
+    "--against", type=LOCAL_PATH, metavar="RECORDS", help="Recompute a sample of these records."
+)
+@click.option("--teacher", type=LOCAL_PATH, help="The teacher to recompute with.")
+@click.option("--arch", help="The teacher's network; by default the one that TARGETS name.")
+@click.option(
+    "--centers",
+    "--centres",
+    "centers",
+    cls=AliasedOption,
+    type=LOCAL_PATH,
+    multiple=True,
+    help="The teacher's class centres, if they are not class means kept beside TARGETS.",
+)
+@click.option(
+    "--sample",
+    type=click.IntRange(min=1),
+    default=256,
+    show_default=True,
+    help="Images to recompute.",
+)
+@click.option("--seed", type=int, help="Random seed of the sample; by default a new one each time.")
 @device_option
 @sort_option
 @as_json
@@ -87,12 +100,12 @@ def targets_verify(
     against: Path | None,
     teacher: Path | None,
     as_json: bool,
-    **recomputing: Any,
+    **recompute: Any,
 ) -> None:
-    """Check every file of TARGETS and list every fault; exit 1 if there is one.
+    """Check every file of TARGETS and list every fault; exit with 1 if there is one.
 
-    By default every byte is held against its hash. With --against RECORDS --teacher FILE a random
-    sample is computed again instead, and the largest differences are told.
+    By default every byte is checked against its hash. With --against RECORDS --teacher FILE a
+    random sample is recomputed instead and the largest differences are printed.
     """
     from gkd.storage.cache.verify import verify
 
@@ -100,9 +113,8 @@ def targets_verify(
         raise click.UsageError("--quick and --deep exclude each other; give one of them")
     if (against is None) != (teacher is None) or (against and (quick or deep)):
         raise click.UsageError("--against RECORDS and --teacher FILE go together, and alone")
-    ok: bool
     if against and teacher:
-        compared = _verify_against(path, against, teacher, **recomputing)
+        compared = _verify_against(path, against, teacher, **recompute)
         ok = compared.ok
         emit({**msgspec.to_builtins(compared), "ok": ok}, as_json)
     else:
@@ -140,22 +152,22 @@ def _verify_against(
     from gkd.storage.records.open import open_records
 
     cache = Cache.open(path)
-    named = cache.spec
-    if ":" in named.teacher.arch and arch is None:
+    spec = cache.spec
+    if ":" in spec.teacher.arch and arch is None:
         raise ConfigError(
-            f"{path}: names the code {named.teacher.arch} as its teacher's network, and no code is "
-            "run because a cache names it; where you know and trust it, give --arch "
-            f"{named.teacher.arch} yourself"
+            f"{path}: names the code {spec.teacher.arch} as its teacher's network, and code is "
+            "never run because a cache names it; if you know and trust it, give --arch "
+            f"{spec.teacher.arch} yourself"
         )
-    arch = arch or named.teacher.arch
-    # An ONNX file where weights were, or the reverse, is another teacher: its digest tells.
+    arch = arch or spec.teacher.arch
+    # An ONNX file in place of weights, or the reverse, is another teacher: its digest differs.
     torch_network = arch != "onnx" and teacher.suffix != ".onnx"
     embedder = build_embedder(
         teacher,
         arch=arch if torch_network else "auto",
-        preprocess=named.preprocess,
+        preprocess=spec.preprocess,
         device=device,
-        precision=named.precision if torch_network else "auto",
+        precision=spec.precision if torch_network else "auto",
     )
     return verify_against(
         cache,
@@ -168,15 +180,15 @@ def _verify_against(
     )
 
 
-@targets.command("stats")
-@click.argument("place", metavar="TARGETS", type=PLACE)
-@click.option("--plot", type=OUT, help="Draw group sizes and masses into this PNG.")
+@targets.command("stats", short_help="Group sizes, masses and bytes of a cache.")
+@click.argument("location", metavar="TARGETS", type=LOCATION)
+@click.option("--plot", type=OUTPUT_PATH, help="Plot group sizes and masses into this PNG file.")
 @storage_option
 @as_json
-def targets_stats(place: str, plot: Path | None, options: dict[str, Any], as_json: bool) -> None:
-    """Describe group sizes, masses and bytes of TARGETS, a cache here or at an address.
+def targets_stats(location: str, plot: Path | None, options: dict[str, Any], as_json: bool) -> None:
+    """Print group sizes, masses and bytes of TARGETS, a local cache or one at an address.
 
-    At an address the arrays are left there: sizes and counts only.
+    The arrays of a cache at an address are not fetched: sizes and counts only.
     """
     from gkd.storage.analysis.stats import CacheStats, plot_stats, stats
     from gkd.storage.cache.reader import Cache
@@ -186,34 +198,41 @@ def targets_stats(place: str, plot: Path | None, options: dict[str, Any], as_jso
 
     if plot:
         require_plot(plot)
-    if is_address(place):
+    if is_address(location):
         if plot:
-            raise ConfigError(f"{place}: a plot needs the arrays; `gkd targets pull` it first")
-        figures: Any = remote_stats(RemoteCache.open(Remote(place, options)))
+            raise ConfigError(f"{location}: a plot needs the arrays; `gkd targets pull` it first")
+        result: Any = remote_stats(RemoteCache.open(Remote(location, options)))
     else:
-        figures = stats(Cache.open(place))
+        result = stats(Cache.open(location))
         if plot:
-            plot_stats(figures, plot)
+            plot_stats(result, plot)
     if as_json:
-        emit_json(figures)
+        emit_json(result)
         return
-    whole = msgspec.to_builtins(figures, enc_hook=str)
-    views = whole.pop("views")
-    emit(whole, False)
+    total = msgspec.to_builtins(result, enc_hook=str)
+    views = total.pop("views")
+    emit(total, False)
     for view in views:
         view.pop("histogram", None)
         click.echo()
         emit(view, False)
-    if not isinstance(figures, CacheStats):
+    if not isinstance(result, CacheStats):
         click.echo("\nQuantiles and masses need the arrays: `gkd targets pull` the cache for them.")
 
 
-@targets.command("confusions")
-@click.argument("path", metavar="TARGETS", type=PATH)
-@click.option("--records", "source", type=PATH, metavar="RECORDS", help="Show faces from these.")
-@click.option("--out", type=PATH, required=True, metavar="FOLDER", help="Where the results go.")
+@targets.command("confusions", short_help="Label-noise report from the cache alone.")
+@click.argument("path", metavar="TARGETS", type=LOCAL_PATH)
 @click.option(
+    "--records", "source", type=LOCAL_PATH, metavar="RECORDS", help="Show faces from these records."
+)
+@click.option(
+    "--out", type=LOCAL_PATH, required=True, metavar="FOLDER", help="Folder for the results."
+)
+@click.option(
+    "--max-items",
     "--most",
+    "max_items",
+    cls=AliasedOption,
     type=click.IntRange(min=1),
     default=200,
     show_default=True,
@@ -226,41 +245,43 @@ def targets_confusions(
     path: Path,
     source: Path | None,
     out: Path,
-    most: int,
+    max_items: int,
     sort: Any,
     workers: int,
     as_json: bool,
 ) -> None:
-    """List what the teacher of TARGETS confuses, from the cache alone.
+    """List the identities that the teacher of TARGETS confuses, from the cache alone.
 
-    FOLDER gets identities.parquet (pairs that share mass), label_noise.parquet (images that it
-    takes for another identity than their label), hard.parquet (images that no identity claims) and
-    confusions.html, one page with the faces.
+    FOLDER receives identities.parquet (pairs of classes that share probability),
+    label_noise.parquet (images that the teacher takes for another identity than their label),
+    hard.parquet (images without a clear identity) and confusions.html, one page with the faces.
     """
     from gkd.storage.analysis.confusion_files import write_confusions
     from gkd.storage.cache.reader import Cache
     from gkd.storage.reading.mmap_store import DIGESTS, default_folder
     from gkd.storage.records.open import open_records
 
-    cache = Cache.open(path)
-    records = open_records(source, sort=sort) if source else None
-    folder = default_folder() / DIGESTS
     written = write_confusions(
-        cache, out, records=records, most=most, folder=folder, workers=workers
+        Cache.open(path),
+        out,
+        records=open_records(source, sort=sort) if source else None,
+        most=max_items,
+        folder=default_folder() / DIGESTS,
+        workers=workers,
     )
     emit(written, as_json)
 
 
-@targets.command("push", cls=Resumable)
-@click.argument("path", metavar="TARGETS", type=PATH)
-@click.argument("address", type=PLACE)
+@targets.command("push", cls=Resumable, short_help="Copy a cache to an address.")
+@click.argument("path", metavar="TARGETS", type=LOCAL_PATH)
+@click.argument("address", type=LOCATION)
 @click.option("--read-back", is_flag=True, help="Read every file back and compare its sha256.")
 @storage_option
 @as_json
 def targets_push(
     path: Path, address: str, read_back: bool, options: dict[str, Any], as_json: bool
 ) -> None:
-    """Send TARGETS to ADDRESS, or go on where an earlier push stopped.
+    """Copy TARGETS to ADDRESS; run again to resume an interrupted push.
 
     ADDRESS is a folder or anything that fsspec opens: s3://, gs://, hf://, sftp://.
     """
@@ -269,14 +290,14 @@ def targets_push(
     emit(push(path, address, options=options, read_back=read_back), as_json)
 
 
-@targets.command("pull", cls=Resumable)
-@click.argument("address", type=PLACE)
-@click.argument("path", metavar="TARGETS", type=PATH)
+@targets.command("pull", cls=Resumable, short_help="Copy a cache from an address.")
+@click.argument("address", type=LOCATION)
+@click.argument("path", metavar="TARGETS", type=LOCAL_PATH)
 @click.option(
-    "--shards", callback=parse_shards, help="These only, e.g. 0-9,12: TARGETS stay partial."
+    "--shards", callback=parse_shards, help="Only these, e.g. 0-9,12; TARGETS stay partial."
 )
 @click.option(
-    "--views", callback=parse_names, help="original or flipped: TARGETS are a cache of it."
+    "--views", callback=parse_names, help="Only original or flipped; TARGETS hold that view."
 )
 @storage_option
 @as_json
@@ -288,31 +309,31 @@ def targets_pull(
     options: dict[str, Any],
     as_json: bool,
 ) -> None:
-    """Get the cache at ADDRESS into TARGETS, or go on where an earlier pull stopped.
+    """Copy the cache at ADDRESS into TARGETS; run again to resume an interrupted pull.
 
-    Every file is held against its hash on arrival, and those that stand in TARGETS already too: a
-    pull into a damaged copy mends it.
+    Every file is checked against its hash, those already in TARGETS too: pulling into a damaged
+    copy repairs it.
     """
     from gkd.storage.sharing.pull import pull
 
     emit(pull(address, path, shards=shards, views=views, options=options), as_json)
 
 
-@targets.command("retarget", cls=Resumable)
-@click.argument("path", metavar="IN", type=PATH)
-@click.argument("out", type=PATH)
+@targets.command("retarget", cls=Resumable, short_help="Derive a smaller cache, no teacher.")
+@click.argument("path", metavar="IN", type=LOCAL_PATH)
+@click.argument("out", type=LOCAL_PATH)
 @click.option("--threshold", type=float, help="At most that of IN.")
-@click.option("--max-group", type=int, help="At most that of IN, or more where no group was cut.")
-@click.option("--temperatures", callback=parse_numbers, help="Some of those of IN, such as 2,4.")
-@click.option("--group-temperature", type=float, help="That of IN; no other can be answered.")
-@click.option("--draws", type=int, help="The first so many of IN's draws, or 0.")
-@licence_option
-@note_option
+@click.option("--max-group", type=int, help="At most that of IN, unless IN truncated no group.")
+@click.option("--temperatures", callback=parse_numbers, help="A subset of those of IN, e.g. 2,4.")
+@click.option("--group-temperature", type=float, help="Must be that of IN.")
+@click.option("--draws", type=int, help="Keep the first N draws of IN, or 0.")
+@description_options
 @as_json
 def targets_retarget(path: Path, out: Path, as_json: bool, **settings: Any) -> None:
-    """Derive a stricter cache OUT from IN without the teacher, or go on with it.
+    """Derive a stricter cache OUT from IN without the teacher.
 
-    What is not given stays as in IN. What IN cannot answer exactly is refused with the reason.
+    Settings that are not given stay as in IN. What cannot be derived exactly is refused with the
+    reason.
     """
     from gkd.storage.cache.reader import Cache
     from gkd.storage.cache.retarget import retarget
@@ -321,30 +342,35 @@ def targets_retarget(path: Path, out: Path, as_json: bool, **settings: Any) -> N
     emit({"path": out, "id": id}, as_json)
 
 
-@targets.command("merge", cls=Resumable)
-@click.argument("out", type=PATH)
-@click.argument("paths", metavar="IN...", type=PATH, nargs=-1, required=True)
-@licence_option
-@note_option
+@targets.command("merge", cls=Resumable, short_help="Join caches of disjoint records.")
+@click.argument("out", type=LOCAL_PATH)
+@click.argument("paths", metavar="IN...", type=LOCAL_PATH, nargs=-1, required=True)
+@description_options
 @as_json
-def targets_merge(out: Path, paths: tuple[Path, ...], as_json: bool, **words: Any) -> None:
+def targets_merge(out: Path, paths: tuple[Path, ...], as_json: bool, **description: Any) -> None:
     """Join caches IN... of disjoint records, one teacher and equal settings into OUT."""
     from gkd.storage.cache.merge import merge
     from gkd.storage.cache.reader import Cache
 
-    id = merge([Cache.open(path) for path in paths], out, **words)
+    id = merge([Cache.open(path) for path in paths], out, **description)
     emit({"path": out, "id": id}, as_json)
 
 
-@targets.command("gc")
-@click.option("--older-than", type=click.FloatRange(min=0), default=0.0, metavar="DAYS")
-@click.option("--dry-run", is_flag=True, help="Say what would go, and remove nothing.")
+@targets.command("gc", short_help="Delete unused files in GKD_CACHE_DIR.")
+@click.option(
+    "--older-than",
+    type=click.FloatRange(min=0),
+    default=0.0,
+    metavar="DAYS",
+    help="Only files unused for this many days.",
+)
+@click.option("--dry-run", is_flag=True, help="Print what would be deleted; delete nothing.")
 @as_json
 def targets_gc(older_than: float, dry_run: bool, as_json: bool) -> None:
-    """Remove what trainings and evaluations left in GKD_CACHE_DIR and no process has open.
+    """Delete files of trainings and evaluations in GKD_CACHE_DIR that no process has open.
 
-    These are targets made ready for reading, digests of images and embeddings of test sets; all
-    are made again as needed.
+    These are materialised targets, digests of images and embeddings of test sets; all are made
+    again when needed.
     """
     from gkd.storage.reading.mmap_store import collect
 
@@ -352,8 +378,8 @@ def targets_gc(older_than: float, dry_run: bool, as_json: bool) -> None:
     if as_json:
         emit_json(found)
         return
-    for each in found:
-        did = f"stays, {each.why}" if each.why else "would go" if dry_run else "removed"
-        click.echo(f"{each.path}: {did}; {each.bytes:,} bytes, used {each.days:.1f} days ago")
-    freed = sum(each.bytes for each in found if each.removed)
+    for item in found:
+        action = f"kept, {item.why}" if item.why else "would be deleted" if dry_run else "deleted"
+        click.echo(f"{item.path}: {action}; {item.bytes:,} bytes, used {item.days:.1f} days ago")
+    freed = sum(item.bytes for item in found if item.removed)
     click.echo(f"{freed:,} bytes {'would be ' if dry_run else ''}freed")

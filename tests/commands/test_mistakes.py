@@ -19,7 +19,10 @@ pytestmark = pytest.mark.usefixtures("materialised")
     [
         (("train-student", "faces", "-", "r", "--set", "train.epoch=3"), "did you mean train.epoc"),
         (("train-student", "faces", "-", "r", "--student", "resnet"), "iresnet50"),
-        (("train-student", "nowhere", "-", "r"), "nowhere: expected a folder with train.rec"),
+        (
+            ("train-student", "nowhere", "r", "--without-kd"),
+            "nowhere: expected a folder with train.rec",
+        ),
         (("train-student", "faces", "faces", "r"), "expected a cache of targets"),
         (("records", "verify", "teacher.pt"), "expected a folder with train.rec"),
         (("targets", "verify", "faces"), "expected a cache of targets"),
@@ -101,16 +104,16 @@ def test_a_wrong_option_of_cache_teacher_is_explained(
 @pytest.mark.parametrize(
     "option", [("--compile",), ("--precision", "bfloat16"), ("--arch", "iresnet50")], ids=str
 )
-def test_what_an_onnx_teacher_cannot_follow_is_refused(
+def test_options_that_do_not_apply_to_onnx_are_refused(
     home: Path, tmp_path: Path, option: tuple[str, ...]
 ) -> None:
     teacher = ("--teacher", home / "teacher.onnx", "--centers", "class-mean", *option)
     told = fails("cache-teacher", home / "faces", tmp_path / "c.gkd", *teacher)
     named = " ".join(option)
-    assert f"teacher.onnx: {named}: expected weights for a network of torch, got an ONNX" in told
+    assert f"teacher.onnx: {named}: expected weights for a torch network, got an ONNX" in told
 
 
-def test_memory_that_ran_out_is_no_traceback(
+def test_running_out_of_memory_ends_in_one_message(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     huge = ("--teacher", home / "teacher.pt", "--centers", "class-mean")
@@ -121,8 +124,8 @@ def test_memory_that_ran_out_is_no_traceback(
     ):
         monkeypatch.setattr("gkd.pipeline.run.cache_teacher", Mock(side_effect=error))
         told = fails("cache-teacher", home / "faces", tmp_path / "c.gkd", *huge)
-        assert "memory ran out" in told
-        assert "take a smaller batch (--batch-size" in told
+        assert "out of memory" in told
+        assert "use a smaller batch (--batch-size" in told
     monkeypatch.setattr("gkd.pipeline.run.cache_teacher", Mock(side_effect=RuntimeError("a bug")))
     assert isinstance(
         gkd("cache-teacher", home / "faces", tmp_path / "c.gkd", *huge).exception, RuntimeError
@@ -135,7 +138,7 @@ def test_centres_are_class_means_or_files(home: Path) -> None:
     assert "--centers: expected either class-mean alone or files, got class-mean x.npy" in told
 
 
-def test_a_plot_that_cannot_be_drawn_is_told_before_the_work(
+def test_a_plot_that_cannot_be_drawn_is_refused_before_the_work(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
@@ -148,7 +151,7 @@ def test_wrong_usage_is_exit_code_2(home: Path) -> None:
     numbers = ("--teacher", "t", "--centers", "class-mean", "--temperatures", "one")
     assert "expected numbers such as 1,2,4" in fails("cache-teacher", "a", "b", *numbers, code=2)
     numbers = ("--teacher", "t", "--centers", "class-mean", "--shard-samples", "many")
-    assert "--draw-from says how classes are drawn; give --draws too, above 0" in fails(
+    assert "--draw-from sets how classes are drawn; give --draws above 0 too" in fails(
         *("cache-teacher", "a", "b", "--teacher", "t", "--centers", "class-mean"),
         *("--draws", "0", "--draw-from", "all"),
         code=2,

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from gkd.commands.shared import cache_settings
-from gkd.commands.stages import cache_teacher
+from gkd.commands.builders import cache_settings
+from gkd.commands.cache_teacher import cache_teacher
 from gkd.demo.synthetic import draw_faces
 from gkd.pipeline.settings import DRAWS, CacheSettings, PartitionSettings
 from gkd.trainer.backbones import build_backbone

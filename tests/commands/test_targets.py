@@ -148,7 +148,7 @@ def test_unknown_images_are_left_out_on_request(home: Path, tmp_path: Path) -> N
     assert "1 of 32 images" in message
     assert image.name in message
     left_out = gkd(*train, "--drop-unmatched").stderr
-    assert "1 images without targets are left out, 31 stay" in left_out
+    assert "1 images without targets are left out, 31 remain" in left_out
     described = json.loads((tmp_path / "run/run.json").read_text())
     assert described["dataset"]["num_images"] == 31
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from gkd.commands.shared import build_embedder
+from gkd.commands.builders import build_embedder
 from gkd.storage.cache.spec import preprocess_preset
 from gkd.storage.errors import ConfigError, GkdError
 from gkd.trainer.backbones import load_backbone
