@@ -6,7 +6,7 @@
     │   ├── CorruptRecordError        a record, an image, a verification set
     │   └── CorruptShardError         a file of a target cache
     ├── SpecMismatchError             whole, but of another teacher, data set or class space
-    └── IncompleteCacheError          not finished: run the same command again to go on
+    └── IncompleteCacheError          not finished: run the same command again to resume
 
 A message says what, where, expected, got, and what to do next. The command line prints it as it
 is and exits with 1; nothing else of gkd's own making reaches a user.
@@ -49,4 +49,4 @@ class SpecMismatchError(GkdError):
 
 
 class IncompleteCacheError(GkdError):
-    """A cache that is not finished: run the same command again to go on."""
+    """A cache that is not finished: run the same command again to resume."""

@@ -177,7 +177,7 @@ def incomplete(path: Path, spec: CacheSpec) -> str:
     written = len(committed_shards(path))
     return (
         f"{path}: {written} of {spec.num_shards} shards are written and {layout.MANIFEST} is not; "
-        "run the same `gkd cache-teacher` or `gkd targets pull` again to go on"
+        "run the same `gkd cache-teacher` or `gkd targets pull` again to resume"
     )
 
 

@@ -141,7 +141,7 @@ def _read_manifest(path: Path, spec: CacheSpec) -> tuple[Manifest | None, list[F
     """The manifest where it is whole, and what is wrong with it."""
     if not os.path.lexists(path / layout.MANIFEST):
         done = f"{len(committed_shards(path))} of {spec.num_shards} shards are written"
-        again = "run the same `gkd cache-teacher` or `gkd targets pull` again to go on"
+        again = "run the same `gkd cache-teacher` or `gkd targets pull` again to resume"
         return None, [Fault(layout.MANIFEST, f"not finished: {done}; {again}")]
     try:
         content = regular_file(path, layout.MANIFEST).read_bytes()

@@ -110,7 +110,7 @@ class CacheWriter:
         if not (self.path / layout.METADATA).exists():
             raise ConfigError(
                 f"{self.path}: expected the cache that was begun here, found it gone; put it back "
-                "to where it was, and run the same command again to go on"
+                "to where it was, and run the same command again to resume"
             )
         self._guard()
         with disk_errors(self.path):
@@ -164,7 +164,7 @@ class CacheWriter:
         if missing:
             raise IncompleteCacheError(
                 f"{self.path}: {len(missing)} of {self.spec.num_shards} shards are not written, "
-                f"the first is {missing[0]}; run the same command again to go on"
+                f"the first is {missing[0]}; run the same command again to resume"
             )
         # The spec on disk, not ours: software versions may differ where a run was gone on with.
         spec = read_spec(self.path)

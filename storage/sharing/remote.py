@@ -245,7 +245,7 @@ def _explanation(place: str, error: Exception) -> GkdError:
     if isinstance(error, FSTimeoutError):
         return IncompleteCacheError(
             f"{place}: the server took the request and then went silent; see what it does, then "
-            "run the same command again to go on: what was copied stays"
+            "run the same command again to resume: what was copied stays"
         )
     if isinstance(error, PermissionError) or "Credentials" in name or "Authentication" in name:
         return ConfigError(

@@ -158,7 +158,7 @@ def test_interrupts_leave_whole_shards_and_say_how_to_go_on(
             process.send_signal(sent)
             _, told = process.communicate(timeout=60)
         assert process.returncode == 1
-        assert "run the same command again to go on" in told
+        assert "run the same command again to resume" in told
         assert not holders(out)
         assert not (out / layout.MANIFEST).exists()
     assert again().returncode == 0

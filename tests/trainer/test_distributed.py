@@ -148,7 +148,7 @@ def test_killed_and_resumed_by_other_numbers_of_ranks(faces: Path, tmp_path: Pat
     wait_for_checkpoint(process, out, after=stopped_at)
     process.terminate()
     _, err = process.communicate(timeout=60)
-    assert "run the same command again to go on" in err
+    assert "run the same command again to resume" in err
     steps = [line[0] for line in losses(out)]
     assert steps == list(range(1, len(steps) + 1))
     assert len(steps) > stopped_at

@@ -256,7 +256,7 @@ def test_a_signal_ends_it_with_a_checkpoint_and_words(
     step = read_checkpoint(tmp_path / "out" / LAST)["step"]
     message = words.strip().splitlines()[-1]
     assert f"stopped by {number.name} after step {step} of 2500" in message
-    assert "run the same command again to go on" in message
+    assert "run the same command again to resume" in message
     assert training_lines(tmp_path / "out")[-1]["step"] == step
 
 

@@ -148,7 +148,7 @@ def test_an_unfinished_cache_says_how_far_it_is(tmp_path: Path) -> None:
     assert fault.file == layout.MANIFEST
     assert fault.problem == (
         "not finished: 1 of 3 shards are written; "
-        "run the same `gkd cache-teacher` or `gkd targets pull` again to go on"
+        "run the same `gkd cache-teacher` or `gkd targets pull` again to resume"
     )
 
 

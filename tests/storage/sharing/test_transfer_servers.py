@@ -221,7 +221,7 @@ def test_a_server_that_dies_midway_is_one_message(
     assert process.returncode == 1
     (message,) = [line for line in err.splitlines() if line.startswith("Error: ")]
     assert f"{ADDRESS}/" in message
-    assert "run the same command again to go on: what was copied stays" in message
+    assert "run the same command again to resume: what was copied stays" in message
     assert "Traceback" not in err
     assert not (target / layout.MANIFEST).exists()
 
@@ -267,7 +267,7 @@ def test_an_interrupted_pull_says_how_to_go_on(
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert "interrupted; run the same command again to go on" in err
+    assert "interrupted; run the same command again to resume" in err
     assert "Traceback" not in err
     assert pull(ADDRESS, tmp_path / "back").id == many.id
 
