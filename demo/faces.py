@@ -19,7 +19,7 @@ WHITE: Color = (246, 244, 240)
 def draw_face(
     identity: Identity, conditions: Conditions, rng: np.random.Generator
 ) -> npt.NDArray[np.uint8]:
-    """One image, RGB uint8 [112, 112, 3]; ``rng`` strews noise."""
+    """One image, RGB uint8 [112, 112, 3]; ``rng`` draws the noise."""
     pen = _Pen(conditions)
     _draw_back_hair(pen, identity)
     _draw_shoulders(pen, identity, conditions)
@@ -41,7 +41,7 @@ def draw_face(
 
 
 class _Pen:
-    """Fills shapes given in the face's coordinates, seen under the pose of ``conditions``."""
+    """Fills shapes given in face coordinates, as seen in the pose of ``conditions``."""
 
     def __init__(self, conditions: Conditions) -> None:
         side = SIZE * SUPERSAMPLING
@@ -51,20 +51,20 @@ class _Pen:
         self.pitch = (np.cos(conditions.pitch), np.sin(conditions.pitch))
         cosine, sine = np.cos(conditions.roll), np.sin(conditions.roll)
         half = side / 2
-        self.turn = np.array([[cosine, -sine], [sine, cosine]]) * conditions.zoom * half
+        self.rotation = np.array([[cosine, -sine], [sine, cosine]]) * conditions.zoom * half
         self.middle = half * (1 + np.array(conditions.shift))
 
     def fill(self, points: Points, color: Color, depth: float = 0.0) -> None:
-        """Fill a closed shape [n, 2] that lies on a round surface, ``depth`` high at its middle."""
+        """Fill a closed shape [n, 2] on a curved surface, ``depth`` high at its centre."""
         x, y = points.T
         z = depth * np.sqrt(np.clip(1 - np.square(x / 1.05), 0, 1))
-        turned = np.stack(
+        rotated = np.stack(
             [
                 x * self.yaw[0] + z * self.yaw[1],
                 y * self.pitch[0] + z * self.pitch[1],
             ]
         )
-        pixels = (self.turn @ turned).T + self.middle
+        pixels = (self.rotation @ rotated).T + self.middle
         self.canvas.polygon(pixels.ravel().tolist(), fill=_rgb(color))
 
 
@@ -100,9 +100,9 @@ def _mirrored(right: list[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def _sway(points: Points, amount: float, waves: float) -> Points:
-    """Curls: the outline goes in and out ``waves`` times around."""
-    turn = np.linspace(0, 2 * np.pi * waves, len(points))
-    return points * (1 + amount * np.sin(turn))[:, None]
+    """Curls: modulate the radius of an outline with ``waves`` periods."""
+    phase = np.linspace(0, 2 * np.pi * waves, len(points))
+    return points * (1 + amount * np.sin(phase))[:, None]
 
 
 # --- features -------------------------------------------------------------------------------------
@@ -145,7 +145,7 @@ def _draw_head(pen: _Pen, identity: Identity) -> None:
 
 def _draw_marks(pen: _Pen, identity: Identity) -> None:
     dark = shade(identity.skin, 0.68)
-    # The golden angle spreads them evenly; they are the person's, so no image's dice are thrown.
+    # The golden angle spreads them evenly; no random number of the image is used for the person.
     for number in range(identity.freckles):
         angle, radius = 2.4 * number, np.sqrt(number / 40)
         x, y = 0.42 * radius * np.cos(angle), 0.25 + 0.18 * radius * np.sin(angle)
@@ -262,7 +262,7 @@ def _draw_front_hair(pen: _Pen, identity: Identity) -> None:
     angles = np.linspace(np.pi, 0, 25)
     outer = np.stack([wide * np.cos(angles), -0.3 - (top - 0.3) * np.sin(angles)], axis=1)
     outer = _sway(outer, identity.hair_curl * 1.6, 7.5)
-    # The hairline: down at the temples, up where the hair is parted, over the brow as a fringe.
+    # The hairline: lower at the temples, higher at the parting, over the brow as a fringe.
     x = np.linspace(1, -1, 25)
     part = np.exp(-np.square((x - identity.part) / 0.35))
     line = identity.hairline + identity.fringe * (1 - 0.7 * part) - 0.08 * part

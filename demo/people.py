@@ -1,6 +1,7 @@
-"""What a synthetic face depends on: a person's parameters, and the conditions of an image."""
+"""Parameters of a synthetic face: those of the person, and those of one image."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -34,7 +35,7 @@ IRISES: tuple[Color, ...] = (
 
 @dataclass(frozen=True)
 class Identity:
-    """What stays with a person; lengths in units of half the image's side."""
+    """Parameters of a person; lengths in units of half the image side."""
 
     skin: Color
     hair: Color
@@ -79,10 +80,9 @@ class Identity:
 
     @classmethod
     def draw(cls, rng: np.random.Generator) -> "Identity":
-        """A new person."""
+        """Draw a person."""
 
-        def near(middle: float, spread: float) -> float:
-            return middle + spread * float(np.clip(rng.normal(), -2, 2))
+        near = partial(_near, rng)
 
         def maybe(chance: float, low: float, high: float) -> float:
             value = float(rng.uniform(low, high))
@@ -136,7 +136,7 @@ class Identity:
 
 @dataclass(frozen=True)
 class Conditions:
-    """What varies from image to image of one person."""
+    """Parameters that vary between images of one person."""
 
     yaw: float
     pitch: float
@@ -164,10 +164,9 @@ class Conditions:
 
     @classmethod
     def draw(cls, rng: np.random.Generator) -> "Conditions":
-        """New conditions."""
+        """Draw the conditions of an image."""
 
-        def near(middle: float, spread: float) -> float:
-            return middle + spread * float(np.clip(rng.normal(), -2, 2))
+        near = partial(_near, rng)
 
         occlusions = ("none", "hat", "sunglasses", "scarf", "blob")
         return cls(
@@ -208,10 +207,14 @@ def mix(first: Color, second: Color, share: float) -> Color:
     return red, green, blue
 
 
+def _near(rng: np.random.Generator, middle: float, spread: float) -> float:
+    return middle + spread * float(np.clip(rng.normal(), -2, 2))
+
+
 def _between(colors: tuple[Color, ...], rng: np.random.Generator) -> Color:
-    """A colour on the way through a palette."""
-    place = float(rng.uniform(0, len(colors) - 1.001))
-    return mix(colors[int(place)], colors[int(place) + 1], place % 1)
+    """A random colour, interpolated in a palette."""
+    position = float(rng.uniform(0, len(colors) - 1.001))
+    return mix(colors[int(position)], colors[int(position) + 1], position % 1)
 
 
 def _random_color(rng: np.random.Generator) -> Color:

@@ -1,7 +1,7 @@
-"""A small end-to-end run on faces that it draws, through the public commands.
+"""A small end-to-end run on synthetic faces, through the public commands.
 
-Draws people, trains a teacher on them, caches what it knows, and trains one small student twice:
-alone and with the cached targets. Each is then judged on people that none of them was trained on.
+Draws people, trains a teacher on them, caches its targets, and trains one small student twice:
+alone and with the targets. All three are evaluated on people that none of them was trained on.
 """
 
 import json
@@ -25,9 +25,8 @@ from gkd.storage.cache.reader import Cache
 from gkd.storage.cache.targets import decode_log_probs
 from gkd.storage.errors import ConfigError, GkdError
 from gkd.storage.records.open import open_records
-from gkd.storage.util.extras import require
 from gkd.storage.util.files import write_file
-from gkd.storage.util.plotting import write_png
+from gkd.storage.util.plotting import new_figure, write_png
 from gkd.storage.util.torchrun_env import all_cores
 from gkd.trainer.evaluation.bin_file import write_verification_set
 
@@ -37,7 +36,7 @@ SHOWN_PEOPLE, SHOWN_IMAGES, SHOWN_CLASSES = 4, 6, 10
 
 
 class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What decides a demo; another demo cannot go on in its folder."""
+    """Settings of a demo; its folder resumes with the same settings only."""
 
     seed: int = 0
     identities: int = 200
@@ -70,7 +69,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class State(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A demo's settings, and how many seconds each finished stage took."""
+    """Settings of a demo, and the seconds that each finished stage took."""
 
     settings: Settings
     seconds: dict[str, float]
@@ -78,7 +77,7 @@ class State(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 @dataclass(frozen=True)
 class Stage:
-    """One step of the demo: its heading, and what it does."""
+    """One step of the demo."""
 
     name: str
     heading: str
@@ -86,13 +85,13 @@ class Stage:
 
 
 def run_demo(out: Path, settings: Settings | None = None) -> None:
-    """Run the demo in the folder ``out``, or go on where an earlier run of it was interrupted.
+    """Run the demo in the folder ``out``, or resume an interrupted run of it.
 
-    Ends with a table on stdout and, where matplotlib is installed, ``out``/demo.png.
+    Ends with tables on stdout and, if matplotlib is installed, ``out``/demo.png.
 
     Raises:
-        ConfigError: where ``out`` holds something else.
-        GkdError: where a command failed; its own message stands above.
+        ConfigError: if ``out`` holds something else.
+        GkdError: if a command failed; its own message is printed before.
     """
     settings = settings or Settings()
     state = _begin(out, settings)
@@ -117,8 +116,8 @@ def _begin(out: Path, settings: Settings) -> State:
     if not path.exists():
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise ConfigError(
-                f"{out}: expected a new folder, or one where a demo began, got something else; "
-                "name another folder"
+                f"{out}: expected a new folder, or that of an interrupted demo, got something "
+                "else; choose another folder"
             )
         out.mkdir(parents=True, exist_ok=True)
         state = State(settings, {})
@@ -128,12 +127,12 @@ def _begin(out: Path, settings: Settings) -> State:
         state = msgspec.json.decode(path.read_bytes(), type=State)
     except msgspec.DecodeError as error:
         raise ConfigError(
-            f"{path}: not written by this version's demo ({error}); remove {out} or name another "
+            f"{path}: not written by this version's demo ({error}); delete {out} or choose another "
             "folder"
         ) from error
     if state.settings != settings:
         raise ConfigError(
-            f"{out}: a demo with other settings began here; remove it or name another folder"
+            f"{out}: holds a demo with other settings; delete it or choose another folder"
         )
     return state
 
@@ -141,9 +140,9 @@ def _begin(out: Path, settings: Settings) -> State:
 def _stages(out: Path, settings: Settings) -> list[Stage]:
     pack, pairs, targets = out / "pack", out / "held_out.bin", out / "targets.gkd"
     seed = f"train.seed={settings.seed}"
-    judged = f'evaluation.sets=["{pairs.absolute()}"]'
+    evaluation = f'evaluation.sets=["{pairs.absolute()}"]'
     teacher = _sets(*settings.teacher, seed)
-    student = _sets(*settings.student, *settings.distillation, seed, judged)
+    student = _sets(*settings.student, *settings.distillation, seed, evaluation)
     weights = _weights(out, "teacher")
 
     def train_student(run: str, *options: str) -> None:
@@ -155,14 +154,11 @@ def _stages(out: Path, settings: Settings) -> list[Stage]:
         Stage(
             "teacher",
             "Train a teacher",
-            lambda: _gkd(
-                out,
-                *("train-student", pack, "-", out / "teacher", "--without-kd", *teacher),
-            ),
+            lambda: _gkd(out, "train-student", pack, out / "teacher", "--without-kd", *teacher),
         ),
         Stage(
             "cache",
-            "Cache what the teacher knows",
+            "Cache the teacher's targets",
             lambda: _gkd(
                 out,
                 *("cache-teacher", pack, targets, "--teacher", weights),
@@ -171,7 +167,7 @@ def _stages(out: Path, settings: Settings) -> list[Stage]:
         ),
         Stage("alone", "Train a student alone", lambda: train_student("alone", "--without-kd")),
         Stage("gkd", "Train the same student with the targets", lambda: train_student("gkd")),
-        Stage("evaluate", "Judge all three on people never trained on", lambda: _evaluate(out)),
+        Stage("evaluate", "Evaluate all three on people never trained on", lambda: _evaluate(out)),
     ]
 
 
@@ -180,7 +176,7 @@ def _sets(*settings: str) -> tuple[str, ...]:
 
 
 def _gkd(out: Path, *arguments: object, capture: bool = False) -> str:
-    """Run a command of gkd as a user would, for the demo in ``out``; its output, where captured."""
+    """Run a gkd command as a user would; return its stdout if captured."""
     words = [str(argument) for argument in arguments]
     print("$ gkd", shlex.join(words), flush=True)
     done = subprocess.run(
@@ -191,8 +187,8 @@ def _gkd(out: Path, *arguments: object, capture: bool = False) -> str:
     )
     if done.returncode:
         raise GkdError(
-            f"`gkd {words[0]}` ended with exit code {done.returncode}, its message stands above; "
-            f"run `gkd demo {shlex.quote(str(out))}` again to go on from here"
+            f"`gkd {words[0]}` ended with exit code {done.returncode}, see its message above; "
+            f"run `gkd demo {shlex.quote(str(out))}` again to resume"
         )
     return done.stdout or ""
 
@@ -213,7 +209,7 @@ def _draw(out: Path, settings: Settings) -> None:
 
 
 def _pack(out: Path) -> None:
-    """The people to train on as a pack, unless a run that was killed since has made it."""
+    """Pack the people to train on, unless an interrupted run has done so."""
     try:
         open_records(out / "pack")
     except GkdError:
@@ -221,7 +217,7 @@ def _pack(out: Path) -> None:
 
 
 def _weights(out: Path, run: str) -> Path:
-    # Not the best checkpoint: it was chosen by the very people that judge.
+    # Not the best checkpoint: the evaluation set has chosen it.
     return out / run / "checkpoints" / "last.pt"
 
 
@@ -243,10 +239,10 @@ def _report(out: Path, state: State, console: Console) -> None:
     console.print(_cost(cache), highlight=False)
     try:
         plot_demo(out, results, out / "demo.png")
-    except ConfigError as error:  # a demo without its picture is still a demo
-        console.print(f"no picture: {error}", highlight=False)
+    except ConfigError as error:  # matplotlib is optional
+        console.print(f"no plot: {error}", highlight=False)
     else:
-        console.print(f"Picture: {out / 'demo.png'}", highlight=False)
+        console.print(f"Plot: {out / 'demo.png'}", highlight=False)
 
 
 def _result(path: Path) -> dict[str, Any]:
@@ -272,32 +268,27 @@ def _accuracy_table(results: dict[str, dict[str, Any]]) -> Table:
 
 
 def _stage_table(state: State) -> Table:
-    table = Table("stage", title="What it took")
+    table = Table("stage", title="Time")
     table.add_column("seconds", justify="right")
     for name, seconds in state.seconds.items():
         table.add_row(name, f"{seconds:.0f}")
-    table.add_row("all", f"{sum(state.seconds.values()):.0f}", style="bold")
+    table.add_row("total", f"{sum(state.seconds.values()):.0f}", style="bold")
     return table
 
 
 def _cost(cache: Cache) -> str:
     assert cache.manifest is not None
     per_sample = cache.manifest.bytes / cache.spec.num_samples
-    return (
-        f"Targets: {per_sample:,.0f} bytes a sample, {' and '.join(cache.spec.views)} view together"
-    )
+    return f"Targets: {per_sample:,.0f} bytes per sample, {' and '.join(cache.spec.views)} views"
 
 
 def plot_demo(out: Path, results: dict[str, dict[str, Any]], png: Path) -> None:
-    """Draw the demo into one picture: people, one image's primary group, and the curves.
+    """Plot the demo: people, the primary group of one image, and accuracy over epochs.
 
     Raises:
-        ConfigError: where matplotlib is not installed, or ``png`` cannot be written.
+        ConfigError: if matplotlib is not installed, or ``png`` cannot be written.
     """
-    require("matplotlib", "plot")
-    from matplotlib.figure import Figure
-
-    figure: Any = Figure(figsize=(13, 7.5), layout="constrained")
+    figure = new_figure(13, 7.5)
     people, below = figure.subfigures(2, 1, height_ratios=[1.15, 1])
     group, curves = below.subfigures(1, 2, width_ratios=[1.3, 1])
     _plot_people(people, out)
@@ -318,11 +309,11 @@ def _plot_people(figure: Any, out: Path) -> None:
 
 
 def _plot_group(figure: Any, out: Path) -> None:
-    """An image, and whom the teacher takes it for."""
+    """Show an image and the people that the teacher takes it for."""
     records = open_records(out / "pack")
     cache = Cache.open(out / "targets.gkd")
     targets = cache.read_shard(0, "original")
-    row = _telling_row(targets.sizes)
+    row = _example_row(targets.sizes)
     entries = slice(int(targets.offsets[row]), int(targets.offsets[row + 1]))
     probabilities = np.exp(decode_log_probs(targets.log2_probs[entries]))
     shown = zip(targets.indices[entries].tolist(), probabilities, strict=True)
@@ -345,10 +336,10 @@ def _plot_group(figure: Any, out: Path) -> None:
             _show(axes, face, f"{person}{itself}\n{probability:.1%}")
 
 
-def _telling_row(sizes: npt.NDArray[np.int64]) -> int:
-    """The first sample whose group fills the picture."""
-    filling = np.flatnonzero(sizes >= SHOWN_CLASSES)
-    return int(filling[0] if len(filling) else sizes.argmax())
+def _example_row(sizes: npt.NDArray[np.int64]) -> int:
+    """The first sample whose group fills the plot."""
+    large = np.flatnonzero(sizes >= SHOWN_CLASSES)
+    return int(large[0] if len(large) else sizes.argmax())
 
 
 def _plot_curves(figure: Any, out: Path, results: dict[str, dict[str, Any]]) -> None:

@@ -1,4 +1,4 @@
-"""Writes synthetic faces as image folders: data for the demo and for tests, from a seed."""
+"""Synthetic faces as image folders, for the demo and for tests, reproducible from a seed."""
 
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -18,7 +18,7 @@ JPEG_QUALITIES = (60, 96)
 
 def synthetic_image(seed: int, identity: int, image: int) -> npt.NDArray[np.uint8]:
     """Image ``image`` of person ``identity``, RGB uint8 [112, 112, 3], from a seed."""
-    # Numpy's seeds are blind to trailing zeros: [s, i] and [s, i, 0] would throw the same dice.
+    # numpy ignores trailing zeros in seeds: [s, i] and [s, i, 0] give the same numbers.
     conditions_rng = np.random.default_rng([seed, identity, image + 1])
     person = Identity.draw(np.random.default_rng([seed, identity]))
     return draw_face(person, Conditions.draw(conditions_rng), conditions_rng)
@@ -29,7 +29,7 @@ def draw_faces(
 ) -> None:
     """Draw ``folder``/IDENTITY/IMAGE.jpg, 112x112, in ``workers`` processes.
 
-    The files depend on the seed and on their own numbers alone.
+    Each file depends on the seed and its own numbers only.
     """
     draw = partial(_draw_identity, folder, images_each, seed)
     with (
@@ -43,7 +43,7 @@ def draw_faces(
 def draw_pairs(
     folder: Path, *, identities: range, images_each: int, pairs: int, seed: int
 ) -> tuple[list[Path], npt.NDArray[np.bool_]]:
-    """Choose pairs of the drawn files, every second one of two people: 2P paths, truths [P]."""
+    """Choose pairs of the drawn files, half of them genuine: 2P paths, bool [P] ``issame``."""
     rng = np.random.default_rng([seed, pairs])
     issame = np.arange(pairs) % 2 == 0
     paths = []
@@ -51,7 +51,7 @@ def draw_pairs(
         people = rng.choice(identities, 2, replace=False)
         if same:
             people[1] = people[0]
-        # Two different images where the person is the same, else any two.
+        # Different images, also for two different people.
         images = rng.choice(images_each, 2, replace=False)
         paths += [_path(folder, *numbers) for numbers in zip(people, images, strict=True)]
     return paths, issame

@@ -1,4 +1,4 @@
-"""The demo at its smallest: the whole way through the public commands, and going on."""
+"""The demo at its smallest: all of it through the public commands, and resuming."""
 
 import json
 import re
@@ -42,7 +42,7 @@ QUICK = msgspec.structs.replace(
 )
 
 
-def test_whole_way_then_again_without_work(
+def test_a_demo_runs_to_its_end_and_repeats_no_finished_stage(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "demo"
@@ -50,9 +50,9 @@ def test_whole_way_then_again_without_work(
     shown = capfd.readouterr().out
     for heading in (
         "1/7  Draw people",
-        "7/7  Judge all three",
+        "7/7  Evaluate all three",
         "student with gkd",
-        "bytes a sample",
+        "bytes per sample",
     ):
         assert heading in shown
     assert (out / "demo.png").read_bytes().startswith(b"\x89PNG")
@@ -83,7 +83,7 @@ def test_whole_way_then_again_without_work(
     assert again[again.index("Verification of") :] == shown[shown.index("Verification of") :]
 
 
-def drawn(out: Path) -> None:
+def with_faces(out: Path) -> None:
     """A demo that has drawn its people, too few of them to train a teacher on."""
     out.mkdir()
     draw_faces(out / "faces", identities=range(3), images_each=2, seed=0, workers=1)
@@ -94,13 +94,13 @@ def done(out: Path) -> list[str]:
     return list(json.loads((out / "demo.json").read_text())["seconds"])
 
 
-def test_failed_command_ends_the_demo_and_the_next_run_goes_on(
+def test_a_failed_command_ends_the_demo_and_the_next_run_resumes(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "my demo"
-    drawn(out)
+    with_faces(out)
     (out / "pack").write_text("in the way")
-    advice = re.escape(f"run `gkd demo '{out}'` again to go on from here")
+    advice = re.escape(f"run `gkd demo '{out}'` again to resume")
     with pytest.raises(GkdError, match=rf"`gkd records` ended with exit code 1, .*{advice}"):
         run_demo(out, TINY)
     assert "pack: exists already" in capfd.readouterr().err
@@ -115,12 +115,12 @@ def test_failed_command_ends_the_demo_and_the_next_run_goes_on(
     assert len(open_records(out / "pack")) == 6
 
 
-def test_a_demo_that_was_killed_when_its_pack_stood_goes_on(
+def test_a_demo_that_was_killed_after_packing_resumes(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Before demo.json could tell of the pack."""
+    """Killed before demo.json recorded the pack."""
     out = tmp_path / "demo"
-    drawn(out)
+    with_faces(out)
     pack(out / "faces", out / "pack")
     with pytest.raises(GkdError, match="`gkd train-student` ended with exit code 1"):
         run_demo(out, TINY)
@@ -130,7 +130,7 @@ def test_a_demo_that_was_killed_when_its_pack_stood_goes_on(
 
 def test_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(ConfigError, match=r"expected a new folder, .* name another folder"):
+    with pytest.raises(ConfigError, match=r"expected a new folder, .* choose another folder"):
         run_demo(tmp_path, TINY)
     with pytest.raises(ConfigError, match="expected a new folder"):
         run_demo(tmp_path / "thesis.tex", TINY)
@@ -140,12 +140,12 @@ def test_folder_of_something_else_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("state", "message"),
     [
-        ('{"settings": {"seed": 5}, "seconds": {}}', "a demo with other settings began here"),
+        ('{"settings": {"seed": 5}, "seconds": {}}', "holds a demo with other settings"),
         ('{"settings": {"speed": 5}, "seconds": {}}', "not written by this version's demo"),
         ("", "not written by this version's demo"),
     ],
 )
-def test_demo_of_another_kind_is_refused(tmp_path: Path, state: str, message: str) -> None:
+def test_a_demo_with_other_settings_is_refused(tmp_path: Path, state: str, message: str) -> None:
     (tmp_path / "demo.json").write_text(state)
     with pytest.raises(ConfigError, match=message) as caught:
         run_demo(tmp_path, TINY)
