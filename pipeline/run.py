@@ -19,12 +19,10 @@ from gkd.pipeline.centers.files import read_npy
 from gkd.pipeline.centers.load import (
     CLASS_MEAN,
     Centers,
-    ClassMeans,
-    centers_path,
+    max_cosine_error,
     on_device,
-    require_all_classes,
-    rounding,
 )
+from gkd.pipeline.centers.means import centers_path, class_means, require_all_classes
 from gkd.pipeline.checks.calibration import check_preprocessing, report_group_sizes, sample_images
 from gkd.pipeline.embed import (
     EmbeddedBatch,
@@ -173,7 +171,7 @@ class _Run:
         precision = self.settings.center_precision
         array = on_device(centers.array, self.embedder, precision)
         if precision != "float32":
-            most, scale = rounding(centers.array, precision), self.settings.partition.scale
+            most, scale = max_cosine_error(centers.array, precision), self.settings.partition.scale
             torchrun_env.log_rank0(
                 f"centres in {precision}: no cosine differs by more than {most:.1e} from "
                 f"float32's, no logit by more than {scale * most:.1e}"
@@ -263,12 +261,8 @@ class _Run:
         ready = store.folder / "centers.npy"
         if self.rank == 0 and not ready.exists():
             self.lock.wait_for(lambda: all(map(store.has, range(self.num_shards))))
-            means = ClassMeans(self.records.num_classes, self.embedder.embedding_dim)
-            for shard in range(self.num_shards):
-                batch = store.load(shard, VIEWS)
-                for view in VIEWS:
-                    means.add(batch.embeddings[view], labels[batch.rows.start + batch.kept])
-            _save_array(ready, means.finish())
+            batches = (store.load(shard, VIEWS) for shard in range(self.num_shards))
+            _save_array(ready, class_means(batches, labels, self.records.num_classes))
         self.lock.wait_for(ready.exists)
         array = read_npy(ready)
         if self.rank == 0:

@@ -1,8 +1,9 @@
-"""Class centres made for a teacher that came without: class means, refined or not, in a file."""
+"""``gkd centers build``: class centres for a teacher without published ones, written to a file."""
 
 import time
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -13,7 +14,8 @@ from safetensors.numpy import save_file
 
 from gkd.pipeline.cache_spec import dataset_spec, teacher_spec
 from gkd.pipeline.centers.files import METADATA, BuiltCenters, RefineSpec
-from gkd.pipeline.centers.load import Centers, ClassMeans, require_all_classes
+from gkd.pipeline.centers.load import Centers
+from gkd.pipeline.centers.means import class_means, require_all_classes
 from gkd.pipeline.centers.refine import Fit, Labelled, measure, refine
 from gkd.pipeline.checks.calibration import check_preprocessing
 from gkd.pipeline.embed import check_labels, cut, embed, images_a_batch
@@ -28,19 +30,19 @@ from gkd.storage.util.lock import WriteLock
 from gkd.storage.util.progress import progress
 
 SUFFIX = ".safetensors"
-# Embeddings that are kept, and taken into memory, at once: 34 MB of both views at 512 numbers.
+# Embeddings that are stored, and loaded into memory, at once: 34 MB of both views for D = 512.
 PART_SAMPLES = 8192
-MEASURED = 20_000
+MAX_MEASURED = 20_000
 
 
 @dataclass(frozen=True)
 class BuildSummary:
-    """Class centres that were made.
+    """Class centres that were built.
 
-    sha256      of the centres, as a cache names it
-    images      with embeddings; ``skipped`` could not be read
-    measured    images in whose original view the fit was measured, evenly taken
-    class_mean  how the class means fit; ``refined`` None where they stayed
+    sha256      of the centres, as in a cache's metadata
+    images      number with embeddings; ``skipped`` could not be read
+    measured    images, evenly spaced, on whose original views the fit was measured
+    class_mean  fit of the class means; ``refined`` that of the refined centres, if there are any
     """
 
     path: str
@@ -66,44 +68,52 @@ def build_centers(
     workers: int = 2,
     skip_corrupt: bool = False,
 ) -> BuildSummary:
-    """Write the class means of both views' embeddings to ``out``, refined as ``settings`` say.
+    """Write the class means of both views' embeddings to ``out``, refined if ``settings`` say so.
 
-    Embeddings are kept beside ``out`` until the end: the same call goes on after an interruption.
+    Embeddings are stored beside ``out`` until the end: the same call resumes after an interruption.
 
     Raises:
-        ConfigError: where ``out`` is there already or no .safetensors, another run writes it, an
-            identity has no image, or the disk is full or closed.
+        ConfigError: if ``out`` exists or is no .safetensors file, another run writes it, an
+            identity has no image, or the disk is full or read-only.
         CorruptRecordError: at an unreadable record, unless ``skip_corrupt``.
-        SpecMismatchError: where embeddings of another teacher or data set are kept beside ``out``.
-        GkdError: where the teacher's output is unusable.
+        SpecMismatchError: if the stored embeddings are of another teacher or data set.
+        GkdError: if the teacher's output is unusable.
     """
     began, out = time.monotonic(), out.absolute()
     _require_new(out)
     check_labels(records)
     require_all_classes(records)
+    device = embedder.device if torch.cuda.is_available() else "cpu"
     with WriteLock(out):
         for path in (out, work_path(out)):
             delete_leftovers(path)
-        made = _Build(records, out, embedder, batch_size, workers, skip_corrupt)
-        made.keep_embeddings()
-        array, sample = made.class_means(), made.sample()
-        device = embedder.device if torch.cuda.is_available() else "cpu"
+        store = EmbeddingStore(
+            work_path(out), records, embedder, PART_SAMPLES, skip_corrupt=skip_corrupt
+        )
+        _store_embeddings(store, records, embedder, batch_size, workers)
+        parts = range(store.num_shards)
+        images = sum(len(store.load(part, []).kept) for part in parts)
+        array = class_means(
+            (store.load(part, VIEWS) for part in parts), records.labels, records.num_classes
+        )
+        sample = _sample(store, records.labels)
         before, after = measure(array, *sample, device=device), None
         if settings is not None:
-            seen = len(VIEWS) * made.images
-            array = refine(array, len(made.parts), made.load, settings, images=seen, device=device)
+            seen = len(VIEWS) * images
+            load = partial(_load, store, records.labels)
+            array = refine(array, len(parts), load, settings, images=seen, device=device)
             after = measure(array, *sample, device=device)
         centers = Centers(array, "class-mean" if settings is None else "refined", out.name)
-        made.write(centers, settings)
-        made.store.remove()
+        _write(out, centers, records, embedder, settings)
+        store.remove()
     return BuildSummary(
         path=str(out),
         kind=centers.kind,
         centers=len(array),
         embedding_dim=array.shape[1],
         sha256=centers.spec.sha256,
-        images=made.images,
-        skipped=len(records) - made.images,
+        images=images,
+        skipped=len(records) - images,
         measured=len(sample[1]),
         class_mean=before,
         refined=after,
@@ -114,101 +124,72 @@ def build_centers(
 def _require_new(out: Path) -> None:
     if out.suffix != SUFFIX:
         raise ConfigError(
-            f"{out}: expected a name that ends in {SUFFIX}, which holds what the centres are of "
-            "beside them; give such a name"
+            f"{out}: expected a file name with the suffix {SUFFIX}, as the file also records the "
+            "origin of the centres; choose such a name"
         )
     if out.exists():
-        raise ConfigError(f"{out}: is there already; name another file, or remove it first")
+        raise ConfigError(f"{out}: exists already; choose another name, or remove it first")
     if not out.parent.is_dir():
-        raise ConfigError(f"{out}: there is no folder {out.parent}; make it, or write elsewhere")
+        raise ConfigError(f"{out}: there is no folder {out.parent}; create it, or write elsewhere")
 
 
-class _Build:
-    """Records, a teacher, and its embeddings in parts that are kept beside ``out``."""
+def _store_embeddings(
+    store: EmbeddingStore,
+    records: Records,
+    embedder: Embedder,
+    batch_size: int | None,
+    workers: int,
+) -> None:
+    """Run the teacher on all parts that are not stored yet."""
+    missing = [store.rows(part) for part in range(store.num_shards) if not store.has(part)]
+    if not missing:
+        return
+    total, remaining = len(records), sum(map(len, missing))
+    require_room(store.folder, remaining * len(VIEWS) * embedder.embedding_dim * 4)
+    if not store.shards():
+        check_preprocessing(records, embedder, VIEWS, workers=workers)
+    batch_size = images_a_batch(embedder, batch_size)
+    batches = [rows for part in missing for rows in cut(part, batch_size)]
+    embedded = embed(
+        records, batches, embedder, VIEWS, workers=workers, skip_corrupt=store.skip_corrupt
+    )
+    with progress("run teacher", total, "images", total - remaining) as advance, closing(embedded):
+        store.keep(embedded, advance)
 
-    def __init__(
-        self,
-        records: Records,
-        out: Path,
-        embedder: Embedder,
-        batch_size: int | None,
-        workers: int,
-        skip_corrupt: bool,
-    ) -> None:
-        self.records, self.out, self.embedder = records, out, embedder
-        self.batch_size = images_a_batch(embedder, batch_size)
-        self.workers, self.skip_corrupt = workers, skip_corrupt
-        self.images = 0
-        self.store = EmbeddingStore(
-            work_path(out), records, embedder, PART_SAMPLES, skip_corrupt=skip_corrupt
-        )
-        self.parts = range(self.store.num_shards)
 
-    def keep_embeddings(self) -> None:
-        """Run the teacher over what is not kept yet."""
-        missing = [self.store.rows(part) for part in self.parts if not self.store.has(part)]
-        if not missing:
-            return
-        whole, left = len(self.records), sum(map(len, missing))
-        require_room(self.out, left * len(VIEWS) * self.embedder.embedding_dim * 4)
-        if not self.store.shards():
-            check_preprocessing(self.records, self.embedder, VIEWS, workers=self.workers)
-        batches = [rows for part in missing for rows in cut(part, self.batch_size)]
-        made = embed(
-            self.records,
-            batches,
-            self.embedder,
-            VIEWS,
-            workers=self.workers,
-            skip_corrupt=self.skip_corrupt,
-        )
-        with progress("run teacher", whole, "images", whole - left) as advance, closing(made):
-            self.store.keep(made, advance)
+def _load(store: EmbeddingStore, labels: npt.NDArray[np.int64], part: int) -> Labelled:
+    """Embeddings of both views of a part, and their labels."""
+    batch = store.load(part, VIEWS)
+    own = labels[batch.rows.start + batch.kept]
+    return np.concatenate([batch.embeddings[view] for view in VIEWS]), np.tile(own, len(VIEWS))
 
-    def class_means(self) -> npt.NDArray[np.float32]:
-        """Class means [C, D]; counts the images as well."""
-        means = ClassMeans(self.records.num_classes, self.embedder.embedding_dim)
-        self.images = 0
-        for part in self.parts:
-            batch = self.store.load(part, VIEWS)
-            labels = self.records.labels[batch.rows.start + batch.kept]
-            self.images += len(labels)
-            for view in VIEWS:
-                means.add(batch.embeddings[view], labels)
-        return means.finish()
 
-    def load(self, part: int) -> Labelled:
-        """Embeddings of both views of a part, and their labels."""
-        batch = self.store.load(part, VIEWS)
-        labels = self.records.labels[batch.rows.start + batch.kept]
-        return (
-            np.concatenate([batch.embeddings[view] for view in VIEWS]),
-            np.concatenate([labels] * len(VIEWS)),
-        )
+def _sample(store: EmbeddingStore, labels: npt.NDArray[np.int64]) -> Labelled:
+    """At most ``MAX_MEASURED`` images, evenly spaced, in their original view."""
+    step = -(-len(labels) // MAX_MEASURED)
+    samples = []
+    for part in range(store.num_shards):
+        batch = store.load(part, VIEWS[:1])
+        rows = batch.rows.start + batch.kept
+        chosen = rows % step == 0
+        samples.append((batch.embeddings["original"][chosen], labels[rows[chosen]]))
+    embeddings, own = zip(*samples, strict=True)
+    return np.concatenate(embeddings), np.concatenate(own)
 
-    def sample(self) -> Labelled:
-        """At most ``MEASURED`` images, evenly taken, in their original view."""
-        step = -(-len(self.records) // MEASURED)
-        found: list[Labelled] = []
-        for part in self.parts:
-            batch = self.store.load(part, VIEWS[:1])
-            rows = batch.rows.start + batch.kept
-            taken = rows % step == 0
-            found.append((batch.embeddings["original"][taken], self.records.labels[rows[taken]]))
-        embeddings, labels = zip(*found, strict=True)
-        return np.concatenate(embeddings), np.concatenate(labels)
 
-    def write(self, centers: Centers, settings: RefineSpec | None) -> None:
-        """Publish the centres, with what they are of among the file's metadata."""
-        assert centers.kind != "file"
-        built = BuiltCenters(
-            centers.kind,
-            teacher_spec(self.embedder),
-            self.embedder.preprocess,
-            self.embedder.precision,
-            dataset_spec(self.records),
-            settings,
-        )
-        text = msgspec.json.encode(built).decode()
-        with disk_errors(self.out), publish_file(self.out) as aside:
-            save_file({"centers": centers.array}, aside, {METADATA: text})
+def _write(
+    out: Path, centers: Centers, records: Records, embedder: Embedder, settings: RefineSpec | None
+) -> None:
+    """Publish the centres, with their origin in the file's metadata."""
+    assert centers.kind != "file"
+    origin = BuiltCenters(
+        centers.kind,
+        teacher_spec(embedder),
+        embedder.preprocess,
+        embedder.precision,
+        dataset_spec(records),
+        settings,
+    )
+    metadata = {METADATA: msgspec.json.encode(origin).decode()}
+    with disk_errors(out), publish_file(out) as temporary:
+        save_file({"centers": centers.array}, temporary, metadata)

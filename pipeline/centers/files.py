@@ -1,7 +1,7 @@
-"""Class centres from the files that training codes leave: which key holds them, which way round.
+"""Class centres from the checkpoints of known training codes: their keys and orientations.
 
-Sources, each with its own place for them: arcface_torch (three generations), CVLface, AdaFace,
-AdaDistill, FaceX-Zoo, TFace, face.evoLVe, and what ``gkd centers build`` writes.
+Known sources: arcface_torch (three generations), CVLface, AdaFace, AdaDistill, FaceX-Zoo, TFace,
+face.evoLVe, and the files that ``gkd centers build`` writes.
 """
 
 import re
@@ -19,11 +19,11 @@ from torch import Tensor
 
 from gkd.storage.cache.spec import DatasetSpec, Preprocess, TeacherSpec
 from gkd.storage.errors import ConfigError
+from gkd.storage.util.text import first_few
 from gkd.storage.util.torch_files import read_torch_file
 
 METADATA = "gkd.centers"
-SHOWN = 5
-# A part's rank stands in its name. Ranks count as numbers: 10 comes after 2.
+# A part's file name contains its rank. Ranks are compared as numbers: 10 comes after 2.
 RANKED = re.compile(
     r"checkpoint_gpu_(\d+)\.pt|softmax_fc_gpu_(\d+)\.pt|rank_(\d+)_softmax_weight\.pt"
     r"|.+_rank(\d+)\.pth?|HEAD_Epoch_.+_Split_(\d+)(?:\D.*)?"
@@ -32,17 +32,18 @@ MOMENTUM = re.compile(r"rank_\d+_softmax_weight_mom\.pt")
 
 
 class Layout(NamedTuple):
-    """Where one training code keeps class centres.
+    """Where one training code stores class centres.
 
-    key      regular expression of the dotted key
-    turned   whether it keeps them [D, C], and not [C, D]
-    file     of the file's name: a file of such a name must have the key, and only there it counts
-    padded   whether rows are added to make their number a multiple of the ranks'
+    key         regular expression of the dotted key
+    transposed  whether they are stored as [D, C], and not [C, D]
+    file        regular expression of the file name: the layout applies to such files only, and
+                they must contain the key
+    padded      whether rows are added to make their number a multiple of the number of ranks
     """
 
     source: str
     key: str
-    turned: bool = False
+    transposed: bool = False
     file: str | None = None
     padded: bool = False
 
@@ -52,15 +53,15 @@ LAYOUTS = (
     Layout("arcface_torch", r"state_dict_softmax_fc\.weight", file=r"checkpoint_gpu_\d+\.pt"),
     Layout("arcface_torch", r"weight", file=r"softmax_fc_gpu_\d+\.pt"),
     Layout("arcface_torch", r"", file=r"rank_\d+_softmax_weight\.pt"),
-    Layout("TFace", r"(.+\.)?weight", turned=True, file=r"HEAD_Epoch_.*"),
+    Layout("TFace", r"(.+\.)?weight", transposed=True, file=r"HEAD_Epoch_.*"),
     Layout("arcface_torch", r"state_dict_softmax_fc\.weight"),
     Layout("CVLface", r"(.+\.)?partial_fc\.weight", padded=True),
-    Layout("AdaFace", r"(state_dict\.)?head\.kernel", turned=True),
-    Layout("FaceX-Zoo", r"(state_dict\.)?(module\.)?head\.weight", turned=True),
-    Layout("AdaDistill", r"(module\.)?kernel", turned=True),
+    Layout("AdaFace", r"(state_dict\.)?head\.kernel", transposed=True),
+    Layout("FaceX-Zoo", r"(state_dict\.)?(module\.)?head\.weight", transposed=True),
+    Layout("AdaDistill", r"(module\.)?kernel", transposed=True),
     Layout("face.evoLVe", r"(module\.)?weight"),
 )
-# Any other file with one matrix alone.
+# Any other file that contains a single matrix.
 PLAIN = Layout("plain", r".*")
 
 
@@ -76,7 +77,7 @@ class RefineSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class BuiltCenters(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What a file of ``gkd centers build`` says of itself, as JSON among its metadata."""
+    """The origin of centres made by ``gkd centers build``: JSON in the file's metadata."""
 
     kind: Literal["class-mean", "refined"]
     teacher: TeacherSpec
@@ -88,135 +89,124 @@ class BuiltCenters(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 @dataclass(frozen=True)
 class CenterFile:
-    """Class centres [n, D] of one file, and where and how it keeps them.
+    """Class centres float32 [n, D] of one file.
 
-    shape  as they stand there; ``turned``: [D, n]
-    rank   of the process that wrote this part; None where the name has none
-    built  what a file of ``gkd centers build`` says of itself
+    transposed  whether the file stores them as [D, n]
+    built       their origin, if ``gkd centers build`` made them
     """
 
     path: Path
-    source: str
+    layout: Layout
     key: str
-    shape: tuple[int, int]
-    turned: bool
-    padded: bool
-    rank: int | None
+    transposed: bool
     array: npt.NDArray[np.float32]
     built: BuiltCenters | None
 
 
 def read_center_files(paths: Sequence[Path], embedding_dim: int | None = None) -> list[CenterFile]:
-    """The files of centres that are to be joined, in this order.
+    """Read the files of centres in the order in which they are to be joined.
 
-    A path may be a folder of parts, or a pattern such as ``run/checkpoint_gpu_*.pt``. Parts whose
-    names have the rank that wrote them are put in the order of these numbers, others stay in the
-    order given. Where both sides of a matrix fit ``embedding_dim``, or it is not known, its source
-    says which way round it stands; of an unknown source the longer side is the classes.
+    A path may be a folder of parts, or a pattern such as ``run/checkpoint_gpu_*.pt``. Parts with a
+    rank in their names are sorted by rank; other files stay in the order given. The side of length
+    ``embedding_dim`` is D. If both sides have this length or it is None, the source decides the
+    orientation; for an unknown source the longer side is the classes.
 
     Raises:
-        ConfigError: where a file cannot be read, holds no centres or several matrices that may be,
-            or a part is missing, twice there, or of another checkpoint.
+        ConfigError: if a file cannot be read, contains no centres or several candidates, or if a
+            part is missing, given twice, or belongs to another checkpoint.
     """
-    files = _in_order([file for path in paths for file in _expanded(path)])
+    files = _sort_parts([file for path in paths for file in _expand(path)])
     return [_read_file(file, embedding_dim) for file in files]
 
 
-def rank_of(path: Path) -> int | None:
-    """The rank that wrote a part, by its name."""
+def _rank_span(path: Path) -> tuple[int, int] | None:
+    """Start and end of the rank in the file name of a part."""
     match = RANKED.fullmatch(path.name)
-    return None if match is None else int(next(group for group in match.groups() if group))
+    return None if match is None or match.lastindex is None else match.span(match.lastindex)
 
 
-def _expanded(path: Path) -> list[Path]:
+def _expand(path: Path) -> list[Path]:
+    """The files that a path, folder or pattern names."""
     if path.is_dir():
-        files = sorted(file for file in path.iterdir() if rank_of(file) is not None)
+        files = sorted(file for file in path.iterdir() if _rank_span(file))
         if not files:
             raise ConfigError(
                 f"{path}: expected a folder of parts of class centres, such as checkpoint_gpu_0.pt "
-                "or classifier_rank0.pt, found none; name the files themselves"
+                "or classifier_rank0.pt, found none; give the files themselves"
             )
         return files
-    if path.exists() or not any(each in path.name for each in "*?["):
+    if path.exists() or not any(wildcard in path.name for wildcard in "*?["):
         return [path]
     files = sorted(path.parent.glob(path.name))
     if not files:
-        raise ConfigError(f"{path}: expected files of class centres, no name is like this")
+        raise ConfigError(f"{path}: expected files of class centres, but no file name matches")
     return files
 
 
-def _in_order(files: Sequence[Path]) -> list[Path]:
-    ranks = [rank_of(file) for file in files]
-    known = {rank: file for rank, file in zip(ranks, files, strict=True) if rank is not None}
-    if not known:
+def _sort_parts(files: Sequence[Path]) -> list[Path]:
+    """Parts by rank, after a check that each rank of one checkpoint is there exactly once."""
+    spans = {file: span for file in files if (span := _rank_span(file))}
+    if not spans:
         return list(files)
-    if None in ranks:
+    unranked = [file for file in files if file not in spans]
+    if unranked:
         raise ConfigError(
-            f"{files[ranks.index(None)]}: expected a part of class centres whose name has its rank "
-            f"like {next(iter(known.values())).name}, got one without; join either parts of one "
-            "checkpoint or files in an order that you give"
+            f"{unranked[0]}: expected a part of class centres with a rank in its name, like "
+            f"{next(iter(spans)).name}; give either the parts of one checkpoint, or only files "
+            "without ranks, in the order in which they are to be joined"
         )
-    names = {_without_rank(file) for file in files}
+    names = {f"{file.name[:start]}*{file.name[end:]}" for file, (start, end) in spans.items()}
     if len(names) > 1:
         raise ConfigError(
-            f"{files[0].parent}: parts of {len(names)} checkpoints, {', '.join(sorted(names))}; "
-            "name those of one"
+            f"{files[0].parent}: got parts of {len(names)} checkpoints, "
+            f"{', '.join(sorted(names))}; give the parts of one"
         )
-    for file, rank in zip(files, ranks, strict=True):
-        if rank is not None and known[rank] is not file:
+    by_rank: dict[int, Path] = {}
+    for file in files:
+        start, end = spans[file]
+        other = by_rank.setdefault(int(file.name[start:end]), file)
+        if other is not file:
             raise ConfigError(
-                f"{file} and {known[rank]}: both are the part of rank {rank}; name each part once"
+                f"{file} and {other}: both are the part of rank {file.name[start:end]}; give each "
+                "part once"
             )
-    missing = sorted(set(range(max(known) + 1)) - set(known))
+    missing = sorted(set(range(max(by_rank) + 1)) - set(by_rank))
     if missing:
-        told = ", ".join(map(str, missing[:SHOWN])) + ", ..." * (len(missing) > SHOWN)
         raise ConfigError(
-            f"{files[0].parent}: the centres' parts of rank {told} are missing of "
-            f"{max(known) + 1} or more, got {len(known)}; name the files of all ranks"
+            f"{files[0].parent}: expected parts of class centres of {max(by_rank) + 1} or more "
+            f"ranks, got {len(by_rank)}: rank {first_few(missing, 5)} is missing; give the files of all ranks"
         )
-    return [known[rank] for rank in sorted(known)]
-
-
-def _without_rank(path: Path) -> str:
-    match = RANKED.fullmatch(path.name)
-    assert match is not None
-    group = next(i for i, each in enumerate(match.groups(), 1) if each)
-    return f"{path.name[: match.start(group)]}*{path.name[match.end(group) :]}"
+    return [by_rank[rank] for rank in sorted(by_rank)]
 
 
 def _read_file(path: Path, embedding_dim: int | None) -> CenterFile:
     if not path.is_file():
-        raise ConfigError(f"{path}: expected a file of class centres, got nothing there")
+        raise ConfigError(f"{path}: expected a file of class centres, but there is no such file")
     if MOMENTUM.fullmatch(path.name):
         raise ConfigError(
-            f"{path}: holds an optimiser's momentum, not class centres; they are in "
+            f"{path}: contains an optimiser's momentum, not class centres; they are in "
             f"{path.name.replace('_mom', '')} beside it"
         )
-    content = _read(path)
-    arrays = dict(_tensors("", content))
-    layout, key = _chosen(path, arrays, embedding_dim)
-    tensor = arrays[key]
-    rows, columns = tensor.shape
-    turned = _turned(path, layout, key, (rows, columns), embedding_dim)
-    matrix = tensor.detach().float().numpy()
+    content, metadata = _read_content(path)
+    tensors = dict(_tensors("", content))
+    layout, key = _find_centers(path, tensors, embedding_dim)
+    matrix = tensors[key].detach().float().numpy()
+    transposed = _is_transposed(path, layout, key, matrix.shape, embedding_dim)
     return CenterFile(
         path=path,
-        source=layout.source,
+        layout=layout,
         key=key,
-        shape=(rows, columns),
-        turned=turned,
-        padded=layout.padded,
-        rank=rank_of(path),
-        array=np.ascontiguousarray(matrix.T if turned else matrix),
-        built=_built(path) if key == "centers" else None,
+        transposed=transposed,
+        array=np.ascontiguousarray(matrix.T if transposed else matrix),
+        built=_decode_origin(path, metadata[METADATA]) if METADATA in metadata else None,
     )
 
 
-def _chosen(
-    path: Path, arrays: Mapping[str, Tensor], embedding_dim: int | None
+def _find_centers(
+    path: Path, tensors: Mapping[str, Tensor], embedding_dim: int | None
 ) -> tuple[Layout, str]:
-    """The layout that a file is of, and the key of its centres."""
-    matrices = {key: tensor for key, tensor in arrays.items() if tensor.dim() == 2}
+    """The layout of a file and the key of its centres."""
+    matrices = {key: tensor for key, tensor in tensors.items() if tensor.dim() == 2}
     for layout in LAYOUTS:
         if layout.file is not None and not re.fullmatch(layout.file, path.name):
             continue
@@ -224,16 +214,16 @@ def _chosen(
         if len(keys) == 1:
             return layout, keys[0]
         if keys or layout.file is not None:
-            wanted = re.sub(r"\(.*?\)\?|\\", "", layout.key) or "a matrix alone"
+            wanted = re.sub(r"\(.*?\)\?|\\", "", layout.key) or "the top level"
             raise ConfigError(
-                f"{path}: expected class centres at {wanted}, where {layout.source} keeps them, "
-                f"got {len(keys)} matrices there; the file has {_listed(arrays)}"
+                f"{path}: expected class centres at {wanted}, where {layout.source} stores them, "
+                f"got {len(keys)} matrices there; the file contains {_describe(tensors)}"
             )
-    if any(tensor.dim() > 2 for tensor in arrays.values()):
+    if any(tensor.dim() > 2 for tensor in tensors.values()):
         raise ConfigError(
-            f"{path}: holds a network, and no class centres at a key that a known training code "
-            f"has them ({', '.join(layout.source for layout in LAYOUTS[1:])}); it has "
-            f"{_listed(arrays)}. Save the centres alone, as .npy [C, D], or use --centers "
+            f"{path}: contains a network, but no class centres under a key of a known training "
+            f"code ({', '.join(layout.source for layout in LAYOUTS[1:])}); it contains "
+            f"{_describe(tensors)}. Save the centres alone, as .npy [C, D], or use --centers "
             "class-mean"
         )
     fitting = [key for key in matrices if embedding_dim in (None, *matrices[key].shape)]
@@ -242,45 +232,44 @@ def _chosen(
         raise ConfigError(
             f"{path}: expected exactly one matrix of centres [C, {length}] for the teacher's "
             f"embeddings of length {length}, got {len(fitting)}: "
-            f"{_listed({key: arrays[key] for key in fitting} or arrays)}"
+            f"{_describe({key: tensors[key] for key in fitting} or tensors)}"
         )
     return PLAIN, fitting[0]
 
 
-def _turned(
-    path: Path, layout: Layout, key: str, shape: tuple[int, int], embedding_dim: int | None
+def _is_transposed(
+    path: Path, layout: Layout, key: str, shape: tuple[int, ...], embedding_dim: int | None
 ) -> bool:
-    """Whether a matrix is [D, C]."""
     if embedding_dim is None:
-        return shape[0] < shape[1] if layout is PLAIN else layout.turned
+        return shape[0] < shape[1] if layout is PLAIN else layout.transposed
     if embedding_dim not in shape:
         raise ConfigError(
             f"{path}: {key or 'an array'} {list(shape)}: expected class centres [C, "
             f"{embedding_dim}] for the teacher's embeddings of length {embedding_dim}; these are "
             "the centres of another teacher"
         )
-    if shape[0] == shape[1]:
-        return layout.turned
-    return shape[0] == embedding_dim
+    return layout.transposed if shape[0] == shape[1] else shape[0] == embedding_dim
 
 
-def _listed(arrays: Mapping[str, Tensor]) -> str:
-    told = [f"{key or 'an array'} {list(tensor.shape)}" for key, tensor in arrays.items()]
-    more = f" and {len(told) - SHOWN} more" if len(told) > SHOWN else ""
-    return (", ".join(told[:SHOWN]) + more)[:400] or "no array"
+def _describe(tensors: Mapping[str, Tensor]) -> str:
+    items = [f"{key or 'an array'} {list(tensor.shape)}" for key, tensor in tensors.items()]
+    return first_few(items, 5)[:400] if items else "no array"
 
 
-def _read(path: Path) -> Any:
+def _read_content(path: Path) -> tuple[Any, Mapping[str, str]]:
+    """A tensor or nested dictionaries of tensors, and the metadata of a safetensors file."""
     if path.suffix == ".npy":
-        return torch.from_numpy(read_npy(path))
+        return torch.from_numpy(read_npy(path)), {}
     if path.suffix == ".safetensors":
-        return _read_safetensors(path)
-    if path.suffix in (".pt", ".pth", ".ckpt") or rank_of(path) is not None:
-        return read_torch_file(
-            path,
-            what="class centres",
-            remedy="get it again, or save the centres alone, as a tensor or .npy",
-        )
+        try:
+            with safe_open(path, framework="pt") as file:
+                content = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+                return content, file.metadata() or {}
+        except SafetensorError as error:
+            raise ConfigError(f"{path}: expected a safetensors file, got {error}") from error
+    if path.suffix in (".pt", ".pth", ".ckpt") or _rank_span(path):
+        remedy = "get it again, or save the centres alone, as a tensor or .npy"
+        return read_torch_file(path, what="class centres", remedy=remedy), {}
     raise ConfigError(
         f"{path}: expected class centres as .npy, .pt, .pth, .ckpt or .safetensors, got "
         f"{path.suffix!r}"
@@ -291,7 +280,7 @@ def read_npy(path: Path) -> npt.NDArray[Any]:
     """An array of floats from a ``.npy`` file.
 
     Raises:
-        ConfigError: for another file.
+        ConfigError: if the file is anything else.
     """
     try:
         array = np.load(path, allow_pickle=False)
@@ -303,32 +292,18 @@ def read_npy(path: Path) -> npt.NDArray[Any]:
     return array
 
 
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ConfigError(f"{path}: expected a safetensors file, got {error}") from error
-
-
-def _built(path: Path) -> BuiltCenters | None:
-    if path.suffix != ".safetensors":
-        return None
-    with safe_open(path, framework="pt") as file:
-        text = (file.metadata() or {}).get(METADATA)
-    if text is None:
-        return None
+def _decode_origin(path: Path, text: str) -> BuiltCenters:
     try:
         return msgspec.json.decode(text, type=BuiltCenters)
     except msgspec.DecodeError as error:
         raise ConfigError(
-            f"{path}: expected what `gkd centers build` says of its centres, got {error}; make "
-            "them again"
+            f"{path}: expected metadata as `gkd centers build` writes it, got {error}; build the "
+            "centres again"
         ) from error
 
 
 def _tensors(prefix: str, value: Any) -> Iterator[tuple[str, Tensor]]:
-    """Floating tensors of nested dicts, by dotted name."""
+    """Floating-point tensors of nested dictionaries, by dotted key."""
     if isinstance(value, Tensor):
         if value.is_floating_point():
             yield prefix, value

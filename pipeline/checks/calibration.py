@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from gkd.pipeline.centers.load import own_and_nearest
+from gkd.pipeline.centers.refine import own_and_nearest
 from gkd.pipeline.embed import cut, embed, join_batches
 from gkd.pipeline.embedding_store import SAMPLED_IMAGES
 from gkd.pipeline.groups.partition import partition

@@ -14,7 +14,8 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from gkd.pipeline.centers.load import CLASS_MEAN, Centers, centers_path, load_centers, round_centers
+from gkd.pipeline.centers.load import CLASS_MEAN, Centers, load_centers, round_centers
+from gkd.pipeline.centers.means import centers_path
 from gkd.pipeline.checks.draw_test import DrawCounts, DrawTest
 from gkd.pipeline.teacher.embedder import Embedder
 from gkd.storage.cache.reader import Cache

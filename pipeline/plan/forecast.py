@@ -17,7 +17,8 @@ import numpy.typing as npt
 from torch import Tensor
 
 from gkd.pipeline.cache_spec import cache_spec, dataset_spec
-from gkd.pipeline.centers.load import CLASS_MEAN, Centers, on_device, require_all_classes
+from gkd.pipeline.centers.load import CLASS_MEAN, Centers, on_device
+from gkd.pipeline.centers.means import require_all_classes
 from gkd.pipeline.checks.calibration import check_preprocessing
 from gkd.pipeline.embed import check_labels, images_a_batch, split_batch
 from gkd.pipeline.groups.partition import Partition

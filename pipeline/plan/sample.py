@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from gkd.pipeline.centers.load import Centers, ClassMeans
+from gkd.pipeline.centers.load import Centers
+from gkd.pipeline.centers.means import class_means
 from gkd.pipeline.embed import EmbeddedBatch, cut, embed, join_batches
 from gkd.pipeline.plan.synthetic_centers import synthetic_centers
 from gkd.pipeline.teacher.embedder import Embedder
@@ -162,10 +163,7 @@ def images_of_means(
     """
     rng = np.random.default_rng(SEED)
     classes, local = np.unique(pool.labels, return_inverse=True)
-    means = ClassMeans(len(classes), next(iter(pool.embeddings.values())).shape[1])
-    for embeddings in pool.embeddings.values():
-        means.add(embeddings, local)
-    known = means.finish()
+    known = class_means([pool.batch()], local, len(classes))
     asked = np.sort(rng.choice(len(pool), min(samples, len(pool)), replace=False))
     basis = f"the groups of {len(asked):,} random images stand for those of all; "
     missing = num_classes - len(classes)

@@ -93,7 +93,7 @@ def test_centres_are_made_described_and_used(home: Path, tmp_path: Path) -> None
         *("--bgr", "--centers", made),
     )
     assert "preprocess: of the centres" in told_wrong
-    assert "is there already" in fails("centers", "build", home / "faces", made, *teacher)
+    assert "exists already" in fails("centers", "build", home / "faces", made, *teacher)
     assert "8 centres, but the records have 6" in fails(
         "centers", "info", made, "--records", home / "others"
     )

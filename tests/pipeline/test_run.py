@@ -8,7 +8,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from gkd.pipeline.centers.load import CLASS_MEAN, centers_path
+from gkd.pipeline.centers.load import CLASS_MEAN
+from gkd.pipeline.centers.means import centers_path
 from gkd.pipeline.checks.calibration import FEWEST_IMAGES
 from gkd.pipeline.embed import EmbeddedBatch, join_batches, split_batch
 from gkd.pipeline.embedding_store import work_path

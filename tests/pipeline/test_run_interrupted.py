@@ -15,7 +15,8 @@ import numpy.typing as npt
 import pytest
 
 from gkd.pipeline import shard_writer as shards
-from gkd.pipeline.centers.load import CLASS_MEAN, centers_path
+from gkd.pipeline.centers.load import CLASS_MEAN
+from gkd.pipeline.centers.means import centers_path
 from gkd.pipeline.checks.calibration import FEWEST_IMAGES
 from gkd.pipeline.embedding_store import work_path
 from gkd.storage.cache.reader import Cache

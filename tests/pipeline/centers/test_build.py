@@ -1,4 +1,4 @@
-"""Class centres that are made: what they are, that interruptions and seeds change nothing."""
+"""Built class centres: their values, and that interruptions do not change them."""
 
 import shutil
 from pathlib import Path
@@ -13,7 +13,8 @@ import torch.nn.functional as F
 
 from gkd.pipeline.centers import refine as module
 from gkd.pipeline.centers.build import BuildSummary, build_centers
-from gkd.pipeline.centers.load import centers_path, open_centers
+from gkd.pipeline.centers.load import open_centers
+from gkd.pipeline.centers.means import centers_path
 from gkd.pipeline.centers.refine import measure, refine, refine_settings
 from gkd.pipeline.embedding_store import work_path
 from gkd.pipeline.run import cache_teacher
@@ -45,13 +46,18 @@ def array_of(path: Path) -> npt.NDArray[np.float32]:
         return array
 
 
-def test_class_means_are_those_of_a_cache(folder: Path, tmp_path: Path) -> None:
+def test_class_means_equal_those_of_a_cache(folder: Path, tmp_path: Path) -> None:
     make(folder, tmp_path / "cache.gkd", class_mean=True)
-    told = build(folder, tmp_path / "means.safetensors")
+    summary = build(folder, tmp_path / "means.safetensors")
     expected = np.load(centers_path(tmp_path / "cache.gkd"))
     np.testing.assert_array_equal(array_of(tmp_path / "means.safetensors"), expected)
-    assert told.sha256 == Cache.open(tmp_path / "cache.gkd").spec.centers.sha256
-    assert (told.kind, told.centers, told.images, told.refined) == ("class-mean", 9, 36, None)
+    assert summary.sha256 == Cache.open(tmp_path / "cache.gkd").spec.centers.sha256
+    assert (summary.kind, summary.centers, summary.images, summary.refined) == (
+        "class-mean",
+        9,
+        36,
+        None,
+    )
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "cache.centers.npy",
         "cache.gkd",
@@ -60,17 +66,17 @@ def test_class_means_are_those_of_a_cache(folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("epochs", "kind"), [(0, "class-mean"), (2, "refined")])
-def test_a_cache_says_of_which_kind_its_centres_are(
+def test_a_cache_records_the_kind_of_its_centres(
     folder: Path, tmp_path: Path, epochs: int, kind: CentersKind
 ) -> None:
     out, records = tmp_path / "made.safetensors", open_records(folder)
-    told = build(folder, out, epochs)
+    summary = build(folder, out, epochs)
     given = open_centers([out], records, PixelEmbedder())
-    assert given.kind == told.kind == kind
+    assert given.kind == summary.kind == kind
     cache_teacher(records, tmp_path / "cache.gkd", PixelEmbedder(), given, SETTINGS)
     spec = Cache.open(tmp_path / "cache.gkd").spec
     assert (spec.centers.kind, spec.centers.name) == (kind, "made.safetensors")
-    assert spec.centers.sha256 == told.sha256
+    assert spec.centers.sha256 == summary.sha256
     assert not verify(tmp_path / "cache.gkd").faults
     words = "refined by a margin head over frozen embeddings"
     assert (words in (tmp_path / "cache.gkd/README.md").read_text()) == (kind == "refined")
@@ -85,22 +91,26 @@ def test_centres_of_another_origin_are_refused(
     capsys.readouterr()
     other = PixelEmbedder()
     other.sha256, other.preprocess = "1" * 64, preprocess_preset("raw")
-    with pytest.raises(SpecMismatchError) as told:
+    with pytest.raises(SpecMismatchError) as caught:
         open_centers([out], open_records(folder, sort="plain"), other)
-    for words in ("teacher's sha256: of the", "preprocess: of", "label order: of the centres nat"):
-        assert words in str(told.value)
+    for line in (
+        f"teacher's sha256: expected {'0' * 64}, got {'1' * 64}",
+        "preprocess.name: expected arcface, got raw",
+        "label order: expected natural, got plain",
+    ):
+        assert line in str(caught.value)
     more = write_folder(tmp_path / "more", identities=10, images=4)
-    with pytest.raises(SpecMismatchError, match="identities: of the centres 9, given 10"):
+    with pytest.raises(SpecMismatchError, match="identities: expected 9, got 10"):
         open_centers([out], open_records(more), PixelEmbedder())
     assert not capsys.readouterr().err
     shutil.rmtree(more / "id9")
     (more / "id3/2.png").unlink()
     open_centers([out], open_records(more), PixelEmbedder())
-    assert "made from 36 images of set, which are not these very records" in capsys.readouterr().err
+    assert "made from 36 images of set, not from exactly these" in capsys.readouterr().err
 
 
 class Interrupted(PixelEmbedder):
-    """Ends after so many images."""
+    """Raises KeyboardInterrupt after a number of images."""
 
     def __init__(self, after: int) -> None:
         super().__init__()
@@ -112,22 +122,22 @@ class Interrupted(PixelEmbedder):
         return super().__call__(images)
 
 
-def test_it_goes_on_where_it_was_interrupted(
+def test_an_interrupted_build_resumes_to_the_same_bytes(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("gkd.pipeline.centers.build.PART_SAMPLES", 8)
-    whole, broken = tmp_path / "whole.safetensors", tmp_path / "broken.safetensors"
-    expected = build(folder, whole, 2)
+    reference, broken = tmp_path / "reference.safetensors", tmp_path / "broken.safetensors"
+    expected = build(folder, reference, 2)
     with pytest.raises(KeyboardInterrupt):
         build(folder, broken, 2, embedder=Interrupted(40))
     assert not broken.exists()
     kept = sorted(path.name for path in work_path(broken).glob("*.npz"))
     assert kept == ["000000.npz", "000001.npz"]
-    rest = PixelEmbedder()
-    told = build(folder, broken, 2, embedder=rest)
-    assert rest.images == 2 * (36 - 16)  # both views of the others
-    assert told.sha256 == expected.sha256
-    assert broken.read_bytes() == whole.read_bytes()
+    resuming = PixelEmbedder()
+    summary = build(folder, broken, 2, embedder=resuming)
+    assert resuming.images == 2 * (36 - 16)  # both views of the remaining images
+    assert summary.sha256 == expected.sha256
+    assert broken.read_bytes() == reference.read_bytes()
     other = PixelEmbedder()
     other.sha256 = "1" * 64
     with pytest.raises(KeyboardInterrupt):
@@ -136,7 +146,7 @@ def test_it_goes_on_where_it_was_interrupted(
         build(folder, tmp_path / "b.safetensors", embedder=other)
 
 
-def test_a_seed_decides_every_bit(folder: Path, tmp_path: Path) -> None:
+def test_the_result_depends_on_the_seed_alone(folder: Path, tmp_path: Path) -> None:
     digests = [
         build(folder, tmp_path / f"{i}.safetensors", 2, seed).sha256
         for i, seed in enumerate((0, 0, 1))
@@ -145,7 +155,7 @@ def test_a_seed_decides_every_bit(folder: Path, tmp_path: Path) -> None:
 
 
 def problem(classes: int = 40, dim: int = 12) -> tuple[npt.NDArray[Any], ...]:
-    """Embeddings of classes of unlike spread, their labels and class means."""
+    """Embeddings of classes of different spread, their labels and class means."""
     rng = np.random.default_rng(3)
     base = rng.normal(size=(classes, dim))
     labels = rng.integers(0, classes, 600)
@@ -163,7 +173,7 @@ def dense_refinement(
     labels: npt.NDArray[np.int64],
     epochs: int,
 ) -> npt.NDArray[np.float64]:
-    """The same by autograd in float64, all logits at once, with the loss as it is written."""
+    """The same by autograd in float64, with dense logits and the loss as defined."""
     settings = refine_settings(epochs)
     weight, done = torch.from_numpy(centers).double(), 0
     for epoch in range(epochs):
@@ -189,12 +199,12 @@ def dense_refinement(
 
 @pytest.fixture(params=[1 << 24, 256 * 7])
 def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All classes at once, and seven at a time."""
+    """All classes in one chunk, and seven to a chunk."""
     monkeypatch.setattr(module, "CHUNK_LOGITS", request.param)
 
 
 @pytest.mark.usefixtures("chunk")
-def test_refinement_is_that_of_autograd() -> None:
+def test_refinement_matches_autograd() -> None:
     embeddings, labels, means = problem()
     got = refine(means, 1, lambda _: (embeddings, labels), refine_settings(3), images=600)
     expected = dense_refinement(means, embeddings, labels, 3)
@@ -205,7 +215,7 @@ def test_refinement_is_that_of_autograd() -> None:
 
 
 @pytest.mark.usefixtures("chunk")
-def test_fit_is_that_of_dense_logits_and_refinement_betters_it() -> None:
+def test_fit_matches_dense_logits_and_refinement_improves_it() -> None:
     embeddings, labels, means = problem()
     unit = embeddings.astype(np.float64)
     unit /= np.linalg.norm(unit, axis=1, keepdims=True)
@@ -219,8 +229,8 @@ def test_fit_is_that_of_dense_logits_and_refinement_betters_it() -> None:
         nearest = np.where(own, -np.inf, cosines).max(1)
         expected = (cosines[own] > nearest).mean(), cosines[own].mean(), nearest.mean(), loss.mean()
         fit = measure(centers, embeddings, labels)
-        told = fit.accuracy, fit.own, fit.nearest, fit.loss
-        np.testing.assert_allclose(told, expected, rtol=1e-5)
+        measured = fit.accuracy, fit.own, fit.nearest, fit.loss
+        np.testing.assert_allclose(measured, expected, rtol=1e-5)
         fits.append(fit)
     assert fits[1].loss < fits[0].loss - 1
     assert fits[1].accuracy > fits[0].accuracy
@@ -229,23 +239,23 @@ def test_fit_is_that_of_dense_logits_and_refinement_betters_it() -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("out.npy", r"out\.npy: expected a name that ends in \.safetensors, which holds"),
-        ("there.safetensors", r"there\.safetensors: is there already; name another file"),
-        ("no/out.safetensors", r"there is no folder .*no; make it"),
+        ("out.npy", r"out\.npy: expected a file name with the suffix \.safetensors"),
+        ("existing.safetensors", r"existing\.safetensors: exists already; choose another name"),
+        ("no/out.safetensors", r"there is no folder .*no; create it"),
     ],
 )
-def test_places_that_cannot_be_are_refused(
+def test_unusable_output_paths_are_refused(
     folder: Path, tmp_path: Path, name: str, message: str
 ) -> None:
-    (tmp_path / "there.safetensors").touch()
+    (tmp_path / "existing.safetensors").touch()
     with pytest.raises(ConfigError, match=message):
         build(folder, tmp_path / name)
 
 
-def test_unreadable_images_are_left_out_on_request(tmp_path: Path) -> None:
+def test_unreadable_images_are_skipped_on_request(tmp_path: Path) -> None:
     records = write_folder(tmp_path / "set", identities=3, images=3)
     (records / "id1/2.png").write_bytes(b"no image")
     with pytest.raises(CorruptRecordError, match="--skip-corrupt leaves them out"):
         build(records, tmp_path / "a.safetensors")
-    told = build(records, tmp_path / "a.safetensors", skip_corrupt=True)
-    assert (told.images, told.skipped, told.measured) == (8, 1, 8)
+    summary = build(records, tmp_path / "a.safetensors", skip_corrupt=True)
+    assert (summary.images, summary.skipped, summary.measured) == (8, 1, 8)

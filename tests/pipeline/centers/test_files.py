@@ -1,4 +1,4 @@
-"""Class centres as each training code leaves them, with its own file and key names."""
+"""Class centres in the checkpoints of each training code, with its file names and keys."""
 
 import argparse
 from collections.abc import Callable, Sequence
@@ -27,20 +27,20 @@ def tensor(array: npt.NDArray[np.float32]) -> torch.Tensor:
 
 
 def shards(raw: npt.NDArray[np.float32], ranks: int) -> list[npt.NDArray[np.float32]]:
-    """Parts of C // W + (r < C % W) classes, as arcface_torch and TFace cut them."""
+    """Parts of C // W + (r < C % W) classes, as arcface_torch and TFace split them."""
     sizes = [len(raw) // ranks + (rank < len(raw) % ranks) for rank in range(ranks)]
     return np.split(raw, np.cumsum(sizes)[:-1])
 
 
 def padded(raw: npt.NDArray[np.float32], ranks: int) -> list[npt.NDArray[np.float32]]:
-    """Parts of one size, as CVLface cuts them: rows of noise fill the last."""
+    """Parts of equal size, as CVLface splits them: the last is padded with noise."""
     extra = -len(raw) % ranks
     noise = np.random.default_rng(9).normal(size=(extra, raw.shape[1])).astype(np.float32)
     return np.split(np.concatenate([raw, noise]), ranks)
 
 
 def network(dim: int = D) -> dict[str, torch.Tensor]:
-    """What stands beside centres, with matrices of their width and square ones."""
+    """Other tensors of a checkpoint, among them matrices with a side of length D."""
     return {
         "conv1.weight": torch.ones(4, 3, 3, 3),
         "fc.weight": torch.ones(dim, 40),
@@ -86,7 +86,7 @@ def facex_zoo(raw: npt.NDArray[np.float32]) -> Any:
 
 
 Kind = tuple[str, Callable[..., Any], int, bool, str]
-# Name of a part, its content, number of parts, whether [D, C], source.
+# File name of a part, its content, number of parts, whether stored as [D, C], source.
 KINDS: dict[str, Kind] = {
     "now": ("checkpoint_gpu_{}.pt", checkpoint_gpu, 12, False, "arcface_torch"),
     "mid": ("softmax_fc_gpu_{}.pt", lambda p: {"weight": tensor(p)}, 12, False, "arcface_torch"),
@@ -129,12 +129,14 @@ def test_centres_of_every_source_are_found_and_joined_by_rank(tmp_path: Path, ki
         np.testing.assert_allclose(load_centers(order, C, D), UNIT, atol=1e-6)
     files = read_center_files(paths[::-1], D)
     assert [file.path for file in files] == paths
-    assert {(file.source, file.turned) for file in files} == {(KINDS[kind][4], KINDS[kind][3])}
+    assert {(file.layout.source, file.transposed) for file in files} == {
+        (KINDS[kind][4], KINDS[kind][3])
+    }
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_square_matrix_stands_as_its_source_says(tmp_path: Path, kind: str) -> None:
-    """As many classes as numbers in an embedding: the shape tells nothing."""
+def test_the_source_decides_the_orientation_of_a_square_matrix(tmp_path: Path, kind: str) -> None:
+    """With C = D the shape does not show the orientation."""
     name, content, _, _, _ = KINDS[kind]
     raw = RAW[:D]
     path = tmp_path / name.format(0)
@@ -142,7 +144,7 @@ def test_a_square_matrix_stands_as_its_source_says(tmp_path: Path, kind: str) ->
     np.testing.assert_allclose(load_centers(path, D, D), UNIT[:D], atol=1e-6)
 
 
-def test_a_folder_of_parts_and_a_pattern_name_them_all(tmp_path: Path) -> None:
+def test_a_folder_or_a_pattern_gives_all_parts(tmp_path: Path) -> None:
     write(tmp_path / "run", "now")
     (tmp_path / "run/training.log").write_text("done")
     torch.save(network(), tmp_path / "run/model.pt")
@@ -151,23 +153,23 @@ def test_a_folder_of_parts_and_a_pattern_name_them_all(tmp_path: Path) -> None:
     np.testing.assert_allclose(load_centers(pattern, C, D), UNIT, atol=1e-6)
     with pytest.raises(ConfigError, match="expected a folder of parts of class centres, such as"):
         load_centers(tmp_path, C, D)
-    with pytest.raises(ConfigError, match="no name is like this"):
+    with pytest.raises(ConfigError, match="no file name matches"):
         load_centers(tmp_path / "run/softmax_*.pt", C, D)
 
 
-def test_padding_is_left_out_and_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_padding_is_dropped_and_logged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     paths = write(tmp_path, "cvlface")
     load_centers(paths, C, D)
-    told = capsys.readouterr().err
-    assert "classifier_rank11.pt: the last 9 of 36 centres are left out: CVLface pads them" in told
+    logged = capsys.readouterr().err
+    assert "classifier_rank11.pt: dropped the last 9 of 36 centres: CVLface pads them" in logged
     with pytest.raises(SpecMismatchError, match=r"36 centres, .* 24 identities .*padded"):
-        load_centers(paths, 24, D)  # as many as there are ranks, or more, are no padding
+        load_centers(paths, 24, D)  # a surplus of as many rows as ranks cannot be padding
     others = write(tmp_path / "mid", "mid")
     with pytest.raises(SpecMismatchError, match=r"27 centres, .* 26 identities"):
-        load_centers(others, 26, D)  # arcface_torch pads nothing
+        load_centers(others, 26, D)  # arcface_torch does not pad
 
 
-def test_published_shards_of_another_count_are_refused(tmp_path: Path) -> None:
+def test_published_shards_with_another_number_of_classes_are_refused(tmp_path: Path) -> None:
     raw = np.ones((91_180, 2), np.float32)
     paths = write(tmp_path, "mid", raw)
     message = r"91,180 centres, but the records have 93,431 identities .*published MS1MV3 shards"
@@ -176,14 +178,14 @@ def test_published_shards_of_another_count_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["now", "mid", "2021", "cvlface", "tface"])
-def test_missing_and_doubled_parts_are_named(tmp_path: Path, kind: str) -> None:
+def test_missing_and_repeated_parts_are_named(tmp_path: Path, kind: str) -> None:
     paths = write(tmp_path / "a", kind)
-    with pytest.raises(ConfigError, match=r"parts of rank 2, 7 are missing of 12 or more, got 10"):
+    with pytest.raises(ConfigError, match=r"of 12 or more ranks, got 10: rank 2, 7 is missing"):
         load_centers([p for i, p in enumerate(paths) if i not in (2, 7)], C, D)
     twin = write(tmp_path / "b", kind)[3]
-    with pytest.raises(ConfigError, match=r"both are the part of rank 3; name each part once"):
+    with pytest.raises(ConfigError, match=r"both are the part of rank 3; give each part once"):
         load_centers([*paths, twin], C, D)
-    # Only the count tells that the last is away.
+    # Only the number of classes shows that the last parts are missing.
     with pytest.raises(SpecMismatchError, match="a shard of another rank may be missing"):
         load_centers(paths[:-4], C, D)
 
@@ -211,7 +213,7 @@ def without(content: Any, dotted: str) -> Any:
         (
             "now",
             "state_dict_softmax_fc.weight",
-            r"at state_dict_softmax_fc\.weight, where arcface_torch keeps them, got 0 matrices",
+            r"at state_dict_softmax_fc\.weight, where arcface_torch stores them, got 0 matrices",
         ),
         ("mid", "weight", r"expected class centres at weight, where arcface_torch .*no array"),
         (
@@ -219,9 +221,17 @@ def without(content: Any, dotted: str) -> Any:
             "partial_fc.weight",
             r"exactly one matrix .*got 0: partial_fc.batch_mean \[1\]",
         ),
-        ("tface", "MS1MV2.weight", r"where TFace keeps them, got 0 matrices there"),
-        ("adaface", "state_dict.head.kernel", r"holds a network, and no class centres at a key"),
-        ("facex", "state_dict.head.weight", r"holds a network, and no class centres at a key"),
+        ("tface", "MS1MV2.weight", r"where TFace stores them, got 0 matrices there"),
+        (
+            "adaface",
+            "state_dict.head.kernel",
+            r"contains a network, but no class centres under a key",
+        ),
+        (
+            "facex",
+            "state_dict.head.weight",
+            r"contains a network, but no class centres under a key",
+        ),
         ("adadistill", "kernel", r"exactly one matrix .*got 0: no array"),
         ("evolve", "weight", r"exactly one matrix .*got 0: no array"),
     ],
@@ -242,7 +252,7 @@ class Payload:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_width_of_another_teacher_and_foreign_code_are_refused(
+def test_centres_of_another_width_and_foreign_code_are_refused(
     tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -260,39 +270,39 @@ def test_a_width_of_another_teacher_and_foreign_code_are_refused(
 
 def test_other_wrong_files_are_refused(tmp_path: Path) -> None:
     torch.save({"weight": tensor(RAW)}, tmp_path / "rank_0_softmax_weight.pt")
-    with pytest.raises(ConfigError, match="expected class centres at a matrix alone, where arcf"):
+    with pytest.raises(ConfigError, match="expected class centres at the top level, where arcf"):
         load_centers(tmp_path / "rank_0_softmax_weight.pt", C, D)
     torch.save(tensor(RAW), tmp_path / "rank_0_softmax_weight_mom.pt")
     with pytest.raises(ConfigError, match=r"momentum, .* they are in rank_0_softmax_weight\.pt be"):
         load_centers(tmp_path / "rank_0_softmax_weight_mom.pt", C, D)
     heads = {"MS1M": {"weight": tensor(RAW.T)}, "Glint": {"weight": tensor(RAW.T)}}
     torch.save(heads, tmp_path / "HEAD_Epoch_18_Split_0_checkpoint.pth")
-    with pytest.raises(ConfigError, match="where TFace keeps them, got 2 matrices there"):
+    with pytest.raises(ConfigError, match="where TFace stores them, got 2 matrices there"):
         load_centers(tmp_path / "HEAD_Epoch_18_Split_0_checkpoint.pth", C, D)
     save_file({"centers": RAW}, tmp_path / "c.safetensors", {METADATA: "{}"})
-    with pytest.raises(ConfigError, match="expected what `gkd centers build` says of its centres"):
+    with pytest.raises(ConfigError, match="expected metadata as `gkd centers build` writes it"):
         load_centers(tmp_path / "c.safetensors", C, D)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_files_are_described_as_they_stand(tmp_path: Path, kind: str) -> None:
-    told = describe_centers(read_center_files(write(tmp_path, kind)), None)
+def test_files_are_described_as_stored(tmp_path: Path, kind: str) -> None:
+    info = describe_centers(read_center_files(write(tmp_path, kind)), None)
     lengths = np.linalg.norm(RAW, axis=1)
-    assert (told.kind, told.source) == ("file", KINDS[kind][4])
-    assert told.orientation == ("D x C" if KINDS[kind][3] else "C x D")
-    assert told.embedding_dim == D
+    assert (info.kind, info.source) == ("file", KINDS[kind][4])
+    assert info.orientation == ("D x C" if KINDS[kind][3] else "C x D")
+    assert info.embedding_dim == D
     if kind != "cvlface":
-        assert told.centers == C
+        assert info.centers == C
         expected = lengths.min(), np.median(lengths), lengths.max()
-        np.testing.assert_allclose((told.shortest, told.median, told.longest), expected, rtol=1e-6)
+        np.testing.assert_allclose((info.shortest, info.median, info.longest), expected, rtol=1e-6)
 
 
-def test_descriptions_are_held_against_records(tmp_path: Path) -> None:
+def test_descriptions_are_checked_against_records(tmp_path: Path) -> None:
     records = open_records(write_folder(tmp_path / "set", identities=7, images=1))
     raw = np.random.default_rng(1).normal(size=(7, EMBEDDING_DIM)).astype(np.float32)
     paths = write(tmp_path, "cvlface", raw)
-    told = describe_centers(read_center_files(paths), records)
-    assert (told.centers, told.padding) == (12, 5)
+    info = describe_centers(read_center_files(paths), records)
+    assert (info.centers, info.padding) == (12, 5)
     np.save(tmp_path / "c.npy", raw[:6].T)
     with pytest.raises(SpecMismatchError, match="6 centres, but the records have 7 identities"):
         describe_centers(read_center_files([tmp_path / "c.npy"], EMBEDDING_DIM), records)
@@ -306,13 +316,13 @@ def test_descriptions_are_held_against_records(tmp_path: Path) -> None:
     assert given.name.startswith("classifier_rank0.pt classifier_rank1.pt")
 
 
-def test_centres_without_direction_are_counted(tmp_path: Path) -> None:
+def test_unusable_centres_are_counted(tmp_path: Path) -> None:
     array = np.full((30, EMBEDDING_DIM), 0.5, np.float32)
     array[3], array[5, 2] = 0, np.nan
     np.save(tmp_path / "c.npy", array)
-    told = describe_centers(read_center_files([tmp_path / "c.npy"]), None)
-    assert (told.centers, told.unusable) == (30, 2)
-    assert told.shortest == told.longest == pytest.approx(0.5 * EMBEDDING_DIM**0.5)
+    info = describe_centers(read_center_files([tmp_path / "c.npy"]), None)
+    assert (info.centers, info.unusable) == (30, 2)
+    assert info.shortest == info.longest == pytest.approx(0.5 * EMBEDDING_DIM**0.5)
     np.save(tmp_path / "c.npy", np.zeros_like(array))
     with pytest.raises(ConfigError, match="all of 30 centres are zero or not finite"):
         describe_centers(read_center_files([tmp_path / "c.npy"]), None)

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from gkd.pipeline.centers import load as centers_module
+from gkd.pipeline.centers import refine as refine_module
 from gkd.pipeline.centers.load import CLASS_MEAN
 from gkd.pipeline.checks import calibration
 from gkd.pipeline.checks.calibration import (
@@ -155,7 +155,7 @@ def test_images_that_cannot_be_read_are_left_to_the_run(tmp_path: Path) -> None:
 
 
 def test_groups_are_measured_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(centers_module, "BLOCK", 7)
+    monkeypatch.setattr(refine_module, "BLOCK", 7)
     rng = np.random.default_rng(0)
     embeddings, labels = rng.normal(size=(30, EMBEDDING_DIM)), rng.integers(0, 20, 30)
     array = centers(20).array

@@ -9,7 +9,8 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from gkd.pipeline.centers.load import CLASS_MEAN, ClassMeans
+from gkd.pipeline.centers.load import CLASS_MEAN
+from gkd.pipeline.centers.means import class_means
 from gkd.pipeline.groups.partition import partition
 from gkd.pipeline.plan import sample as plan_sample
 from gkd.pipeline.plan.forecast import Plan, PlanPoint, PlanSettings, plan, sampling_error
@@ -201,10 +202,7 @@ def crowd(classes: int, each: int, rng: np.random.Generator) -> EmbeddedImages:
 def test_half_of_the_means_and_stand_ins_give_the_groups_of_all_means() -> None:
     classes, rng = 3000, np.random.default_rng(0)
     images = crowd(classes, 3, rng)
-    means = ClassMeans(classes, 48)
-    for embeddings in images.embeddings.values():
-        means.add(embeddings, images.labels)
-    truth = torch.from_numpy(means.finish())
+    truth = torch.from_numpy(class_means([images.batch()], images.labels, classes))
     half = np.sort(rng.permutation(classes)[: classes // 2])
     rows = np.flatnonzero(np.isin(images.labels, half))
     sample = images_of_means(images.take(rows, VIEWS), classes, 1500, VIEWS)
