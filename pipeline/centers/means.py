@@ -48,7 +48,8 @@ def class_means(
     if len(cancelled):
         raise ConfigError(
             f"class-mean centres: the embeddings of {len(cancelled):,} classes cancel to zero, "
-            f"such as {first_few(cancelled.tolist(), 5)}; is this the right teacher and preprocessing?"
+            f"such as {first_few(cancelled.tolist(), 5)}; is this the right teacher and "
+            "preprocessing?"
         )
     return np.asarray(sums / lengths, np.float32)
 
@@ -75,6 +76,6 @@ def _require_images(counts: npt.NDArray[np.int64]) -> None:
     if len(without):
         raise ConfigError(
             f"class-mean centres: {len(without):,} of {len(counts):,} classes have no image, such "
-            f"as {first_few(without.tolist(), 5)}; give the teacher's own centres by --centers FILE, or number "
-            "the classes without gaps"
+            f"as {first_few(without.tolist(), 5)}; give the teacher's own centres by --centers "
+            "FILE, or number the classes without gaps"
         )
