@@ -256,7 +256,7 @@ def targets_confusions(
     label_noise.parquet (images that the teacher takes for another identity than their label),
     hard.parquet (images without a clear identity) and confusions.html, one page with the faces.
     """
-    from gkd.storage.analysis.confusion_files import write_confusions
+    from gkd.storage.analysis.confusion_report import write_confusions
     from gkd.storage.cache.reader import Cache
     from gkd.storage.reading.mmap_store import DIGESTS, default_folder
     from gkd.storage.records.open import open_records
@@ -265,7 +265,7 @@ def targets_confusions(
         Cache.open(path),
         out,
         records=open_records(source, sort=sort) if source else None,
-        most=max_items,
+        max_items=max_items,
         folder=default_folder() / DIGESTS,
         workers=workers,
     )

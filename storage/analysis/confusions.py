@@ -1,23 +1,23 @@
-"""Reads the teacher's mind: shared identities, labels in doubt and hard images, from a cache alone.
+"""Finds confused identities, suspected label errors and hard images, from a cache alone.
 
 With p' of ``gkd.storage.analysis.posteriors``, the prediction without the label's margin:
 
     identities   of classes a and b, mass_ab = mean of p'_b over the images x of a and their views,
-                 B_ab = mean of sqrt(p'_a p'_b), and overlap = sqrt(B_ab B_ba). An image that is
-                 torn between two classes counts, one that simply belongs to the other does not:
-                 so overlap tells one person under two labels from a wrong label.
-    label noise  lead = c_o - c_y in cosines, mean of the views, o being the class that leads by
-                 most of those that come first beside the label in a view: above 0 the teacher
-                 takes the image for o. In a view that does not hold it, o counts as far as its
-                 absence allows, but leads by no more than in the other.
-    hard images  claim = the larger of p'_y and p'_o, means of the views: below 1/2 no class has the
-                 image. captured = the mass of all classes that the cache tells of, entropy in nats,
-                 both means of the views.
+                 B_ab = mean of sqrt(p'_a p'_b), and overlap = sqrt(B_ab B_ba). An image counts if
+                 both classes have probability, not if it simply belongs to the other class. So
+                 overlap distinguishes one person under two labels from a wrong label.
+    label noise  lead = c_o - c_y in cosines, averaged over the views, where o is the class with
+                 the largest lead among the likeliest other class of each view: above 0 the teacher
+                 assigns the image to o. In a view whose group lacks o, its upper bound is used, but
+                 never a larger lead than in the other view.
+    hard images  claim = the larger of p'_y and p'_o, each averaged over the views: below 1/2 no
+                 class has the image. captured = the probability of all stored classes, entropy in
+                 nats, both averaged over the views.
 
-Memory: 29 bytes a sample, one shard, ``most`` rows a list, and at most ``MOST_PAIRS`` sums over
-ordered pairs of classes. Of a sample and view the first 16 entries count towards pairs, and of
-these what has p' or sqrt(p'_y p') of 1e-4. Where there are more pairs, those with the least means
-so far are dropped; ``left_out`` is what the mass or B of a pair can have lost thereby, mostly 0.
+Memory: 29 bytes a sample, one shard, ``max_rows`` rows a list, and at most ``max_pairs`` sums over
+ordered pairs of classes. The first 16 entries of a sample and view count towards pairs, if p' or
+sqrt(p'_y p') is at least 1e-4. If there are too many pairs, those with the smallest means so far
+are dropped; ``left_out`` bounds what the mass or B of a pair can lack because of it, usually 0.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -28,20 +28,20 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from gkd.storage.analysis.posteriors import Beliefs
+from gkd.storage.analysis.posteriors import Posteriors
 from gkd.storage.cache.reader import DIGEST_BYTES, Cache, Samples
 from gkd.storage.cache.spec import CacheSpec
 from gkd.storage.cache.target_arrays import cut_out
 from gkd.storage.cache.targets import SparseTargets, in_blocks
 from gkd.storage.util.progress import progress
 
-MOST_ROWS = 100_000
-MOST_PAIRS = 1 << 23
-_ENTRIES = 16  # of a sample and view
-_LEAST = 1e-4
+MAX_ROWS = 100_000
+MAX_PAIRS = 1 << 23
+_PAIR_ENTRIES = 16  # of a sample and view
+_MIN_PAIR_MASS = 1e-4
 _BLOCK_ENTRIES = 1 << 22
 _CLASS_BITS = 32
-_PENDING = 1 << 22
+_MAX_PENDING = 1 << 22
 Columns = dict[str, npt.NDArray[Any]]
 
 
@@ -49,15 +49,15 @@ Columns = dict[str, npt.NDArray[Any]]
 class Confusions:
     """What was found; every list has the worst first.
 
-    identities   a, b, images_a, images_b, overlap, mass_ab, mass_ba, key_a, key_b: the keys are of
-                 the image that the teacher is surest of
+    identities   a, b, images_a, images_b, overlap, mass_ab, mass_ba, key_a, key_b: the keys are
+                 those of the image with the highest p' of its label
     label_noise  row, key, label, digest, images (of the label), own (p' of the label), other,
-                 other_prob (its p'), other_images, lead, swapped: an image of ``other`` in this
-                 list is taken for ``label``
+                 other_prob (its p'), other_images, lead, swapped: an image labelled ``other`` in
+                 this list is assigned to ``label``
     hard         row, key, label, digest, images, claim, captured, entropy, likeliest
-    own          float32 [N]  p' of each sample's label, mean of the views; -1 where skipped
+    own          float32 [N]  p' of each sample's label, averaged over the views; -1 if skipped
     images       int64 [C]    samples of each class that have targets
-    left_out     what a pair's figures can lack because there were too many pairs
+    left_out     bound on what a pair's figures lack because there were too many pairs
     """
 
     samples: Samples
@@ -69,42 +69,44 @@ class Confusions:
     left_out: float
 
     def examples(self, classes: Iterable[int], count: int) -> dict[int, list[int]]:
-        """Rows of each class, at most ``count``, those first that the teacher is surest of."""
+        """Rows of each class, at most ``count``, by descending p' of their label."""
         chosen = np.array(sorted(set(classes)), np.int64)
         return _examples(self.samples.labels, self.own, chosen, count)
 
 
-def confusions(cache: Cache, *, most: int = MOST_ROWS, most_pairs: int = MOST_PAIRS) -> Confusions:
-    """Go through a finished cache once, shard by shard; at most ``most`` rows a list.
+def confusions(cache: Cache, *, max_rows: int = MAX_ROWS, max_pairs: int = MAX_PAIRS) -> Confusions:
+    """Read a finished cache once, shard by shard; at most ``max_rows`` rows a list.
 
     Raises:
-        CorruptShardError: where the cache is damaged.
+        CorruptShardError: if the cache is damaged.
     """
     spec, samples = cache.spec, cache.samples()
     images = np.bincount(samples.labels[samples.present], minlength=spec.num_classes)
     own = np.full(spec.num_samples, -1, np.float32)
-    pairs = _Pairs(images, most_pairs)
-    noise, hard = _Top("lead", most), _Top("doubt", most)
-    with progress("read the teacher's mind", spec.num_shards, "shards") as advance:
+    pairs = _PairSums(images, max_pairs)
+    noise, hard = _TopRows("lead", max_rows), _TopRows("doubt", max_rows)
+    with progress("label-noise report", spec.num_shards, "shards") as advance:
         for shard in range(spec.num_shards):
             views = [cache.read_verified(shard, view) for view in spec.views]
             for block in _blocks(views):
                 rows = spec.shard_rows(shard)[block.start : block.stop]
                 labels = samples.labels[rows.start : rows.stop]
-                read = [Beliefs.of(cut_out(targets, block), labels, spec) for targets in views]
-                for beliefs in read:
-                    pairs.add(beliefs, labels, 1 / len(read))
-                found = _judge(read, labels, spec)
-                found["row"] = np.arange(rows.start, rows.stop)
-                kept = samples.present[rows.start : rows.stop]
-                own[rows.start : rows.stop][kept] = found["own"][kept]
-                noise.add(found, kept & (found["lead"] > 0))
-                hard.add(found, kept & (found["claim"] < 0.5))
+                posteriors = [
+                    Posteriors.from_targets(cut_out(targets, block), labels, spec)
+                    for targets in views
+                ]
+                for view in posteriors:
+                    pairs.add(view, labels, 1 / len(posteriors))
+                columns = _compare_with_labels(posteriors, labels, spec)
+                columns["row"] = np.arange(rows.start, rows.stop)
+                present = samples.present[rows.start : rows.stop]
+                own[rows.start : rows.stop][present] = columns["own"][present]
+                noise.add(columns, present & (columns["lead"] > 0))
+                hard.add(columns, present & (columns["claim"] < 0.5))
             advance()
-    shared = pairs.finish(most)
     return Confusions(
         samples,
-        _identities(shared, samples, images, own),
+        _identities(pairs.finish(max_rows), samples, images, own),
         _label_noise(noise.finish(), samples, images),
         _hard(hard.finish(), samples, images),
         own,
@@ -122,14 +124,16 @@ def _blocks(views: Sequence[SparseTargets]) -> Iterator[range]:
     return in_blocks(offsets, _BLOCK_ENTRIES)
 
 
-def _judge(views: Sequence[Beliefs], labels: npt.NDArray[np.int64], spec: CacheSpec) -> Columns:
-    """What some samples are taken for; columns of undefined value where they were skipped."""
+def _compare_with_labels(
+    views: Sequence[Posteriors], labels: npt.NDArray[np.int64], spec: CacheSpec
+) -> Columns:
+    """The label and the leading other class of each sample; undefined for skipped samples."""
     with np.errstate(invalid="ignore"):
         own = np.mean([np.exp(view.log_own) for view in views], axis=0)
         lead = np.full(len(labels), -np.inf)
         other, other_prob = np.full(len(labels), -1), np.zeros(len(labels))
         for candidate in [view.top_others(labels) for view in views]:
-            leads, probs = _against_label(views, candidate, spec)
+            leads, probs = _lead_over_label(views, candidate, spec)
             better = (candidate >= 0) & (leads > lead)
             lead, other = np.where(better, leads, lead), np.where(better, candidate, other)
             other_prob = np.where(better, probs, other_prob)
@@ -147,23 +151,23 @@ def _judge(views: Sequence[Beliefs], labels: npt.NDArray[np.int64], spec: CacheS
         }
 
 
-def _against_label(
-    views: Sequence[Beliefs], wanted: npt.NDArray[np.int64], spec: CacheSpec
+def _lead_over_label(
+    views: Sequence[Posteriors], classes: npt.NDArray[np.int64], spec: CacheSpec
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """Of one class a sample: how far its cosine is above the label's, and its p'; view means."""
-    held = np.stack([view.log_probs_of(wanted) - view.log_own for view in views])
-    least = np.fmin.reduce(held)
+    """Cosine lead over the label and p' of one class a sample, averaged over the views."""
+    stored = np.stack([view.log_probs_of(classes) - view.log_own for view in views])
     bounds = np.stack([view.log_absent - view.log_own for view in views])
-    ratios = np.where(np.isnan(held), np.minimum(bounds, least), held)
+    smallest = np.fmin.reduce(stored)
+    ratios = np.where(np.isnan(stored), np.minimum(bounds, smallest), stored)
     probs = np.exp(ratios + np.stack([view.log_own for view in views])).mean(axis=0)
     return spec.group_temperature / spec.scale * ratios.mean(axis=0), probs
 
 
-class _Top:
-    """The rows with the highest ``score``, kept while columns of all rows go by."""
+class _TopRows:
+    """Keeps the rows with the highest ``score`` of all that are added."""
 
-    def __init__(self, score: str, most: int) -> None:
-        self.score, self.most = score, most
+    def __init__(self, score: str, max_rows: int) -> None:
+        self.score, self.max_rows = score, max_rows
         self._columns: Columns = {}
 
     def add(self, columns: Columns, chosen: npt.NDArray[np.bool_]) -> None:
@@ -171,92 +175,83 @@ class _Top:
         if self._columns:
             new = {name: np.concatenate([self._columns[name], new[name]]) for name in new}
         self._columns = new
-        if len(new["row"]) > 2 * self.most:
+        if len(new["row"]) > 2 * self.max_rows:
             self._columns = self.finish()
 
     def finish(self) -> Columns:
-        order = np.lexsort((self._columns["row"], -self._columns[self.score]))[: self.most]
+        order = np.lexsort((self._columns["row"], -self._columns[self.score]))[: self.max_rows]
         return {name: column[order] for name, column in self._columns.items()}
 
 
-class _Pairs:
-    """Sums over ordered pairs of a label and another class, at most ``most`` of them."""
+class _PairSums:
+    """Sums over ordered pairs of a label and another class, at most ``max_pairs`` of them.
 
-    def __init__(self, images: npt.NDArray[np.int64], most: int) -> None:
-        self.images, self.most = images, most
+    A pair's key is label << 32 | class. Its two sums are of p'_b and of sqrt(p'_a p'_b).
+    """
+
+    def __init__(self, images: npt.NDArray[np.int64], max_pairs: int) -> None:
+        self.images, self.max_pairs = images, max_pairs
         self.left_out = 0.0
-        self._keys = np.empty(0, np.uint64)
-        self._sums = np.empty((2, 0))  # of p'_b and of sqrt(p'_a p'_b)
+        self._keys, self._sums = np.empty(0, np.uint64), np.empty((2, 0))
         self._pending: list[tuple[npt.NDArray[np.uint64], npt.NDArray[np.float64]]] = []
 
-    def add(self, beliefs: Beliefs, labels: npt.NDArray[np.int64], weight: float) -> None:
-        rows = beliefs.rows
-        first = np.arange(len(rows)) - beliefs.offsets[rows] < _ENTRIES
-        places = np.flatnonzero(first & (beliefs.classes != labels[rows]))
-        rows = rows[places]
-        log_probs = beliefs.log_probs[places]
-        sums = np.exp([log_probs, (log_probs + beliefs.log_own[rows]) / 2])
-        kept = sums.max(axis=0) >= _LEAST
-        rows, places = rows[kept], places[kept]
-        keys = labels[rows].astype(np.uint64) << np.uint64(_CLASS_BITS)
-        keys |= beliefs.classes[places].astype(np.uint64)
-        self._pending.append(_added_up(keys, sums[:, kept] * weight))
-        if sum(len(keys) for keys, _ in self._pending) > min(_PENDING, self.most):
+    def add(self, view: Posteriors, labels: npt.NDArray[np.int64], weight: float) -> None:
+        rank = np.arange(len(view.rows)) - view.offsets[view.rows]
+        entries = np.flatnonzero((rank < _PAIR_ENTRIES) & (view.classes != labels[view.rows]))
+        rows, log_probs = view.rows[entries], view.log_probs[entries]
+        sums = np.exp([log_probs, (log_probs + view.log_own[rows]) / 2])
+        large = sums.max(axis=0) >= _MIN_PAIR_MASS
+        keys = labels[rows[large]].astype(np.uint64) << np.uint64(_CLASS_BITS)
+        keys |= view.classes[entries[large]].astype(np.uint64)
+        self._pending.append(_sum_by_key(keys, sums[:, large] * weight))
+        if sum(len(keys) for keys, _ in self._pending) > min(_MAX_PENDING, self.max_pairs):
             self._merge()
 
     def _merge(self) -> None:
-        parts = [(self._keys, self._sums), *self._pending]
+        keys, sums = zip((self._keys, self._sums), *self._pending, strict=True)
         self._pending = []
-        self._keys, self._sums = _added_up(
-            np.concatenate([keys for keys, _ in parts]),
-            np.concatenate([sums for _, sums in parts], axis=1),
-        )
-        if len(self._keys) > self.most:
-            means = (self._sums / self._images_of(self._keys)).max(axis=0)
-            cut = len(means) - max(self.most // 2, 1)
-            order = np.argpartition(means, cut - 1)
-            self.left_out += float(means[order[cut - 1]])
-            kept = np.sort(order[cut:])
+        self._keys, self._sums = _sum_by_key(np.concatenate(keys), np.concatenate(sums, axis=1))
+        if len(self._keys) > self.max_pairs:
+            largest = self._means(np.arange(len(self._keys))).max(axis=0)
+            dropped = len(largest) - max(self.max_pairs // 2, 1)
+            order = np.argpartition(largest, dropped - 1)
+            self.left_out += float(largest[order[dropped - 1]])
+            kept = np.sort(order[dropped:])
             self._keys, self._sums = self._keys[kept], self._sums[:, kept]
 
-    def _images_of(self, keys: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
-        return self.images[(keys >> np.uint64(_CLASS_BITS)).astype(np.int64)]
+    def _means(self, pairs: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+        labels = (self._keys[pairs] >> np.uint64(_CLASS_BITS)).astype(np.int64)
+        means: npt.NDArray[np.float64] = self._sums[:, pairs] / self.images[labels]
+        return means
 
-    def finish(self, most: int) -> Columns:
-        """Pairs a < b that overlap, at most ``most``, by descending overlap."""
+    def finish(self, max_rows: int) -> Columns:
+        """Pairs a < b that overlap, at most ``max_rows``, by descending overlap."""
         self._merge()
         bits = np.uint64(_CLASS_BITS)
-        turned = (self._keys << bits) | (self._keys >> bits)
-        ahead = np.flatnonzero(self._keys < turned)
-        places = np.searchsorted(self._keys, turned[ahead])
-        inside = places < len(self._keys)
-        ahead, places = ahead[inside], places[inside]
-        mutual = self._keys[places] == turned[ahead]
-        ahead, places = ahead[mutual], places[mutual]
-        there, back = (
-            self._sums[:, chosen] / self._images_of(self._keys[chosen])
-            for chosen in (ahead, places)
+        reversed_keys = (self._keys << bits) | (self._keys >> bits)
+        _, forward, backward = np.intersect1d(
+            self._keys, reversed_keys, assume_unique=True, return_indices=True
         )
+        ascending = self._keys[forward] < self._keys[backward]
+        forward, backward = forward[ascending], backward[ascending]
+        there, back = self._means(forward), self._means(backward)
         overlap = np.sqrt(there[1] * back[1])
-        order = np.argsort(-overlap, kind="stable")[:most]
-        ahead = ahead[order]
+        order = np.argsort(-overlap, kind="stable")[:max_rows]
         return {
-            "a": (self._keys[ahead] >> bits).astype(np.int64),
-            "b": (turned[ahead] >> bits).astype(np.int64),
+            "a": (self._keys[forward[order]] >> bits).astype(np.int64),
+            "b": (self._keys[backward[order]] >> bits).astype(np.int64),
             "overlap": overlap[order],
             "mass_ab": there[0][order],
             "mass_ba": back[0][order],
         }
 
 
-def _added_up(
+def _sum_by_key(
     keys: npt.NDArray[np.uint64], sums: npt.NDArray[np.float64]
 ) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.float64]]:
-    """Keys [n] ascending and once each, with the ``sums`` [2, n] of equal ones added."""
-    order = np.argsort(keys, kind="stable")
-    keys, sums = keys[order], sums[:, order]
-    starts = np.flatnonzero(np.concatenate([[True], keys[1:] != keys[:-1]])[: len(keys)])
-    return keys[starts], np.add.reduceat(sums, starts, axis=1) if len(starts) else sums
+    """Distinct keys [n], ascending, with the ``sums`` [2, n] of equal ones added."""
+    distinct, index = np.unique(keys, return_inverse=True)
+    return distinct, np.stack([np.bincount(index, part, len(distinct)) for part in sums])
 
 
 # --- tables ---------------------------------------------------------------------------------------
@@ -266,7 +261,7 @@ def _identities(
     found: Columns, samples: Samples, images: npt.NDArray[np.int64], own: npt.NDArray[np.float32]
 ) -> pa.Table:
     classes = np.unique([found["a"], found["b"]])
-    best = {each: rows[0] for each, rows in _examples(samples.labels, own, classes, 1).items()}
+    best = {label: rows[0] for label, rows in _examples(samples.labels, own, classes, 1).items()}
     keys = keys_of(samples, best.values())
     columns: Mapping[str, Any] = {
         "a": found["a"],
@@ -274,19 +269,16 @@ def _identities(
         "images_a": images[found["a"]],
         "images_b": images[found["b"]],
         **{name: found[name] for name in ("overlap", "mass_ab", "mass_ba")},
-        "key_a": pa.array([keys[best[each]] for each in found["a"].tolist()], pa.string()),
-        "key_b": pa.array([keys[best[each]] for each in found["b"].tolist()], pa.string()),
+        "key_a": pa.array([keys[best[label]] for label in found["a"].tolist()], pa.string()),
+        "key_b": pa.array([keys[best[label]] for label in found["b"].tolist()], pa.string()),
     }
     return pa.table(columns)
 
 
 def _label_noise(found: Columns, samples: Samples, images: npt.NDArray[np.int64]) -> pa.Table:
-    labels = samples.labels[found["row"]]
-    taken_for = set(zip(labels.tolist(), found["other"].tolist(), strict=True))
-    swapped = [
-        (other, label) in taken_for
-        for label, other in zip(labels.tolist(), found["other"].tolist(), strict=True)
-    ]
+    labels, others = samples.labels[found["row"]].tolist(), found["other"].tolist()
+    assigned = set(zip(labels, others, strict=True))
+    swapped = [(other, label) in assigned for label, other in zip(labels, others, strict=True)]
     return pa.table(
         _sample_columns(found["row"], samples, images)
         | {name: found[name] for name in ("own", "other", "other_prob")}
@@ -320,7 +312,7 @@ def _sample_columns(
 
 
 def keys_of(samples: Samples, rows: Iterable[int]) -> dict[int, str]:
-    """Record keys of some rows, one shard's table in memory at a time."""
+    """Record keys of rows, with one shard's table in memory at a time."""
     keys: dict[int, str] = {}
     ascending = np.unique(np.fromiter(rows, np.int64))
     shards = ascending // samples.cache.spec.shard_samples
@@ -335,11 +327,11 @@ def _examples(
     classes: npt.NDArray[np.int64],
     count: int,
 ) -> dict[int, list[int]]:
+    """Present rows of each class (ascending), at most ``count``, by descending ``own``."""
     rows = np.flatnonzero(np.isin(labels, classes) & (own >= 0))
     rows = rows[np.lexsort((rows, -own[rows], labels[rows]))]
-    starts = np.searchsorted(labels[rows], classes)
-    stops = np.searchsorted(labels[rows], classes, side="right")
+    starts, stops = (np.searchsorted(labels[rows], classes, side) for side in ("left", "right"))
     return {
-        each: rows[start : min(stop, start + count)].tolist()
-        for each, start, stop in zip(classes.tolist(), starts.tolist(), stops.tolist(), strict=True)
+        label: rows[start:stop][:count].tolist()
+        for label, start, stop in zip(classes.tolist(), starts, stops, strict=True)
     }

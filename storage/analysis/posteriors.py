@@ -1,15 +1,15 @@
-"""What a teacher takes an image for: its stored prediction with the label's margin taken out.
+"""The teacher's posterior of each sample: its stored prediction without the label's margin.
 
 A cache holds p = softmax(z / T) at T = group_temperature, z_j = scale * (c_j - margin * [j = y]).
-The margin is there to teach, not to judge. With m = scale * margin / T, exactly,
+The margin serves training and would bias an analysis. With m = scale * margin / T, exactly,
 
     p'_j = p_j / Z,   p'_y = p_y e^m / Z,   Z = 1 + p_y (e^m - 1)
     c_j - c_y = (T / scale) (log p'_j - log p'_y)
 
-so a difference of two cosines can be told from a cache though no cosine is stored.
+so a cache gives the difference of two cosines although it stores no cosine.
 
-Classes that were drawn are entries too. Their probabilities are known at the draws' temperature D,
-and with the first class t of the group at either,
+Drawn classes are entries too. Their probabilities are known at the draws' temperature D. Relative
+to the first class t of the group, which is known at both temperatures,
 
     log p_j(T) = log p_t(T) + (D / T) (log p_j(D) - log p_t(D))
 """
@@ -32,16 +32,16 @@ _CLASS_BITS = 32
 
 
 @dataclass(frozen=True)
-class Beliefs:
-    """p' of n samples, E entries in all; within a sample others than the label descend.
+class Posteriors:
+    """p' of n samples with E entries in all; a sample's classes descend, except for its label.
 
     offsets     int64   [n + 1]
     rows        int64   [E]   the sample of each entry
     classes     int64   [E]
     log_probs   float64 [E]   natural log of p'
-    log_own     float64 [n]   that of the label; -inf where the sample was skipped
-    log_rest    float64 [n]   of the mass of all classes that are no entries
-    log_absent  float64 [n]   no class that is no entry has more
+    log_own     float64 [n]   log p' of the label; -inf if the sample was skipped
+    log_rest    float64 [n]   log of the sum of p' over all classes without an entry
+    log_absent  float64 [n]   upper bound on log p' of any class without an entry
     """
 
     offsets: npt.NDArray[np.int64]
@@ -53,13 +53,15 @@ class Beliefs:
     log_absent: npt.NDArray[np.float64]
 
     @classmethod
-    def of(cls, targets: SparseTargets, labels: npt.NDArray[np.int64], spec: CacheSpec) -> Self:
-        """Of stored targets with ``labels`` int64 [n]; groups must hold them, as caches' do."""
+    def from_targets(
+        cls, targets: SparseTargets, labels: npt.NDArray[np.int64], spec: CacheSpec
+    ) -> Self:
+        """Posteriors of stored targets; each group must contain its label, ``labels`` int64 [n]."""
         count, temperature = len(targets), spec.group_temperature
         rows = np.repeat(np.arange(count), targets.sizes)
         classes = targets.indices.astype(np.int64)
         if temperature in spec.temperatures:
-            # The stored secondary mass is sharper than the sum of rounded probabilities.
+            # The stored secondary mass is more precise than the sum of rounded probabilities.
             log_probs, log_rest = _at(targets, temperature, spec)
         else:
             log_probs = decode_log_probs(targets.log2_probs).astype(np.float64)
@@ -94,25 +96,25 @@ class Beliefs:
         )
 
     def top_others(self, labels: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """The likeliest class of each sample that is not its label, int64 [n]; -1 for none."""
+        """The likeliest class of each sample other than its label, int64 [n]; -1 if none."""
         found = np.full(len(labels), -1)
         starts, stops = self.offsets[:-1], self.offsets[1:]
-        for place in (starts + 1, starts):  # the label is one of the two, or neither
-            inside = np.flatnonzero(place < stops)
-            named = self.classes[place[inside]]
-            other = named != labels[inside]
-            found[inside[other]] = named[other]
+        for entry in (starts + 1, starts):  # at most one of the two is the label
+            exists = np.flatnonzero(entry < stops)
+            classes = self.classes[entry[exists]]
+            other = classes != labels[exists]
+            found[exists[other]] = classes[other]
         return found
 
-    def log_probs_of(self, wanted: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
-        """log p' of one class a sample, ``wanted`` int64 [n]; NaN where it is no entry."""
-        found = np.full(len(wanted), np.nan)
-        hit = self.classes == wanted[self.rows]
+    def log_probs_of(self, classes: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+        """log p' of one class a sample, ``classes`` int64 [n]; NaN if it has no entry."""
+        found = np.full(len(classes), np.nan)
+        hit = self.classes == classes[self.rows]
         found[self.rows[hit]] = self.log_probs[hit]
         return found
 
     def entropy(self) -> npt.NDArray[np.float64]:
-        """In nats, float64 [n]; all classes that are no entries count as one."""
+        """Entropy in nats, float64 [n]; all classes without an entry count as one."""
         parts = -np.exp(self.log_probs) * self.log_probs
         rest = np.exp(self.log_rest)
         rest = rest * np.where(rest > 0, -self.log_rest, 0)
@@ -137,7 +139,7 @@ def _drawn(
     log_rest: npt.NDArray[np.float64],
     spec: CacheSpec,
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
-    """Classes that were drawn and not stored, as sample << 32 | class, and their log p(T)."""
+    """Drawn classes that the group lacks, as sample << 32 | class, and their log p(T)."""
     assert spec.draws is not None
     assert targets.draws is not None
     assert targets.draw_log2_probs is not None
@@ -166,7 +168,7 @@ def _sums(
 
 
 def _log(mass: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Natural log, -inf for what rounding made of nothing."""
+    """Natural log; -inf if rounding made the mass zero or negative."""
     with np.errstate(divide="ignore"):
         logs: npt.NDArray[np.float64] = np.log(np.maximum(mass, 0))
     return logs

@@ -1,6 +1,6 @@
-"""What a cache holds, in numbers and as a plot: group sizes, masses, and what they cost on disk."""
+"""Statistics of a cache, as numbers and as a plot: group sizes, masses, bytes on disk."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,7 @@ from gkd.storage.cache.reader import Cache
 from gkd.storage.cache.spec import View
 from gkd.storage.cache.targets import MAX_CODE, decode_log_probs, encode_log_probs
 from gkd.storage.errors import ConfigError
-from gkd.storage.util.extras import require
-from gkd.storage.util.plotting import write_png
+from gkd.storage.util.plotting import new_figure, write_png
 from gkd.storage.util.progress import progress
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -30,7 +29,7 @@ class MassStats:
 
 @dataclass(frozen=True)
 class DrawStats:
-    """Draws of one view; ``mean_classes`` are the distinct ones of a sample, on average."""
+    """Draws of one view; ``mean_classes`` is the mean number of distinct classes of a sample."""
 
     count: int
     temperature: float
@@ -40,14 +39,14 @@ class DrawStats:
 
 @dataclass(frozen=True)
 class ViewStats:
-    """Figures of one view; skipped samples count nowhere but in ``skipped``.
+    """Statistics of one view; skipped samples count only in ``skipped``.
 
-    histogram    (group size, samples), ascending, sizes that occur only
+    histogram    (group size, samples) of all sizes that occur, ascending
     truncated    groups that were cut at ``max_group``
     secondary    mass outside the group at each temperature
     label        probability of the label at ``group_temperature``
-    draws        None where the cache has none
-    array_bytes  size on disk of each array's shards
+    draws        None if the cache has none
+    array_bytes  size on disk of each array
     """
 
     view: View
@@ -70,10 +69,7 @@ class ViewStats:
 
 @dataclass(frozen=True)
 class CacheStats:
-    """Figures of a whole cache; ``bytes`` is every file that its manifest vouches for.
-
-    ``bytes_per_sample`` counts all views together.
-    """
+    """Statistics of a cache; ``bytes`` of all files in its manifest, so of all views together."""
 
     path: Path
     id: str
@@ -85,13 +81,13 @@ class CacheStats:
 
 
 def stats(cache: Cache) -> CacheStats:
-    """Figures of a finished cache, shard by shard, so memory stays that of one shard.
+    """Statistics of a finished cache, with one shard in memory at a time.
 
-    Quantiles of group sizes are exact, those of masses to the stored precision.
+    Quantiles of group sizes are exact, those of masses have the stored precision.
 
     Raises:
-        IncompleteCacheError: where the cache is not finished.
-        CorruptShardError: where a shard is damaged.
+        IncompleteCacheError: if the cache is not finished.
+        CorruptShardError: if a shard is damaged.
     """
     cache_id, spec = cache.id, cache.spec
     assert cache.manifest is not None
@@ -117,26 +113,38 @@ def plot_stats(stats: CacheStats, out: Path) -> None:
     """Draw group sizes and secondary masses of every view into a PNG.
 
     Raises:
-        ConfigError: where matplotlib is not installed, or ``out`` cannot be written.
+        ConfigError: if matplotlib is not installed, or ``out`` cannot be written.
     """
-    figure_module = require("matplotlib.figure", "plot")
-    figure = figure_module.Figure(figsize=(10, 4), layout="constrained")
+    if not out.parent.is_dir() or out.is_dir():
+        problem = "a folder" if out.is_dir() else f"no such folder as {out.parent}"
+        raise ConfigError(
+            f"{out}: expected a file name in an existing folder, got {problem}; choose another name"
+        )
+    figure = new_figure(10, 4)
     sizes, masses = figure.subplots(1, 2)
-    _draw_sizes(sizes, stats.views)
+    draw_group_sizes(sizes, {view.view: view.histogram for view in stats.views})
     _draw_masses(masses, stats.views)
     cost = f"{stats.bytes_per_sample:,.0f} bytes a sample"
     figure.suptitle(f"{stats.path.name}: {stats.num_samples:,} samples, {cost}")
-    if not out.parent.is_dir() or out.is_dir():
-        raise ConfigError(
-            f"{out}: expected the name of a file in a folder that is there, got "
-            + ("a folder" if out.is_dir() else "one in no folder")
-            + "; choose another name"
-        )
     write_png(figure, out)
 
 
+def draw_group_sizes(axes: Any, views: Mapping[str, Sequence[tuple[int, int]]]) -> None:
+    """Draw samples by group size, (size, samples) of each view, in logarithmic bins."""
+    largest = max((size for counts in views.values() for size, _ in counts), default=1)
+    bins = np.unique(np.geomspace(1, max(largest, 2), 40).round()) - 0.5
+    for view, counts in views.items():
+        sizes, samples = np.array(counts).T if counts else ([], [])
+        axes.hist(sizes, [*bins, largest + 0.5], weights=samples, histtype="step", label=view)
+    axes.set(xscale="log", xlabel="classes in the primary group", ylabel="samples")
+    powers = [1 << power for power in range(largest.bit_length())]
+    axes.set_xticks(powers, [f"{size:,}" for size in powers], rotation=45 * (len(powers) > 9))
+    axes.minorticks_off()
+    axes.legend()
+
+
 class _Counts:
-    """Counts of group sizes and of probability codes, added to shard by shard."""
+    """Counts of group sizes and of probability codes over the shards read so far."""
 
     def __init__(self, temperatures: int, max_group: int) -> None:
         self.sizes = np.zeros(max_group + 1, np.int64)
@@ -182,20 +190,19 @@ class _Counts:
             skipped=skipped,
             entries=entries,
             truncated=self.truncated,
-            min_size=int(occurring.min(initial=len(sizes))) if samples else 0,
+            min_size=int(occurring[0]) if samples else 0,
             median_size=float(quantile[0]),
             mean_size=entries / max(samples, 1),
             p95_size=float(quantile[1]),
-            max_size=int(occurring.max(initial=0)),
+            max_size=int(occurring[-1]) if samples else 0,
             histogram=tuple((int(size), int(sizes[size])) for size in occurring),
             secondary={
                 temperature: _mass(counts)
                 for temperature, counts in zip(cache.spec.temperatures, self.secondary, strict=True)
             },
             label=_mass(self.label),
-            draws=None
-            if draws is None
-            else DrawStats(
+            draws=draws
+            and DrawStats(
                 draws.count, draws.temperature, draws.source, self.drawn_classes / max(samples, 1)
             ),
             array_bytes=self.array_bytes,
@@ -204,32 +211,22 @@ class _Counts:
 
 
 def _quantiles(counts: npt.NDArray[np.int64], quantiles: Sequence[float]) -> npt.NDArray[np.int64]:
-    """Smallest value at or below which each share of the counted values lies."""
-    cumulated = np.cumsum(counts)
-    wanted = np.ceil(np.asarray(quantiles) * cumulated[-1])
-    found: npt.NDArray[np.int64] = np.searchsorted(cumulated, np.maximum(wanted, 1))
+    """Quantiles of values 0, 1, ... that occur ``counts`` times: always values that occur."""
+    cumulative = np.cumsum(counts)
+    ranks = np.ceil(np.asarray(quantiles) * cumulative[-1])
+    found: npt.NDArray[np.int64] = np.searchsorted(cumulative, np.maximum(ranks, 1))
     return np.minimum(found, len(counts) - 1)
 
 
 def _mass(code_counts: npt.NDArray[np.int64]) -> MassStats:
-    """Codes fall as probabilities rise, so the quantiles are taken from the other end."""
+    # A higher code is a lower probability.
     codes = _quantiles(code_counts, [1 - quantile for quantile in QUANTILES])
     probs = np.exp(decode_log_probs(np.arange(len(code_counts), dtype=np.uint16)), dtype=np.float64)
-    probs[MAX_CODE] = 0.0  # this, or too little for a code
+    probs[MAX_CODE] = 0.0  # the code of 0 and of all that is too small for a code
     return MassStats(
         mean=float(code_counts @ probs) / max(int(code_counts.sum()), 1),
         quantiles=tuple(probs[codes].tolist()),
     )
-
-
-def _draw_sizes(axes: Any, views: Sequence[ViewStats]) -> None:
-    largest = max(view.max_size for view in views)
-    bins = np.unique(np.geomspace(1, max(largest, 2), 40).round()) - 0.5
-    for view in views:
-        sizes, samples = np.array(view.histogram).T if view.histogram else ([], [])
-        axes.hist(sizes, [*bins, largest + 0.5], weights=samples, histtype="step", label=view.view)
-    axes.set(xscale="log", xlabel="classes in the primary group", ylabel="samples")
-    axes.legend()
 
 
 def _draw_masses(axes: Any, views: Sequence[ViewStats]) -> None:
@@ -238,11 +235,11 @@ def _draw_masses(axes: Any, views: Sequence[ViewStats]) -> None:
             dict(zip(("whislo", "q1", "med", "q3", "whishi"), mass.quantiles, strict=True))
             for mass in view.secondary.values()
         ]
-        places = np.arange(len(boxes)) + 0.35 * (number - (len(views) - 1) / 2)
+        positions = np.arange(len(boxes)) + 0.35 * (number - (len(views) - 1) / 2)
         colour = {"color": f"C{number}"}
         axes.bxp(
             boxes,
-            positions=places,
+            positions=positions,
             widths=0.3,
             showfliers=False,
             boxprops=colour,

@@ -1,4 +1,4 @@
-"""Faces of a cache's samples for a page, found in records by their content."""
+"""Faces of a cache's samples, found in records by the digest of the encoded image."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,49 +13,46 @@ from gkd.storage.records.base import Records, kept_digests
 from gkd.storage.records.images import JPEG_START, digest
 from gkd.storage.util.progress import progress
 
-MOST_BYTES = 8192
+MAX_BYTES = 8192
 _QUALITY = 85
 
 
 def thumbnails(
     records: Records, samples: Samples, rows: Iterable[int], folder: Path, *, workers: int
 ) -> dict[int, bytes]:
-    """JPEGs of some samples, by row of the cache; those that the records do not have are left out.
+    """JPEGs of samples, by row of the cache; samples that are not in the records are left out.
 
-    A JPEG of at most ``MOST_BYTES`` is given as it is stored, anything else encoded anew. Labels do
-    not matter, so records whose labels were mended since serve as well. Where a sample stands in
-    the row that it had, nothing else is read for it; for any that does not, the digests of all
-    records are needed, which ``folder`` keeps.
+    A JPEG of at most ``MAX_BYTES`` is used as stored, anything else is encoded again. Labels are
+    not compared, so records whose labels were corrected since serve as well. A sample that is
+    still in its own row needs no other record; otherwise the digests of all records are needed,
+    which ``folder`` caches.
 
     Raises:
-        SpecMismatchError: where none of the samples is in the records.
+        SpecMismatchError: if none of the samples is in the records.
     """
     wanted = sorted(set(rows))
-    places = {row: row for row in wanted if _stands_at(records, row, samples)}
-    moved = np.array([row for row in wanted if row not in places], np.int64)
+    record_rows = {row: row for row in wanted if _is_in_own_row(records, row, samples)}
+    moved = np.array([row for row in wanted if row not in record_rows], np.int64)
     if len(moved):
         known = kept_digests(records, folder, workers=workers)
         found = match(samples.digests[moved], samples.labels[moved], known, records.labels)
-        places |= {
-            row: place
-            for row, place in zip(moved.tolist(), found.tolist(), strict=True)
-            if place >= 0
-        }
-    if wanted and not places:
+        pairs = zip(moved.tolist(), found.tolist(), strict=True)
+        record_rows |= {row: record_row for row, record_row in pairs if record_row >= 0}
+    if wanted and not record_rows:
         raise SpecMismatchError(
-            f"{records.path}: has none of the {len(wanted):,} images of the cache "
-            f"{samples.cache.path} that are to be shown; give the records that it was made from "
+            f"{records.path}: contains none of the {len(wanted):,} images of the cache "
+            f"{samples.cache.path} to be shown; give the records that the cache was made from "
             f"({samples.cache.spec.dataset.name})"
         )
     faces: dict[int, bytes] = {}
-    with progress("faces", len(places), "images", quiet_below=10_000) as advance:
-        for row, place in sorted(places.items()):
-            faces[row] = _jpeg(records, place)
+    with progress("faces", len(record_rows), "images", quiet_below=10_000) as advance:
+        for row, record_row in sorted(record_rows.items()):
+            faces[row] = _jpeg(records, record_row)
             advance()
     return faces
 
 
-def _stands_at(records: Records, row: int, samples: Samples) -> bool:
+def _is_in_own_row(records: Records, row: int, samples: Samples) -> bool:
     if row >= len(records):
         return False
     try:
@@ -65,9 +62,8 @@ def _stands_at(records: Records, row: int, samples: Samples) -> bool:
 
 
 def _jpeg(records: Records, row: int) -> bytes:
-    """The face as it is stored where it is a small JPEG, which decodes."""
-    encoded, pixels = bytes(records.encoded(row)), records.image(row)
-    if encoded.startswith(JPEG_START) and len(encoded) <= MOST_BYTES:
+    encoded, pixels = bytes(records.encoded(row)), records.image(row)  # fails if it is damaged
+    if encoded.startswith(JPEG_START) and len(encoded) <= MAX_BYTES:
         return encoded
     jpeg: bytes = simplejpeg.encode_jpeg(pixels, quality=_QUALITY)
     return jpeg

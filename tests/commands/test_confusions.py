@@ -140,7 +140,7 @@ def test_records_that_are_not_the_cache_s_are_refused(made: Path, tmp_path: Path
     other = write_folder(tmp_path / "other", 3, 2, seed=9)
     result = gkd("targets", "confusions", made / "c.gkd", "--records", other, "--out", tmp_path)
     assert result.exit_code == 1
-    assert "give the records that it was made from (faces)" in result.stderr
+    assert "give the records that the cache was made from (faces)" in result.stderr
     assert not list(tmp_path.glob("*.parquet"))
 
 
@@ -213,12 +213,12 @@ def opened(browser: webdriver.Chrome, written: Path) -> webdriver.Chrome:
 
 def seen(browser: webdriver.Chrome) -> list[str]:
     """The words of the items that are on the screen."""
-    script = f"{SEEN}.map((e) => e.dataset.words)"
+    script = f"{SEEN}.map((e) => e.dataset.search)"
     return list(map(str, browser.execute_script(script, "section.list li")))
 
 
 def counted(browser: webdriver.Chrome) -> str:
-    return browser.find_element(By.ID, "told").text
+    return browser.find_element(By.ID, "position").text
 
 
 def counts(first: int, last: int) -> str:
@@ -298,7 +298,7 @@ def test_the_filter_finds_keys_classes_and_digests(opened: webdriver.Chrome, wri
         field.send_keys(words)
         assert wanted[:10] == [each.rsplit(" ", 4)[0] for each in seen(opened)]
         assert counted(opened).endswith(f"of {len(wanted)}" if wanted else "none")
-    assert "Nothing here." in opened.find_element(By.ID, "noise").text
+    assert "No items." in opened.find_element(By.ID, "noise").text
     field.clear()
     field.send_keys("x", Keys.BACKSPACE, "a", Keys.ARROW_LEFT, "b")  # the arrow is the field's
     assert field.get_attribute("value") == "ba"

@@ -1,19 +1,20 @@
-"""Figures of a run's report, as SVG; needs matplotlib."""
+"""Figures of a run's report, as data URLs of SVG; needs matplotlib."""
 
-import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from gkd.storage.util.extras import require
+from gkd.storage.analysis.stats import draw_group_sizes
+from gkd.storage.util import plotting
+from gkd.storage.util.html import data_url
 
-# Points of a curve: more are averaged in pieces.
-POINTS = 400
-COLOURS = ("#1f5fa8", "#c2571a", "#3c7d3c", "#7a4a9e", "#a8323e", "#5c5c5c")
+MAX_POINTS = 400  # of a curve
+COLOURS = ["#1f5fa8", "#c2571a", "#3c7d3c", "#7a4a9e", "#a8323e", "#5c5c5c"]
 STYLE = {
-    "svg.hashsalt": "gkd",  # the same run, the same bytes
+    "svg.hashsalt": "gkd",  # the same run gives the same bytes
     "font.size": 9,
+    "axes.prop_cycle": f"cycler(color={COLOURS})",
     "axes.edgecolor": "#8a8f98",
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -23,108 +24,80 @@ STYLE = {
     "axes.axisbelow": True,
     "axes.titlesize": 9,
     "axes.titlelocation": "left",
+    "legend.frameon": False,
     "lines.linewidth": 1.3,
+    "patch.linewidth": 1.3,
 }
 
 Curve = tuple[Sequence[float], Sequence[float]]
 
 
-def draw_curves(curves: Mapping[str, Curve], xlabel: str) -> bytes:
-    """One small panel a curve, (x, y) each, three beside each other."""
-    figure_module = require("matplotlib.figure", "plot")
+def draw_curves(curves: Mapping[str, Curve], xlabel: str) -> str:
+    """A small panel for each curve (x, y), three in a row."""
     rows = -(-len(curves) // 3)
-    with _style():
-        figure = figure_module.Figure(figsize=(9, 2.1 * rows), layout="constrained")
+    with plotting.style(STYLE):
+        figure = plotting.new_figure(9, 2.1 * rows)
         panels = figure.subplots(rows, 3, squeeze=False).ravel()
         for panel, (name, (x, y)) in zip(panels, curves.items(), strict=False):
-            panel.plot(*_thin(x, y), color=COLOURS[0])
-            panel.set(title=_plain(name), xlabel=xlabel)
+            panel.plot(*_averaged(x, y))
+            panel.set(title=_label(name), xlabel=xlabel)
             panel.set_ylim(bottom=0)
         for panel in panels[len(curves) :]:
             panel.set_axis_off()
         return _svg(figure)
 
 
-def draw_lines(curves: Mapping[str, Curve], xlabel: str, ylabel: str) -> bytes:
-    """All curves in one panel, each point marked."""
-    with _style():
+def draw_lines(curves: Mapping[str, Curve], xlabel: str, ylabel: str) -> str:
+    """All curves (x, y) in one panel, each point marked."""
+    with plotting.style(STYLE):
         figure, axes = _panel()
-        for number, (name, (x, y)) in enumerate(curves.items()):
-            axes.plot(*_thin(x, y), "o-", markersize=3, color=_colour(number), label=_plain(name))
+        for name, (x, y) in curves.items():
+            axes.plot(*_averaged(x, y), "o-", markersize=3, label=_label(name))
         axes.set(xlabel=xlabel, ylabel=ylabel)
-        axes.legend(frameon=False)
+        axes.legend()
         return _svg(figure)
 
 
-def draw_roc(curves: Mapping[str, Sequence[tuple[float, float]]]) -> bytes:
-    """(FAR, TAR) points of each set, FAR in logarithmic scale."""
-    with _style():
+def draw_roc(curves: Mapping[str, Sequence[tuple[float, float]]]) -> str:
+    """(FAR, TAR) points of each set, FAR on a logarithmic scale."""
+    with plotting.style(STYLE):
         figure, axes = _panel()
-        for number, (name, points) in enumerate(curves.items()):
+        for name, points in curves.items():
             far, tar = zip(*points, strict=True) if points else ((), ())
-            axes.step(far, tar, where="post", color=_colour(number), label=_plain(name))
-        axes.set(xscale="log", ylim=(0, 1.01), xlabel="false accept rate")
-        axes.set(ylabel="true accept rate")
-        axes.legend(frameon=False, loc="lower right")
+            axes.step(far, tar, where="post", label=_label(name))
+        axes.set(xscale="log", ylim=(0, 1.01))
+        axes.set(xlabel="false accept rate", ylabel="true accept rate")
+        axes.legend(loc="lower right")
         return _svg(figure)
 
 
-def draw_sizes(views: Mapping[str, Sequence[tuple[int, int]]]) -> bytes:
+def draw_sizes(views: Mapping[str, Sequence[tuple[int, int]]]) -> str:
     """Samples by group size, (size, samples) of each view, in logarithmic bins."""
-    with _style():
+    with plotting.style(STYLE):
         figure, axes = _panel()
-        largest = max((size for sizes in views.values() for size, _ in sizes), default=1)
-        bins = np.unique(np.geomspace(1, max(largest, 2), 40).round()) - 0.5
-        for number, (name, counts) in enumerate(views.items()):
-            sizes, samples = zip(*counts, strict=True) if counts else ((), ())
-            axes.hist(
-                sizes,
-                [*bins, largest + 0.5],
-                weights=samples,
-                histtype="step",
-                linewidth=1.3,
-                color=_colour(number),
-                label=_plain(name),
-            )
-        axes.set(xscale="log", xlabel="classes in the primary group", ylabel="samples")
-        powers = [1 << power for power in range(largest.bit_length())]
-        axes.set_xticks(powers, [f"{size:,}" for size in powers], rotation=45 * (len(powers) > 9))
-        axes.minorticks_off()
-        axes.legend(frameon=False)
+        draw_group_sizes(axes, {_label(name): counts for name, counts in views.items()})
         return _svg(figure)
-
-
-def _style() -> Any:
-    return require("matplotlib", "plot").rc_context(STYLE)
 
 
 def _panel() -> tuple[Any, Any]:
-    figure = require("matplotlib.figure", "plot").Figure(figsize=(6, 3.2), layout="constrained")
+    figure = plotting.new_figure(6, 3.2)
     return figure, figure.add_subplot()
 
 
-def _colour(number: int) -> str:
-    return COLOURS[number % len(COLOURS)]
+def _svg(figure: Any) -> str:
+    return data_url("image/svg+xml", plotting.svg(figure))
 
 
-def _svg(figure: Any) -> bytes:
-    image = io.BytesIO()
-    figure.savefig(image, format="svg", metadata={"Date": None, "Creator": None})
-    return image.getvalue()
+def _averaged(x: Sequence[float], y: Sequence[float]) -> list[list[float]]:
+    """At most ``MAX_POINTS`` points, each the mean of consecutive ones."""
+    parts = max(1, min(len(x), MAX_POINTS))
+    return [
+        [float(part.mean()) for part in np.array_split(np.asarray(values, float), parts) if len(part)]
+        for values in (x, y)
+    ]
 
 
-def _thin(x: Sequence[float], y: Sequence[float]) -> tuple[list[float], list[float]]:
-    """At most ``POINTS`` points, each the mean of a piece."""
-    pieces = min(len(x), POINTS)
-    if pieces == 0:
-        return [], []
-    return (
-        [float(part.mean()) for part in np.array_split(np.asarray(x, float), pieces)],
-        [float(part.mean()) for part in np.array_split(np.asarray(y, float), pieces)],
-    )
-
-
-def _plain(name: str) -> str:
-    """A stranger's name as a label: dollars begin no formula, a font lacks no letter."""
+def _label(name: str) -> str:
+    """A name from data as a label: dollars start no formula, and the font has every letter."""
     shown = "".join(letter if " " <= letter <= "~" else "?" for letter in name[:60])
     return " " * shown.startswith("_") + shown.replace("$", r"\$")

@@ -236,7 +236,7 @@ def test_too_many_pairs_lose_no_more_than_is_told(
     made = dense()
     cache = write(tmp_path / "c.gkd", made)
     whole = confusions(cache)
-    found = confusions(cache, most_pairs=60)
+    found = confusions(cache, max_pairs=60)
     mass, torn = made.pairs()
     assert 0 < found.left_out < 0.5
     assert len(found.identities) < len(whole.identities)
@@ -256,7 +256,7 @@ def test_too_many_pairs_lose_no_more_than_is_told(
 
 def test_lists_hold_the_worst_only(tmp_path: Path) -> None:
     cache = write(tmp_path / "c.gkd", dense())
-    whole, few = confusions(cache), confusions(cache, most=3)
+    whole, few = confusions(cache), confusions(cache, max_rows=3)
     for name in ("identities", "label_noise", "hard"):
         assert getattr(few, name).select([0]) == getattr(whole, name).select([0]).slice(0, 3)
     # `swapped` looks at this list alone.

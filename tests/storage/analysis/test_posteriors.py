@@ -3,7 +3,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from gkd.storage.analysis.posteriors import Beliefs
+from gkd.storage.analysis.posteriors import Posteriors
 from gkd.storage.cache.spec import CacheSpec, DrawsSpec
 from gkd.storage.cache.targets import SparseTargets, encode_log_probs, offsets_from_sizes
 from tests.caches import add_draws, dense_targets, make_spec, without
@@ -42,7 +42,7 @@ def test_probabilities_are_those_of_dense_logits_without_margin(
     spec = small_spec(threshold=threshold, temperatures=temperatures)
     logits, labels = logits_of(spec), labels_of(spec)
     targets, _ = dense_targets(logits, labels, spec)
-    found = Beliefs.of(targets, labels, spec)
+    found = Posteriors.from_targets(targets, labels, spec)
     expected = without_margin(logits, labels, spec)
     assert np.array_equal(found.classes, targets.indices)
     assert found.log_probs == pytest.approx(expected[found.rows, found.classes], abs=2e-3)
@@ -69,21 +69,21 @@ def test_differences_of_cosines_are_exact_even_where_the_label_has_nothing() -> 
     logits = spec.scale * cosines
     logits[np.arange(30), labels] -= spec.scale * spec.margin
     targets, _ = dense_targets(logits, labels, spec)
-    found = Beliefs.of(targets, labels, spec)
+    found = Posteriors.from_targets(targets, labels, spec)
     assert np.array_equal(found.top_others(labels), best)
     lead = spec.group_temperature / spec.scale * (found.log_probs_of(best) - found.log_own)
     expected = cosines[np.arange(30), best] - cosines[np.arange(30), labels]
     assert lead == pytest.approx(expected, abs=5e-5)
 
 
-def test_a_skipped_sample_has_no_beliefs() -> None:
+def test_a_skipped_sample_has_no_posterior() -> None:
     spec = small_spec()
     logits, labels = logits_of(spec), labels_of(spec)
     targets, _ = dense_targets(logits, labels, spec)
-    found = Beliefs.of(without(targets, [0, 7, 29]), labels, spec)
+    found = Posteriors.from_targets(without(targets, [0, 7, 29]), labels, spec)
     assert np.flatnonzero(np.isneginf(found.log_own)).tolist() == [0, 7, 29]
     assert not np.isin(found.rows, [0, 7, 29]).any()
-    whole = Beliefs.of(targets, labels, spec)
+    whole = Posteriors.from_targets(targets, labels, spec)
     assert np.array_equal(found.log_own[1:7], whole.log_own[1:7])
 
 
@@ -117,7 +117,7 @@ def test_drawn_classes_are_entries_at_the_group_temperature(grouped: bool) -> No
         targets = label_only(logits, labels, spec)
     targets = add_draws(targets, logits, spec)
     assert targets.draws is not None
-    found = Beliefs.of(targets, labels, spec)
+    found = Posteriors.from_targets(targets, labels, spec)
     expected = without_margin(logits, labels, spec)
     assert found.log_probs == pytest.approx(expected[found.rows, found.classes], abs=5e-3)
     stored = np.split(targets.indices, targets.offsets[1:-1])
@@ -134,7 +134,7 @@ def test_drawn_classes_are_entries_at_the_group_temperature(grouped: bool) -> No
 def test_of_a_label_alone_nothing_else_is_named() -> None:
     spec = small_spec(threshold=0.0)
     labels = labels_of(spec)
-    found = Beliefs.of(label_only(logits_of(spec), labels, spec), labels, spec)
+    found = Posteriors.from_targets(label_only(logits_of(spec), labels, spec), labels, spec)
     assert (found.top_others(labels) == -1).all()
     assert np.isnan(found.log_probs_of(np.full(30, -1))).all()
     assert np.exp(found.log_own) + np.exp(found.log_rest) == pytest.approx(np.ones(30), abs=1e-3)

@@ -94,13 +94,13 @@ def test_the_plot_is_a_picture(tmp_path: Path, num_classes: int) -> None:
         assert len(np.unique(np.asarray(picture.convert("L")))) > 10
 
 
-def test_a_plot_that_cannot_be_written_is_told_by_its_own_name(
+def test_a_plot_that_cannot_be_written_is_refused_before_it_is_drawn(
     cache: Cache, tmp_path: Path
 ) -> None:
     found = stats(cache)
     nowhere = tmp_path / "gone" / "plot.png"
     with pytest.raises(
-        ConfigError, match=rf"^{nowhere}: expected .*, got one in no folder; choose"
+        ConfigError, match=rf"^{nowhere}: expected .*, got no such folder as .*; choose"
     ):
         plot_stats(found, nowhere)
     with pytest.raises(ConfigError, match=rf"^{tmp_path}: expected .*, got a folder; choose"):

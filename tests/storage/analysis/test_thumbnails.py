@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gkd.storage.analysis.thumbnails import MOST_BYTES, thumbnails
+from gkd.storage.analysis.thumbnails import MAX_BYTES, thumbnails
 from gkd.storage.cache.reader import Cache
 from gkd.storage.cache.writer import CacheWriter, ShardSamples
 from gkd.storage.errors import CorruptRecordError, SpecMismatchError
@@ -59,7 +59,7 @@ def test_faces_are_the_stored_bytes_where_these_are_small(cache: Cache, tmp_path
             assert (face.format, face.size) == ("JPEG", (112, 112))
             expected = np.asarray(Image.open(io.BytesIO(image(row))).convert("RGB"), float)
             assert np.abs(np.asarray(face, float) - expected).mean() < 40
-    assert len(image(4)) > MOST_BYTES
+    assert len(image(4)) > MAX_BYTES
 
 
 def test_faces_are_found_wherever_they_stand(cache: Cache, tmp_path: Path) -> None:
@@ -71,7 +71,9 @@ def test_faces_are_found_wherever_they_stand(cache: Cache, tmp_path: Path) -> No
 
 def test_records_without_any_of_them_are_refused(cache: Cache, tmp_path: Path) -> None:
     records = open_records(pack(tmp_path / "pack", [20, 21, 22]))
-    with pytest.raises(SpecMismatchError, match=r"has none of the 2 images of the cache .*c\.gkd"):
+    with pytest.raises(
+        SpecMismatchError, match=r"contains none of the 2 images of the cache .*c\.gkd"
+    ):
         thumbnails(records, cache.samples(), [0, 1], tmp_path, workers=1)
     assert thumbnails(records, cache.samples(), [], tmp_path, workers=1) == {}
 

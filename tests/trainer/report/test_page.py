@@ -198,7 +198,7 @@ def test_a_run_measures_its_last_epoch(faces: Path, finished: Path) -> None:
     assert columns["Class"] == [str(each.number) for each in found.fit.worst]
     assert columns["Mean cosine"] == [f"{each.mean:.4f}" for each in found.fit.worst]
     keys = {f"person_{n}/{image}.jpg" for n in range(6) for image in range(7)}
-    told = columns["Its worst images: record key (cosine)"]
+    told = columns["Images with the lowest cosine: record key (cosine)"]
     assert {part.split(" (")[0] for cell in told for part in cell.split("), ")} <= keys
 
 
