@@ -201,8 +201,9 @@ class _Counts:
                 for temperature, counts in zip(cache.spec.temperatures, self.secondary, strict=True)
             },
             label=_mass(self.label),
-            draws=draws
-            and DrawStats(
+            draws=None
+            if draws is None
+            else DrawStats(
                 draws.count, draws.temperature, draws.source, self.drawn_classes / max(samples, 1)
             ),
             array_bytes=self.array_bytes,

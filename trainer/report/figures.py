@@ -90,9 +90,11 @@ def _svg(figure: Any) -> str:
 
 def _averaged(x: Sequence[float], y: Sequence[float]) -> list[list[float]]:
     """At most ``MAX_POINTS`` points, each the mean of consecutive ones."""
-    parts = max(1, min(len(x), MAX_POINTS))
+    if not len(x):
+        return [[], []]
+    parts = min(len(x), MAX_POINTS)
     return [
-        [float(part.mean()) for part in np.array_split(np.asarray(values, float), parts) if len(part)]
+        [float(part.mean()) for part in np.array_split(np.asarray(values, float), parts)]
         for values in (x, y)
     ]
 
