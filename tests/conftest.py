@@ -1,16 +1,42 @@
-"""What the tests of commands start from."""
+"""Settings of the whole suite, and fixtures that several folders share."""
 
+import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+from tests.processes import stop_server
+
+# `make check` tries the same examples every time; `make nightly` tries many others.
+settings.register_profile("check", max_examples=50, deadline=None, derandomize=True)
+settings.register_profile("nightly", max_examples=1000, deadline=None, print_blob=True)
+settings.load_profile("check")
+
+# The tests' processes share the cores already; torch.compile needs no pool of its own.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Faces of eight people, a verification set of six others, and a teacher."""
+@pytest.fixture(scope="session", autouse=True)
+def _processes_end() -> Iterator[None]:
+    yield
+    stop_server()
+
+
+@pytest.fixture(scope="session")
+def drawn_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Faces of eight people, a verification set of six others, and a teacher; read only."""
     from tests.home import write_home  # tests of storage alone run without torch
 
     return write_home(tmp_path_factory.mktemp("home"))
+
+
+@pytest.fixture(scope="module")
+def home(drawn_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of ``drawn_home`` that the tests of a module may add to."""
+    return Path(shutil.copytree(drawn_home, tmp_path_factory.mktemp("home") / "home"))
 
 
 @pytest.fixture

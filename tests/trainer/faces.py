@@ -1,7 +1,4 @@
-"""A small data set with a teacher's dense logits, its cache, and a run on both in a process.
-
-``python -m tests.trainer.faces FOLDER OUT [section.key=value]...`` trains on what ``make`` wrote.
-"""
+"""A small data set with a teacher's dense logits, its cache, and runs on both."""
 
 import sys
 from collections.abc import Sequence
@@ -156,7 +153,12 @@ def run(folder: Path, out: Path, *overrides: str, ranks: Ranks = ALONE) -> Summa
     return train(config, records, targets, out, command=command, ranks=ranks)
 
 
-if __name__ == "__main__":
+def run_process(folder: Path, out: Path, *overrides: str) -> None:
+    """A run as the process itself: alone, or as the rank that its environment names."""
     torch.set_num_threads(1)
     with joined_ranks("cpu") as joined:
-        run(Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:], ranks=joined)
+        run(folder, out, *overrides, ranks=joined)
+
+
+if __name__ == "__main__":  # python -m tests.trainer.faces FOLDER OUT [section.key=value]...
+    run_process(Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:])

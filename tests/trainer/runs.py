@@ -1,12 +1,8 @@
 """Runs in processes of their own, and what runs leave in their folders, to the bit."""
 
 import json
-import os
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from gkd.trainer.checkpoint import read_checkpoint
-from tests.paths import ROOT
+from tests.processes import Process, running
+from tests.trainer.faces import run_process
 
 LAST = "checkpoints/last.pt"
 
@@ -71,35 +68,18 @@ def last_centers(out: Path) -> Path:
     return out / "checkpoints" / folder
 
 
-@contextmanager
-def started(faces: Path, out: Path, *overrides: str) -> Iterator["subprocess.Popen[str]"]:
-    """A training in a process of its own, which does not outlive the test."""
-    command = [sys.executable, "-m", "tests.trainer.faces", str(faces), str(out), *overrides]
-    with (
-        (out.parent / "words").open("w+") as words,
-        subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            text=True,
-            stdout=subprocess.DEVNULL,
-            stderr=words,
-            start_new_session=True,
-        ) as process,
-    ):
-        try:
-            yield process
-        finally:
-            process.kill()
+def started(faces: Path, out: Path, *overrides: str) -> AbstractContextManager[Process]:
+    """A training in another process, which does not outlive the block."""
+    return running(run_process, faces, out, *overrides)
 
 
-def wait_for_step(process: "subprocess.Popen[str]", out: Path, step: int) -> None:
+def wait_for_step(process: Process, out: Path, step: int) -> None:
     deadline = time.monotonic() + 120
     while process.poll() is None and time.monotonic() < deadline:
         if (out / "metrics.jsonl").exists() and len(lines_so_far(out)) >= step:
             return
         time.sleep(0.005)
-    pytest.fail(f"no step {step}: {(out.parent / 'words').read_text()}")
+    pytest.fail(f"no step {step}: {process.err}")
 
 
 def lines_so_far(out: Path) -> list[bytes]:

@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -30,10 +29,9 @@ from gkd.trainer.head.loss import GroupTargets
 from gkd.trainer.loop import train
 from gkd.trainer.run_dir import read_described
 from gkd.trainer.state import RunState
-from tests.paths import ROOT
 from tests.reference import log_softmax
 from tests.terminal import on_a_terminal
-from tests.trainer.faces import SETTINGS, load, run, small_config, teacher_logits
+from tests.trainer.faces import SETTINGS, load, run, run_process, small_config, teacher_logits
 from tests.trainer.runs import LAST, lines, losses, started, training_lines, wait_for_step
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -76,9 +74,10 @@ def test_metrics_tell_every_step_and_every_evaluation(unbroken: Path) -> None:
     assert read_checkpoint(unbroken / "checkpoints/best.pt")["best"] == best
 
 
-def test_the_live_line_tells_everything(faces: Path, tmp_path: Path) -> None:
+def test_the_live_line_tells_everything(
+    faces: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     """On a terminal of 80 columns and as the plain lines of a log."""
-    command = [sys.executable, "-m", "tests.trainer.faces", str(faces)]
     parts = {
         "loss": r"\bloss \d+\.\d{3}",
         "CE": r"\bce \d+\.\d{3}",
@@ -89,16 +88,11 @@ def test_the_live_line_tells_everything(faces: Path, tmp_path: Path) -> None:
         "data wait": r"\bdata wait \d+%",
         "time left of all": r"\bends in \d+:\d\d:\d\d",
     }
-    shown = on_a_terminal([*command, str(tmp_path / "a"), "train.epochs=2"], 80)
+    shown = on_a_terminal(80, run_process, faces, tmp_path / "a", "train.epochs=2")
     last = " ".join(shown[shown.rindex("epoch 2/2") :].split())
-    done = subprocess.run(
-        [*command, str(tmp_path / "b"), "train.epochs=2"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    (line,) = [line for line in done.stderr.splitlines() if line.startswith("epoch 2/2")]
+    run(faces, tmp_path / "b", "train.epochs=2")
+    printed = capfd.readouterr().err.splitlines()
+    (line,) = [line for line in printed if line.startswith("epoch 2/2")]
     for name, part in parts.items():
         assert re.search(part, last), (name, last)
         assert re.search(part, line), (name, line)

@@ -6,8 +6,6 @@ import re
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -24,8 +22,8 @@ from gkd.trainer.evaluation.verification import evaluate
 from gkd.trainer.final_metrics import read_findings
 from gkd.trainer.loop import train
 from gkd.trainer.state import RunState
-from tests.paths import ROOT
-from tests.trainer.faces import load, run, small_config
+from tests.processes import running
+from tests.trainer.faces import load, run, run_process, small_config
 from tests.trainer.runs import (
     LAST,
     assert_same_end,
@@ -61,7 +59,8 @@ def test_killed_and_resumed_it_ends_in_the_same_bits(
     for target in (dice.randint(3, 15), dice.randint(20, 32)):
         with started(faces, out, *overrides) as process:
             wait_for_step(process, out, target)
-        assert process.returncode == -signal.SIGKILL
+            process.kill()
+        assert process.wait() == -signal.SIGKILL
     assert read_checkpoint(out / LAST)["step"] < 40
     run(faces, out, *overrides)
     assert_same_end(out, tmp_path / "whole")
@@ -193,37 +192,30 @@ def test_a_log_that_is_none_is_refused_by_its_line(faces: Path, tmp_path: Path) 
         run(faces, tmp_path / "out", "train.epochs=1")
 
 
+def run_with_small_files(size: int, *arguments: Any) -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+    run_process(*arguments)
+
+
 def test_a_disk_that_takes_no_checkpoint_is_told_and_no_half_of_one_stays(
     faces: Path, tmp_path: Path
 ) -> None:
     """A process whose files may have 100 kB; a checkpoint has more."""
-    stopped = subprocess.run(
-        [sys.executable, "-m", "tests.trainer.faces", faces, tmp_path / "full"],
-        cwd=ROOT,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)),
-        capture_output=True,
-        text=True,
-    )
-    assert stopped.returncode == 1
-    assert "the checkpoint of step 5 could not be written (File too large)" in stopped.stderr
-    assert "no checkpoint was written before" in stopped.stderr
-    assert "run the same command again" in stopped.stderr
+    with running(run_with_small_files, 100_000, faces, tmp_path / "full") as stopped:
+        assert stopped.wait() == 1
+    assert "the checkpoint of step 5 could not be written (File too large)" in stopped.err
+    assert "no checkpoint was written before" in stopped.err
+    assert "run the same command again" in stopped.err
     assert not list((tmp_path / "full/checkpoints").glob("*.pt*"))
 
 
 def test_a_full_disk_under_the_log_is_told_in_one_message(faces: Path, tmp_path: Path) -> None:
     """A process whose files may have 3000 bytes: what it writes first fits, its log does not."""
-    command = [sys.executable, "-m", "tests.trainer.faces", str(faces), str(tmp_path / "full")]
-    stopped = subprocess.run(
-        [*command, "train.epochs=10", "checkpoint.every_epochs=10"],
-        cwd=ROOT,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000)),
-        capture_output=True,
-        text=True,
-    )
-    assert stopped.returncode == 1
-    assert "Exception in thread" not in stopped.stderr
-    told = stopped.stderr.strip().splitlines()[-1]
+    settings = "train.epochs=10", "checkpoint.every_epochs=10"
+    with running(run_with_small_files, 3000, faces, tmp_path / "full", *settings) as stopped:
+        assert stopped.wait() == 1
+    assert "Exception in thread" not in stopped.err
+    told = stopped.err.strip().splitlines()[-1]
     assert re.search(r"full/(metrics\.jsonl|tensorboard): the disk or the quota is full", told)
 
 
@@ -234,7 +226,7 @@ def test_a_data_worker_that_is_killed_is_told(faces: Path, tmp_path: Path) -> No
         for worker in psutil.Process(process.pid).children():
             worker.kill()
         assert process.wait(timeout=30) == 1
-    told = (tmp_path / "words").read_text().strip().splitlines()[-1]
+    told = process.err.strip().splitlines()[-1]
     # Cut off while it hands a batch over, a worker leaves torch no word of its own.
     assert re.search(
         r"a process that prepares data died \((DataLoader worker|.*reset by peer)", told
@@ -252,9 +244,8 @@ def test_a_signal_ends_it_with_a_checkpoint_and_words(
         # To all of its group, workers too, as a terminal and a scheduler do.
         os.killpg(process.pid, number)
         assert process.wait(timeout=30) == 1
-    words = (tmp_path / "words").read_text()
     step = read_checkpoint(tmp_path / "out" / LAST)["step"]
-    message = words.strip().splitlines()[-1]
+    message = process.err.strip().splitlines()[-1]
     assert f"stopped by {number.name} after step {step} of 2500" in message
     assert "run the same command again to resume" in message
     assert training_lines(tmp_path / "out")[-1]["step"] == step
@@ -269,7 +260,7 @@ def test_a_signal_that_comes_twice_at_once_is_one(faces: Path, tmp_path: Path) -
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=30) == 1
     step = read_checkpoint(tmp_path / "out" / LAST)["step"]
-    assert f"stopped by SIGTERM after step {step} of 2500" in (tmp_path / "words").read_text()
+    assert f"stopped by SIGTERM after step {step} of 2500" in process.err
 
 
 def test_another_configuration_does_not_go_on(faces: Path, tmp_path: Path, unbroken: Path) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from gkd.pipeline.groups import logits as logits_module
@@ -146,7 +146,6 @@ def cases(
 
 
 @given(cases(), st.integers(0, 2**32 - 1))
-@settings(max_examples=300, deadline=None)
 def test_a_number_chooses_the_class_of_the_dense_reference(
     case: tuple[npt.NDArray[np.float32], npt.NDArray[np.int64], PartitionSettings, int], seed: int
 ) -> None:

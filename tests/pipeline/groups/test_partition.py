@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from gkd.pipeline.groups.partition import Partition, partition, partition_logits
@@ -135,7 +135,6 @@ def cases(
 
 
 @given(cases())
-@settings(max_examples=400, deadline=None)
 def test_groups_equal_the_dense_reference_at_any_chunk(
     case: tuple[npt.NDArray[np.float32], npt.NDArray[np.int64], PartitionSettings, int],
 ) -> None:

@@ -8,7 +8,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from gkd.storage.cache.reader import Cache
@@ -191,7 +191,6 @@ def test_the_loss_sees_the_same_probabilities_at_every_temperature(
         np.testing.assert_allclose(batch.log_probs, expected, atol=6 * ROUNDING)
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     seed=st.integers(0, 10**6),
     old_threshold=st.floats(0.3, 1.0),

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tensorstore
 import zarr
-from hypothesis import given, settings
+from hypothesis import given
 from zarr.codecs import BloscCodec, Crc32cCodec
 from zarr.core.buffer import default_buffer_prototype
 from zarr.storage import MemoryStore
@@ -45,7 +45,6 @@ def assert_equal_targets(left: SparseTargets, right: SparseTargets) -> None:
             assert got.dtype == expected.dtype, field
 
 
-@settings(max_examples=12, deadline=None)
 @given(teaching=teachings())
 def test_what_is_written_is_read(
     teaching: Teaching, tmp_path_factory: pytest.TempPathFactory

@@ -256,7 +256,10 @@ def test_a_folder_that_may_not_be_written_is_told(
 
 def test_of_a_copy_the_file_that_is_written_is_told(tmp_path: Path) -> None:
     source, copy = tmp_path / "source", tmp_path / "copy"
-    with pytest.raises(ConfigError, match=rf"^{copy}: the disk or the quota is full"), disk_errors(tmp_path):
+    with (
+        pytest.raises(ConfigError, match=rf"^{copy}: the disk or the quota is full"),
+        disk_errors(tmp_path),
+    ):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(source), None, str(copy))
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from gkd.storage.errors import ConfigError, CorruptRecordError
@@ -100,7 +100,6 @@ def test_headers_gathered_at_once_equal_records_read_one_by_one(name: str) -> No
         assert headers.sizes[row] == len(record.body)
 
 
-@settings(deadline=None)  # files are synced
 @given(st.lists(payloads, max_size=6))
 def test_written_records_read_back(datas: list[bytes]) -> None:
     with tempfile.TemporaryDirectory() as folder:
@@ -201,7 +200,6 @@ def test_a_scan_shows_damage_and_goes_on(tmp_path: Path) -> None:
     }
 
 
-@settings(deadline=None)
 @given(st.data())
 def test_a_scan_finds_every_record_that_was_not_touched(data: st.DataObject) -> None:
     bodies = data.draw(st.lists(payloads, min_size=1, max_size=6))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from gkd.storage.errors import ConfigError, CorruptRecordError, GkdError
@@ -305,7 +305,6 @@ def test_a_folder_packed_by_the_tar_program(tmp_path: Path, format: str) -> None
 small = st.lists(st.tuples(st.integers(0, 9), st.binary(min_size=1, max_size=1200)), min_size=1)
 
 
-@settings(deadline=None)
 @given(small, st.data())
 def test_a_flipped_bit_is_told_or_hits_one_image(
     drawn: list[tuple[int, bytes]], data: st.DataObject

@@ -1,28 +1,26 @@
 """Progress as people see it: on a terminal of any width, and in a log."""
 
 import re
-import subprocess
-import sys
+import time
 
 import pytest
 
-from tests.paths import ROOT
+from gkd.storage.util.progress import progress
 from tests.terminal import on_a_terminal
 
 NOTE = "loss 97.759  ce 30.930  primary 3.1966  binary 3.7646  lr 0.095  data wait 11%"
-WORK = f"""
-import time
-from gkd.storage.util.progress import progress
-with progress("epoch 1/20", 400, "images") as advance:
-    for step in range(10):
-        time.sleep(0.03)
-        advance(40, {NOTE!r} if step == 4 else "")
-"""
+
+
+def work() -> None:
+    with progress("epoch 1/20", 400, "images") as advance:
+        for step in range(10):
+            time.sleep(0.03)
+            advance(40, NOTE if step == 4 else "")
 
 
 @pytest.mark.parametrize("columns", [80, 120, 200])
 def test_a_terminal_shows_bar_and_note_whole(columns: int) -> None:
-    shown = on_a_terminal([sys.executable, "-c", WORK], columns)
+    shown = on_a_terminal(columns, work)
     assert re.search(r"epoch 1/20 .*400/400 [\d,]+ images/s 0:00:\d\d 0:00:00", shown)
     assert re.search(r"images/s 0:00:\d\d 0:00:0\d", shown)  # time left
     # The note stays until the next, to the end; a narrow terminal breaks it at a space.
@@ -31,11 +29,9 @@ def test_a_terminal_shows_bar_and_note_whole(columns: int) -> None:
     assert "…" not in shown
 
 
-def test_a_log_gets_plain_lines() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", WORK], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    (line,) = done.stderr.splitlines()
+def test_a_log_gets_plain_lines(capfd: pytest.CaptureFixture[str]) -> None:
+    work()
+    (line,) = capfd.readouterr().err.splitlines()
     assert re.fullmatch(
         rf"epoch 1/20: 400/400 \([\d,.]+ images/s in [\d.]+ s\) {re.escape(NOTE)}", line
     )

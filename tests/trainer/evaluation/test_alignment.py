@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from gkd.storage.errors import ConfigError
@@ -22,7 +22,6 @@ def test_a_known_movement_is_found() -> None:
     np.testing.assert_allclose(found, [[0, -2, 7], [2, 0, -3]], atol=1e-12)
 
 
-@settings(max_examples=50, deadline=None)
 @given(st.integers(0, 2**32 - 1))
 def test_noisy_points_are_met_in_the_least_squares(seed: int) -> None:
     """Rotation and scale as (a, -b; b, a) make the problem linear: another way to solve it."""

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from gkd.demo.synthetic import draw_faces
@@ -43,7 +43,6 @@ def test_a_face_as_near_as_ones_own_comes_first() -> None:
     assert ranks.tolist() == [2]
 
 
-@settings(max_examples=40, deadline=None)
 @given(st.integers(0, 2**32 - 1))
 def test_ranks_agree_with_the_slow_reading(seed: int) -> None:
     rng = np.random.default_rng(seed)

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 from torch import nn
@@ -72,7 +72,6 @@ def scored_pairs(draw: st.DrawFn) -> tuple[list[float], list[bool]]:
     return [step / 20 for step in steps], [True, False, *issame[2:]]
 
 
-@settings(max_examples=60, deadline=None)
 @given(scored_pairs())
 def test_agrees_with_the_slow_reading(pairs: tuple[list[float], list[bool]]) -> None:
     distances, issame = pairs

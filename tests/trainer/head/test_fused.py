@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -155,7 +155,6 @@ def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> in
     return size
 
 
-@settings(max_examples=60, deadline=None)
 @given(problem=problems())
 def test_loss_and_gradients_are_the_twins(problem: Problem) -> None:
     ours, expected = evaluate(problem, torch.float64), twin(problem)
@@ -173,7 +172,6 @@ def errors(result: Result, expected: Result) -> list[float]:
     return [abs(result.loss - expected.loss), *distances]
 
 
-@settings(max_examples=60, deadline=None)
 @given(problem=problems())
 def test_single_precision_errs_no_more_than_the_plain_layer(problem: Problem) -> None:
     """Single roundings differ, so one problem allows some slack: the next test allows little."""

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 
 from gkd.trainer.head.loss import GroupTargets, gkd_loss
 from tests.reference import (
@@ -28,7 +28,6 @@ def evaluate(problem: Problem, dtype: torch.dtype) -> tuple[float, Array]:
     return loss.total.item(), logits.grad.double().numpy()
 
 
-@settings(max_examples=100, deadline=None)
 @given(problems())
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.float64, 2e-6)], ids=["f32", "f64"]
@@ -49,7 +48,6 @@ def test_loss_and_gradient_are_the_twins(
     )
 
 
-@settings(max_examples=25, deadline=None)
 @given(problems())
 def test_twins_gradient_is_the_slope_of_its_loss(problem: Problem) -> None:
     student = np.asarray(problem["student"])
@@ -67,7 +65,6 @@ def test_twins_gradient_is_the_slope_of_its_loss(problem: Problem) -> None:
     np.testing.assert_allclose(gradient, slope, rtol=1e-5, atol=1e-5)
 
 
-@settings(max_examples=50, deadline=None)
 @given(problems())
 def test_terms_add_up_to_the_whole_divergence(problem: Problem) -> None:
     """KL(p||q) = Binary + a Primary + (1-a) Secondary."""

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from gkd.trainer.head.margin import Margin, MarginHead, apply_margin
@@ -56,7 +56,6 @@ def test_the_angular_boundary_is_finite(name: str, cosine: float) -> None:
     assert torch.isfinite(cosines.grad).all()
 
 
-@settings(max_examples=60, deadline=None)
 @given(name=st.sampled_from(sorted(MARGINS)), cosine=st.floats(-0.995, 0.995))
 def test_slope_is_that_of_the_formula(name: str, cosine: float) -> None:
     margin = MARGINS[name]
