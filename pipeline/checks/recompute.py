@@ -23,7 +23,8 @@ from gkd.storage.cache.spec import CacheSpec, View
 from gkd.storage.cache.target_arrays import cut_out
 from gkd.storage.cache.targets import MAX_CODE, STEPS_PER_OCTAVE, SparseTargets, decode_log_probs
 from gkd.storage.errors import ConfigError, SpecMismatchError
-from gkd.storage.records.base import Records, digests
+from gkd.storage.records.base import Records
+from gkd.storage.records.digests import digests
 from gkd.storage.records.images import digest
 from gkd.storage.util.progress import progress
 

@@ -9,7 +9,8 @@ import simplejpeg
 from gkd.storage.cache.reader import Samples
 from gkd.storage.errors import CorruptRecordError, SpecMismatchError
 from gkd.storage.reading.join import match
-from gkd.storage.records.base import Records, kept_digests
+from gkd.storage.records.base import Records
+from gkd.storage.records.digests import cached_digests
 from gkd.storage.records.images import JPEG_START, digest
 from gkd.storage.util.progress import progress
 
@@ -34,7 +35,7 @@ def thumbnails(
     record_rows = {row: row for row in wanted if _is_in_own_row(records, row, samples)}
     moved = np.array([row for row in wanted if row not in record_rows], np.int64)
     if len(moved):
-        known = kept_digests(records, folder, workers=workers)
+        known = cached_digests(records, folder, workers=workers)
         found = match(samples.digests[moved], samples.labels[moved], known, records.labels)
         pairs = zip(moved.tolist(), found.tolist(), strict=True)
         record_rows |= {row: record_row for row, record_row in pairs if record_row >= 0}

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gkd.storage.errors import ConfigError
+from gkd.storage.records.labels import LabelOrder
 
 FORMAT = 1
 MAX_SCALE = 1024.0
@@ -16,7 +17,6 @@ MOST_SHARD_NUMBERS = 1 << 26  # of a shard and view beside the entries, in one c
 View = Literal["original", "flipped"]
 VIEWS: tuple[View, ...] = ("original", "flipped")
 CentersKind = Literal["file", "class-mean", "refined"]
-LabelOrder = Literal["recordio", "natural", "plain"]
 
 
 class Preprocess(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

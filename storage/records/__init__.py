@@ -1,5 +1,5 @@
-"""Face images with labels, in every form that people keep them in.
+"""Face images with labels, in every form that data sets are kept in.
 
 May be imported by everything above it: ``cache``, ``reading``, ``analysis``, the two stages and
-the commands. Imports ``storage.util`` and ``storage.errors`` alone.
+the commands. Imports only ``storage.util`` and ``storage.errors``.
 """

@@ -12,10 +12,10 @@ from gkd.storage.errors import CorruptRecordError
 
 FACE_SHAPE = (112, 112, 3)
 DIGEST_BYTES = 16
-# An image of a few kilobytes can claim gigabytes of pixels; faces never come near this.
+# An image of a few kilobytes can claim gigabytes of pixels; faces are far smaller.
 MAX_PIXELS = 1 << 26
 JPEG_START = b"\xff\xd8\xff"
-# Named, because Pillow would hand other formats to far less guarded decoders.
+# Only these: Pillow's decoders of other formats are far less guarded.
 PILLOW_FORMATS = ("JPEG", "PNG", "BMP", "WEBP")
 EIGHT_BIT_MODES = frozenset({"1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"})
 
@@ -27,33 +27,33 @@ def decode(encoded: bytes | memoryview) -> npt.NDArray[np.uint8]:
     MXNet, OpenCV and Pillow see; PNG, BMP and WebP by Pillow. Alpha is dropped.
 
     Raises:
-        CorruptRecordError: for anything else, a damaged image, more than 8 bits a channel, or
-            more than ``MAX_PIXELS``. The message names no place: the caller knows it.
+        CorruptRecordError: for anything else, a damaged image, more than 8 bits per channel, or
+            more than ``MAX_PIXELS``. The message does not name the location: the caller knows it.
     """
     try:
         if bytes(encoded[:3]) == JPEG_START:
             height, width, colorspace, _ = simplejpeg.decode_jpeg_header(encoded)
             _check_pixels(int(width), int(height))
-            if colorspace not in ("CMYK", "YCCK"):  # those two only Pillow turns to RGB
+            if colorspace not in ("CMYK", "YCCK"):  # only Pillow converts these two to RGB
                 pixels: npt.NDArray[np.uint8] = simplejpeg.decode_jpeg(encoded, "RGB")
                 return pixels
         return _decode_by_pillow(encoded)
     except CorruptRecordError:
         raise
-    # Pillow's decoders raise nearly anything on damaged bytes.
+    # Pillow's decoders raise almost any exception on damaged bytes.
     except Exception as error:
         raise CorruptRecordError(
             f"expected an encoded image, got {len(encoded)} bytes starting "
-            f"{bytes(encoded[:8]).hex() or 'nowhere'} ({_reason(error)})"
+            f"{bytes(encoded[:8]).hex() or 'with nothing'} ({_reason(error)})"
         ) from error
 
 
 def decode_face(encoded: bytes | memoryview, where: str) -> npt.NDArray[np.uint8]:
-    """Pixels of an aligned face, RGB uint8 [112, 112, 3].
+    """Pixels of an aligned face at the location ``where``, RGB uint8 [112, 112, 3].
 
     Raises:
-        CorruptRecordError: naming the place, where the image does not decode or has another size;
-            what to do is the caller's to add.
+        CorruptRecordError: if the image cannot be decoded or has another size; the message starts
+            with ``where`` and leaves it to the caller to add what to do.
     """
     try:
         pixels = decode(encoded)
@@ -68,7 +68,7 @@ def decode_face(encoded: bytes | memoryview, where: str) -> npt.NDArray[np.uint8
 
 
 def digest(encoded: bytes | memoryview) -> bytes:
-    """Name of an encoded image: its blake2b digest of 16 bytes."""
+    """The blake2b digest of an encoded image, 16 bytes, by which caches know it."""
     return hashlib.blake2b(encoded, digest_size=DIGEST_BYTES).digest()
 
 
@@ -77,10 +77,10 @@ def _decode_by_pillow(encoded: bytes | memoryview) -> npt.NDArray[np.uint8]:
         _check_pixels(*image.size)
         if image.mode not in EIGHT_BIT_MODES:
             raise CorruptRecordError(
-                f"expected at most 8 bits a channel, got {image.format} of mode {image.mode}"
+                f"expected at most 8 bits per channel, got {image.format} of mode {image.mode}"
             )
         if "transparency" in image.info:
-            # Pillow warns where a transparent palette goes to RGB directly.
+            # Pillow warns if a transparent palette is converted to RGB directly.
             return np.asarray(image.convert("RGBA").convert("RGB"))
         return np.asarray(image.convert("RGB"))
 
@@ -94,5 +94,5 @@ def _check_pixels(width: int, height: int) -> None:
 
 def _reason(error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
-        return f"none of {', '.join(PILLOW_FORMATS)}"  # its own words hold an address in memory
+        return f"none of {', '.join(PILLOW_FORMATS)}"  # its own text holds a memory address
     return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,19 +1,18 @@
-"""MXNet record packs as rows of images: InsightFace's layout and im2rec's."""
+"""MXNet record packs as rows of images, in InsightFace's layout or im2rec's."""
 
-import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from gkd.storage.errors import ConfigError, CorruptRecordError
-from gkd.storage.records.base import QUIET_ROWS, Records
-from gkd.storage.records.classes import MAX_CLASSES, labelled_classes, read_property
-from gkd.storage.records.recordio import Headers, RecordReader, read_index
+from gkd.storage.records.base import QUIET_ROWS, Layout, Records
+from gkd.storage.records.labels import class_numbers, count_classes, label_fault, read_property
+from gkd.storage.records.recordio import HEADER, RecordReader, read_index
 from gkd.storage.util.progress import progress
 
-# From here on a float32 label cannot name every class.
+# From here on float32 labels cannot represent every class.
 EXACT_FLOAT32 = 2**24
 HEADER_BLOCK = 1 << 18
 
@@ -21,21 +20,20 @@ HEADER_BLOCK = 1 << 18
 class RecordFile(Records):
     """The images of a ``.rec`` file, in numeric order of their keys in the ``.idx`` beside it.
 
-    Without an ``.idx`` the file is scanned and a record's key is its number in the file, from 0:
+    Without an ``.idx`` the file is scanned, and a record's key is its number in the file from 0:
     the header's own id field is not unique in packs that were shuffled or merged.
 
-    In the layout of InsightFace, key 0 and one record an identity hold two labels and no image;
-    they are left out. In that of im2rec every record is an image. Which it is, the records say.
-    ``num_classes`` comes from the first line of ``property`` where that file stands beside, else
-    it is the largest label + 1, unless that is far more than so many images prove. Labels are
-    float32: classes from 2^24 on may be rounded.
+    In InsightFace's layout, key 0 and one record per identity hold two labels and no image; they
+    are left out. In im2rec's layout every record is an image. The records show which layout it is.
+    ``num_classes`` comes from the first line of the file ``property`` beside the pack; without it,
+    it is the largest label + 1. Labels are float32: classes from 2^24 on may be rounded.
 
-    A record whose header cannot be read, or whose label is no class, stays a row with label -1.
+    A record with an unreadable header, or whose label names no class, stays a row with label -1.
 
     Raises:
-        ConfigError: where there is no image, ``property`` cannot be read, or the largest label
-            is that of no data set of this size.
-        CorruptRecordError: where the index cannot be read.
+        ConfigError: if there is no image, ``property`` cannot be read, or the largest label is
+            implausible for a data set of this size.
+        CorruptRecordError: if the index cannot be read.
     """
 
     def __init__(self, path: Path) -> None:
@@ -53,112 +51,117 @@ class RecordFile(Records):
             offsets = self._reader.scan()
             keys = np.arange(len(offsets))
         headers = _read_headers(self._reader, offsets)
-        metadata = _metadata(keys, headers)
+        metadata = _metadata_records(keys, headers)
         self.layout = "insightface" if metadata.any() else "im2rec"
         images = ~metadata
         if not images.any():
             raise ConfigError(
                 f"{self.path}: expected records with images, got {len(keys)} records and no image; "
-                "name a pack that holds some"
+                "name a pack with images"
             )
-        self._keys, self._offsets = keys[images], offsets[images]
-        self.sizes = headers.sizes[images]
-        self._property = read_property(self.path.with_name("property"))
-        bound = MAX_CLASSES if self._property is None else self._property
-        self.labels = _classes(headers.labels[images], self.sizes, bound)
-        self.num_classes = self._property or labelled_classes(self.labels, self.where)
+        self._keys, self._offsets, headers = keys[images], offsets[images], headers[images]
+        self.sizes = headers["size"].copy()
+        self._stated = read_property(self.path.with_name("property"))
+        self.labels = class_numbers(headers["label"], self._stated, self.sizes >= 0)
+        self.num_classes = self._stated or count_classes(self.labels, self.where)
 
     def key(self, row: int) -> str:
         """The record's key in the index, or its number in the file."""
         return str(self._keys[row])
 
     def where(self, row: int) -> str:
-        """File, key and offset in words."""
-        return self._reader.where(int(self._offsets[row]), self._keys[row])
+        """File, key and offset."""
+        return f"{self.path}, key {self._keys[row]}, offset {self._offsets[row]}"
 
-    def encoded(self, row: int) -> memoryview:
-        """The encoded image, a view of the memory map where the record is one part.
-
-        Raises:
-            CorruptRecordError: naming file, key and offset, what was expected and what was got.
-        """
-        # Twice as fast as indexing: plain integers without NumPy's scalars between.
-        body = self._reader.body(self._offsets.item(row), self._keys.item(row))
+    def _read(self, row: int) -> memoryview:
+        # ``item`` gives plain integers, without NumPy's scalars: half the time of indexing.
+        offset = self._offsets.item(row)
+        body = self._reader.body(offset)
         if self.labels.item(row) < 0:
-            raise self._label_fault(row)
+            label = self._reader.read(offset).labels[0]
+            raise CorruptRecordError(label_fault(f"{label:g}", self._stated))
         return body
 
-    def stamps(self) -> Iterator[tuple[str, os.stat_result]]:
-        """Name of the pack and of its index, and what the system says now of each.
-
-        Raises:
-            CorruptRecordError: where a file is gone.
-        """
+    def _files(self) -> Iterator[tuple[str, Path]]:
         for path in [self.path, self.path.with_suffix(".idx")][: 1 + self.indexed]:
-            try:
-                yield path.name, path.stat()
-            except OSError as error:
-                raise CorruptRecordError(f"{path}: {error.strerror}; put it back") from error
-
-    def _label_fault(self, row: int) -> CorruptRecordError:
-        (label, *_) = self._reader.read(int(self._offsets[row])).labels
-        if self._property is None:
-            expected, remedy = "a whole number from 0", "write the pack with class numbers"
-        else:
-            expected = f"a class from 0 to {self._property - 1}"
-            remedy = "write this record again or leave it out"
-            if label >= self._property and float(label).is_integer():
-                remedy = "correct the first line of the property file if it belongs to another pack"
-        return CorruptRecordError(
-            f"{self.where(row)}: expected {expected}, got label {label:g}; {remedy}"
-        )
+            yield path.name, path
 
 
-def _read_headers(reader: RecordReader, offsets: npt.NDArray[np.int64]) -> Headers:
-    """Headers of all records, read in the order of the file so that the disk reads ahead."""
-    count = len(offsets)
-    headers = Headers(
-        np.empty(count, np.int64),
-        np.empty(count, np.float32),
-        np.empty(count, np.float32),
-        np.empty(count, np.int64),
-    )
+class RecordParts(Records):
+    """The images of several packs of one folder, one pack after the other, as WebFace42M comes.
+
+    The packs share one numbering of the identities, and the ``property`` file beside them. A key is
+    the pack's name, a slash and the key in that pack.
+
+    Raises:
+        ConfigError: if a pack has no image, or ``property`` cannot be read.
+        CorruptRecordError: if an index cannot be read.
+    """
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self.parts = tuple(RecordFile(path) for path in paths)
+        self.path = self.parts[0].path.parent
+        self.name = self.path.name
+        self.label_order = self.parts[0].label_order
+        layouts: set[Layout] = {part.layout for part in self.parts}
+        self.layout = layouts.pop() if len(layouts) == 1 else "mixed"
+        self.indexed = all(part.indexed for part in self.parts)
+        self.num_classes = max(part.num_classes for part in self.parts)
+        self.labels = np.concatenate([part.labels for part in self.parts])
+        self.sizes = np.concatenate([part.sizes for part in self.parts])
+        self._ends = np.cumsum([len(part) for part in self.parts])
+
+    def key(self, row: int) -> str:
+        """The pack's name and the record's key in it: ``webface_03/17``."""
+        part, inner = self._locate(row)
+        return f"{part.path.stem}/{part.key(inner)}"
+
+    def where(self, row: int) -> str:
+        """File, key and offset."""
+        part, inner = self._locate(row)
+        return part.where(inner)
+
+    def _read(self, row: int) -> memoryview:
+        part, inner = self._locate(row)
+        return part._read(inner)
+
+    def _files(self) -> Iterator[tuple[str, Path]]:
+        for part in self.parts:
+            yield from part._files()
+
+    def _locate(self, row: int) -> tuple[RecordFile, int]:
+        number = int(np.searchsorted(self._ends, row, side="right"))
+        part = self.parts[number]
+        return part, row - int(self._ends[number]) + len(part)
+
+
+def _read_headers(reader: RecordReader, offsets: npt.NDArray[np.int64]) -> npt.NDArray[np.void]:
+    """Headers of all records [n], read in file order so that the disk can read ahead."""
+    headers = np.empty(len(offsets), HEADER)
     order = np.argsort(offsets, kind="stable")
-    with progress("read headers", count, "records", quiet_below=QUIET_ROWS) as advance:
-        for start in range(0, count, HEADER_BLOCK):
+    with progress("read headers", len(offsets), "records", quiet_below=QUIET_ROWS) as advance:
+        for start in range(0, len(offsets), HEADER_BLOCK):
             rows = order[start : start + HEADER_BLOCK]
-            block = reader.headers(offsets[rows])
-            headers.flags[rows] = block.flags
-            headers.labels[rows] = block.labels
-            headers.seconds[rows] = block.seconds
-            headers.sizes[rows] = block.sizes
+            headers[rows] = reader.headers(offsets[rows])
             advance(len(rows))
     return headers
 
 
-def _metadata(keys: npt.NDArray[np.int64], headers: Headers) -> npt.NDArray[np.bool_]:
-    """Which records are InsightFace's header and identities, bool [n]; none in another layout.
+def _metadata_records(
+    keys: npt.NDArray[np.int64], headers: npt.NDArray[np.void]
+) -> npt.NDArray[np.bool_]:
+    """Marks InsightFace's header and identity records, bool [n]; none in another layout.
 
-    All of them have two labels and no image. That alone could be an image lost by a writer, so
-    the pack must also lack an image at key 0, or hold the header record elsewhere: its labels
+    All of them have two labels and no image. That alone could be an image lost by a writer, so the
+    pack must also lack an image at key 0, or hold the header record elsewhere: its labels
     ``[a, b]`` count the other records without an image, b - a.
     """
-    empty: npt.NDArray[np.bool_] = (headers.flags == 2) & (headers.sizes == 0)
+    empty: npt.NDArray[np.bool_] = (headers["flag"] == 2) & (headers["size"] == 0)
     if not empty.any():
         return empty
-    image_at_zero = bool(np.any((keys == 0) & (headers.sizes >= 0) & ~empty))
-    first, last = headers.labels[empty], headers.seconds[empty]
+    image_at_zero = bool(np.any((keys == 0) & (headers["size"] >= 0) & ~empty))
+    first, last = headers["label"][empty], headers["second"][empty]
     # Exact only to the spacing of float32 at that size.
     miscount = np.abs((last - first) - (len(first) - 1))
     counted = bool(np.any(miscount <= np.where(last < EXACT_FLOAT32, 0, np.spacing(last))))
     return empty if counted or not image_at_zero else np.zeros_like(empty)
-
-
-def _classes(
-    labels: npt.NDArray[np.float32], sizes: npt.NDArray[np.int64], bound: int
-) -> npt.NDArray[np.int64]:
-    """Float labels to class numbers below ``bound``, -1 for what is none, int64 [n]."""
-    exact = labels.astype(np.float64)
-    with np.errstate(invalid="ignore"):
-        named = (sizes >= 0) & (exact >= 0) & (exact < bound) & (exact == np.floor(exact))
-    return np.where(named, exact, -1).astype(np.int64)

@@ -1,23 +1,19 @@
 """MXNet's RecordIO files without MXNet: framing, image headers, indexes.
 
 A record is ``u32 magic, u32 word, data`` padded with zeros to 4 bytes, little-endian; the word
-holds a part flag in its upper 3 bits and the length in the other 29. Where data holds the magic
-at a multiple of 4, the writer splits it there into parts and drops those 4 bytes; the reader puts
-them back. An image record's data is the header ``IfQQ`` (flag, label, id, id2), ``flag`` float32
-labels where flag > 0, then the encoded image.
+holds a part flag in its upper 3 bits and the length in the other 29. If data holds the magic at a
+multiple of 4, the writer splits it there into parts and drops those 4 bytes; the reader puts them
+back. An image record's data is the header ``IfQQ`` (flag, label, id, id2), ``flag`` float32 labels
+if flag > 0, then the encoded image.
 
 Source: dmlc/dmlc-core include/dmlc/recordio.h and src/recordio.cc, apache/mxnet
 python/mxnet/recordio.py.
 """
 
-import mmap
-import os
 import struct
-import uuid
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
 from typing import NamedTuple, Self
 
 import numpy as np
@@ -26,28 +22,32 @@ import pyarrow
 import pyarrow.csv
 
 from gkd.storage.errors import ConfigError, CorruptRecordError
-from gkd.storage.util.files import sync_file, sync_folder
+from gkd.storage.records.multi_file import map_file, require_unchanged
+from gkd.storage.util.files import publish_file
 from gkd.storage.util.progress import progress
 
 MAGIC = 0xCED7230A
 LENGTH_BITS = 29
 MAX_LENGTH = (1 << LENGTH_BITS) - 1
 WHOLE, FIRST, MIDDLE, LAST = range(4)
+# Scans of smaller files show no progress; others report it in steps.
 QUIET_BYTES = 1 << 30
-TOLD_BYTES = 1 << 25
+PROGRESS_BYTES = 1 << 25
+# The header of a record: number of labels, 0 for the single one of the header; first label; second
+# label, 0 if there is none; bytes of the encoded image. Flag and size are -1 if it is unreadable.
+HEADER = np.dtype([("flag", "i8"), ("label", "f4"), ("second", "f4"), ("size", "i8")])
 
 _MAGIC_BYTES = struct.pack("<I", MAGIC)
 _FRAME = struct.Struct("<II")
 _HEADER = struct.Struct("<IfQQ")
-_FLAG = struct.Struct("<I")
 _START = struct.Struct("<III")  # magic, word, flag
 
 
 class Record(NamedTuple):
-    """An image record taken apart.
+    """A parsed image record.
 
-    labels  float32 [max(flag, 1)]    the class stands first
-    body    the encoded image, without a copy where the record is one part
+    labels  float32 [max(flag, 1)]    the class comes first
+    body    the encoded image, without a copy if the record is one part
     """
 
     flag: int
@@ -57,86 +57,56 @@ class Record(NamedTuple):
     body: memoryview
 
 
-@dataclass(frozen=True)
-class Headers:
-    """The headers of n records, read at once.
-
-    flags   int64   [n]   number of labels, 0 for the single one of the header; -1: unreadable
-    labels  float32 [n]   first label
-    seconds float32 [n]   second label, 0 where there is none
-    sizes   int64   [n]   bytes of the encoded image; -1: unreadable
-    """
-
-    flags: npt.NDArray[np.int64]
-    labels: npt.NDArray[np.float32]
-    seconds: npt.NDArray[np.float32]
-    sizes: npt.NDArray[np.int64]
-
-
 class RecordReader:
-    """One memory map of a ``.rec`` file: holds no position, so threads and forks may share it.
+    """One memory map of a ``.rec`` file: holds no position, so threads and forks can share it.
 
-    Pickles by path; a file that changed its size on the way is refused.
+    Pickles by path; a file that has changed its size since is refused. Errors do not name the file
+    and the record's offset: the caller knows them.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path.absolute()
-        with self.path.open("rb") as file:
-            self.size = os.fstat(file.fileno()).st_size
-            # An empty file cannot be mapped.
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if self.size else b""
-        self._view = memoryview(mapped)
+        self._view = map_file(self.path)
+        self.size = len(self._view)
         self._words = np.frombuffer(self._view[: self.size // 4 * 4], "<u4")
 
     def __reduce__(self) -> tuple[object, ...]:
         return _reopen, (self.path, self.size)
 
-    def where(self, offset: int, key: object = None) -> str:
-        """The place of a record in words, for messages."""
-        named = "" if key is None else f"key {key}, "
-        return f"{self.path}, {named}offset {offset}"
-
-    def payload(self, offset: int, key: object = None) -> memoryview:
-        """Data of the record at ``offset``: a view of the map where it is one part, else a copy.
+    def payload(self, offset: int) -> memoryview:
+        """Data of the record at ``offset``: a view of the map if it is one part, else a copy.
 
         Raises:
-            CorruptRecordError: naming file, key and offset, what was expected and what was got.
+            CorruptRecordError: if there is no complete record.
         """
-        flag, start, length = self._part(offset, offset, key)
-        if flag == WHOLE:
-            return self._view[start : start + length]
-        if flag != FIRST:
-            raise self._fault(offset, key, f"expected the start of a record, got part flag {flag}")
-        parts = [self._view[start : start + length]]
-        while flag != LAST:
-            # Every part but the last ends at a multiple of 4.
-            flag, start, length = self._part(start + length, offset, key)
-            if flag not in (MIDDLE, LAST):
-                raise self._fault(
-                    offset, key, f"expected a later part at offset {start - 8}, got flag {flag}"
-                )
-            parts.append(self._view[start : start + length])
-        return memoryview(_MAGIC_BYTES.join(parts))
+        parts = [self._view[start : start + length] for start, length in self._parts(offset)]
+        return parts[0] if len(parts) == 1 else memoryview(_MAGIC_BYTES.join(parts))
 
-    def read(self, offset: int, key: object = None) -> Record:
+    def read(self, offset: int) -> Record:
         """The image record at ``offset``.
 
         Raises:
-            CorruptRecordError: as ``payload`` does, and where the header does not fit the data.
+            CorruptRecordError: as ``payload``, and if the header does not fit the data.
         """
-        payload = self.payload(offset, key)
-        start = self._body_start(payload, offset, key)
+        payload = self.payload(offset)
+        if len(payload) < _HEADER.size:
+            raise CorruptRecordError(
+                f"expected a header of {_HEADER.size} bytes, got {len(payload)}"
+            )
         flag, label, id_, id2 = _HEADER.unpack_from(payload)
-        labels = (
-            np.frombuffer(payload, "<f4", flag, _HEADER.size)
-            if flag
-            else np.array([label], np.float32)
-        )
+        start = _HEADER.size + 4 * flag
+        if start > len(payload):
+            raise CorruptRecordError(
+                f"expected {flag} labels by the header's flag, got {len(payload)} bytes"
+            )
+        labels = np.array([label], np.float32)
+        if flag:
+            labels = np.frombuffer(payload, "<f4", flag, _HEADER.size)
         return Record(flag, labels, id_, id2, payload[start:])
 
-    def body(self, offset: int, key: object = None) -> memoryview:
+    def body(self, offset: int) -> memoryview:
         """The encoded image of the record at ``offset``; raises what ``read`` raises."""
-        # Training reads images one by one: the usual record, whole and sound, goes a short way.
+        # Training reads single images: the common case, an undamaged record of one part, is fast.
         if 0 <= offset <= self.size - _START.size and not offset & 3:
             magic, word, flag = _START.unpack_from(self._view, offset)
             start = offset + _FRAME.size + _HEADER.size + 4 * flag
@@ -144,117 +114,100 @@ class RecordReader:
             # With a part flag the word is larger than any length.
             if magic == MAGIC and word <= MAX_LENGTH and start <= end <= self.size:
                 return self._view[start:end]
-        payload = self.payload(offset, key)
-        return payload[self._body_start(payload, offset, key) :]
+        return self.read(offset).body
 
     def scan(self) -> npt.NDArray[np.int64]:
         """Offsets of all records in file order, int64, by walking the file without an index.
 
-        Where the walk meets damage, the offset of the damage stands in the result (reading there
-        raises and says what is wrong) and the walk goes on at the next start of a record.
+        If the walk meets damage, the offset of the damage is in the result (reading there raises
+        an error that describes it) and the walk resumes at the next start of a record.
         """
         offsets = []
-        position = told = 0
+        position = reported = 0
         with progress(f"scan {self.path}", self.size, "bytes", quiet_below=QUIET_BYTES) as advance:
             while position < self.size:
                 offsets.append(position)
                 try:
-                    position = self._end(position)
+                    *_, (start, length) = self._parts(position)
+                    position = start + (length + 3) // 4 * 4
                 except CorruptRecordError:
                     position = self._next_start(position + 4)
-                if position - told > TOLD_BYTES:
-                    advance(position - told)
-                    told = position
-            advance(self.size - told)
+                if position - reported > PROGRESS_BYTES:
+                    advance(position - reported)
+                    reported = position
+            advance(self.size - reported)
         return np.array(offsets, np.int64)
 
-    def headers(self, offsets: npt.NDArray[np.int64]) -> Headers:
-        """Headers of the records at ``offsets`` [n], gathered from the map without a loop."""
-        count = len(offsets)
-        flags = np.full(count, -1, np.int64)
-        labels = np.zeros(count, np.float32)
-        seconds = np.zeros(count, np.float32)
-        sizes = np.full(count, -1, np.int64)
-        words = self._words
-        inside = (offsets >= 0) & (offsets & 3 == 0)
-        rows = np.flatnonzero(inside & (offsets <= self.size - _FRAME.size - _HEADER.size))
+    def headers(self, offsets: npt.NDArray[np.int64]) -> npt.NDArray[np.void]:
+        """Headers (``HEADER``) of the records at ``offsets``, both [n], gathered without a loop."""
+        headers = np.zeros(len(offsets), HEADER)
+        headers["flag"] = headers["size"] = -1
+        words, floats = self._words, self._words.view("<f4")
+        aligned = (offsets >= 0) & (offsets & 3 == 0)
+        rows = np.flatnonzero(aligned & (offsets <= self.size - _FRAME.size - _HEADER.size))
         at = offsets[rows] >> 2
+        starts_record = words[at] == MAGIC
         part_flags = words[at + 1] >> LENGTH_BITS
         lengths = (words[at + 1] & MAX_LENGTH).astype(np.int64)
-        started = words[at] == MAGIC
-        split = rows[started & (part_flags == FIRST)]
+        split = rows[starts_record & (part_flags == FIRST)]
 
-        whole = started & (part_flags == WHOLE) & (lengths >= _HEADER.size)
-        whole &= offsets[rows] + _FRAME.size + lengths <= self.size
-        rows, at, lengths = rows[whole], at[whole], lengths[whole]
+        # The flag of a record too short for a header is another record's byte; the size shows it.
         label_counts = words[at + 2].astype(np.int64)
-        bodies = lengths - _HEADER.size - 4 * label_counts
-        fits = bodies >= 0
-        rows, at, label_counts, bodies = rows[fits], at[fits], label_counts[fits], bodies[fits]
-        flags[rows] = label_counts
-        sizes[rows] = bodies
-        floats = words.view("<f4")
+        sizes = lengths - _HEADER.size - 4 * label_counts
+        readable = starts_record & (part_flags == WHOLE) & (sizes >= 0)
+        readable &= offsets[rows] + _FRAME.size + lengths <= self.size
+        rows, at, label_counts = rows[readable], at[readable], label_counts[readable]
+        headers["flag"][rows] = label_counts
+        headers["size"][rows] = sizes[readable]
         # Without a label array the label is the header's second field, else the array follows it.
-        labels[rows] = floats[np.where(label_counts > 0, at + 8, at + 3)]
+        headers["label"][rows] = floats[np.where(label_counts > 0, at + 8, at + 3)]
         paired = label_counts > 1
-        seconds[rows[paired]] = floats[at[paired] + 9]
+        headers["second"][rows[paired]] = floats[at[paired] + 9]
 
         for row in split:
             try:
                 record = self.read(int(offsets[row]))
             except CorruptRecordError:
-                continue  # stays marked unreadable, as the broken headers above do
-            flags[row], sizes[row] = record.flag, len(record.body)
-            labels[row] = record.labels[0]
-            seconds[row] = record.labels[1] if record.flag > 1 else 0
-        return Headers(flags, labels, seconds, sizes)
+                continue  # stays marked unreadable, as the broken headers above
+            second = record.labels[1] if record.flag > 1 else 0
+            headers[row] = record.flag, record.labels[0], second, len(record.body)
+        return headers
 
-    def _part(self, position: int, offset: int, key: object) -> tuple[int, int, int]:
-        """Flag, start and length of the part at ``position`` of the record at ``offset``."""
+    def _parts(self, offset: int) -> Iterator[tuple[int, int]]:
+        """Start and length of the data of each part of the record at ``offset``."""
+        flag, start, length = self._part(offset)
+        if flag not in (WHOLE, FIRST):
+            raise CorruptRecordError(f"expected the start of a record, got part flag {flag}")
+        yield start, length
+        while flag not in (WHOLE, LAST):
+            # Every part but the last ends at a multiple of 4.
+            position = start + length
+            flag, start, length = self._part(position)
+            if flag not in (MIDDLE, LAST):
+                raise CorruptRecordError(
+                    f"expected a later part at offset {position}, got flag {flag}"
+                )
+            yield start, length
+
+    def _part(self, position: int) -> tuple[int, int, int]:
+        """Flag, and start and length of the data, of the part at ``position``."""
         if not 0 <= position <= self.size - _FRAME.size or position & 3:
-            raise self._fault(
-                offset,
-                key,
+            raise CorruptRecordError(
                 f"expected a record at a multiple of 4 below the file's end {self.size}, "
-                f"got offset {position}",
+                f"got offset {position}"
             )
         magic, word = _FRAME.unpack_from(self._view, position)
         if magic != MAGIC:
-            at = "" if position == offset else f" at offset {position}"
-            raise self._fault(offset, key, f"expected magic 0x{MAGIC:08x}{at}, got 0x{magic:08x}")
+            raise CorruptRecordError(
+                f"expected magic 0x{MAGIC:08x} at offset {position}, got 0x{magic:08x}"
+            )
         start, length = position + _FRAME.size, word & MAX_LENGTH
         if start + length > self.size:
-            raise self._fault(
-                offset,
-                key,
-                f"expected {length} bytes from offset {start}, got {self.size - start}: "
-                "the file is truncated or the length is damaged",
+            raise CorruptRecordError(
+                f"expected {length} bytes from offset {start}, got {self.size - start}: the file "
+                "is truncated or the length is damaged"
             )
         return word >> LENGTH_BITS, start, length
-
-    def _body_start(self, payload: memoryview, offset: int, key: object) -> int:
-        if len(payload) < _HEADER.size:
-            raise self._fault(
-                offset, key, f"expected a header of {_HEADER.size} bytes, got {len(payload)}"
-            )
-        (flag,) = _FLAG.unpack_from(payload)
-        start = _HEADER.size + 4 * int(flag)
-        if start > len(payload):
-            raise self._fault(
-                offset,
-                key,
-                f"expected {flag} labels by the header's flag, got {len(payload)} bytes",
-            )
-        return start
-
-    def _end(self, offset: int) -> int:
-        """Where the record at ``offset`` ends; raises what ``payload`` raises."""
-        flag, start, length = self._part(offset, offset, None)
-        if flag != WHOLE:
-            self.payload(offset)
-        while flag not in (WHOLE, LAST):
-            flag, start, length = self._part(start + length, offset, None)
-        return start + (length + 3) // 4 * 4
 
     def _next_start(self, position: int) -> int:
         """The next multiple of 4 where a record may start, or the end of the file."""
@@ -265,26 +218,19 @@ class RecordReader:
                     return int(found) * 4
         return self.size
 
-    def _fault(self, offset: int, key: object, reason: str) -> CorruptRecordError:
-        return CorruptRecordError(f"{self.where(offset, key)}: {reason}")
-
 
 def _reopen(path: Path, size: int) -> RecordReader:
-    reader = RecordReader(path)
-    if reader.size != size:
-        raise CorruptRecordError(
-            f"{path}: expected {size} bytes as when it was opened, got {reader.size}; "
-            "the file changed under a running command: run it again"
-        )
-    return reader
+    require_unchanged(path, size)
+    return RecordReader(path)
 
 
 def read_index(path: Path) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Keys int64 [n] and offsets int64 [n] of an ``.idx`` file (``key TAB offset``), as they stand.
+    """Keys int64 [n] and offsets int64 [n] of an ``.idx`` file (``key TAB offset``), in its order.
 
     Raises:
-        CorruptRecordError: for a line that is not two whole numbers, or a key that stands twice.
+        CorruptRecordError: for a line that is not two integers, or a repeated key.
     """
+    remedy = "write the index again, or remove it to have the .rec file scanned"
     if not path.stat().st_size:
         return np.empty(0, np.int64), np.empty(0, np.int64)
     names = ["key", "offset"]
@@ -299,16 +245,15 @@ def read_index(path: Path) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]
         )
     except pyarrow.ArrowInvalid as error:
         raise CorruptRecordError(
-            f"{path}: expected lines of key, tab, offset, got: {error}; "
-            "write the index again, or remove it to have the .rec file scanned"
+            f"{path}: expected lines of key, tab, offset, got: {error}; {remedy}"
         ) from error
     keys, offsets = (table[name].to_numpy() for name in names)
     ordered = np.sort(keys)
-    twice = ordered[1:][ordered[1:] == ordered[:-1]]
-    if len(twice):
+    repeated = ordered[1:][ordered[1:] == ordered[:-1]]
+    if len(repeated):
         raise CorruptRecordError(
-            f"{path}: expected every key once, got key {twice[0]} again ({len(twice)} such lines); "
-            "write the index again, or remove it to have the .rec file scanned"
+            f"{path}: expected every key once, got key {repeated[0]} again ({len(repeated)} such "
+            f"lines); {remedy}"
         )
     return keys, offsets
 
@@ -316,7 +261,7 @@ def read_index(path: Path) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]
 def encode_record(
     label: float | Sequence[float], body: bytes | memoryview, *, id: int = 0, id2: int = 0
 ) -> bytes:
-    """An image record's data: header, label array where ``label`` is a sequence, image."""
+    """An image record's data: header, label array if ``label`` is a sequence, image."""
     if isinstance(label, Sequence):
         header = _HEADER.pack(len(label), 0.0, id, id2) + np.array(label, "<f4").tobytes()
     else:
@@ -351,9 +296,9 @@ def frame(payload: bytes | memoryview) -> Iterator[bytes | memoryview]:
 
 
 class RecordWriter:
-    """Writes ``path`` (.rec) and its ``.idx`` aside; both appear when the ``with`` block ends.
+    """Writes ``path`` (.rec) and its ``.idx``; both appear when the ``with`` block ends.
 
-    A block left by an exception leaves nothing. Raises ConfigError where either file exists.
+    A block left by an exception leaves nothing. Raises ConfigError if either file exists.
     """
 
     def __init__(self, path: Path) -> None:
@@ -362,13 +307,15 @@ class RecordWriter:
         for existing in (self.path, self.index_path):
             if existing.exists():
                 raise ConfigError(f"{existing}: exists already; remove it or choose another name")
-        token = uuid.uuid4().hex
-        self._aside = path.with_name(f".{self.path.name}.{token}")
-        self._index_aside = path.with_name(f".{self.index_path.name}.{token}")
 
     def __enter__(self) -> Self:
-        self._file = self._aside.open("wb")
-        self._index = self._index_aside.open("wb")
+        with ExitStack() as stack:
+            # Published in reverse order, the index first: a .rec file alone is a complete pack.
+            temporary = stack.enter_context(publish_file(self.path))
+            self._file = stack.enter_context(temporary.open("wb"))
+            temporary = stack.enter_context(publish_file(self.index_path))
+            self._index = stack.enter_context(temporary.open("wb"))
+            self._stack = stack.pop_all()
         return self
 
     def write(self, key: int, payload: bytes | memoryview) -> None:
@@ -376,22 +323,5 @@ class RecordWriter:
         self._index.write(b"%d\t%d\n" % (key, self._file.tell()))
         self._file.writelines(frame(payload))
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        try:
-            self._file.close()
-            self._index.close()
-            if kind is None:
-                sync_file(self._aside)
-                sync_file(self._index_aside)
-                # The index first: a .rec file is a whole pack by itself.
-                self._index_aside.replace(self.index_path)
-                self._aside.replace(self.path)
-                sync_folder(self.path.parent)
-        finally:
-            self._aside.unlink(missing_ok=True)
-            self._index_aside.unlink(missing_ok=True)
+    def __exit__(self, *error: object) -> None:
+        self._stack.__exit__(*error)  # type: ignore[arg-type]

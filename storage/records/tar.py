@@ -1,10 +1,10 @@
-"""Members of a tar file without reading what is in them: headers checked, nothing extracted.
+"""Headers of a tar file, read without its data: nothing is extracted.
 
 A member is a header of 512 bytes and its data, padded to 512; two headers of zeros end the file.
-Read are the names and sizes of ustar, GNU (long names, base-256 sizes, sparse members passed over)
-and pax (``path`` and ``size``). The header's checksum is the sum of its bytes; Adler-32 holds that
-sum modulo 65521 in its lower half, computed in C. Several times as fast as the standard library's,
-which makes an object of each member.
+Names and sizes of ustar, GNU (long names, base-256 sizes; sparse members are skipped) and pax
+(``path`` and ``size``) are read. The header's checksum is the sum of its bytes; the lower half of
+Adler-32 is that sum modulo 65521, computed in C. Several times as fast as the standard library,
+which makes an object of each member, and unlike it this reports damage.
 
 Source: POSIX.1-2017 pax, "ustar Interchange Format"; GNU tar manual, "Basic Tar Format".
 """
@@ -27,12 +27,12 @@ _WITHOUT_DATA = frozenset(b"%d" % kind for kind in range(1, 7))  # links, device
 _PAX, _PAX_GLOBAL = frozenset((b"x", b"X")), b"g"
 _LONG_NAME, _LONG_LINK, _SPARSE = b"L", b"K", b"S"
 _PAX_FIELD = re.compile(rb"(\d{1,9}) ([^=]+)=")
-# A name or a pax header is never near this; a damaged size could claim the whole file.
-_MOST_EXTENDED = 1 << 20
+# Names and pax headers are far smaller; a damaged size could claim the whole file.
+_MAX_EXTENDED = 1 << 20
 
 
 class Member(NamedTuple):
-    """A regular file of the archive: where its first header stands, and where its data."""
+    """A regular file of the archive: offsets of its first header and of its data."""
 
     name: bytes
     start: int
@@ -51,10 +51,10 @@ class TarFault(CorruptRecordError):
 def members(view: memoryview, position: int = 0) -> Iterator[Member]:
     """The regular files from the header at ``position`` to the end of the archive.
 
-    Links, folders, devices and sparse files are passed over.
+    Links, folders, devices and sparse files are skipped.
 
     Raises:
-        TarFault: at the first damage; ``next_header`` says where to go on.
+        TarFault: at the first damage; ``next_header`` finds where to resume.
     """
     end = len(view)
     start, name, size, sparse = position, b"", -1, False
@@ -92,7 +92,7 @@ def members(view: memoryview, position: int = 0) -> Iterator[Member]:
                 yield Member(name or _name(header), start, data, length)
             start, name, size, sparse = position, b"", -1, False
             continue
-        if length > _MOST_EXTENDED:
+        if length > _MAX_EXTENDED:
             raise TarFault(start, f"expected a short extended header, got {length} bytes")
         content = view[data : data + length].tobytes()
         if kind == _LONG_NAME:
@@ -103,11 +103,11 @@ def members(view: memoryview, position: int = 0) -> Iterator[Member]:
             sparse = any(key.startswith(b"GNU.sparse.") for key in fields)
             size = int(fields[b"size"]) if fields.get(b"size", b"").isdigit() else size
         elif kind == _PAX_GLOBAL:
-            start = position  # of no member
+            start = position  # belongs to no member
 
 
 def next_header(view: memoryview, position: int) -> int:
-    """The next offset after ``position`` where a header stands, or the file's end."""
+    """The next offset after ``position`` that holds a header, or the file's end."""
     for at in range((position // BLOCK + 1) * BLOCK, len(view) - BLOCK + 1, BLOCK):
         if view[at + 257] == _U and _is_header(view[at : at + BLOCK].tobytes()):
             return at
@@ -144,7 +144,7 @@ def _name(header: bytes) -> bytes:
 
 
 def _after_sparse_map(view: memoryview, header: bytes, data: int) -> int:
-    """Where the data of GNU's old sparse member starts: after the rest of its map."""
+    """Offset of the data of GNU's old sparse member: after the rest of its map."""
     more = header[482]
     while more and data + BLOCK <= len(view):
         more = view[data + 504]

@@ -61,7 +61,7 @@ def main() -> None:
             print(f"{what}: " + ", ".join(f"{seconds * 1e6:.2f} us" for seconds in each))
             ratios[f".rec, reads {what} / pread"] = each[1] / each[0]
             ratios[f"tar, reads {what} / .rec"] = each[2] / each[1]
-            parquet_blocks.MOST_BYTES = sum(map(len, bodies)) // 100
+            parquet_blocks.MAX_BYTES = sum(map(len, bodies)) // 100
             for size, path in parquet.items():
                 few = rows if what == "in order" else rows[:RANDOM_PARQUET_READS]
                 seconds = best(reads(open_records(path), few)) / len(few)

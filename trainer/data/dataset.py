@@ -22,7 +22,8 @@ from gkd.storage.errors import ConfigError, CorruptRecordError
 from gkd.storage.reading.join import SKIPPED, join
 from gkd.storage.reading.mmap_store import DIGESTS, TargetStore, default_folder, materialise
 from gkd.storage.reading.shard_store import ShardStore
-from gkd.storage.records.base import Subset, kept_digests
+from gkd.storage.records.base import Subset
+from gkd.storage.records.digests import cached_digests
 from gkd.storage.records.open import Records
 from gkd.trainer.config import KdConfig, RunConfig, Signal
 from gkd.trainer.data.sampler import BatchIndices, Blocks
@@ -93,7 +94,7 @@ def join_targets(
     """
     cache.require_files()
     home = folder or default_folder()
-    digests = kept_digests(records, home / DIGESTS, workers=workers)
+    digests = cached_digests(records, home / DIGESTS, workers=workers)
     found = join(records, cache, digests=digests, drop_unmatched=drop_unmatched)
     used = np.flatnonzero(found.rows != SKIPPED)
     if len(used) < len(records) or found.num_classes != records.num_classes:

@@ -20,7 +20,6 @@ from gkd.storage.cache.reader import Cache
 from gkd.storage.cache.spec import CacheSpec
 from gkd.storage.cache.writer import CacheWriter, delete_leftovers
 from gkd.storage.errors import ConfigError, GkdError, IncompleteCacheError
-from gkd.storage.util.files import disk_errors
 from tests.caches import contents, make_cache, make_spec, write_shard
 from tests.paths import ROOT
 
@@ -252,15 +251,6 @@ def test_a_folder_that_may_not_be_written_is_told(
     monkeypatch.setattr(Path, "mkdir", refuse)
     with pytest.raises(ConfigError, match=rf"cannot be written \({os.strerror(code)}\); choose a"):
         CacheWriter(tmp_path / "c", make_spec())
-
-
-def test_of_a_copy_the_file_that_is_written_is_told(tmp_path: Path) -> None:
-    source, copy = tmp_path / "source", tmp_path / "copy"
-    with (
-        pytest.raises(ConfigError, match=rf"^{copy}: the disk or the quota is full"),
-        disk_errors(tmp_path),
-    ):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(source), None, str(copy))
 
 
 def test_other_errors_of_a_disk_pass_as_they_are(

@@ -50,13 +50,13 @@ def test_a_name_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
 
 def test_a_folder_inside_an_identity_is_refused(tmp_path: Path) -> None:
     write_folder(tmp_path, {"a/1.jpg": b"", "a/day/2.jpg": b""})
-    with pytest.raises(ConfigError, match=r"a/day: expected one folder an identity .* move its"):
+    with pytest.raises(ConfigError, match=r"a/day: expected one folder per identity .* move its"):
         open_records(tmp_path)
 
 
 def test_an_image_beside_the_identities_is_refused(tmp_path: Path) -> None:
     write_folder(tmp_path, {"a/1.jpg": b"", "stray.jpg": b""})
-    with pytest.raises(ConfigError, match=r"one folder an identity, got the image stray\.jpg"):
+    with pytest.raises(ConfigError, match=r"one folder per identity, got the image stray\.jpg"):
         open_records(tmp_path)
 
 

@@ -141,7 +141,7 @@ def test_labels_outside_the_classes_are_faults(tmp_path: Path) -> None:
     assert records.labels.tolist() == [0, 0, 1, -1, -1, -1]
     with pytest.raises(
         CorruptRecordError,
-        match=r"train\.rec, key 4, offset \d+: expected a class from 0 to 1, got label 2; correct",
+        match=r"train\.rec, key 4, offset \d+: expected a class from 0 to 1, got label 2; write",
     ):
         records.encoded(3)
 
@@ -161,7 +161,7 @@ def test_property_is_not_blamed_for_what_is_no_number_of_a_class(
 def test_labels_that_are_no_class_are_faults(tmp_path: Path, label: float) -> None:
     records = open_records(write_pack(tmp_path, {0: payload(7, b"a"), 1: payload(label, b"b")}))
     assert (records.labels.tolist(), records.num_classes) == ([7, -1], 8)
-    with pytest.raises(CorruptRecordError, match=r"key 1, .*: expected a whole number .*, got lab"):
+    with pytest.raises(CorruptRecordError, match=r"key 1, .*: expected an integer .*, got lab"):
         records.encoded(1)
 
 
@@ -212,10 +212,8 @@ def test_damaged_records_stay_rows_that_say_what_is_wrong(tmp_path: Path) -> Non
     assert records.labels.tolist() == [0, -1, 1, 2, -1, 2]
     assert (records.sizes >= 0).tolist() == [True, False, True, True, False, True]
     assert records.where(1) == f"{pack}, key 2, offset {offsets[2]}"
-    with pytest.raises(
-        CorruptRecordError,
-        match=rf"rec, key 2, offset {offsets[2]}: expected magic 0xced7230a, got 0xced723f5$",
-    ):
+    message = rf"rec, key 2, offset {offsets[2]}: expected magic 0xced7230a .*, got 0xced723f5$"
+    with pytest.raises(CorruptRecordError, match=message):
         records.encoded(1)
     with pytest.raises(
         CorruptRecordError,
@@ -254,7 +252,7 @@ def test_a_damaged_header_record_does_not_turn_identities_into_images(tmp_path: 
         (lambda path: write_pack(path, {}), r"records with images, got 0 records and no image"),
         (
             lambda path: write_pack(path, {0: payload([1, 1], b"")}),
-            r"records with images, got 1 records and no image; name a pack that holds some",
+            r"records with images, got 1 records and no image; name a pack with images",
         ),
     ],
 )

@@ -159,8 +159,8 @@ def test_columns_are_found(
         ({"label": LABELS}, r"expected one column of image bytes, got none among label \(int64\)"),
         ({"label": LABELS, "image": list("abcdefgh")}, "of image bytes, got none among label"),
         (TWO_IMAGES | {"label": LABELS}, "of image bytes, got first and second among"),
-        (faces(pa.array(list("abcdefgh"))), "expected whole numbers in the column label, got stri"),
-        (faces(pa.array([0.0] * 8)), "expected whole numbers in the column label, got double"),
+        (faces(pa.array(list("abcdefgh"))), "expected integers in the column label, got stri"),
+        (faces(pa.array([0.0] * 8)), "expected integers in the column label, got double"),
         (faces(pa.array([], pa.int64())), "expected rows with images, got none"),
         (
             {"image": image_column([None] * 8, list("abcdefgh")), "label": LABELS},
@@ -201,9 +201,9 @@ def test_a_row_without_image_or_label_stays_a_row(
 
 def test_random_threads_read_what_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parquet_blocks, "BLOCK_ROWS", 4)
-    monkeypatch.setattr(parquet_blocks, "MOST_BYTES", 3 * 4 * 50)
-    monkeypatch.setattr(parquet_blocks, "MOST_FILES", 1)
-    monkeypatch.setattr(parquet_blocks, "MOST_CURSORS", 2)
+    monkeypatch.setattr(parquet_blocks, "MAX_BYTES", 3 * 4 * 50)
+    monkeypatch.setattr(parquet_blocks, "MAX_FILES", 1)
+    monkeypatch.setattr(parquet_blocks, "MAX_CURSORS", 2)
     rng = np.random.default_rng(0)
     expected = [rng.bytes(int(rng.integers(30, 70))) for _ in range(200)]
     for number, rows in enumerate([slice(0, 90), slice(90, 200)]):
@@ -225,7 +225,7 @@ def test_in_order_every_block_is_decoded_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(parquet_blocks, "BLOCK_ROWS", 4)
-    monkeypatch.setattr(parquet_blocks, "MOST_BYTES", 1)
+    monkeypatch.setattr(parquet_blocks, "MAX_BYTES", 1)
     columns = {"image": pa.array([b"%d" % row for row in range(100)]), "label": [0] * 100}
     records = opened(write_parquet(tmp_path / "x.parquet", columns, group_rows=30))
     decoded: list[tuple[int, int]] = []
@@ -254,7 +254,7 @@ def test_records_pickle_by_path(tmp_path: Path) -> None:
     ):
         pickle.loads(pickled).encoded(0)
     (tmp_path / "data/train-00000-of-00003.parquet").unlink()
-    with pytest.raises(CorruptRecordError, match=r"expected a Parquet file, got: .*No such file"):
+    with pytest.raises(CorruptRecordError, match=r"parquet: No such file .*; put it back"):
         pickle.loads(pickled).encoded(0)
 
 

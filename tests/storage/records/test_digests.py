@@ -12,8 +12,9 @@ import pytest
 
 from gkd.demo.synthetic import draw_faces
 from gkd.storage.errors import CorruptRecordError
-from gkd.storage.records import base as rows
-from gkd.storage.records.base import Subset, kept_digests
+from gkd.storage.records import digests as digests_module
+from gkd.storage.records.base import Subset
+from gkd.storage.records.digests import cached_digests
 from gkd.storage.records.open import Records, digests, open_records
 from gkd.storage.records.write_pack import pack
 
@@ -32,7 +33,7 @@ def home(
     request: pytest.FixtureRequest, drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Path:
     """Records that are large enough to keep their digests, unchanged for a while."""
-    monkeypatch.setattr(rows, "LEAST_KEPT_BYTES", 1)
+    monkeypatch.setattr(digests_module, "MIN_CACHED_BYTES", 1)
     home = Path(shutil.copytree(drawn / request.param, tmp_path / "records"))
     for path in home.rglob("*"):
         settle(path)
@@ -45,7 +46,7 @@ def settle(path: Path, seconds: float = 100.0) -> None:
 
 
 def kept(home: Path, folder: Path) -> np.ndarray:
-    return kept_digests(open_records(home), folder, workers=1)
+    return cached_digests(open_records(home), folder, workers=1)
 
 
 @pytest.fixture
@@ -57,7 +58,7 @@ def hashed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         calls.append(len(records))
         return digests(records, workers=workers)
 
-    monkeypatch.setattr(rows, "digests", count)
+    monkeypatch.setattr(digests_module, "digests", count)
     return calls
 
 
@@ -138,7 +139,7 @@ def test_a_flipped_bit_is_noticed(home: Path, tmp_path: Path, hashed: list[int])
 def test_a_small_data_set_keeps_nothing(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rows, "LEAST_KEPT_BYTES", 1 << 28)
+    monkeypatch.setattr(digests_module, "MIN_CACHED_BYTES", 1 << 28)
     kept(home, tmp_path / "digests")
     assert not list((tmp_path / "digests").glob("*.npz"))
 
@@ -148,7 +149,7 @@ def test_a_file_that_is_gone_is_named(drawn: Path, tmp_path: Path) -> None:
     records = open_records(home)
     gone = home / records.key(4)
     gone.unlink()
-    with pytest.raises(CorruptRecordError, match=f"key {records.key(4)}: No such file"):
+    with pytest.raises(CorruptRecordError, match=f"{gone}: No such file"):
         list(records.stamps())
     pack = open_records(shutil.copytree(drawn / "pack", tmp_path / "pack"))
     (tmp_path / "pack" / "train.idx").unlink()
