@@ -6,6 +6,7 @@ from typing import TypedDict, Unpack
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 Array = npt.NDArray[np.float64]
@@ -22,8 +23,8 @@ def log_softmax(logits: Array) -> Array:
 
 def relative_entropy(p: Array, log_p: Array, log_q: Array) -> float:
     """sum p (log p - log q), where 0 log 0 = 0."""
-    some = p > 0
-    return float((p[some] * (log_p[some] - log_q[some])).sum())
+    held = p > 0
+    return float((p[held] * (log_p[held] - log_q[held])).sum())
 
 
 @dataclass(frozen=True)
@@ -34,15 +35,14 @@ class DenseTerms:
     binary: float
     primary: float
     secondary: float
-    whole: float
+    total: float
 
 
 def dense_terms(teacher: Array, student: Array, group: npt.NDArray[np.bool_]) -> DenseTerms:
-    """Terms of one sample from logits softened already, float64 [C], and the group [C].
+    """Terms of one sample from logits divided by T, float64 [C], and the group [C].
 
     Masses and the distributions within group and tail come from logsumexps of their own logits.
     """
-
     log_p, log_q = log_softmax(teacher), log_softmax(student)
     log_mass_p = np.array([log_sum_exp(log_p[group]), log_sum_exp(log_p[~group])])
     log_mass_q = np.array([log_sum_exp(log_q[group]), log_sum_exp(log_q[~group])])
@@ -58,12 +58,12 @@ def dense_terms(teacher: Array, student: Array, group: npt.NDArray[np.bool_]) ->
         binary=relative_entropy(np.exp(log_mass_p), log_mass_p, log_mass_q),
         primary=within(group),
         secondary=within(~group),
-        whole=relative_entropy(np.exp(log_p), log_p, log_q),
+        total=relative_entropy(np.exp(log_p), log_p, log_q),
     )
 
 
 class LossWeights(TypedDict):
-    """What weighs the terms of the grouped loss (see gkd.trainer.head.loss)."""
+    """Temperature and weights of the grouped loss (see gkd.trainer.head.loss)."""
 
     temperature: float
     w_binary: float
@@ -129,9 +129,9 @@ def dense_margin_logits(
     margin: tuple[float, float, float],
     scale: float,
 ) -> Tensor:
-    """Logits [B, C] in float64 autograd: scale * cosine, at the label psi(m1 theta + m2) - m3.
+    """Logits [B, C] by autograd: scale * cosine, at the label scale * (psi(m1 theta + m2) - m3).
 
-    Angles are taken of cosines held 1e-6 inside the boundary, as the head's contract says.
+    Cosines are clamped 1e-6 inside the boundary before the angle, as the head's contract says.
     """
     unit = embeddings / embeddings.norm(dim=1, keepdim=True)
     cosines = unit @ (centers / centers.norm(dim=1, keepdim=True)).T
@@ -142,7 +142,7 @@ def dense_margin_logits(
         phi = m1 * torch.acos(at_label.clamp(1e-6 - 1, 1 - 1e-6)) + m2
         turns = torch.floor(phi.detach() / torch.pi)
         at_label = torch.where(turns % 2 == 0, 1.0, -1.0) * torch.cos(phi) - 2 * turns
-    onehot = torch.nn.functional.one_hot(labels, len(centers)).bool()
+    onehot = F.one_hot(labels, len(centers)).bool()
     return scale * torch.where(onehot, (at_label - m3)[:, None], cosines)
 
 

@@ -22,8 +22,9 @@ from gkd.trainer.data.dataset import JoinedTargets, check_data, chosen_signal
 from gkd.trainer.data.sampler import BatchSampler
 from gkd.trainer.device import choose_dtype
 from gkd.trainer.distributed import Ranks
+from gkd.trainer.head.centers import ClassCenters
 from gkd.trainer.head.fused import grouped_margin_loss
-from gkd.trainer.head.margin import MarginHead
+from gkd.trainer.head.margin import HeadSpec
 from gkd.trainer.loop import targets_in_use
 from gkd.trainer.schedules import make_optimizer
 
@@ -82,9 +83,7 @@ def dry_run(
     if config.train.channels_last:
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     with torch.device("meta"):
-        head = MarginHead(
-            records.num_classes, config.student.embedding_dim, margin=config.head.margins
-        )
+        head = ClassCenters(records.num_classes, config.student.embedding_dim)
     batch = config.train.batch_size
     plans = BatchSampler(
         len(records), batch, config.train.epochs, config.train.seed, config.data.flip
@@ -237,14 +236,13 @@ def class_layer_bytes(config: RunConfig, batch: int, num_classes: int) -> int:
 
 def _class_layer_peak(config: RunConfig, batch: int, num_classes: int) -> int:
     dim = config.student.embedding_dim
-    head = MarginHead(num_classes, dim, margin=config.head.margins, scale=config.head.scale)
+    head = ClassCenters(num_classes, dim)
+    spec = HeadSpec(margin=config.head.margins, scale=config.head.scale)
     embeddings = torch.ones(batch, dim, requires_grad=True)
     labels = torch.zeros(batch, dtype=torch.int64)
     peak = PeakBytes()
     with peak:
-        loss = grouped_margin_loss(
-            embeddings, head.weight, labels, None, margin=head.margin, scale=head.scale
-        )
+        loss = grouped_margin_loss(embeddings, head.weight, labels, None, spec)
         loss.total.backward()
     return peak.highest - _bytes([head.weight])
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gkd.trainer.distributed import Ranks
-from gkd.trainer.head.loss import GroupTargets
+from gkd.trainer.head.targets import GroupTargets
 
 
 def gather_embeddings(part: Tensor, ranks: Ranks) -> Tensor:

@@ -29,10 +29,11 @@ from gkd.trainer.device import choose_device, choose_dtype
 from gkd.trainer.distributed import ALONE, Ranks
 from gkd.trainer.gathering import classes_in_use
 from gkd.trainer.guards import BufferSnapshot, Divergence, SkippedStep, gradient_norm
+from gkd.trainer.head.centers import ClassCenters
 from gkd.trainer.head.class_lookup import look_up_classes
 from gkd.trainer.head.fused import LayerLoss, grouped_margin_loss
 from gkd.trainer.head.loss import GkdLoss
-from gkd.trainer.head.margin import MarginHead
+from gkd.trainer.head.margin import HeadSpec
 from gkd.trainer.head.partial_fc import SampledCenters, borrowed, sample_classes
 from gkd.trainer.identity_cosines import IdentityCosineStatistics
 from gkd.trainer.logging import Window
@@ -65,7 +66,8 @@ class RunState:
     model: nn.Module
     forward: nn.Module
     pixels: Callable[[Tensor], Tensor]
-    head: MarginHead
+    head: ClassCenters
+    head_spec: HeadSpec
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
     scaler: torch.amp.GradScaler
@@ -104,13 +106,21 @@ class RunState:
         model = student_backbone(config.student).to(device)
         if config.train.channels_last:
             model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        head = MarginHead(
+        head = ClassCenters(
             records.num_classes,
             config.student.embedding_dim,
-            margin=config.head.margins,
-            scale=config.head.scale,
             rows=ranks.rows(records.num_classes),
         ).to(device)
+        head_spec = HeadSpec(
+            margin=config.head.margins,
+            scale=config.head.scale,
+            temperature=config.kd.temperature,
+            w_binary=config.kd.w_binary,
+            w_primary=config.kd.w_primary,
+            compiled=config.train.compile,
+            ranks=ranks,
+            first_class=head.rows.start,
+        )
         plans = BatchSampler(
             len(records),
             config.train.batch_size,
@@ -150,6 +160,7 @@ class RunState:
             forward=ranks.parallel(model, hook=config.train.gradient_hook),
             pixels=network_input(preprocess_preset("arcface"), device),
             head=head,
+            head_spec=head_spec,
             optimizer=optimizer,
             scheduler=scheduler,
             scaler=ranks.scaler(device, enabled=dtype == torch.float16),
@@ -307,12 +318,9 @@ class RunState:
             yield SampledCenters(sample, centers)
 
     def _loss(self, batch: Batch, sampled: SampledCenters | None) -> LayerLoss:
-        kd, labels, targets = self.config.kd, batch.labels, batch.targets
-        weight, ranks, first_class = self.head.weight, self.ranks, self.head.rows.start
-        # Here the host waits for the device, so it comes before the backbone's work.
-        looked_up = look_up_classes(
-            labels, targets, weight, ranks=ranks, first_class=first_class, sampled=sampled
-        )
+        kd, weight, labels, targets = self.config.kd, self.head.weight, batch.labels, batch.targets
+        # The host waits for the device here, so it comes before the backbone's work.
+        lookup = look_up_classes(labels, targets, weight, self.head_spec, sampled=sampled)
         images = self.pixels(batch.images)
         if not self.config.train.channels_last:
             images = images.contiguous()
@@ -323,17 +331,10 @@ class RunState:
             weight,
             labels,
             targets,
-            margin=self.head.margin,
-            scale=self.head.scale,
-            temperature=kd.temperature,
-            w_binary=kd.w_binary,
-            w_primary=kd.w_primary,
+            self.head_spec,
             ramp=kd_ramp(self.step, ramp=kd.ramp, total_steps=self.plans.total_steps),
-            compiled=self.config.train.compile,
-            ranks=ranks,
-            first_class=first_class,
             sampled=sampled,
-            looked_up=looked_up,
+            lookup=lookup,
         )
 
     def _clip(self) -> Tensor:

@@ -28,9 +28,9 @@ from torch import Tensor
 
 from gkd.trainer.dry_run import PeakBytes
 from gkd.trainer.head.fused import grouped_margin_loss
-from gkd.trainer.head.loss import GroupTargets
-from gkd.trainer.head.margin import Margin
+from gkd.trainer.head.margin import HeadSpec, Margin
 from gkd.trainer.head.partial_fc import SampledCenters, sample_classes
+from gkd.trainer.head.targets import GroupTargets
 from tests.benchmarks.harness import Bar, in_turns, report
 
 BATCH, NUM_CLASSES, EMBEDDING_DIM = 128, 93_431, 512
@@ -74,13 +74,11 @@ class Layer:
             self.centers,
             self.labels,
             targets,
-            margin=MARGIN,
-            scale=SCALE,
-            compiled=compiled,
+            HeadSpec(margin=MARGIN, scale=SCALE, compiled=compiled),
         ).total.backward()
 
     def plain(self) -> None:
-        """Cross-entropy alone in autograd; faster than ``margin_logits`` and F.cross_entropy."""
+        """Cross-entropy alone in autograd, the margin by indexing."""
         self.forget()
         cosines = F.linear(F.normalize(self.embeddings), F.normalize(self.centers))
         rows = torch.arange(BATCH, device=cosines.device)
@@ -106,8 +104,7 @@ class Layer:
             self.centers,
             self.labels,
             targets,
-            margin=MARGIN,
-            scale=SCALE,
+            HeadSpec(margin=MARGIN, scale=SCALE),
             sampled=SampledCenters(sample, learning),
         ).total.backward()
 

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from gkd.trainer.backbones import build_backbone
 from gkd.trainer.config import load_config
+from gkd.trainer.head.centers import ClassCenters
 from gkd.trainer.head.fused import grouped_margin_loss
-from gkd.trainer.head.loss import GroupTargets
-from gkd.trainer.head.margin import MarginHead
+from gkd.trainer.head.margin import HeadSpec
+from gkd.trainer.head.targets import GroupTargets
 from gkd.trainer.schedules import make_optimizer
 from tests.benchmarks.harness import Bar, in_turns, report
 
@@ -51,7 +52,8 @@ def make_step(
     torch.manual_seed(0)
     config = load_config()
     model = build_backbone("mobilefacenet").to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    head = MarginHead(num_classes, 512, margin=config.head.margins).to(device)
+    head = ClassCenters(num_classes, 512).to(device)
+    spec = HeadSpec(margin=config.head.margins)
     learning = [p for p in (*model.parameters(), *head.parameters()) if p.requires_grad]
     optimizer = make_optimizer(config.optimizer, learning)
     images = torch.randn(batch, 3, 112, 112).to(device, memory_format=torch.channels_last)
@@ -60,9 +62,7 @@ def make_step(
     def step(targets: GroupTargets | None) -> None:
         with torch.autocast(device.type, precision, enabled=precision != torch.float32):
             embeddings = model(images)
-        loss = grouped_margin_loss(
-            embeddings, head.weight, labels, targets, margin=head.margin, scale=head.scale
-        )
+        loss = grouped_margin_loss(embeddings, head.weight, labels, targets, spec)
         optimizer.zero_grad(set_to_none=True)
         loss.total.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)

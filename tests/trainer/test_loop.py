@@ -25,7 +25,7 @@ from gkd.trainer.config import load_config
 from gkd.trainer.data.dataset import FaceBatches
 from gkd.trainer.data.loader import load_batches
 from gkd.trainer.data.sampler import BatchIndices
-from gkd.trainer.head.loss import GroupTargets
+from gkd.trainer.head.targets import GroupTargets
 from gkd.trainer.loop import train
 from gkd.trainer.run_dir import read_described
 from gkd.trainer.state import RunState

@@ -28,7 +28,7 @@ from gkd.storage.records.open import Records
 from gkd.trainer.config import KdConfig, RunConfig, Signal
 from gkd.trainer.data.sampler import BatchIndices, Blocks
 from gkd.trainer.guards import check_classes
-from gkd.trainer.head.loss import GroupTargets
+from gkd.trainer.head.targets import GroupTargets
 
 Order = Literal["full", "blocks"]
 

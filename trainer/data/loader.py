@@ -29,7 +29,7 @@ from gkd.storage.reading.shard_store import Block, ShardStore
 from gkd.storage.util.torchrun_env import usable_cores
 from gkd.trainer.data.dataset import Batch, FaceBatches
 from gkd.trainer.data.sampler import BatchIndices, BatchSampler
-from gkd.trainer.head.loss import GroupTargets
+from gkd.trainer.head.targets import GroupTargets
 
 PREFETCH = 4
 

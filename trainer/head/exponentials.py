@@ -1,4 +1,4 @@
-"""Exponentials of a chunk of logits at two temperatures, as few and as safe as the scale lets."""
+"""Exponentials of a chunk of logits at two temperatures, as few and as safe as the scale allows."""
 
 import functools
 import math
@@ -8,14 +8,14 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor
 
-# Exponents this far below zero vanish; a power of two, so that no dtype rounds it.
+# exp(-FAR) is 0; a power of two, so that no dtype rounds it.
 FAR = 2.0**100
 # Squaring multiplies an exponential's rounding error; up to here it is below the logits' own.
 SQUARED_TEMPERATURES = (1.0, 2.0, 4.0)
 
 
-class Dense(NamedTuple):
-    """Gradient outside the picks: softmax * exp(z - shift) + tail * exp(z / T - soft_shift)."""
+class DenseFactors(NamedTuple):
+    """The dense gradient is softmax * exp(z - shift) + tail * exp(z / T - soft_shift); each [B]."""
 
     softmax: Tensor
     tail: Tensor
@@ -24,10 +24,10 @@ class Dense(NamedTuple):
 
 
 class Exponentials(NamedTuple):
-    """How the exponentials of z and of z / T are taken, from ``base = z / divisor``.
+    """How exponentials of z and of z / T are computed from ``base = z / divisor``.
 
-    bounded    no sum of them leaves the floating-point range: they are taken without a shift
-    squarings  of exp(z / T) that make exp(z), or None where each is taken by itself
+    squarings    of exp(z / T) that give exp(z); None to compute each by itself
+    bounded      whether no sum of them can overflow: they are summed without a shift
     temperature  T, None without distillation
     """
 
@@ -40,7 +40,7 @@ class Exponentials(NamedTuple):
     def plan(
         cls, *, terms: int, dtype: torch.dtype, scale: float, temperature: float | None
     ) -> Self:
-        """The way for ``terms`` exponentials in ``dtype`` of logits within ``scale`` of zero."""
+        """Plan for ``terms`` exponentials in ``dtype`` of logits within ``scale`` of zero."""
         steepest = scale / min(1.0, temperature or 1.0)
         bounded = steepest < math.log(torch.finfo(dtype).max) - math.log(terms) - 4.0
         if bounded and temperature in SQUARED_TEMPERATURES:
@@ -65,24 +65,27 @@ class Exponentials(NamedTuple):
         peak = values.amax(0).clamp_(min=torch.finfo(values.dtype).min)
         return peak.double() + values.sub_(peak).exp_().sum(0).double().log()
 
-    def coefficients(
+    def dense_factors(
         self, log_all: Tensor, log_tail: Tensor, tail: Tensor, factor: Tensor, dtype: torch.dtype
-    ) -> Dense:
-        """What ``gradient`` multiplies the exponentials by, in their dtype, of float64 [B]."""
-        # Without a tail every class of the row is picked, and no exponential may be infinite.
-        log_tail = log_tail.masked_fill(log_tail == -math.inf, FAR)
-        softmax, shift = self._over(log_all, dtype)
-        of_tail, soft_shift = self._over(log_tail, dtype)
-        softmax, of_tail = softmax * factor, of_tail * tail * factor
-        return Dense(softmax.to(shift), of_tail.to(shift), shift, soft_shift)
+    ) -> DenseFactors:
+        """Factors in ``dtype`` of ``factor * (exp(z - log_all) + tail * exp(z / T - log_tail))``.
 
-    def _over(self, log_sum: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """1 / exp(log_sum) as a coefficient (float64) and a shift, whose rounding is made good."""
+        ``log_all``, ``log_tail`` and ``tail`` are float64 [B].
+        """
+        # Without a tail all of the row's classes are sparse; no exponential may be infinite.
+        log_tail = log_tail.masked_fill(log_tail == -math.inf, FAR)
+        softmax, shift = self._split(log_all, dtype)
+        soft, soft_shift = self._split(log_tail, dtype)
+        softmax, soft = softmax * factor, soft * tail * factor
+        return DenseFactors(softmax.to(shift), soft.to(shift), shift, soft_shift)
+
+    def _split(self, log_sum: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """1 / exp(log_sum) as a float64 factor and a shift; the factor corrects its rounding."""
         shift = torch.zeros_like(log_sum, dtype=dtype) if self.bounded else log_sum.to(dtype)
         return torch.exp(shift.double() - log_sum), shift
 
-    def gradient(self, base: Tensor, dense: Dense) -> Tensor:
-        """Gradient by z of the classes that are not picked [n, B]."""
+    def gradient(self, base: Tensor, dense: DenseFactors) -> Tensor:
+        """The dense gradient by z [n, B]."""
         if self.squarings is not None:
             soft = torch.exp(base)
             sharp = soft
@@ -101,5 +104,5 @@ class Exponentials(NamedTuple):
 
 @functools.cache
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function through torch.compile, once."""
+    """The function through torch.compile, compiled once."""
     return torch.compile(function, fullgraph=True)

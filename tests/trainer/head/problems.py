@@ -1,16 +1,72 @@
-"""Small problems for the losses, drawn by hypothesis."""
+"""Small problems for the losses, drawn by hypothesis, and the loss at given logits."""
 
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 from hypothesis import strategies as st
+from torch import Tensor
 
-from gkd.trainer.head.loss import GroupTargets
-from tests.reference import Array, log_softmax
+from gkd.trainer.head.fused import grouped_margin_loss
+from gkd.trainer.head.loss import GkdLoss
+from gkd.trainer.head.margin import HeadSpec, Margin
+from gkd.trainer.head.targets import GroupTargets
+from tests.reference import Array, LossWeights, log_softmax
 
 Problem = dict[str, Any]
+
+
+def loss_at_logits(
+    logits: Tensor,
+    labels: Tensor,
+    targets: GroupTargets | None,
+    *,
+    ramp: float = 1.0,
+    **weights: float,
+) -> GkdLoss:
+    """``grouped_margin_loss`` at logits [B, C], differentiable.
+
+    The centres are unit vectors e_j, the embeddings z / scale, completed to length 1 by a
+    coordinate of no centre. They move on the sphere, so the gradient by z is the loss's own.
+    """
+    scale = max(1.0, 2 * float(logits.detach().norm(dim=1).max()))
+    cosines = logits / scale
+    rest = (1 - cosines.square().sum(1, keepdim=True)).sqrt()
+    classes = logits.shape[1]
+    spec = HeadSpec(margin=Margin(), scale=scale, **weights)  # type: ignore[arg-type]
+    return grouped_margin_loss(
+        torch.cat([cosines, rest], 1),
+        torch.eye(classes, classes + 1, dtype=logits.dtype),
+        labels,
+        targets,
+        spec,
+        ramp=ramp,
+    ).means
+
+
+def plain_gkd_loss(
+    logits: Tensor, labels: Tensor, targets: GroupTargets | None, weights: LossWeights
+) -> Tensor:
+    """The grouped loss from dense logits [B, C], by autograd in their own dtype; no draws."""
+    temperature, kd = weights["temperature"], logits.new_zeros(())
+    for row, u in enumerate(logits / temperature):
+        if targets is None or targets.offsets[row] == targets.offsets[row + 1]:
+            continue
+        entries = slice(int(targets.offsets[row]), int(targets.offsets[row + 1]))
+        in_group = torch.zeros(len(u), dtype=torch.bool).index_fill_(0, targets.indices[entries], 1)
+        log_rest = targets.log_secondary[row]
+        a = -torch.expm1(log_rest)
+        teacher = targets.log_probs[entries] - a.log()
+        student = torch.log_softmax(u[targets.indices[entries]], 0)
+        kd = kd + weights["w_primary"] * (teacher.exp() * (teacher - student)).sum()
+        if not in_group.all():
+            gap = u[in_group].logsumexp(0) - u[~in_group].logsumexp(0)
+            inside = a * (a.log() - F.logsigmoid(gap))
+            outside = log_rest.exp() * (log_rest - F.logsigmoid(-gap))
+            kd = kd + weights["w_binary"] * (inside + outside)
+    return F.cross_entropy(logits, labels) + weights["ramp"] * temperature**2 * kd / len(labels)
 
 
 def group_targets(
@@ -25,7 +81,7 @@ def group_targets(
     peak = np.maximum(rest.max(1), -1e300)
     with np.errstate(divide="ignore"):
         log_secondary = peak + np.log(np.exp(rest - peak[:, None]).sum(1))
-    # Near zero the sum of the tail has lost what the group's own mass still says.
+    # For a small a, 1 - a is more exact than the sum of the tail.
     a = np.where(groups, np.exp(log_p), 0.0).sum(1)
     log_secondary = np.where(a < 0.5, np.log1p(-np.minimum(a, 0.5)), log_secondary)
     indices = np.nonzero(groups)[1]

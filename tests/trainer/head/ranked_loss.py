@@ -10,9 +10,9 @@ from torch import nn
 from gkd.trainer.distributed import ALONE, Ranks, joined_ranks
 from gkd.trainer.gathering import classes_in_use
 from gkd.trainer.head.fused import grouped_margin_loss
-from gkd.trainer.head.loss import GroupTargets
-from gkd.trainer.head.margin import Margin
+from gkd.trainer.head.margin import HeadSpec, Margin
 from gkd.trainer.head.partial_fc import SampledCenters, sample_classes
+from gkd.trainer.head.targets import GroupTargets
 
 BATCH, CLASSES, DIM = 12, 29, 8
 STEPS, INPUTS = 50, 20
@@ -57,10 +57,7 @@ def evaluate(ranks: Ranks, *, kd: bool, drawn: bool = False) -> tuple[torch.Tens
         mine,
         labels,
         targets if kd else None,
-        margin=Margin(m2=0.3, m3=0.1),
-        scale=16.0,
-        ranks=ranks,
-        first_class=rows.start,
+        HeadSpec(margin=Margin(m2=0.3, m3=0.1), scale=16.0, ranks=ranks, first_class=rows.start),
     )
     loss.total.backward()
     assert embeddings.grad is not None
@@ -82,10 +79,7 @@ def check_sample(ranks: Ranks, labels: torch.Tensor, by_centers: torch.Tensor) -
         mine,
         own_labels,
         None,
-        margin=Margin(m2=0.3, m3=0.1),
-        scale=16.0,
-        ranks=ranks,
-        first_class=rows.start,
+        HeadSpec(margin=Margin(m2=0.3, m3=0.1), scale=16.0, ranks=ranks, first_class=rows.start),
         sampled=SampledCenters(sample, learning),
     )
     loss.total.backward()
@@ -119,10 +113,7 @@ def losses_of_steps(ranks: Ranks) -> torch.Tensor:
             weight,
             labels,
             targets,
-            margin=Margin(m3=0.2),
-            scale=16.0,
-            ranks=ranks,
-            first_class=rows.start,
+            HeadSpec(margin=Margin(m3=0.2), scale=16.0, ranks=ranks, first_class=rows.start),
         )
         optimizer.zero_grad()
         loss.total.backward()

@@ -1,4 +1,4 @@
-"""Margin heads against plain float64 trigonometry, and at the angular boundary."""
+"""Margins against plain float64 trigonometry, and at the angular boundary."""
 
 import math
 
@@ -8,7 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gkd.trainer.head.margin import Margin, MarginHead, apply_margin
+from gkd.trainer.head.fused import grouped_margin_loss
+from gkd.trainer.head.margin import HeadSpec, Margin, apply_margin
 
 MARGINS = {
     "cosface": Margin(m3=0.4),
@@ -18,24 +19,16 @@ MARGINS = {
 }
 
 
-def make_head(margin: Margin, scale: float = 64.0) -> MarginHead:
-    torch.manual_seed(0)
-    return MarginHead(7, 5, margin=margin, scale=scale)
-
-
 @pytest.mark.parametrize("name", MARGINS)
-@pytest.mark.parametrize("scale", [1.0, 64.0, 128.0])
-def test_logits_are_scaled_cosines_with_the_margin_at_the_label(name: str, scale: float) -> None:
-    margin, head = MARGINS[name], make_head(MARGINS[name], scale)
-    embeddings, labels = torch.randn(6, 5), torch.tensor([0, 1, 2, 3, 6, 6])
-    x, w = embeddings.double().numpy(), head.weight.detach().double().numpy()
-    cosines = (x / np.linalg.norm(x, axis=1)[:, None]) @ (w / np.linalg.norm(w, axis=1)[:, None]).T
-    for row, label in enumerate(labels.tolist()):
-        phi = margin.m1 * math.acos(cosines[row, label]) + margin.m2
+def test_values_are_those_of_the_formula(name: str) -> None:
+    margin, cosines = MARGINS[name], np.linspace(-0.999, 0.999, 201)
+    expected = []
+    for cosine in cosines:
+        phi = margin.m1 * math.acos(cosine) + margin.m2
         turns = math.floor(phi / math.pi)
-        cosines[row, label] = (-1) ** turns * math.cos(phi) - 2 * turns - margin.m3
-    logits = head(embeddings, labels).detach().double().numpy()
-    np.testing.assert_allclose(logits, scale * cosines, rtol=1e-4, atol=scale * 1e-5)
+        expected.append((-1) ** turns * math.cos(phi) - 2 * turns - margin.m3)
+    values = apply_margin(torch.from_numpy(cosines), margin)
+    np.testing.assert_allclose(values.numpy(), expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", MARGINS)
@@ -57,7 +50,7 @@ def test_the_angular_boundary_is_finite(name: str, cosine: float) -> None:
 
 
 @given(name=st.sampled_from(sorted(MARGINS)), cosine=st.floats(-0.995, 0.995))
-def test_slope_is_that_of_the_formula(name: str, cosine: float) -> None:
+def test_the_gradient_is_the_slope(name: str, cosine: float) -> None:
     margin = MARGINS[name]
     phi = margin.m1 * math.acos(cosine) + margin.m2
     if abs(phi / math.pi - round(phi / math.pi)) < 1e-3:
@@ -69,20 +62,10 @@ def test_slope_is_that_of_the_formula(name: str, cosine: float) -> None:
 
 
 def test_embedding_on_its_centre_and_a_zero_embedding_are_finite() -> None:
-    head = make_head(MARGINS["arcface"])
-    embeddings = torch.stack([head.weight[3].detach() * 9, torch.zeros(5)]).requires_grad_()
-    head(embeddings, torch.tensor([3, 3])).sum().backward()
-    assert embeddings.grad is not None
-    assert head.weight.grad is not None
-    assert torch.isfinite(embeddings.grad).all()
-    assert torch.isfinite(head.weight.grad).all()
-
-
-def test_class_layer_is_float32_under_autocast() -> None:
-    head = make_head(MARGINS["cosface"])
-    embeddings, labels = torch.randn(4, 5), torch.tensor([0, 1, 2, 3])
-    expected = head(embeddings.bfloat16().float(), labels)
-    with torch.autocast("cpu", torch.bfloat16):
-        logits = head(embeddings.bfloat16(), labels)
-    assert logits.dtype == torch.float32
-    torch.testing.assert_close(logits, expected, rtol=0, atol=0)
+    centers = torch.randn(7, 5, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    embeddings = torch.stack([centers[3].detach() * 9, torch.zeros(5)]).requires_grad_()
+    spec = HeadSpec(margin=MARGINS["arcface"])
+    grouped_margin_loss(embeddings, centers, torch.tensor([3, 3]), None, spec).total.backward()
+    for leaf in (embeddings, centers):
+        assert leaf.grad is not None
+        assert torch.isfinite(leaf.grad).all()

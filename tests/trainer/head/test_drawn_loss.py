@@ -1,6 +1,6 @@
 """Distillation from drawn classes against the dense float64 twin, by simulation.
 
-Each simulation is one batch of 10,000 rows of the same prediction with draws of their own.
+Each simulation is one batch of 10,000 rows of the same prediction, each row with its own draws.
 """
 
 import math
@@ -15,16 +15,24 @@ from gkd.storage.cache.importance import drawn_targets
 from gkd.storage.cache.spec import DrawsSpec
 from gkd.storage.cache.targets import SparseTargets, at_temperature, encode_log_probs
 from gkd.trainer.head.fused import grouped_margin_loss
-from gkd.trainer.head.loss import GroupTargets, gkd_loss
-from gkd.trainer.head.margin import Margin
-from tests.reference import Array, DenseTerms, dense_gkd_gradient, dense_terms, log_softmax
+from gkd.trainer.head.margin import HeadSpec, Margin
+from gkd.trainer.head.targets import GroupTargets
+from tests.reference import (
+    Array,
+    DenseTerms,
+    dense_gkd_gradient,
+    dense_margin_logits,
+    dense_terms,
+    log_softmax,
+)
+from tests.trainer.head.problems import loss_at_logits
 
 ROWS, CLASSES, TEMPERATURE = 10_000, 40, 2.0
-EVERY = np.ones(CLASSES, np.bool_)
+ALL_CLASSES = np.ones(CLASSES, np.bool_)
 
 
 class Prediction(NamedTuple):
-    """Teacher and student of one image, and what is drawn from, stored, and taught."""
+    """Logits of teacher and student for one image, and the classes drawn from."""
 
     teacher: Array
     student: Array
@@ -44,7 +52,7 @@ class Prediction(NamedTuple):
 def make_prediction(drawn_from: str, *, student_is_teacher: bool = False) -> Prediction:
     rng = np.random.default_rng(2)
     teacher = rng.normal(size=CLASSES) * 3
-    group = EVERY.copy()
+    group = ALL_CLASSES.copy()
     if drawn_from == "primary":
         group[np.argsort(teacher)[:15]] = False
     student = teacher + rng.normal(size=CLASSES)
@@ -54,14 +62,14 @@ def make_prediction(drawn_from: str, *, student_is_teacher: bool = False) -> Pre
 
 
 def simulate(prediction: Prediction, count: int, stored: int, rows: int = ROWS) -> GroupTargets:
-    """Targets of rows that each drew ``count`` classes, ``stored`` largest classes beside them."""
+    """Targets of rows that each drew ``count`` classes, and stored the ``stored`` largest ones."""
     log_p = prediction.log_probs
     p = np.where(prediction.drawn_from, np.exp(log_p), 0.0)
     draws = np.random.default_rng(10).choice(CLASSES, (rows, count), p=p / p.sum())
     group = np.argsort(-log_p)[: max(stored, 1)]
     outside = np.log(np.delete(np.exp(log_p), group).sum())
-    whole = bool(prediction.drawn_from.all())
-    rest = -np.inf if whole else np.log(np.exp(log_p)[~prediction.drawn_from].sum())
+    from_all = bool(prediction.drawn_from.all())
+    rest = -np.inf if from_all else np.log(np.exp(log_p)[~prediction.drawn_from].sum())
     targets = SparseTargets(
         offsets=np.arange(rows + 1) * len(group),
         indices=np.tile(group, rows).astype(np.uint32),
@@ -69,12 +77,12 @@ def simulate(prediction: Prediction, count: int, stored: int, rows: int = ROWS) 
         secondary=np.full((rows, 1), outside, np.float32),
         draws=draws.astype(np.uint32),
         draw_log2_probs=encode_log_probs(log_p)[draws],
-        draw_secondary=None if whole else np.full(rows, rest, np.float32),
+        draw_secondary=None if from_all else np.full(rows, rest, np.float32),
     )
     exact = at_temperature(
         targets, TEMPERATURE, group_temperature=TEMPERATURE, temperatures=(TEMPERATURE,)
     )
-    spec = DrawsSpec(count, TEMPERATURE, "all" if whole else "primary")
+    spec = DrawsSpec(count, TEMPERATURE, "all" if from_all else "primary")
     return GroupTargets.from_batch(drawn_targets(targets, spec, exact if stored else None))
 
 
@@ -90,7 +98,7 @@ def estimate(prediction: Prediction, targets: GroupTargets) -> Estimates:
     rows = len(targets.log_secondary)
     logits = torch.from_numpy(np.tile(prediction.student, (rows, 1))).requires_grad_()
     labels = torch.full((rows,), prediction.label)
-    loss = gkd_loss(logits, labels, targets, temperature=TEMPERATURE)
+    loss = loss_at_logits(logits, labels, targets, temperature=TEMPERATURE)
     (by_z,) = torch.autograd.grad(loss.total * rows, logits)
     ce = np.exp(log_softmax(prediction.student))
     ce[prediction.label] -= 1
@@ -123,7 +131,7 @@ def test_full_distillation_has_an_unbiased_gradient(count: int, stored: int) -> 
     estimates = estimate(prediction, simulate(prediction, count, stored))
     distance = estimates.gradient.mean(0) - exact_gradient(prediction)
     error = estimates.gradient.std(0) / math.sqrt(ROWS)
-    # Means of what is drawn a few times in all are not normal yet.
+    # The mean of a class that was drawn a few times only is not yet normal.
     often = np.exp(prediction.log_probs) * count * ROWS > 50
     assert often.sum() >= 8
     rounding = 4e-4 * np.exp(prediction.log_probs)  # of the stored probabilities
@@ -132,14 +140,14 @@ def test_full_distillation_has_an_unbiased_gradient(count: int, stored: int) -> 
 
 
 @pytest.mark.parametrize("stored", [0, 6])
-def test_full_distillation_has_the_value_of_the_whole_divergence(stored: int) -> None:
+def test_full_distillation_has_the_value_of_the_full_divergence(stored: int) -> None:
     prediction = make_prediction("all")
     estimates = estimate(prediction, simulate(prediction, 4, stored))
-    assert estimates.primary == pytest.approx(prediction.terms.whole, rel=0.03)
+    assert estimates.primary == pytest.approx(prediction.terms.total, rel=0.03)
     assert estimates.binary == 0
 
 
-def test_stored_entries_take_variance_away() -> None:
+def test_stored_entries_reduce_the_variance() -> None:
     prediction = make_prediction("all")
     spreads = [
         estimate(prediction, simulate(prediction, 8, stored)).gradient.var(0).sum()
@@ -167,8 +175,8 @@ def test_grouped_distillation_is_consistent(stored: int) -> None:
     assert estimates.binary == pytest.approx(terms.binary, abs=0.005)
 
 
-def test_the_log_of_the_drawn_sum_is_short_by_half_its_variance() -> None:
-    """Primary is a linear part and log S: that part and S are unbiased, at 64 draws of a group."""
+def test_the_log_of_the_drawn_sum_is_below_by_half_its_variance() -> None:
+    """Primary is a linear part plus log S; that part and S are unbiased, at 64 draws of a group."""
     prediction, count = make_prediction("primary"), 64
     u, p = prediction.student / TEMPERATURE, np.exp(prediction.log_probs)
     group, a = prediction.drawn_from, prediction.terms.a
@@ -200,7 +208,7 @@ def test_the_log_of_the_drawn_sum_is_short_by_half_its_variance() -> None:
     assert primary == pytest.approx((linear + np.log(sums)).mean(), rel=1e-5)
 
 
-def test_where_the_student_agrees_within_the_group_nothing_is_left_to_chance() -> None:
+def test_if_the_student_agrees_within_the_group_nothing_depends_on_the_draw() -> None:
     """The weights 1/p make the group's logsumexp exact, whichever classes were drawn."""
     prediction = make_prediction("primary", student_is_teacher=True)
     estimates = estimate(prediction, simulate(prediction, 8, 0))
@@ -208,15 +216,15 @@ def test_where_the_student_agrees_within_the_group_nothing_is_left_to_chance() -
     assert terms.primary == pytest.approx(0.0, abs=1e-12)
     assert estimates.primary == pytest.approx(0.0, abs=1e-6)
     assert estimates.binary == pytest.approx(terms.binary, rel=0.01)
-    # Of Binary's gradient only its sum over the group is left to the draws.
+    # The sum of Binary's gradient over the group is deterministic, its distribution is not.
     group = prediction.drawn_from
     totals = estimates.gradient[:, group].sum(1)
     undrawn = -np.exp(log_softmax(prediction.student / TEMPERATURE))[group].sum()
     assert totals.std() < 2e-3 * abs(undrawn)
 
 
-def test_the_hold_binds_only_above_half_way() -> None:
-    """At 16 draws, against the same estimates where b may come as near to 1 as it likes."""
+def test_b_is_clamped_half_way_from_a_to_1() -> None:
+    """At 16 draws, against the formula with the clamp applied to each row's b."""
     prediction = make_prediction("primary")
     a = prediction.terms.a
     targets = simulate(prediction, 16, 0)
@@ -226,34 +234,31 @@ def test_the_hold_binds_only_above_half_way() -> None:
     b = torch.zeros(ROWS, dtype=torch.float64).index_add_(0, targets.rows, shares)
     assert b.mean().item() == pytest.approx(
         1 - np.exp(log_softmax(soft.numpy()))[~prediction.drawn_from].sum(), rel=2e-3
-    )  # unbiased before it is held
-    held = torch.minimum(b, torch.tensor((1 + a) / 2))
-    expected = a * (math.log(a) - held.log()) + (1 - a) * (math.log(1 - a) - (1 - held).log())
+    )  # unbiased before the clamp
+    clamped = torch.minimum(b, torch.tensor((1 + a) / 2))
+    expected = a * (math.log(a) - clamped.log()) + (1 - a) * (math.log(1 - a) - (1 - clamped).log())
     binary = estimate(prediction, targets).binary
     assert binary == pytest.approx(expected.mean().item(), rel=1e-3)
-    print(f"held in {(b > held).double().mean():.1%}, b {b.mean():.4f} to {held.mean():.4f}")
+    share = (b > clamped).double().mean()
+    print(f"clamped in {share:.1%}, b {b.mean():.4f} to {clamped.mean():.4f}")
 
 
 @pytest.mark.parametrize("drawn_from", ["all", "primary"])
 @pytest.mark.parametrize("stored", [0, 3])
-def test_the_fused_layer_takes_draws_as_the_reference_does(drawn_from: str, stored: int) -> None:
+def test_with_a_margin_it_is_the_loss_of_the_margin_logits(drawn_from: str, stored: int) -> None:
     rng = np.random.default_rng(4)
     targets = simulate(make_prediction(drawn_from), 6, stored, rows=16)
     x, w = (torch.from_numpy(rng.normal(size=(n, 8))).requires_grad_() for n in (16, CLASSES))
     labels = torch.from_numpy(rng.integers(0, CLASSES, 16))
-    results = []
-    for impl in ("fused", "reference"):
-        loss = grouped_margin_loss(
-            x,
-            w,
-            labels,
-            targets,
-            margin=Margin(m3=0.2),
-            scale=8.0,
-            temperature=TEMPERATURE,
-            impl=impl,
+    spec = HeadSpec(margin=Margin(m3=0.2), scale=8.0, temperature=TEMPERATURE)
+    logits = dense_margin_logits(x, w, labels, margin=spec.margin, scale=spec.scale)
+    results = [
+        (*loss, *torch.autograd.grad(loss.total, (x, w)))
+        for loss in (
+            grouped_margin_loss(x, w, labels, targets, spec).means,
+            loss_at_logits(logits, labels, targets, temperature=TEMPERATURE),
         )
-        results.append((*loss, *torch.autograd.grad(loss.total, (x, w))))
+    ]
     torch.testing.assert_close(*results, rtol=1e-6, atol=1e-9)
 
 
@@ -270,14 +275,16 @@ def test_the_gradient_is_the_slope_of_the_estimate() -> None:
             }
         )
         assert torch.autograd.gradcheck(
-            lambda z, y=labels, t=doubled: gkd_loss(z, y, t, temperature=TEMPERATURE).total, logits
+            lambda z, y=labels, t=doubled: loss_at_logits(z, y, t, temperature=TEMPERATURE).total,
+            logits,
+            fast_mode=True,
         )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("log_secondary", [-1e-9, -0.5, -36.0, -40.0, -2000.0, -math.inf, 0.0])
 @pytest.mark.parametrize("label_logit", [-60.0, 0.0, 60.0, 600.0])
-def test_whatever_mass_a_group_has_and_a_student_gives_it_all_is_finite(
+def test_loss_and_gradient_are_finite_for_any_mass_of_teacher_and_student(
     label_logit: float, log_secondary: float, dtype: torch.dtype
 ) -> None:
     logits = torch.zeros(1, 6, dtype=dtype)
@@ -290,7 +297,7 @@ def test_whatever_mass_a_group_has_and_a_student_gives_it_all_is_finite(
         log_secondary=torch.tensor([log_secondary]),
         log_weights=torch.tensor([0.1]),
     )
-    loss = gkd_loss(logits, torch.tensor([0]), targets, temperature=1.0)
+    loss = loss_at_logits(logits, torch.tensor([0]), targets, temperature=1.0)
     loss.total.backward()
     assert all(torch.isfinite(value) for value in loss)
     assert logits.grad is not None
