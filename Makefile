@@ -7,7 +7,7 @@ READY := $(VENV)/ready
 DEMO := demo-run
 
 .DELETE_ON_ERROR:
-.PHONY: demo check lint types mypy pyright browser test coverage newest format clean
+.PHONY: demo check lint types mypy pyright browser test coverage docs newest format clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "gkd needs Python 3.11 or newer, this is %d.%d: make PYTHON=python3.11" % sys.version_info[:2])'
@@ -52,6 +52,10 @@ test: $(READY)
 coverage: $(READY)
 	$(PYTEST) --cov --cov-report term:skip-covered
 
+# The site, in site/; a broken link or a key without description fails.
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
 # Storage alone under a newer Python with the newest zarr; it needs no torch.
 newest:
 	$(NEWEST) -m venv .venv-newest
@@ -66,4 +70,4 @@ format: $(READY)
 	$(BIN)/ruff check --fix
 
 clean:
-	rm -rf $(VENV) .venv-newest $(DEMO)
+	rm -rf $(VENV) .venv-newest $(DEMO) site

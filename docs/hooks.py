@@ -54,14 +54,10 @@ def _describe(kind: type) -> tuple[str, dict[str, str]]:
         else:
             described |= {name: f"{described[name]} {line.strip()}" for name in names}
     text = summary.removeprefix("``[").partition("]``")[2].lstrip(":. ").replace("``", "`")
-    return _sentence(text), {
-        name: _sentence(text.replace("``", "`").replace("|", "\\|"))
-        for name, text in described.items()
+    return text, {
+        name: description.replace("``", "`").replace("|", "\\|")
+        for name, description in described.items()
     }
-
-
-def _sentence(text: str) -> str:
-    return text[:1].upper() + text[1:]
 
 
 def _format(default: object) -> str:
