@@ -6,7 +6,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,8 +17,7 @@ from gkd.pipeline.groups.draws import uniform_numbers
 from gkd.pipeline.groups.partition import Partition, partition
 from gkd.pipeline.settings import PartitionSettings
 from gkd.storage.cache.spec import View
-from gkd.storage.cache.target_arrays import concatenate, optional_arrays
-from gkd.storage.cache.targets import SparseTargets, offsets_from_sizes
+from gkd.storage.cache.targets import SparseTargets
 from gkd.storage.cache.writer import CacheWriter, ShardSamples
 from gkd.storage.records.base import Records
 
@@ -116,24 +114,9 @@ def write_shard_job(
 
 def _join_targets(view: View, parts: Sequence[PartitionedBatch]) -> SparseTargets:
     """Targets of consecutive batches as one; a skipped sample has no entry and zeros elsewhere."""
-
-    def with_skipped(part: PartitionedBatch) -> SparseTargets:
-        targets = part.views[view].targets
-
-        def spread(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
-            spread = np.zeros((len(part.rows), *values.shape[1:]), values.dtype)
-            spread[part.kept] = values
-            return spread
-
-        return SparseTargets(
-            offsets_from_sizes(spread(targets.sizes)),
-            targets.indices,
-            targets.log2_probs,
-            spread(targets.secondary),
-            *optional_arrays(targets, spread),
-        )
-
-    return concatenate([with_skipped(part) for part in parts])
+    return SparseTargets.concat(
+        [part.views[view].targets.scatter(part.kept, len(part.rows)) for part in parts]
+    )
 
 
 class AsyncShardWriter:

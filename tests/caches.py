@@ -19,7 +19,7 @@ from gkd.storage.cache.spec import (
     View,
     preprocess_preset,
 )
-from gkd.storage.cache.targets import SparseTargets, encode_log_probs, offsets_from_sizes
+from gkd.storage.cache.targets import Draws, SparseTargets, encode_log_probs, offsets_from_sizes
 from gkd.storage.cache.writer import CacheWriter, ShardSamples
 from gkd.storage.sharing.push import CLAIM
 
@@ -123,18 +123,14 @@ def without(targets: SparseTargets, skipped: list[int]) -> SparseTargets:
     """The targets with some samples' groups made empty, as skipped samples have them."""
     keep = ~np.isin(np.arange(len(targets)), skipped)
     entries = np.repeat(keep, targets.sizes)
-    secondary = np.where(keep[:, None], targets.secondary, np.float32(0))
-    return SparseTargets(
-        offsets_from_sizes(targets.sizes * keep),
-        targets.indices[entries],
-        targets.log2_probs[entries],
-        secondary,
-        None if targets.draws is None else targets.draws * keep[:, None],
-        None if targets.draw_log2_probs is None else targets.draw_log2_probs * keep[:, None],
-        None
-        if targets.draw_secondary is None
-        else np.where(keep, targets.draw_secondary, np.float32(0)),
-    )
+    arrays = {}
+    for name, values in targets.arrays().items():
+        if name in ("indices", "log2_probs"):
+            arrays[name] = values[entries]
+        else:
+            arrays[name] = values.copy()
+            arrays[name][~keep] = 0
+    return SparseTargets.from_arrays(offsets_from_sizes(targets.sizes * keep), arrays)
 
 
 def write_shard(
@@ -180,9 +176,11 @@ def add_draws(
     )
     return replace(
         targets,
-        draws=draws.astype(np.uint32),
-        draw_log2_probs=encode_log_probs(np.take_along_axis(log_probs, draws, 1)),
-        draw_secondary=masses,
+        draws=Draws(
+            draws.astype(np.uint32),
+            encode_log_probs(np.take_along_axis(log_probs, draws, 1)),
+            masses,
+        ),
     )
 
 

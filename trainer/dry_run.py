@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from gkd.storage.cache.target_arrays import array_shapes
+from gkd.storage.reading.flat_arrays import array_shapes
 from gkd.storage.reading.shard_store import ShardStore
 from gkd.storage.records.open import Records
 from gkd.trainer.backbones.common import FACE_SIZE

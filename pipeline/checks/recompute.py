@@ -20,7 +20,6 @@ from gkd.pipeline.checks.draw_test import DrawCounts, DrawTest
 from gkd.pipeline.teacher.embedder import Embedder
 from gkd.storage.cache.reader import Cache
 from gkd.storage.cache.spec import CacheSpec, View
-from gkd.storage.cache.target_arrays import cut_out
 from gkd.storage.cache.targets import MAX_CODE, STEPS_PER_OCTAVE, SparseTargets, decode_log_probs
 from gkd.storage.errors import ConfigError, SpecMismatchError
 from gkd.storage.records.base import Records
@@ -216,17 +215,16 @@ def _draws_difference(
     if spec.draws is None:
         return 0.0
     assert stored.draws is not None
-    assert stored.draw_log2_probs is not None
-    drawn = stored.draws[0].astype(np.int64)
+    drawn = stored.draws.classes[0].astype(np.int64)
     log_probs = _log_softmax(logits / spec.draws.temperature)
     kept = np.maximum(log_probs[drawn], LEAST_LOG_PROB)
-    difference = float(np.abs(decode_log_probs(stored.draw_log2_probs[0]) - kept).max())
-    if stored.draw_secondary is None:
+    difference = float(np.abs(decode_log_probs(stored.draws.log2_probs[0]) - kept).max())
+    if stored.draws.secondary is None:
         return difference
     away = min(
         max(
             _distance(
-                float(stored.draw_secondary[0]),
+                float(stored.draws.secondary[0]),
                 _log_mass_outside(logits / spec.draws.temperature, group),
             ),
             float(log_probs[group].min() - log_probs[drawn].min()),
@@ -413,7 +411,7 @@ def _recomputed(
                     loaded = shard
                 for view in spec.views:
                     sample = row - spec.shard_rows(shard).start
-                    one = cut_out(stored[view], range(sample, sample + 1))
+                    one = stored[view].slice(range(sample, sample + 1))
                     yield view, row, place, logits[view][i].astype(np.float64), one
                 advance()
 

@@ -11,8 +11,6 @@ candidates were, but where the number is a rounding away from the next class.
 
 import hashlib
 import math
-from dataclasses import dataclass
-from typing import Self
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +21,7 @@ from torch.nn import functional
 from gkd.pipeline.groups.candidates import Taken, key_classes, key_logits
 from gkd.pipeline.groups.logits import Logits
 from gkd.storage.cache.spec import DrawsSpec, View
-from gkd.storage.cache.targets import encode_log_probs
+from gkd.storage.cache.targets import Draws, encode_log_probs
 
 BLOCK = 8  # classes whose sum is kept
 SPAN = 256  # classes whose sum is looked through for each number
@@ -53,37 +51,24 @@ def uniform_numbers(
     return (raw >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
-@dataclass(frozen=True)
-class Drawn:
-    """Draws of some rows, as they are stored.
+def replace_draws(draws: Draws, rows: npt.NDArray[np.int64], others: Draws) -> Draws:
+    """The draws with those of ``rows`` replaced by ``others``."""
+    classes, log2_probs = draws.classes.copy(), draws.log2_probs.copy()
+    classes[rows], log2_probs[rows] = others.classes, others.log2_probs
+    secondary = None
+    if draws.secondary is not None and others.secondary is not None:
+        secondary = draws.secondary.copy()
+        secondary[rows] = others.secondary
+    return Draws(classes, log2_probs, secondary)
 
-    classes     uint32  [B, n]
-    log2_probs  uint16  [B, n]  codes of their probabilities among all classes
-    secondary   float32 [B]     natural log of the mass outside the group they are of, if of one
-    """
 
-    classes: npt.NDArray[np.uint32]
-    log2_probs: npt.NDArray[np.uint16]
-    secondary: npt.NDArray[np.float32] | None = None
-
-    @classmethod
-    def stored(cls, classes: Tensor, log_probs: Tensor, secondary: Tensor | None = None) -> Self:
-        """From int64 [B, n], float64 [B, n] and float [B], wherever they are."""
-        return cls(
-            classes.cpu().numpy().astype(np.uint32),
-            encode_log_probs(log_probs.cpu().numpy()),
-            None if secondary is None else secondary.to(torch.float32).cpu().numpy(),
-        )
-
-    def with_rows(self, rows: npt.NDArray[np.int64], others: "Drawn") -> "Drawn":
-        """The draws with those of ``rows`` exchanged for ``others``."""
-        classes, log2_probs = self.classes.copy(), self.log2_probs.copy()
-        classes[rows], log2_probs[rows] = others.classes, others.log2_probs
-        secondary = None
-        if self.secondary is not None and others.secondary is not None:
-            secondary = self.secondary.copy()
-            secondary[rows] = others.secondary
-        return Drawn(classes, log2_probs, secondary)
+def _stored(classes: Tensor, log_probs: Tensor, secondary: Tensor | None = None) -> Draws:
+    """Draws from int64 [B, n], float64 [B, n] and float [B] on any device."""
+    return Draws(
+        classes.cpu().numpy().astype(np.uint32),
+        encode_log_probs(log_probs.cpu().numpy()),
+        None if secondary is None else secondary.to(torch.float32).cpu().numpy(),
+    )
 
 
 class BlockSums:
@@ -148,7 +133,7 @@ class BlockSums:
         return of_spans(shifts.double())
 
 
-def draw_from_all(sums: BlockSums, logits: Logits, uniforms: Tensor) -> Drawn:
+def draw_from_all(sums: BlockSums, logits: Logits, uniforms: Tensor) -> Draws:
     """Draws from softmax(z / T) over all classes, for uniforms float64 [B, n].
 
     ``sums`` are of all classes at T, and ``logits`` of the same rows.
@@ -164,7 +149,7 @@ def draw_from_all(sums: BlockSums, logits: Logits, uniforms: Tensor) -> Drawn:
         _draw_from_spans(sums, logits, log_total[some], some, spans[some], rest[some])
         for some in rows.split(max(1, at_once // uniforms.shape[1]))
     ]
-    return Drawn.stored(torch.cat([p for p, _ in parts]), torch.cat([p for _, p in parts]))
+    return _stored(torch.cat([p for p, _ in parts]), torch.cat([p for _, p in parts]))
 
 
 def _draw_from_spans(
@@ -195,7 +180,7 @@ def _draw_from_spans(
 
 def draw_from_group(
     keys: Tensor, members: Tensor, log_rest: Tensor, temperature: float, uniforms: Tensor
-) -> Drawn:
+) -> Draws:
     """Draws from softmax(z / T) over a group.
 
     Args:
@@ -212,7 +197,7 @@ def draw_from_group(
     log_outside = torch.logaddexp(log_rest, outside)
     places, _ = _inverse((inside - log_inside[:, None]).exp_(), uniforms)
     log_total = torch.logaddexp(log_inside, log_outside)
-    return Drawn.stored(
+    return _stored(
         key_classes(keys.gather(1, places)),
         scaled.gather(1, places) - log_total[:, None],
         functional.logsigmoid(log_outside - log_inside),

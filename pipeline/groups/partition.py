@@ -26,7 +26,13 @@ from gkd.pipeline.groups.candidates import (
     key_logits,
     make_keys,
 )
-from gkd.pipeline.groups.draws import SPAN, BlockSums, Drawn, draw_from_all, draw_from_group
+from gkd.pipeline.groups.draws import (
+    SPAN,
+    BlockSums,
+    draw_from_all,
+    draw_from_group,
+    replace_draws,
+)
 from gkd.pipeline.groups.floors import MOST_SAMPLED, better_floor, certain_floor, first_floor
 from gkd.pipeline.groups.logits import (
     ACCELERATOR_LOGITS,
@@ -37,8 +43,7 @@ from gkd.pipeline.groups.logits import (
 )
 from gkd.pipeline.groups.tail import LEAST_TERM, Tail
 from gkd.pipeline.settings import PartitionSettings
-from gkd.storage.cache.target_arrays import concatenate, cut_out
-from gkd.storage.cache.targets import SparseTargets, encode_log_probs, offsets_from_sizes
+from gkd.storage.cache.targets import Draws, SparseTargets, encode_log_probs, offsets_from_sizes
 
 BLOCK_ROWS = 64
 
@@ -52,7 +57,7 @@ class Partition:
 
     def of(self, rows: range) -> "Partition":
         """Those of some consecutive rows."""
-        return Partition(cut_out(self.targets, rows), self.truncated[rows.start : rows.stop])
+        return Partition(self.targets.slice(rows), self.truncated[rows.start : rows.stop])
 
 
 def partition(
@@ -105,7 +110,7 @@ class _Groups:
     truncated: npt.NDArray[np.bool_]
     proved: npt.NDArray[np.bool_]
     log_total: Tensor  # [b], of all classes at the group temperature
-    drawn: Drawn | None
+    drawn: Draws | None
 
 
 def _partition(
@@ -161,22 +166,19 @@ def _partition_rows(
         numbers = uniforms[rows] if settings.draws_from_group else None
         sure = _groups(logits.rows(rows), settings, numbers, class_chunk, floor)
         groups = _replace(groups, again, sure)
-    drawn = groups.drawn
     targets = SparseTargets(
         offsets=offsets_from_sizes(groups.sizes),
         indices=groups.classes.astype(np.uint32),
         log2_probs=encode_log_probs(groups.log_probs),
         secondary=groups.secondary,
-        draws=drawn.classes if drawn else None,
-        draw_log2_probs=drawn.log2_probs if drawn else None,
-        draw_secondary=drawn.secondary if drawn else None,
+        draws=groups.drawn,
     )
     return Partition(targets, groups.truncated)
 
 
 def _join(parts: list[Partition]) -> Partition:
     return Partition(
-        concatenate([part.targets for part in parts]),
+        SparseTargets.concat([part.targets for part in parts]),
         np.concatenate([part.truncated for part in parts]),
     )
 
@@ -188,9 +190,12 @@ def _nothing(settings: PartitionSettings) -> Partition:
         indices=np.empty(0, np.uint32),
         log2_probs=np.empty(0, np.uint16),
         secondary=np.empty((0, len(settings.temperatures)), np.float32),
-        draws=np.empty((0, draws.count), np.uint32) if draws else None,
-        draw_log2_probs=np.empty((0, draws.count), np.uint16) if draws else None,
-        draw_secondary=np.empty(0, np.float32) if draws and draws.source == "primary" else None,
+        draws=draws
+        and Draws(
+            np.empty((0, draws.count), np.uint32),
+            np.empty((0, draws.count), np.uint16),
+            np.empty(0, np.float32) if draws.source == "primary" else None,
+        ),
     )
     return Partition(targets, np.empty(0, np.bool_))
 
@@ -350,7 +355,7 @@ def _replace(groups: _Groups, rows: npt.NDArray[np.int64], others: _Groups) -> _
         log_probs=np.concatenate([groups.log_probs, others.log_probs])[entries],
         secondary=secondary,
         truncated=truncated,
-        drawn=groups.drawn.with_rows(rows, others.drawn)
+        drawn=replace_draws(groups.drawn, rows, others.drawn)
         if groups.drawn and others.drawn
         else groups.drawn,
         proved=np.ones(len(sizes), np.bool_),

@@ -39,8 +39,7 @@ from gkd.pipeline.shard_writer import partition_batch
 from gkd.pipeline.teacher.embedder import Embedder
 from gkd.storage.cache.retarget import cut_groups
 from gkd.storage.cache.spec import VIEWS, CacheSpec, CentersSpec, DrawsSpec, View
-from gkd.storage.cache.target_arrays import concatenate
-from gkd.storage.cache.targets import decode_log_probs
+from gkd.storage.cache.targets import SparseTargets, decode_log_probs
 from gkd.storage.errors import ConfigError
 from gkd.storage.records.base import Records
 from gkd.storage.util.progress import progress
@@ -308,7 +307,7 @@ def _partitioned(
 def _joined(parts: Sequence[Mapping[View, Partition]]) -> Mapping[View, Partition]:
     return {
         view: Partition(
-            concatenate([part[view].targets for part in parts]),
+            SparseTargets.concat([part[view].targets for part in parts]),
             np.concatenate([part[view].truncated for part in parts]),
         )
         for view in parts[0]

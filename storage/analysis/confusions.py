@@ -31,7 +31,6 @@ import pyarrow as pa
 from gkd.storage.analysis.posteriors import Posteriors
 from gkd.storage.cache.reader import DIGEST_BYTES, Cache, Samples
 from gkd.storage.cache.spec import CacheSpec
-from gkd.storage.cache.target_arrays import cut_out
 from gkd.storage.cache.targets import SparseTargets, in_blocks
 from gkd.storage.util.progress import progress
 
@@ -92,8 +91,7 @@ def confusions(cache: Cache, *, max_rows: int = MAX_ROWS, max_pairs: int = MAX_P
                 rows = spec.shard_rows(shard)[block.start : block.stop]
                 labels = samples.labels[rows.start : rows.stop]
                 posteriors = [
-                    Posteriors.from_targets(cut_out(targets, block), labels, spec)
-                    for targets in views
+                    Posteriors.from_targets(targets.slice(block), labels, spec) for targets in views
                 ]
                 for view in posteriors:
                     pairs.add(view, labels, 1 / len(posteriors))
@@ -120,7 +118,7 @@ def _blocks(views: Sequence[SparseTargets]) -> Iterator[range]:
     offsets = np.sum([targets.offsets for targets in views], axis=0)
     draws = views[0].draws
     if draws is not None:
-        offsets = offsets + len(views) * draws.shape[1] * np.arange(len(offsets))
+        offsets = offsets + len(views) * draws.classes.shape[1] * np.arange(len(offsets))
     return in_blocks(offsets, _BLOCK_ENTRIES)
 
 

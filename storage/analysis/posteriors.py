@@ -142,13 +142,12 @@ def _drawn(
     """Drawn classes that the group lacks, as sample << 32 | class, and their log p(T)."""
     assert spec.draws is not None
     assert targets.draws is not None
-    assert targets.draw_log2_probs is not None
     filled = np.flatnonzero(targets.sizes)
-    keys = (filled[:, None] << _CLASS_BITS) | targets.draws[filled]
+    keys = (filled[:, None] << _CLASS_BITS) | targets.draws.classes[filled]
     keys, first = np.unique(keys, return_index=True)
     rows = np.repeat(np.arange(len(targets)), targets.sizes)
     new = ~np.isin(keys, (rows << _CLASS_BITS) | targets.indices)
-    codes = targets.draw_log2_probs[filled].reshape(-1)[first][new]
+    codes = targets.draws.log2_probs[filled].reshape(-1)[first][new]
     keys = keys[new]
 
     softened, _ = _at(targets, spec.draws.temperature, spec)

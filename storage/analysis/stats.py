@@ -165,7 +165,7 @@ class _Counts:
         self.label += np.bincount(targets.log2_probs[is_label], minlength=MAX_CODE + 1)
 
         if targets.draws is not None:
-            drawn = np.sort(targets.draws[filled], axis=1)
+            drawn = np.sort(targets.draws.classes[filled], axis=1)
             self.drawn_classes += len(drawn) + int((drawn[:, 1:] != drawn[:, :-1]).sum())
 
         commit = cache.commit(shard)

@@ -31,11 +31,10 @@ def check_draws(
     """
     if spec.draws is None:
         return
-    draws, codes = targets.draws, targets.draw_log2_probs
-    assert draws is not None
-    assert codes is not None
+    assert targets.draws is not None
+    draws, codes = targets.draws.classes, targets.draws.log2_probs
     for name in ("draws", "draw_log2_probs", "draw_secondary"):
-        values = getattr(targets, name)
+        values = targets.arrays().get(name)
         if values is not None and (wrong := values[~present] != 0).any():
             where = np.flatnonzero(~present)[wrong.reshape(len(wrong), -1).any(1)]
             yield name, int(where[0]), "draws of a sample that was skipped"
@@ -52,8 +51,8 @@ def check_draws(
     # Codes of what is below 2^-64 stand for more than it.
     probs = np.exp(decode_log_probs(their_codes), dtype=np.float64) * (their_codes < MAX_CODE)
     mass, most = (probs * first).sum(1), np.ones(len(draws))
-    if targets.draw_secondary is not None:
-        most = -np.expm1(np.minimum(targets.draw_secondary.astype(np.float64), 0))
+    if targets.draws.secondary is not None:
+        most = -np.expm1(np.minimum(targets.draws.secondary.astype(np.float64), 0))
     wrong = present & ~(mass <= most * (1 + HALF_STEP) + ROUNDING)
     if wrong.any():
         yield (
@@ -68,12 +67,13 @@ def _check_entries(
     spec: CacheSpec, draws: DrawsSpec, targets: SparseTargets, present: npt.NDArray[np.bool_]
 ) -> Iterator[tuple[str, int, str]]:
     """Draws against the stored entries."""
+    assert targets.draws is not None
     found = _entry_of_each(spec, targets)
     whole = present & (targets.sizes < spec.max_group)
     if draws.source == "primary" and (wrong := whole & (found < 0).any(1)).any():
         yield "draws", int(wrong.argmax()), "a class that is not in the group it was drawn from"
     column = targets.secondary[:, spec.temperatures.index(draws.temperature)]
-    outside = targets.draw_secondary
+    outside = targets.draws.secondary
     if outside is not None:
         # As a mass: the log of next to nothing may be any.
         mass, stored = np.exp(outside, dtype=np.float64), np.exp(column, dtype=np.float64)
@@ -95,8 +95,7 @@ def _check_entries(
         True
     )
     rows, places = np.nonzero((found >= 0) & ~clamped[:, None])
-    assert targets.draw_log2_probs is not None
-    drawn = decode_log_probs(targets.draw_log2_probs[rows, places])
+    drawn = decode_log_probs(targets.draws.log2_probs[rows, places])
     stored = log_probs[found[rows, places]]
     away = np.abs(drawn - np.maximum(stored, -2 * HALF_STEP * MAX_CODE))
     wrong = ~(away <= HALF_STEP * (1 + 2 * ratio) + ROUNDING)
@@ -109,7 +108,9 @@ def _entry_of_each(spec: CacheSpec, targets: SparseTargets) -> npt.NDArray[np.in
     assert targets.draws is not None
     samples = np.repeat(np.arange(len(targets), dtype=np.int64), targets.sizes)
     entries = samples * spec.num_classes + targets.indices
-    wanted = np.arange(len(targets))[:, None] * spec.num_classes + targets.draws.astype(np.int64)
+    wanted = np.arange(len(targets))[:, None] * spec.num_classes + targets.draws.classes.astype(
+        np.int64
+    )
     if not len(entries):
         return np.full(wanted.shape, -1)
     order = np.argsort(entries, kind="stable")

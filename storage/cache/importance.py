@@ -39,15 +39,14 @@ def drawn_targets(
     as they are; the draws then stand for the rest. A sample that was skipped has no entry.
     """
     assert targets.draws is not None
-    assert targets.draw_log2_probs is not None
     batch = len(targets)
     log_outside = np.full(batch, -np.inf, np.float32)
-    if targets.draw_secondary is not None:
-        log_outside = targets.draw_secondary
+    if targets.draws.secondary is not None:
+        log_outside = targets.draws.secondary
     mass = np.maximum(-np.expm1(log_outside.astype(np.float64)), np.finfo(np.float32).tiny)
     rest = mass
     rows = np.repeat(np.arange(batch), draws.count)
-    keys = _keys(rows, targets.draws.reshape(-1))
+    keys = _keys(rows, targets.draws.classes.reshape(-1))
     inside = (targets.sizes > 0)[rows]
     if exact is not None:
         rest = np.exp(exact.log_secondary.astype(np.float64)) - np.exp(log_outside)
@@ -56,7 +55,7 @@ def drawn_targets(
     rest = np.clip(rest, np.finfo(np.float32).tiny, mass)
     keys, first, counts = np.unique(keys[inside], return_index=True, return_counts=True)
     rows = keys >> _CLASS_BITS
-    log_probs = decode_log_probs(targets.draw_log2_probs.reshape(-1)[inside][first])
+    log_probs = decode_log_probs(targets.draws.log2_probs.reshape(-1)[inside][first])
     fallen = np.bincount(rows, counts, minlength=batch)
     with np.errstate(divide="ignore"):  # where the rest is everything, some draw falls into it
         chance = -np.expm1(draws.count * np.log1p(-rest / mass))

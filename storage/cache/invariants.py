@@ -57,8 +57,8 @@ def check_invariants(
     if wrong.any():
         yield "secondary", int(wrong.any(axis=1).argmax()), "a log mass above 0 or not a number"
         return
-    if targets.draw_secondary is not None:
-        wrong = ~(targets.draw_secondary <= LOG_MASS_TOLERANCE)
+    if targets.draws is not None and targets.draws.secondary is not None:
+        wrong = ~(targets.draws.secondary <= LOG_MASS_TOLERANCE)
         if wrong.any():
             yield "draw_secondary", int(wrong.argmax()), "a log mass above 0 or not a number"
             return

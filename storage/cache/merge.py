@@ -22,7 +22,6 @@ from gkd.storage.cache.layout import METADATA
 from gkd.storage.cache.reader import Cache
 from gkd.storage.cache.retarget import shard_samples, software_versions
 from gkd.storage.cache.spec import CacheSpec, DatasetSpec, DerivedSpec, View, settings_of
-from gkd.storage.cache.target_arrays import concatenate, cut_out
 from gkd.storage.cache.targets import SparseTargets
 from gkd.storage.cache.writer import CacheWriter, ShardSamples, delete_leftovers
 from gkd.storage.errors import ConfigError, SpecMismatchError
@@ -69,7 +68,7 @@ def _write_merged(source: "_Source", writer: CacheWriter, shard: int) -> None:
     spec = writer.spec
     pieces = list(source.pieces(spec.shard_rows(shard)))
     views: dict[View, SparseTargets] = {
-        view: concatenate([piece.targets[view] for piece in pieces]) for view in spec.views
+        view: SparseTargets.concat([piece.targets[view] for piece in pieces]) for view in spec.views
     }
     truncated: dict[View, int] = {
         view: sum(int(piece.truncated[view].sum()) for piece in pieces) for view in spec.views
@@ -174,7 +173,7 @@ class _Piece:
     def cut(self, rows: slice) -> "_Piece":
         place = range(len(self.samples.keys))[rows]
         return _Piece(
-            {view: cut_out(targets, place) for view, targets in self.targets.items()},
+            {view: targets.slice(place) for view, targets in self.targets.items()},
             {view: truncated[rows] for view, truncated in self.truncated.items()},
             ShardSamples(
                 self.samples.keys[rows],

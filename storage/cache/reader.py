@@ -181,7 +181,7 @@ class Cache:
                     self.path / arrays[name].shard_file(shard),
                     f"class {rows[name].max()} where there are {self.spec.num_classes}",
                 )
-        return SparseTargets(offsets_from_sizes(sizes), **rows)
+        return SparseTargets.from_arrays(offsets_from_sizes(sizes), rows)
 
     def read_sizes(self, shard: int, view: View) -> npt.NDArray[np.uint16]:
         """Group sizes of all samples of a shard, in row order; 0 for a skipped one.

@@ -14,11 +14,10 @@ differ by the classes in question from what the teacher would give.
 """
 
 import functools
-from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import msgspec
 import numpy as np
@@ -28,7 +27,6 @@ from gkd.storage.cache.card import write_card
 from gkd.storage.cache.layout import Commit
 from gkd.storage.cache.reader import Cache, digests_of
 from gkd.storage.cache.spec import CacheSpec, DerivedSpec, DrawsSpec, View
-from gkd.storage.cache.target_arrays import concatenate, cut_out
 from gkd.storage.cache.targets import (
     SparseTargets,
     at_temperature,
@@ -221,11 +219,10 @@ def cut_groups(
     """Groups of ``old`` cut down to the settings of ``new``; ``labels`` int64 [n]."""
     blocks = list(in_blocks(targets.offsets, _BLOCK_ENTRIES))
     parts = [
-        _cut_block(cut_out(targets, rows), labels[rows.start : rows.stop], old, new)
-        for rows in blocks
+        _cut_block(targets.slice(rows), labels[rows.start : rows.stop], old, new) for rows in blocks
     ]
     return CutGroups(
-        concatenate([part.targets for part in parts]),
+        SparseTargets.concat([part.targets for part in parts]),
         np.concatenate([part.full_sizes for part in parts]),
         np.concatenate([part.reached for part in parts]),
     )
@@ -260,20 +257,11 @@ def _cut_block(
             targets.indices[keep],
             targets.log2_probs[keep],
             _secondary(targets, samples, ~keep, old, new),
-            *_first_draws(targets, new),
+            targets.draws.first(new.draws.count) if targets.draws and new.draws else None,
         ),
         full_sizes,
         reached,
     )
-
-
-def _first_draws(targets: SparseTargets, spec: CacheSpec) -> Iterator[Any]:
-    """The draws that ``spec`` keeps, their codes, and the mass outside their group."""
-    if spec.draws is None:
-        return
-    for values in (targets.draws, targets.draw_log2_probs):
-        yield None if values is None else values[:, : spec.draws.count]
-    yield targets.draw_secondary
 
 
 def _masses(

@@ -1,7 +1,8 @@
 """The teacher's signal as a value: primary groups of some samples, and what is left outside."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -10,6 +11,10 @@ from gkd.storage.errors import ConfigError
 
 STEPS_PER_OCTAVE = 1024
 MAX_CODE = 65535
+# Above this mean group size copying slices is faster than one gather of all entries (measured).
+_SLICED_GROUP = 256
+_PACKED = ("indices", "log2_probs")
+_DRAWS = ("draws", "draw_log2_probs", "draw_secondary")
 
 
 def encode_log_probs(log_probs: npt.NDArray[np.floating]) -> npt.NDArray[np.uint16]:
@@ -42,28 +47,42 @@ def in_blocks(offsets: npt.NDArray[np.int64], entries: int) -> Iterator[range]:
 
 
 @dataclass(frozen=True)
+class Draws:
+    """Classes drawn with replacement for each of n samples, d classes a sample (``DrawsSpec``).
+
+    classes     uint32  [n, d]
+    log2_probs  uint16  [n, d]  codes of their probabilities among all classes
+    secondary   float32 [n]     natural log of the mass outside the group that they were drawn
+                                from; None if they were drawn from all classes
+    """
+
+    classes: npt.NDArray[np.uint32]
+    log2_probs: npt.NDArray[np.uint16]
+    secondary: npt.NDArray[np.float32] | None = None
+
+    def first(self, count: int) -> "Draws":
+        """The first ``count`` draws of each sample, which are draws of the same distribution."""
+        return Draws(self.classes[:, :count], self.log2_probs[:, :count], self.secondary)
+
+
+@dataclass(frozen=True)
 class SparseTargets:
     """Primary groups of n samples, E entries in all, as stored.
 
-    Entries of sample i stand at ``offsets[i]:offsets[i + 1]``, by descending probability.
+    The entries of sample i are ``offsets[i]:offsets[i + 1]``, in descending order of probability.
 
-    offsets      int64   [n + 1]
-    indices      uint32  [E]      classes
-    log2_probs   uint16  [E]      codes of p(group_temperature), see ``encode_log_probs``
-    secondary    float32 [n, t]   natural log of the mass outside the group at each temperature
-    draws            uint32  [n, d]   optional: classes drawn with replacement (``DrawsSpec``)
-    draw_log2_probs  uint16  [n, d]   and the codes of their probabilities
-    draw_secondary   float32 [n]      optional: natural log of the mass outside the group that they
-                                      were drawn from
+    offsets     int64   [n + 1]
+    indices     uint32  [E]      classes
+    log2_probs  uint16  [E]      codes of p(group_temperature), see ``encode_log_probs``
+    secondary   float32 [n, t]   natural log of the mass outside the group at each temperature
+    draws       d classes drawn for each sample; None if the cache has none
     """
 
     offsets: npt.NDArray[np.int64]
     indices: npt.NDArray[np.uint32]
     log2_probs: npt.NDArray[np.uint16]
     secondary: npt.NDArray[np.float32]
-    draws: npt.NDArray[np.uint32] | None = None
-    draw_log2_probs: npt.NDArray[np.uint16] | None = None
-    draw_secondary: npt.NDArray[np.float32] | None = None
+    draws: Draws | None = None
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -72,6 +91,100 @@ class SparseTargets:
     def sizes(self) -> npt.NDArray[np.int64]:
         """Group size of each sample, int64 [n]."""
         return self.offsets[1:] - self.offsets[:-1]
+
+    @classmethod
+    def from_arrays(
+        cls, offsets: npt.NDArray[np.int64], arrays: Mapping[str, npt.NDArray[Any]]
+    ) -> "SparseTargets":
+        """Targets from their arrays by their names in format 1 (``storage/FORMAT.md``)."""
+        draws = None
+        if "draws" in arrays:
+            draws = Draws(*(arrays.get(name) for name in _DRAWS))  # type: ignore[arg-type]
+        return cls(offsets, *(arrays[name] for name in (*_PACKED, "secondary")), draws)
+
+    def arrays(self) -> dict[str, npt.NDArray[Any]]:
+        """The arrays by their names in format 1, without ``offsets``."""
+        arrays: dict[str, npt.NDArray[Any]] = {
+            "indices": self.indices,
+            "log2_probs": self.log2_probs,
+            "secondary": self.secondary,
+        }
+        if self.draws is not None:
+            values = (self.draws.classes, self.draws.log2_probs, self.draws.secondary)
+            arrays |= {n: v for n, v in zip(_DRAWS, values, strict=True) if v is not None}
+        return arrays
+
+    def slice(self, rows: range) -> "SparseTargets":
+        """Consecutive samples, as views of these arrays."""
+        offsets = self.offsets[rows.start : rows.stop + 1]
+        first, last = offsets[0], offsets[-1]
+        return self._select(
+            offsets - first,
+            lambda values: values[first:last],
+            lambda values: values[rows.start : rows.stop],
+        )
+
+    def take(self, rows: npt.NDArray[np.int64]) -> "SparseTargets":
+        """The samples ``rows`` [B], each in 0..n-1, in that order."""
+        starts = _take(self.offsets, rows)
+        sizes = _take(self.offsets, rows + 1) - starts
+        offsets = offsets_from_sizes(sizes)
+        if offsets[-1] > len(rows) * _SLICED_GROUP:
+            spans = list(zip(starts.tolist(), (starts + sizes).tolist(), strict=True))
+
+            def entries(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+                return np.concatenate([values[start:stop] for start, stop in spans])
+        else:
+            positions = (starts - offsets[:-1]).repeat(sizes)
+            positions += np.arange(offsets[-1])
+
+            def entries(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+                return _take(values, positions)
+
+        return self._select(offsets, entries, lambda values: _take(values, rows))
+
+    def scatter(self, rows: npt.NDArray[np.int64], count: int) -> "SparseTargets":
+        """``count`` samples, these at the ascending ``rows`` [n] and the others empty."""
+
+        def spread(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+            spread = np.zeros((count, *values.shape[1:]), values.dtype)
+            spread[rows] = values
+            return spread
+
+        return self._select(offsets_from_sizes(spread(self.sizes)), lambda values: values, spread)
+
+    def renumber(self, numbers: npt.NDArray[np.uint32]) -> "SparseTargets":
+        """The targets with class c replaced by ``numbers[c]``, for ``numbers`` [C]."""
+        draws = self.draws and replace(self.draws, classes=numbers[self.draws.classes])
+        return replace(self, indices=numbers[self.indices], draws=draws)
+
+    @classmethod
+    def concat(cls, parts: Sequence["SparseTargets"]) -> "SparseTargets":
+        """The samples of one or more parts, one part after the other."""
+        if len(parts) == 1:
+            return parts[0]
+        arrays = [part.arrays() for part in parts]
+        return cls.from_arrays(
+            offsets_from_sizes(np.concatenate([part.sizes for part in parts])),
+            {name: np.concatenate([each[name] for each in arrays]) for name in arrays[0]},
+        )
+
+    def _select(
+        self,
+        offsets: npt.NDArray[np.int64],
+        of_entries: Callable[[npt.NDArray[Any]], npt.NDArray[Any]],
+        of_samples: Callable[[npt.NDArray[Any]], npt.NDArray[Any]],
+    ) -> "SparseTargets":
+        arrays = {
+            name: (of_entries if name in _PACKED else of_samples)(values)
+            for name, values in self.arrays().items()
+        }
+        return SparseTargets.from_arrays(offsets, arrays)
+
+
+def _take(values: npt.NDArray[Any], rows: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
+    # The rows are known to be in range; "clip" avoids the copy that checking them again takes.
+    return values.take(rows, axis=0, mode="clip")
 
 
 @dataclass(frozen=True)

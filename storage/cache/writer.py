@@ -7,6 +7,7 @@ import uuid
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -134,8 +135,9 @@ class CacheWriter:
     ) -> Commit:
         """Write all files of a shard but its commit record, which is returned."""
         for view in self.spec.views:
+            arrays = views[view].arrays() | {"sizes": views[view].sizes}
             for array in layout.arrays(self.spec, view).values():
-                _write_row(self.path, array, shard, views[view])
+                _write_row(self.path, array, shard, arrays[array.name])
         _write_samples(self.path / layout.samples_file(shard), self.spec.shard_rows(shard), samples)
 
         entries: dict[View, int] = {view: len(views[view].indices) for view in self.spec.views}
@@ -287,10 +289,11 @@ def _check_targets(
 ) -> None:
     """A GPU-day is cheaper to stop here than to find spoilt later."""
     n, sizes, entries = len(samples.keys), targets.sizes, len(targets.indices)
+    arrays = targets.arrays()
     for array in layout.arrays(spec, view).values():
         if array.name == "sizes":
             continue
-        values = getattr(targets, array.name)
+        values = arrays.get(array.name)
         found = None if values is None else (values.dtype, values.shape)
         expected = (array.dtype, (entries,) if array.packed else (n, *array.shape[2:]))
         if found != expected:
@@ -305,8 +308,7 @@ def _check_targets(
         raise ValueError(f"{view}: index {targets.indices.max()} of {spec.num_classes} classes")
 
 
-def _write_row(path: Path, array: ArrayLayout, shard: int, targets: SparseTargets) -> None:
-    values = getattr(targets, array.name)
+def _write_row(path: Path, array: ArrayLayout, shard: int, values: npt.NDArray[Any]) -> None:
     # Only what there is: inner chunks that are never written cost nothing.
     if len(values):
         array.open(path, writable=True)[shard, : len(values)] = values.astype(

@@ -22,16 +22,9 @@ from gkd.storage.cache import layout
 from gkd.storage.cache.places import require_outside_caches
 from gkd.storage.cache.reader import Cache
 from gkd.storage.cache.spec import VIEWS, CacheSpec, View
-from gkd.storage.cache.target_arrays import (
-    Shape,
-    TargetArrays,
-    array_names,
-    array_shapes,
-    fill,
-    lay_out,
-)
 from gkd.storage.cache.targets import SparseTargets
 from gkd.storage.errors import ConfigError, CorruptDataError
+from gkd.storage.reading.flat_arrays import OFFSETS, Shape, array_shapes, read_shards
 from gkd.storage.util.files import disk_errors, require_room, sync_folder, write_file
 from gkd.storage.util.progress import progress
 from gkd.storage.util.torchrun_env import all_cores
@@ -86,7 +79,10 @@ class TargetStore:
         self.spec = description.spec
         self.cache_id = description.cache_id
         self.views = description.views
-        self._arrays = TargetArrays.named(self.spec, self._map)
+        names = (name for name in layout.arrays(self.spec, self.views[0]) if name != "sizes")
+        self._targets = SparseTargets.from_arrays(
+            self._map(OFFSETS), {name: self._map(name) for name in names}
+        )
         n = self.spec.num_samples
         # First row of the original and of the flipped view.
         self._first_rows = np.array(
@@ -117,7 +113,7 @@ class TargetStore:
                 f"{self.path}: targets of the {' and '.join(self.views)} view only; train without "
                 "random flips, or cache again with --views original,flipped"
             )
-        return self._arrays.take(first + rows)
+        return self._targets.take(first + rows)
 
     def size_counts(self, view: View) -> npt.NDArray[np.int64]:
         """How many samples of a view have a group of each size, int64 [max_group + 1]."""
@@ -125,7 +121,7 @@ class TargetStore:
         counts = np.zeros(self.spec.max_group + 1, np.int64)
         for begin in range(first, first + len(self), _COUNTED):
             end = min(begin + _COUNTED, first + len(self))
-            sizes = np.diff(self._arrays.offsets[begin : end + 1])
+            sizes = np.diff(self._targets.offsets[begin : end + 1])
             counts += np.bincount(sizes, minlength=len(counts))
         return counts
 
@@ -139,7 +135,7 @@ class TargetStore:
 
     def shapes(self) -> dict[str, Shape]:
         """Type and shape of each array."""
-        arrays = {name: getattr(self._arrays, name) for name in array_names(self.spec)}
+        arrays = {OFFSETS: self._targets.offsets} | self._targets.arrays()
         return {name: (array.dtype, array.shape) for name, array in arrays.items()}
 
 
@@ -227,9 +223,9 @@ def _build(cache: Cache, views: tuple[View, ...], target: Path) -> None:
             name: np.lib.format.open_memmap(aside / f"{name}.npy", "w+", dtype, shape)
             for name, (dtype, shape) in shapes.items()
         }
-        parts = list(lay_out(cache, shards, views))
-        with progress("materialise", len(parts), "shards") as advance:
-            for _ in fill(cache, parts, arrays, workers=min(_MAX_WORKERS, all_cores())):
+        workers = min(_MAX_WORKERS, all_cores())
+        with progress("materialise", len(shards) * len(views), "shards") as advance:
+            for _ in read_shards(cache, shards, views, arrays, workers=workers):
                 advance()
         for array in arrays.values():
             array.flush()

@@ -8,8 +8,8 @@ import numpy.typing as npt
 
 from gkd.storage.cache.reader import Cache
 from gkd.storage.cache.spec import VIEWS, CacheSpec, View
-from gkd.storage.cache.target_arrays import TargetArrays, array_shapes, fill, lay_out
 from gkd.storage.cache.targets import SparseTargets
+from gkd.storage.reading.flat_arrays import OFFSETS, array_shapes, read_shards
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,7 +20,7 @@ class Block:
     """
 
     spec: CacheSpec
-    arrays: TargetArrays
+    targets: SparseTargets
     first: npt.NDArray[np.int64]
 
     def lookup(self, rows: npt.NDArray[np.int64], flipped: npt.NDArray[np.bool_]) -> SparseTargets:
@@ -33,7 +33,7 @@ class Block:
         first = self.first[np.asarray(flipped, np.intp), shards]
         if len(first) and first.min() < 0:
             raise IndexError(f"row {rows[first.argmin()]} is in no shard of this block")
-        return self.arrays.take(first + places)
+        return self.targets.take(first + places)
 
 
 class ShardStore:
@@ -53,13 +53,13 @@ class ShardStore:
         """
         shapes = array_shapes(self.cache, shards, self.views)
         arrays = {name: np.empty(shape, dtype) for name, (dtype, shape) in shapes.items()}
-        first = np.full((len(VIEWS), self.spec.num_shards), -1)
-        parts = list(lay_out(self.cache, shards, self.views))
-        for part in parts:
-            first[VIEWS.index(part.view), part.shard] = part.first_row
-        for _ in fill(self.cache, parts, arrays, workers=1):
+        for _ in read_shards(self.cache, shards, self.views, arrays, workers=1):
             pass
-        return Block(self.spec, TargetArrays.named(self.spec, arrays.__getitem__), first)
+        counts = [len(self.spec.shard_rows(shard)) for shard in shards] * len(self.views)
+        starts = (np.cumsum(counts) - counts).reshape(len(self.views), -1)
+        first = np.full((len(VIEWS), self.spec.num_shards), -1)
+        first[np.ix_([VIEWS.index(view) for view in self.views], shards)] = starts
+        return Block(self.spec, SparseTargets.from_arrays(arrays.pop(OFFSETS), arrays), first)
 
     def size_counts(self, view: View) -> npt.NDArray[np.int64]:
         """How many samples of a view have a group of each size, int64 [max_group + 1].

@@ -26,7 +26,7 @@ from gkd.storage.cache.spec import (
     View,
     preprocess_preset,
 )
-from gkd.storage.cache.targets import SparseTargets, offsets_from_sizes
+from gkd.storage.cache.targets import Draws, SparseTargets, offsets_from_sizes
 from gkd.storage.cache.writer import CacheWriter, ShardSamples
 
 SKIPPED = {5: "expected 112x112 pixels, got 64x64"}
@@ -98,8 +98,7 @@ def targets(rows: range, view: View) -> SparseTargets:
         np.array([each for classes, _ in groups for each in classes], np.uint32),
         np.array([code for _, codes in groups for code in codes], np.uint16),
         np.array([secondary(row, view) for row in rows], np.float32),
-        np.array(draws, np.uint32),
-        np.array(draw_codes, np.uint16),
+        Draws(np.array(draws, np.uint32), np.array(draw_codes, np.uint16)),
     )
 
 
@@ -109,14 +108,13 @@ def values() -> dict[str, Any]:
     def sample(row: int, view: View) -> dict[str, Any]:
         whole = targets(range(row, row + 1), view)
         assert whole.draws is not None
-        assert whole.draw_log2_probs is not None
         return {
             "indices": whole.indices.tolist(),
             "log2_probs": whole.log2_probs.tolist(),
             # As text: JSON has no infinity.
             "secondary": [str(mass) for mass in whole.secondary[0].tolist()],
-            "draws": whole.draws[0].tolist(),
-            "draw_log2_probs": whole.draw_log2_probs[0].tolist(),
+            "draws": whole.draws.classes[0].tolist(),
+            "draw_log2_probs": whole.draws.log2_probs[0].tolist(),
         }
 
     return {

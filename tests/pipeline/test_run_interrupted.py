@@ -118,7 +118,7 @@ def test_draws_do_not_depend_on_batches_ranks_or_interruptions(
     original, flipped = (Cache.open(whole).read_shard(0, view).draws for view in VIEWS)
     assert original is not None
     assert flipped is not None
-    assert not np.array_equal(original, flipped)
+    assert not np.array_equal(original.classes, flipped.classes)
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])

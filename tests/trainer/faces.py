@@ -4,7 +4,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +22,7 @@ from gkd.storage.cache.spec import (
     View,
     preprocess_preset,
 )
-from gkd.storage.cache.targets import encode_log_probs
+from gkd.storage.cache.targets import Draws, SparseTargets, encode_log_probs
 from gkd.storage.cache.writer import CacheWriter, ShardSamples
 from gkd.storage.records.open import Records, digests, open_records
 from gkd.trainer.config import RunConfig, load_config
@@ -32,9 +31,6 @@ from gkd.trainer.distributed import ALONE, Ranks, joined_ranks
 from gkd.trainer.evaluation.bin_file import write_verification_set
 from gkd.trainer.loop import Summary, train
 from tests.reference import log_softmax
-
-if TYPE_CHECKING:
-    from gkd.storage.cache.targets import SparseTargets
 
 IDENTITIES, IMAGES_EACH = 6, 7
 SETTINGS = PartitionSettings(group_temperature=4.0, temperatures=(1.0, 4.0))
@@ -135,7 +131,7 @@ def write_cache(
             targets[view] = partition_logits(*given, SETTINGS).targets
             if draws is not None:
                 drawn, codes = draw(given[0].numpy(), draws, shard)
-                targets[view] = replace(targets[view], draws=drawn, draw_log2_probs=codes)
+                targets[view] = replace(targets[view], draws=Draws(drawn, codes))
         samples = ShardSamples([records.key(row) for row in rows], labels, seen[place], {})
         writer.write_shard(shard, targets, samples, truncated=dict.fromkeys(views, 0))
     writer.finish()

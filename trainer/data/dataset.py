@@ -4,7 +4,7 @@ A plan says which rows, and which of them mirrored. Targets come from memory-map
 order, or, where the disk has no room for these, from the cache's shards: then the plan has them.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -61,10 +61,7 @@ class JoinedTargets:
         if targets is None:
             assert isinstance(self.store, TargetStore)
             targets = self.store.lookup(self.rows[plan.rows], plan.flipped)
-        if self.classes is None:
-            return targets
-        draws = None if targets.draws is None else self.classes[targets.draws]
-        return replace(targets, indices=self.classes[targets.indices], draws=draws)
+        return targets if self.classes is None else targets.renumber(self.classes)
 
     def blocks(self, size: int) -> Blocks:
         """Blocks of ``size`` shards of the cache, for reading in their order."""

@@ -22,7 +22,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
-from gkd.storage.cache.target_arrays import concatenate
 from gkd.storage.cache.targets import SparseTargets
 from gkd.storage.errors import GkdError
 from gkd.storage.reading.shard_store import Block, ShardStore
@@ -191,4 +190,4 @@ class _WithTargets(Sampler[BatchIndices | GkdError | OSError]):
         for number in np.unique(blocks).tolist():
             rows, flipped = plan.rows[blocks == number], plan.flipped[blocks == number]
             parts.append(loaded[number].result().lookup(self.rows[rows], flipped))
-        return concatenate(parts)
+        return SparseTargets.concat(parts)

@@ -116,9 +116,9 @@ def test_true_draws_pass(folder: Path, with_draws: Cache) -> None:
 def test_lies_about_draws_are_seen(folder: Path, with_draws: Cache, lie: str) -> None:
     cache = with_draws
     targets = cache.read_shard(1, "flipped")
-    draws, codes, masses = targets.draws, targets.draw_log2_probs, targets.draw_secondary
-    assert draws is not None
-    assert codes is not None
+    assert targets.draws is not None
+    draws, codes = targets.draws.classes, targets.draws.log2_probs
+    masses = targets.draws.secondary
     sample = int(np.flatnonzero((draws != draws[:, :1]).any(1))[0])
     if lie == "class":
         # A class in the place of another, under the other's probability.
@@ -135,10 +135,10 @@ def test_lies_about_draws_are_seen(folder: Path, with_draws: Cache, lie: str) ->
         for shard, view in itertools.product(range(4), VIEWS):
             whole = Cache.open(cache.path).read_shard(shard, view)
             assert whole.draws is not None
-            order = whole.draws.argsort(1, kind="stable")
+            order = whole.draws.classes.argsort(1, kind="stable")
             for array, values in (
-                ("draws", whole.draws),
-                ("draw_log2_probs", whole.draw_log2_probs),
+                ("draws", whole.draws.classes),
+                ("draw_log2_probs", whole.draws.log2_probs),
             ):
                 assert values is not None
                 if lie == "order":

@@ -85,10 +85,9 @@ def check(
     targets, draws = result.targets, config.draws
     assert draws is not None
     assert targets.draws is not None
-    assert targets.draw_log2_probs is not None
-    assert targets.draws.dtype == np.uint32
-    assert targets.draw_log2_probs.dtype == np.uint16
-    assert targets.draws.shape == targets.draw_log2_probs.shape == uniforms.shape
+    assert targets.draws.classes.dtype == np.uint32
+    assert targets.draws.log2_probs.dtype == np.uint16
+    assert targets.draws.classes.shape == targets.draws.log2_probs.shape == uniforms.shape
     for row in range(len(logits)) if rows is None else rows:
         z, label = logits[row], labels[row]
         log_probs = log_softmax(z.astype(np.float64) / draws.temperature)
@@ -96,17 +95,17 @@ def check(
         cumulated = np.cumsum(np.exp(log_probs[classes]))
         ends = dict(zip(classes.tolist(), (cumulated / cumulated[-1]).tolist(), strict=True))
         starts = dict(zip(classes.tolist(), [0.0, *list(ends.values())[:-1]], strict=True))
-        for drawn, number in zip(targets.draws[row].tolist(), uniforms[row], strict=True):
+        for drawn, number in zip(targets.draws.classes[row].tolist(), uniforms[row], strict=True):
             assert starts[drawn] - NUMBER_TOLERANCE <= number <= ends[drawn] + NUMBER_TOLERANCE
-        exact = np.minimum(-log_probs[targets.draws[row]] / np.log(2) * 1024, 65535)
-        assert np.abs(targets.draw_log2_probs[row] - exact).max() < 0.6
+        exact = np.minimum(-log_probs[targets.draws.classes[row]] / np.log(2) * 1024, 65535)
+        assert np.abs(targets.draws.log2_probs[row] - exact).max() < 0.6
         if draws.source == "all":
-            assert targets.draw_secondary is None
+            assert targets.draws.secondary is None
         else:
-            assert targets.draw_secondary is not None
-            assert targets.draw_secondary.dtype == np.float32
+            assert targets.draws.secondary is not None
+            assert targets.draws.secondary.dtype == np.float32
             np.testing.assert_allclose(
-                targets.draw_secondary[row],
+                targets.draws.secondary[row],
                 dense_secondary(z, classes, draws.temperature),
                 atol=1e-4,
                 rtol=1e-6,
@@ -179,7 +178,7 @@ def test_many_classes_in_any_chunks_give_the_same_draws(
         # what is not the same to the bit is right all the same.
         unlike = np.zeros(len(logits), bool)
         for name in ("draws", "draw_log2_probs"):
-            found, expected = (getattr(each.targets, name) for each in (other, whole))
+            found, expected = (each.targets.arrays()[name] for each in (other, whole))
             assert (found != expected).mean() < 1e-3
             unlike |= (found != expected).any(1)
         check(other, logits, labels, config, uniforms, np.flatnonzero(unlike).tolist())
@@ -225,7 +224,7 @@ def test_frequencies_are_the_probabilities(source: Source) -> None:
     probs = np.zeros(300)
     classes = in_order(logits[0], label, config)
     probs[classes] = np.exp(log_softmax(logits[0, classes].astype(np.float64) / 2.0))
-    counts = np.bincount(drawn[0], minlength=300)
+    counts = np.bincount(drawn.classes[0], minlength=300)
     assert counts[probs == 0].sum() == 0
     frequent = np.argsort(-probs)[:40]
     observed = np.append(counts[frequent], 20_000 - counts[frequent].sum())
@@ -255,7 +254,9 @@ def test_embeddings_give_the_draws_of_their_logits() -> None:
             uniforms=uniforms,
         )
         check(result, (64 * cosines).astype(np.float32), labels, config, uniforms)
-        assert np.any(result.targets.draws == labels[:, None]), "the margin's class is drawn too"
+        assert np.any(result.targets.draws.classes == labels[:, None]), (
+            "the margin's class is drawn too"
+        )
 
 
 def test_an_accelerator_computes_the_same_logits_of_classes(
@@ -281,10 +282,9 @@ def test_an_empty_batch_has_no_draws() -> None:
     empty = np.empty((0, 9), np.float32), np.empty(0, np.int64)
     targets = run(*empty, config, np.empty((0, 3))).targets
     assert targets.draws is not None
-    assert targets.draw_log2_probs is not None
-    assert targets.draw_secondary is not None
-    assert targets.draws.shape == targets.draw_log2_probs.shape == (0, 3)
-    assert targets.draw_secondary.shape == (0,)
+    assert targets.draws.secondary is not None
+    assert targets.draws.classes.shape == targets.draws.log2_probs.shape == (0, 3)
+    assert targets.draws.secondary.shape == (0,)
 
 
 def test_numbers_that_do_not_fit_the_draws_are_a_bug() -> None:

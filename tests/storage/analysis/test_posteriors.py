@@ -123,7 +123,7 @@ def test_drawn_classes_are_entries_at_the_group_temperature(grouped: bool) -> No
     stored = np.split(targets.indices, targets.offsets[1:-1])
     for row in range(30):
         held = found.classes[found.offsets[row] : found.offsets[row + 1]].tolist()
-        assert sorted(held) == sorted({*stored[row].tolist(), *targets.draws[row].tolist()})
+        assert sorted(held) == sorted({*stored[row].tolist(), *targets.draws.classes[row].tolist()})
         others = [expected[row, each] for each in held if each != labels[row]]
         assert others == sorted(others, reverse=True)
         outside = np.delete(np.exp(expected[row]), held).sum()

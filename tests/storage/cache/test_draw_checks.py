@@ -35,41 +35,44 @@ def test_true_draws_have_no_fault(made: Cache) -> None:
     targets = made.read_shard(1, "original")
     assert targets.draws is not None
     assert (targets.sizes < 49).any()
-    assert not targets.draws[1].any()
+    assert not targets.draws.classes[1].any()
     assert list(check_draws(made.spec, targets, PRESENT)) == []
+
+
+def with_draws(targets: SparseTargets, **arrays: np.ndarray) -> SparseTargets:
+    assert targets.draws is not None
+    return replace(targets, draws=replace(targets.draws, **arrays))
 
 
 def a_class_twice(targets: SparseTargets) -> SparseTargets:
     assert targets.draws is not None
-    assert targets.draw_log2_probs is not None
-    draws, codes = targets.draws.copy(), targets.draw_log2_probs.copy()
+    draws, codes = targets.draws.classes.copy(), targets.draws.log2_probs.copy()
     draws[7, :2], codes[7, :2] = draws[7, 0], [codes[7, 0], codes[7, 0] + 1]
-    return replace(targets, draws=draws, draw_log2_probs=codes)
+    return with_draws(targets, classes=draws, log2_probs=codes)
 
 
 def too_much_mass(targets: SparseTargets) -> SparseTargets:
-    assert targets.draw_log2_probs is not None
-    codes = targets.draw_log2_probs.copy()
+    assert targets.draws is not None
+    codes = targets.draws.log2_probs.copy()
     codes[7] = 0
-    return replace(targets, draw_log2_probs=codes)
+    return with_draws(targets, log2_probs=codes)
 
 
 def another_probability(targets: SparseTargets) -> SparseTargets:
     assert targets.draws is not None
-    assert targets.draw_log2_probs is not None
-    codes = targets.draw_log2_probs.copy()
+    codes = targets.draws.log2_probs.copy()
     entry = targets.indices[targets.offsets[7]]
-    draws = targets.draws.copy()
+    draws = targets.draws.classes.copy()
     draws[7] = entry
     codes[7] = 9000
-    return replace(targets, draws=draws, draw_log2_probs=codes)
+    return with_draws(targets, classes=draws, log2_probs=codes)
 
 
 def draws_of_a_skipped(targets: SparseTargets) -> SparseTargets:
     assert targets.draws is not None
-    draws = targets.draws.copy()
+    draws = targets.draws.classes.copy()
     draws[1, 3] = 5
-    return replace(targets, draws=draws)
+    return with_draws(targets, classes=draws)
 
 
 @pytest.mark.parametrize(
@@ -97,14 +100,17 @@ def test_draws_from_a_group_are_in_it_and_its_mass_is_the_stored_one(made: Cache
     assert targets.draws is not None
     sample = int(np.flatnonzero((targets.sizes > 0) & (targets.sizes < 49))[0])
     group = targets.indices[targets.offsets[sample] : targets.offsets[sample + 1]]
-    draws = targets.draws.copy()
+    draws = targets.draws.classes.copy()
     draws[sample, 0] = np.setdiff1d(np.arange(50), group)[0]
-    found = [p for *_, p in check_draws(made.spec, replace(targets, draws=draws), PRESENT)]
+    found = [p for *_, p in check_draws(made.spec, with_draws(targets, classes=draws), PRESENT)]
     outside = "a class that is not in the group it was drawn from"
     assert (outside in found) == (made.spec.draws == DrawsSpec(12, 4.0, "primary"))
-    if targets.draw_secondary is not None:
-        for other in (targets.draw_secondary - np.float32(0.5), np.zeros_like(PRESENT, np.float32)):
-            changed = replace(targets, draw_secondary=np.where(PRESENT, other, np.float32(0)))
+    if targets.draws.secondary is not None:
+        for other in (
+            targets.draws.secondary - np.float32(0.5),
+            np.zeros_like(PRESENT, np.float32),
+        ):
+            changed = with_draws(targets, secondary=np.where(PRESENT, other, np.float32(0)))
             found = [p for *_, p in check_draws(made.spec, changed, PRESENT)]
             assert "another mass than is outside its group" in found
 
@@ -112,7 +118,7 @@ def test_draws_from_a_group_are_in_it_and_its_mass_is_the_stored_one(made: Cache
 def test_a_deep_look_names_the_file(tmp_path: Path) -> None:
     cache = make_cache(tmp_path / "c", draws=DrawsSpec(12, 4.0, "all"))
     wrong = too_much_mass(cache.read_shard(2, "flipped"))
-    rewrite_row(cache, "flipped/draw_log2_probs", 2, wrong.draw_log2_probs)
+    rewrite_row(cache, "flipped/draw_log2_probs", 2, wrong.arrays()["draw_log2_probs"])
     assert verify(cache.path, level="hashes").ok
     fault = verify(cache.path).faults[0]
     assert fault.file == "flipped/draw_log2_probs/c/2/0/0"

@@ -35,21 +35,15 @@ def picked(cache: Cache, view: Any, rows: range) -> SparseTargets:
         shard, place = divmod(row, cache.spec.shard_samples)
         targets = cache.read_shard(shard, view)
         group = slice(targets.offsets[place], targets.offsets[place + 1])
-        assert targets.draws is not None
-        assert targets.draw_log2_probs is not None
-        assert targets.draw_secondary is not None
         found.append(
-            (
-                targets.indices[group],
-                targets.log2_probs[group],
-                targets.secondary[place : place + 1],
-                targets.draws[place : place + 1],
-                targets.draw_log2_probs[place : place + 1],
-                targets.draw_secondary[place : place + 1],
-            )
+            {
+                name: values[group if name in ("indices", "log2_probs") else [place]]
+                for name, values in targets.arrays().items()
+            }
         )
-    sizes = np.array([len(sample[0]) for sample in found])
-    return SparseTargets(offsets_from_sizes(sizes), *map(np.concatenate, zip(*found, strict=True)))
+    sizes = np.array([len(sample["indices"]) for sample in found])
+    arrays = {name: np.concatenate([sample[name] for sample in found]) for name in found[0]}
+    return SparseTargets.from_arrays(offsets_from_sizes(sizes), arrays)
 
 
 def part(

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +36,12 @@ from tests.storage.cache.strategies import Teaching, teachings
 
 
 def assert_equal_targets(left: SparseTargets, right: SparseTargets) -> None:
-    for field in (each.name for each in fields(SparseTargets)):
-        expected, got = getattr(left, field), getattr(right, field)
-        np.testing.assert_array_equal(got, expected, err_msg=field)
-        assert (got is None) == (expected is None)
-        if got is not None:
-            assert got.dtype == expected.dtype, field
+    np.testing.assert_array_equal(right.offsets, left.offsets)
+    expected, got = left.arrays(), right.arrays()
+    assert got.keys() == expected.keys()
+    for name, values in expected.items():
+        np.testing.assert_array_equal(got[name], values, err_msg=name)
+        assert got[name].dtype == values.dtype, name
 
 
 @given(teaching=teachings())

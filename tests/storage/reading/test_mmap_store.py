@@ -43,6 +43,9 @@ def store(made: Cache, tmp_path_factory: pytest.TempPathFactory) -> TargetStore:
     return materialise(made, folder=tmp_path_factory.mktemp("stores"))
 
 
+DENSE = ("secondary", "draws", "draw_log2_probs", "draw_secondary")
+
+
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
@@ -56,25 +59,17 @@ def one_by_one(cache: Cache, rows: np.ndarray, flipped: np.ndarray) -> list[list
         targets = shards[shard, VIEWS[int(is_flipped)]]
         group = slice(targets.offsets[place], targets.offsets[place + 1])
         sample: list[np.ndarray] = [targets.indices[group], targets.log2_probs[group]]
-        for dense in (
-            targets.secondary,
-            targets.draws,
-            targets.draw_log2_probs,
-            targets.draw_secondary,
-        ):
-            assert dense is not None
-            sample.append(dense[place])
+        arrays = targets.arrays()
+        sample += [arrays[name][place] for name in DENSE]
         samples.append(sample)
     return samples
 
 
 def assert_is(targets: SparseTargets, samples: list[list[np.ndarray]]) -> None:
     assert targets.offsets.tolist() == [0, *np.cumsum([len(s[0]) for s in samples]).tolist()]
-    for number, field in enumerate(
-        ["indices", "log2_probs", "secondary", "draws", "draw_log2_probs", "draw_secondary"]
-    ):
+    for number, field in enumerate(["indices", "log2_probs", *DENSE]):
         join = np.concatenate if number < 2 else np.stack
-        expected, got = join([sample[number] for sample in samples]), getattr(targets, field)
+        expected, got = join([sample[number] for sample in samples]), targets.arrays()[field]
         np.testing.assert_array_equal(got, expected, err_msg=field)
         assert got.dtype == expected.dtype
 
@@ -83,7 +78,7 @@ def assert_is(targets: SparseTargets, samples: list[list[np.ndarray]]) -> None:
 def test_lookup_gives_each_row_its_view(
     made: Cache, store: TargetStore, slice_entries: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gkd.storage.cache.target_arrays._SLICE_ENTRIES", slice_entries)
+    monkeypatch.setattr("gkd.storage.cache.targets._SLICED_GROUP", slice_entries)
     rng = np.random.default_rng(0)
     rows = np.concatenate([rng.integers(0, 100, 60), [0, 99, 41, 41, 0]])
     flipped = np.concatenate([rng.random(60) < 0.5, [True, True, True, False, False]])

@@ -64,7 +64,7 @@ def test_the_taught_distribution_is_the_counts_of_the_draws(
             here = slice(int(given.offsets[place]), int(given.offsets[place + 1]))
             classes, share = given.indices[here].numpy(), shares[here]
             if signal == "draws":
-                counts = np.bincount(stored.draws[place], minlength=6)
+                counts = np.bincount(stored.draws.classes[place], minlength=6)
                 assert sorted(classes) == list(np.flatnonzero(counts))
                 np.testing.assert_allclose(share, counts[classes] / 3, rtol=1e-5)
                 continue

@@ -13,7 +13,7 @@ import torch
 
 from gkd.storage.cache.importance import drawn_targets
 from gkd.storage.cache.spec import DrawsSpec
-from gkd.storage.cache.targets import SparseTargets, at_temperature, encode_log_probs
+from gkd.storage.cache.targets import Draws, SparseTargets, at_temperature, encode_log_probs
 from gkd.trainer.head.fused import grouped_margin_loss
 from gkd.trainer.head.margin import HeadSpec, Margin
 from gkd.trainer.head.targets import GroupTargets
@@ -75,9 +75,11 @@ def simulate(prediction: Prediction, count: int, stored: int, rows: int = ROWS) 
         indices=np.tile(group, rows).astype(np.uint32),
         log2_probs=np.tile(encode_log_probs(log_p[group]), rows),
         secondary=np.full((rows, 1), outside, np.float32),
-        draws=draws.astype(np.uint32),
-        draw_log2_probs=encode_log_probs(log_p)[draws],
-        draw_secondary=None if from_all else np.full(rows, rest, np.float32),
+        draws=Draws(
+            draws.astype(np.uint32),
+            encode_log_probs(log_p)[draws],
+            None if from_all else np.full(rows, rest, np.float32),
+        ),
     )
     exact = at_temperature(
         targets, TEMPERATURE, group_temperature=TEMPERATURE, temperatures=(TEMPERATURE,)
