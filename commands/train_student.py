@@ -53,9 +53,8 @@ def train_student(
     run again. Several GPUs or nodes: torchrun --nproc-per-node N -m gkd.cli train-student ...;
     train.batch_size counts the images of all ranks.
     """
-    from gkd.trainer.compiling import require_compiler
-    from gkd.trainer.config import load_config
-    from gkd.trainer.device import choose_device
+    from gkd.trainer.config_file import load_config
+    from gkd.trainer.device import choose_device, require_compiler
     from gkd.trainer.distributed import joined_ranks
     from gkd.trainer.dry_run import dry_run
     from gkd.trainer.loop import train
@@ -77,10 +76,10 @@ def train_student(
     # Join first: preparing the data may take one node far longer than another.
     with joined_ranks(device.type) as ranks:
         if run.train.compile:
-            ranks.together(lambda: require_compiler(device))
+            ranks.run_all_or_abort(lambda: require_compiler(device))
         # Targets that are not read need not be materialised.
         order = run.data.order if run.kd.enabled else "blocks"
-        records, joined = ranks.together(lambda: load(order))
+        records, joined = ranks.run_all_or_abort(lambda: load(order))
         summary = train(run, records, joined, out, command=own_command(), ranks=ranks)
     if ranks.first:
         emit(summary, as_json)

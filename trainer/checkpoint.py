@@ -24,7 +24,8 @@ from gkd.storage.errors import ConfigError, SpecMismatchError
 from gkd.storage.util.files import publish_file, sha256_file, sync_file, sync_folder
 from gkd.storage.util.torch_files import read_torch_file
 from gkd.trainer.backbones import build_backbone
-from gkd.trainer.config import RunConfig, StudentConfig, differences
+from gkd.trainer.config import RunConfig, StudentConfig
+from gkd.trainer.config_file import differences, stored_config
 from gkd.trainer.distributed import Ranks
 
 FORMAT = 1
@@ -201,7 +202,7 @@ def publish(
         if worker_death(error) or isinstance(error, torch.OutOfMemoryError):
             raise
         failed = error
-    if ranks.highest(int(failed is not None)):
+    if ranks.all_reduce_max(int(failed is not None)):
         reason = _reason(failed) if failed else "another rank's disk"
         raise ConfigError(
             f"{folder}: the checkpoint of step {step} could not be written ({reason}); make "
@@ -264,7 +265,7 @@ def _write_centers(folder: Path, centers: Mapping[str, Tensor], ranks: Ranks) ->
             folder.mkdir()
         except OSError as error:
             failed = error
-    if ranks.highest(int(failed is not None)):
+    if ranks.all_reduce_max(int(failed is not None)):
         raise failed or OSError("another rank's disk")
     with warnings.catch_warnings():
         # torch tells a process that is alone that it is.
@@ -318,7 +319,7 @@ def read_centers(
             f"the whole folder of checkpoints, not one file; {_ways_on(folder)}"
         )
     fault = _fault(folder, sha256) if ranks.first else ""
-    if ranks.highest(int(bool(fault))):
+    if ranks.all_reduce_max(int(bool(fault))):
         ranks.fail(f"{fault}; {_ways_on(folder)}")
     alone = not any(isinstance(tensor, DTensor) for tensor in centers.values())
     try:
@@ -394,6 +395,6 @@ def require_same_run(
 
 def _config_of(content: Mapping[str, Any], path: Path) -> RunConfig:
     try:
-        return msgspec.convert(content["config"], RunConfig)
-    except (KeyError, msgspec.ValidationError) as error:
+        return stored_config(content["config"])
+    except (KeyError, AttributeError, msgspec.ValidationError) as error:
         raise ConfigError(f"{path}: its configuration cannot be: {error}") from error

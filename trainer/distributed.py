@@ -1,4 +1,4 @@
-"""The processes that train together: torchrun's ranks, or this one alone."""
+"""The processes that train together: torchrun's ranks, or this process alone."""
 
 import functools
 import gc
@@ -9,11 +9,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Literal, NoReturn, TypeVar
+from typing import Any, Literal, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
@@ -25,45 +27,48 @@ from gkd.storage.errors import ConfigError, GkdError
 from gkd.storage.util import torchrun_env
 
 T = TypeVar("T")
-Hook = Literal["float32", "float16", "bfloat16"]
 
-# All ranks start at once: one that is not here by then, or whose torchrun is gone, will not come.
+# All ranks start at once: one that is absent after this time, or whose torchrun is gone, will
+# not come.
 ARRIVAL = timedelta(minutes=10)
-# Once all are here a rank may wait long, while another evaluates or prepares data; torchrun ends
+# Once all have met a rank may wait long, while another evaluates or prepares data; torchrun ends
 # those whose peers died.
 PATIENCE = timedelta(hours=6)
-# Between looks for an answer of the first rank.
-_ANSWER_SECONDS = 0.05
+_POLL_SECONDS = 0.05
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process's number among ``world_size``; each call is made by all of them."""
+    """This process's rank among ``world_size``. Every method is called by all ranks."""
 
     rank: int = 0
     world_size: int = 1
 
     @property
     def first(self) -> bool:
-        """Whether this is the one that logs, evaluates and writes."""
+        """Whether this is the rank that logs, evaluates and writes."""
         return self.rank == 0
 
     def rows(self, count: int) -> range:
-        """This rank's part of ``count`` rows that are cut as DTensor cuts them."""
+        """This rank's part of ``count`` rows, divided as DTensor divides them."""
         size = -(-count // self.world_size)
         return range(min(self.rank * size, count), min((self.rank + 1) * size, count))
 
-    def highest(self, value: int) -> int:
-        """The highest of the ranks' values."""
+    def all_reduce_max(self, value: int) -> int:
+        """The maximum of the ranks' values."""
+        return int(self.elementwise_max(torch.tensor(value)).item())
+
+    def elementwise_max(self, values: Tensor) -> Tensor:
+        """The elementwise maximum of the ranks' CPU tensors of one shape."""
         if self.world_size == 1:
-            return value
-        values = torch.tensor(value, device=_collective_device())
+            return values
+        values = values.to(_collective_device())
         dist.all_reduce(values, dist.ReduceOp.MAX)
-        return int(values.item())
+        return values.cpu()
 
     def barrier(self) -> None:
         """Wait until all ranks are here."""
-        self.highest(0)
+        self.all_reduce_max(0)
 
     def sum(self, values: Tensor) -> Tensor:
         """The sum of the ranks' tensors of one shape; overwrites this rank's."""
@@ -71,20 +76,12 @@ class Ranks:
             dist.all_reduce(values)
         return values
 
-    def highest_of_each(self, values: Tensor) -> Tensor:
-        """The highest of the ranks' values at each place of CPU tensors of one shape."""
-        if self.world_size == 1:
-            return values
-        values = values.to(_collective_device())
-        dist.all_reduce(values, dist.ReduceOp.MAX)
-        return values.cpu()
-
     def logsumexp(self, values: Tensor) -> Tensor:
         """The logsumexp of the ranks' tensors of one shape."""
         return values if self.world_size == 1 else self.gather(values[None]).logsumexp(0)
 
     def gather(self, part: Tensor) -> Tensor:
-        """The ranks' tensors [n, ...] of one shape, one after the other."""
+        """The ranks' tensors [n, ...] of one shape, concatenated."""
         if self.world_size == 1:
             return part
         part = part.contiguous()
@@ -92,27 +89,44 @@ class Ranks:
         dist.all_gather(parts, part)
         return torch.cat(parts)
 
-    def together(self, work: Callable[[], T]) -> T:
-        """What each rank's own work gives; where any fails all end, and the first of them says why.
+    def gather_ragged(self, part: Tensor, counts: list[int]) -> Tensor:
+        """The ranks' vectors, of ``counts`` elements each, concatenated."""
+        longest = max(counts)
+        padded = self.gather(F.pad(part, (0, longest - len(part)))).view(len(counts), longest)
+        return torch.cat([row[:count] for row, count in zip(padded, counts, strict=True)])
 
-        For work without collectives, or another rank would wait in vain for its part of one.
+    def gather_with_gradient(self, part: Tensor) -> Tensor:
+        """``gather`` with a gradient.
+
+        The gradient of a rank's part is its part of the result's gradient, which must be equal on
+        all ranks, times the number of ranks.
+        """
+        if self.world_size == 1:
+            return part
+        gathered: Tensor = _Gather.apply(part, self)  # type: ignore[no-untyped-call]
+        return gathered
+
+    def run_all_or_abort(self, work: Callable[[], T]) -> T:
+        """The result of ``work`` on this rank; if any rank fails, all end and one says why.
+
+        ``work`` must not contain collectives: another rank would wait in vain for its part of one.
         """
         error: Exception | None = None
-        made: list[T] = []
+        results: list[T] = []
         try:
-            made.append(work())
+            results.append(work())
         except Exception as met:
             error = met
         mine = self.world_size - self.rank
-        worst = self.highest(0 if error is None else mine)
+        worst = self.all_reduce_max(0 if error is None else mine)
         if error is not None and worst == mine:
             raise error
         if worst:
             raise SystemExit(1)
-        return made[0]
+        return results[0]
 
     def fail(self, message: str) -> NoReturn:
-        """End all ranks, which all call it: the first says why."""
+        """End all ranks; the first gives the reason."""
         raise GkdError(message) if self.first else SystemExit(1)
 
     def broadcast(self, value: T) -> T:
@@ -123,25 +137,27 @@ class Ranks:
         dist.broadcast_object_list(values, src=0, device=_collective_device())
         return values[0]
 
-    def parallel(self, model: nn.Module, *, hook: Hook) -> nn.Module:
-        """The model with gradients averaged over the ranks, sent as ``hook`` says."""
+    def parallel(
+        self, model: nn.Module, *, allreduce_dtype: Literal["float32", "float16", "bfloat16"]
+    ) -> nn.Module:
+        """The model with gradients averaged over the ranks, sent in ``allreduce_dtype``."""
         if self.world_size == 1:
             return model
         parallel = DistributedDataParallel(model)
         parallel.broadcast_buffers = False  # the argument of this name is deprecated by torch 2.13
-        if hook != "float32":
-            dtype = torch.float16 if hook == "float16" else torch.bfloat16
+        if allreduce_dtype != "float32":
+            dtype = torch.float16 if allreduce_dtype == "float16" else torch.bfloat16
             parallel.register_comm_hook(dtype, _rounded_mean)
         return parallel
 
     def scaler(self, device: torch.device, *, enabled: bool) -> torch.amp.GradScaler:
-        """A gradient scaler; ranks skip a step together, whoever's gradient is not finite."""
+        """A gradient scaler; if any rank's gradient is not finite, all ranks skip the step."""
         if self.world_size == 1:
             return torch.amp.GradScaler(device.type, enabled=enabled)
         return ShardedGradScaler(device.type, enabled=enabled)
 
     def sharded(self, part: Tensor, count: int) -> Tensor:
-        """The ranks' ``rows`` of one tensor [count, ...] as one DTensor; alone, the tensor."""
+        """The ranks' ``rows`` of a tensor [count, ...] as one DTensor; alone, the tensor itself."""
         if self.world_size == 1:
             return part
         shape = torch.Size((count, *part.shape[1:]))
@@ -158,16 +174,31 @@ class Ranks:
 ALONE = Ranks()
 
 
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, part: Tensor, ranks: Ranks) -> Tensor:
+        ctx.ranks, ctx.size = ranks, len(part)
+        return ranks.gather(part)
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grads: Tensor
+    ) -> tuple[Tensor, None]:
+        start = ctx.ranks.rank * ctx.size
+        return grads[0][start : start + ctx.size] * ctx.ranks.world_size, None
+
+
 @contextmanager
 def joined_ranks(device: str) -> Iterator[Ranks]:
     """The ranks that torchrun started, joined until the end, or this process alone.
 
-    ``device`` is cpu or cuda, by which they talk: gloo or NCCL. To be called before anything that
-    takes one rank longer than another: they wait ``ARRIVAL`` for each other here, and ``PATIENCE``
-    ever after.
+    ``device`` is cpu or cuda and decides the backend: gloo or NCCL. Call this before anything that
+    takes one rank longer than another: ranks wait ``ARRIVAL`` for each other here, and
+    ``PATIENCE`` afterwards.
 
     Raises:
-        ConfigError: where the other ranks cannot be reached, or a rank has no GPU.
+        ConfigError: if the other ranks cannot be reached, or a rank has no GPU.
     """
     world_size = torchrun_env.world_size()
     if world_size == 1:
@@ -194,24 +225,24 @@ def joined_ranks(device: str) -> Iterator[Ranks]:
     try:
         yield Ranks(dist.get_rank(), dist.get_world_size())
     except BaseException as error:
-        _forget_frames(error)
+        _clear_frames(error)
         raise
     finally:
-        # DDP's reducer, were it to hold the group last, would destroy it with the interpreter's
-        # lock in hand, and that waits for a thread of the group that may want the lock.
+        # If DDP's reducer were the last to hold the group, it would destroy it while holding the
+        # interpreter's lock, and wait for a thread of the group that may want the lock.
         gc.collect()
         dist.destroy_process_group()
 
 
 def _common_attempt(store: Store, rank: int, world_size: int) -> str:
-    """A name that all ranks of this start have in common, and none of an earlier one.
+    """A name for this start that all its ranks share and no earlier start had.
 
-    torchrun's store outlives its restarts, and what dead ranks wrote there, addresses among it, is
-    not to be taken for these ranks'. The first rank names the start, the others answer to that name
-    with one of their own, and go on once the first says that it heard them.
+    torchrun's store outlives its restarts, and what dead ranks wrote there, such as addresses,
+    must not be taken for these ranks'. The first rank names the start, the others answer under
+    that name, and continue once the first confirms their answers.
 
     Raises:
-        RuntimeError: where not all are here by ``ARRIVAL``.
+        RuntimeError: if not all ranks are here within ``ARRIVAL``.
     """
     mine, deadline = uuid.uuid4().hex, time.monotonic() + ARRIVAL.total_seconds()
     if rank == 0:
@@ -222,24 +253,24 @@ def _common_attempt(store: Store, rank: int, world_size: int) -> str:
     while time.monotonic() < deadline:
         attempt = store.get("attempt").decode()
         store.set(f"{attempt}/{rank}", mine)
-        time.sleep(_ANSWER_SECONDS)
+        time.sleep(_POLL_SECONDS)
         if store.check([f"{attempt}/heard"]) and mine in store.get(f"{attempt}/heard").decode():
             return attempt
     raise RuntimeError(f"rank 0 did not answer within {ARRIVAL}")
 
 
-def _forget_frames(error: BaseException | None) -> None:
-    """Let go of what the functions held that an error came through."""
+def _clear_frames(error: BaseException | None) -> None:
+    """Release the local variables of the functions that an error passed through."""
     while error is not None:
         traceback.clear_frames(error.__traceback__)
         error = error.__cause__ or error.__context__
 
 
 def _take_gpu(gpus: int) -> None:
-    """Make this rank's GPU, of the ``gpus`` that it is shown, the one that torch uses.
+    """Select this rank's GPU among the ``gpus`` that are visible.
 
     Raises:
-        ConfigError: where it is shown none, or its own cannot be used.
+        ConfigError: if none is visible, or this rank's cannot be used.
     """
     if not gpus:
         raise ConfigError(
@@ -263,7 +294,7 @@ def _rounded_mean(
 ) -> torch.futures.Future[Tensor]:
     """The mean of the ranks' gradients, sent in ``dtype``.
 
-    torch's own hooks do this too, but that for bfloat16 refuses gloo, which can send it.
+    torch's own hook for bfloat16 refuses gloo, which can send it.
     """
     gradients: Tensor = bucket.buffer()
     rounded = gradients.to(dtype).div_(dist.get_world_size())

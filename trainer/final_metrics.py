@@ -1,4 +1,4 @@
-"""What a finished training found out beside its log, kept in the run folder for its report."""
+"""``report.json``: the metrics of a finished training, from which its report is made."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,10 +10,10 @@ from gkd.storage.errors import ConfigError
 from gkd.storage.util.files import write_file
 from gkd.trainer.data.dataset import JoinedTargets
 from gkd.trainer.evaluation.verification import VerificationResult
-from gkd.trainer.identity_cosines import FitSummary
+from gkd.trainer.identity_cosines import CosineSummary
 
-FINDINGS = "report.json"
-# A curve on paper shows no more.
+FINAL_METRICS = "report.json"
+# Enough for a printed curve.
 ROC_POINTS = 400
 
 
@@ -32,30 +32,30 @@ class SetScore(msgspec.Struct, frozen=True):
     roc: tuple[tuple[float, float], ...]
 
 
-class Findings(msgspec.Struct, frozen=True):
+class FinalMetrics(msgspec.Struct, frozen=True):
     """``report.json``.
 
-    sets    the last evaluation
-    groups  of each view of the cache, (group size, samples), ascending; size 0 was skipped
-    fit     the identities that fit worst; None where the last epoch was not seen
+    sets              the last evaluation
+    groups            by view of the cache: (group size, samples), ascending; size 0 means skipped
+    identity_cosines  the identities with the lowest cosines; None if no last epoch was observed
     """
 
     step: int
     sets: tuple[SetScore, ...] = ()
     groups: dict[str, tuple[tuple[int, int], ...]] = {}
-    fit: FitSummary | None = None
+    identity_cosines: CosineSummary | None = msgspec.field(default=None, name="fit")
 
 
-def gather(
+def collect(
     step: int,
     results: Sequence[VerificationResult],
     targets: JoinedTargets | None,
-    fit: FitSummary | None,
-) -> Findings:
-    """The findings at the end of a training.
+    identity_cosines: CosineSummary | None,
+) -> FinalMetrics:
+    """The metrics at the end of a training.
 
     Raises:
-        CorruptShardError: where the cache is read in blocks and damaged.
+        CorruptShardError: if the cache is read in blocks and damaged.
     """
     groups = {}
     if targets is not None:
@@ -64,34 +64,34 @@ def gather(
             groups[str(view)] = tuple(
                 (size, int(counts[size])) for size in np.flatnonzero(counts).tolist()
             )
-    return Findings(step, tuple(map(_score, results)), groups, fit)
+    return FinalMetrics(step, tuple(map(_score, results)), groups, identity_cosines)
 
 
-def write_findings(run: Path, findings: Findings) -> None:
-    """Write ``report.json`` into the run folder, whole or not at all."""
-    write_file(run / FINDINGS, msgspec.json.encode(findings))
+def write_final_metrics(run: Path, metrics: FinalMetrics) -> None:
+    """Write ``report.json`` into the run folder atomically."""
+    write_file(run / FINAL_METRICS, msgspec.json.encode(metrics))
 
 
-def read_findings(run: Path) -> Findings | None:
-    """The findings of a run folder; None where the training has not ended.
+def read_final_metrics(run: Path) -> FinalMetrics | None:
+    """``report.json`` of a run folder; None if the training has not ended.
 
     Raises:
-        ConfigError: for a file that is none of gkd's.
+        ConfigError: if the file is not one that a training wrote.
     """
-    path = run / FINDINGS
+    path = run / FINAL_METRICS
     if not path.exists():
         return None
     try:
-        return msgspec.json.decode(path.read_bytes(), type=Findings)
+        return msgspec.json.decode(path.read_bytes(), type=FinalMetrics)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise ConfigError(
-            f"{path}: expected what a training of gkd found, got another content ({error}); "
-            "remove it to have a report without it"
+            f"{path}: expected the metrics of a finished training, got other content ({error}); "
+            "remove it to have a report without them"
         ) from error
 
 
 def _score(result: VerificationResult) -> SetScore:
-    # From one impostor pair up: below it a logarithmic axis has nothing to show.
+    # From one impostor pair on: below it a logarithmic axis has nothing to show.
     bounds = np.geomspace(1 / result.impostor_pairs, 1.0, ROC_POINTS)
     reached = result.tar[np.searchsorted(result.far, bounds + 1e-12, side="right") - 1]
     return SetScore(

@@ -28,7 +28,7 @@ class IdentityCosine:
 
 
 @dataclass(frozen=True)
-class FitSummary:
+class CosineSummary:
     """What ``IdentityCosineStatistics`` gathered.
 
     images, of  that were measured, and that there are
@@ -66,13 +66,13 @@ class IdentityCosineStatistics:
         All ranks call it, and all of them have seen some or none.
         """
         self._fetch()
-        return None if self._cosines is None else self.ranks.highest_of_each(self._cosines)
+        return None if self._cosines is None else self.ranks.elementwise_max(self._cosines)
 
     def restore(self, state: Tensor | None) -> None:
         """Go on from what ``state`` gave."""
         self._cosines = state
 
-    def summary(self, records: Records) -> FitSummary | None:
+    def summary(self, records: Records) -> CosineSummary | None:
         """The identities that fit worst; None where no image was measured. All ranks call it."""
         state = self.state()
         if state is None:
@@ -93,7 +93,7 @@ class IdentityCosineStatistics:
 
 def summarise(
     rows: npt.NDArray[np.int64], cosines: npt.NDArray[np.float32], records: Records
-) -> FitSummary:
+) -> CosineSummary:
     """The worst identities by the mean of their images' ``cosines`` [M], of ``rows`` [M]."""
     labels = records.labels[rows]
     counts = np.bincount(labels, minlength=records.num_classes)
@@ -107,7 +107,7 @@ def summarise(
         images = tuple((records.key(int(rows[p])), float(cosines[p])) for p in places)
         return IdentityCosine(number, int(counts[number]), float(means[number]), images)
 
-    return FitSummary(
+    return CosineSummary(
         images=len(rows),
         of=len(records),
         mean=float(cosines.mean(dtype=np.float64)),

@@ -1,9 +1,9 @@
-"""What a run tells while it trains: metrics.jsonl, and TensorBoard where it is installed."""
+"""What a run logs while it trains: metrics.jsonl, and TensorBoard if it is installed."""
 
 import json
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
@@ -24,8 +24,8 @@ LOSSES = ("loss", "ce", "primary", "binary")
 class Window:
     """Sums over the steps since the last line of the log.
 
-    Their losses outlive an interruption by ``state``, so that the lines do not tell of it; their
-    times do not.
+    ``state`` carries the losses over an interruption, so that it leaves no trace in the lines;
+    times are not carried over.
     """
 
     def __init__(self, state: Mapping[str, Any] | None = None) -> None:
@@ -38,7 +38,7 @@ class Window:
         return {"losses": self._losses, "taken": self._taken}
 
     def add(self, loss: GkdLoss, *, seconds: float, waited: float, skipped: bool) -> None:
-        """Take one more step into account: how long it took, and how much of that for its data."""
+        """Add a step that took ``seconds``, of which it ``waited`` for data."""
         if not skipped:
             parts = torch.stack([part.detach() for part in loss])
             self._losses = parts if self._losses is None else self._losses.to(parts) + parts
@@ -48,9 +48,9 @@ class Window:
         self._waited += waited
 
     def means(self, batch_size: int) -> dict[str, Any]:
-        """Mean losses, images a second, and the share of the time spent waiting for data.
+        """Mean losses, images per second, and the share of the time spent waiting for data.
 
-        The losses are those of steps that were taken; None where every one was skipped.
+        Skipped steps do not count for the losses, which are None if all were skipped.
         """
         means: list[float | None] = [None] * len(LOSSES)
         if self._losses is not None:
@@ -63,9 +63,9 @@ class Window:
 
 
 class RunLog:
-    """Appends one JSON object a line to ``OUT/metrics.jsonl`` and scalars to TensorBoard.
+    """Appends one JSON object per line to ``OUT/metrics.jsonl`` and scalars to TensorBoard.
 
-    Beginning at ``step``, it forgets the lines of later steps, which an interrupted run wrote
+    When it starts at ``step``, it drops the lines of later steps, which an interrupted run wrote
     after its last checkpoint and will write again.
     """
 
@@ -74,7 +74,9 @@ class RunLog:
         self._folder = out / "tensorboard"
         kept = b""
         if step and path.exists():
-            kept = _up_to(path, step)
+            kept = b"".join(
+                line for _, content, line in read_lines(path) if content["step"] <= step
+            )
         with disk_errors(path):
             write_file(path, kept)
         self._file = path.open("a")
@@ -90,20 +92,20 @@ class RunLog:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        # A full disk refuses the rest again: the first error tells of it.
-        with suppress(OSError, GkdError) if error else nullcontext(), disk_errors(self._path):
-            self._file.close()
         try:
-            with suppress(OSError, GkdError) if error else nullcontext(), disk_errors(self._folder):
-                if self._board is not None:
-                    self._board.close()
+            for opened, path in ((self._file, self._path), (self._board, self._folder)):
+                # A full disk refuses the rest too: the first error has reported it.
+                ignored = suppress(OSError, GkdError) if error else nullcontext()
+                with ignored, disk_errors(path):
+                    if opened is not None:
+                        opened.close()
         finally:
             threading.excepthook = self._excepthook
 
     def _except(self, args: threading.ExceptHookArgs) -> None:
-        # What ends TensorBoard's thread is raised again by the next value that it is given.
-        told = type(args.thread).__module__.startswith("tensorboard.")
-        if not (told and isinstance(args.exc_value, OSError)):
+        # An error that ends TensorBoard's thread is raised again when it is given the next value.
+        reported = type(args.thread).__module__.startswith("tensorboard.")
+        if not (reported and isinstance(args.exc_value, OSError)):
             self._excepthook(args)
 
     def write(self, step: int, values: Mapping[str, Any], *, group: str) -> None:
@@ -117,32 +119,32 @@ class RunLog:
                     self._board.add_scalar(f"{group}/{name}", value, step)
 
 
-def _up_to(path: Path, step: int) -> bytes:
-    """The whole lines of a log whose step is at most ``step``."""
+def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any], bytes]]:
+    """The complete lines of a log: number, content, bytes. A kill may leave the last incomplete.
 
-    def is_kept(number: int, line: bytes) -> bool:
-        try:
-            return bool(json.loads(line)["step"] <= step)
-        except (ValueError, KeyError, TypeError) as error:
+    Raises:
+        ConfigError: if a line is not a JSON object with a step.
+    """
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
+        if not line.endswith(b"\n"):
+            return
+        content: Any = None
+        with suppress(ValueError, RecursionError):
+            content = json.loads(line)
+        if not isinstance(content, dict) or not isinstance(content.get("step"), int):
             raise ConfigError(
                 f"{path}: line {number}: expected a JSON object with a step, got {line[:60]!r}; "
-                "remove the line, or the file to begin the log again"
-            ) from error
-
-    lines = path.read_bytes().splitlines(keepends=True)
-    # A line cut off by a kill ends without a newline.
-    whole = [line for line in lines if line.endswith(b"\n")]
-    return b"".join(line for number, line in enumerate(whole, 1) if is_kept(number, line))
+                "remove the line, or the file to start a new log"
+            )
+        yield number, content, line
 
 
-def _scalars(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, float]]:
-    scalars: list[tuple[str, float]] = []
+def _scalars(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
     for name, value in values.items():
         if isinstance(value, Mapping):
-            scalars += _scalars(value, f"{prefix}{name}/")
+            yield from _scalars(value, f"{prefix}{name}/")
         elif isinstance(value, int | float):
-            scalars.append((prefix + name, value))
-    return scalars
+            yield prefix + name, value
 
 
 def _tensorboard(folder: Path, step: int) -> Any:

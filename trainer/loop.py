@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import msgspec
+import numpy as np
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -29,23 +30,22 @@ from gkd.trainer.checkpoint import (
     settle,
     worker_death,
 )
-from gkd.trainer.claim import claimed
-from gkd.trainer.config import RunConfig, to_toml
+from gkd.trainer.config import RunConfig
+from gkd.trainer.config_file import to_toml
 from gkd.trainer.data.dataset import Batch, FaceBatches, JoinedTargets, check_data
 from gkd.trainer.data.loader import load_batches
-from gkd.trainer.device import products_for
+from gkd.trainer.device import matmul_precision
 from gkd.trainer.distributed import ALONE, Ranks
 from gkd.trainer.evaluation.bin_file import VerificationSet, load_verification_set
 from gkd.trainer.evaluation.verification import VerificationResult, evaluate, module_embed
-from gkd.trainer.final_metrics import gather, write_findings
+from gkd.trainer.final_metrics import collect, write_final_metrics
 from gkd.trainer.guards import finite_weights
 from gkd.trainer.logging import RunLog, Window
 from gkd.trainer.report.page import write_report
-from gkd.trainer.run_dir import CONFIG, RUN, Dataset, Described
+from gkd.trainer.run_dir import CONFIG, RUN, Dataset, RunInfo, locked
 from gkd.trainer.signals import Stop, stop_signals
 from gkd.trainer.state import RunState
 
-PACKAGES = ("gkd", "torch", "numpy")
 # What a rank tells the others before a step.
 _ASKED, _FAILED = 1, 2
 
@@ -94,7 +94,7 @@ def train(
         _check(config, records, used, ranks.world_size)
         return used, _load_sets(config.evaluation.sets)
 
-    targets, sets = ranks.together(checked)
+    targets, sets = ranks.run_all_or_abort(checked)
     run = RunState.build(config, records, targets, ranks)
 
     def opened() -> AbstractContextManager[RunLog | None]:
@@ -103,14 +103,14 @@ def train(
         _describe_folder(out, run, _describe(run, records, targets, command))
         return RunLog(out, step=run.step)
 
-    with claimed(out, ranks):
+    with locked(out, ranks):
         checkpoint = out / FOLDER / LAST
         if checkpoint.exists():
-            run.restore(ranks.together(lambda: read_checkpoint(checkpoint)), checkpoint)
+            run.restore(ranks.run_all_or_abort(lambda: read_checkpoint(checkpoint)), checkpoint)
         with (
-            ranks.together(opened) as log,
+            ranks.run_all_or_abort(opened) as log,
             stop_signals() as stop,
-            products_for(run.dtype, run.device),
+            matmul_precision(run.dtype, run.device),
         ):
             _Training(run, records, sets, out, log, stop).go(
                 FaceBatches(
@@ -188,9 +188,9 @@ class _Training:
         def write() -> None:
             results = list(self.results.values())
             with disk_errors(self.out):
-                write_findings(self.out, gather(run.step, results, targets, fit))
+                write_final_metrics(self.out, collect(run.step, results, targets, fit))
 
-        run.ranks.together(lambda: write() if run.ranks.first else None)
+        run.ranks.run_all_or_abort(lambda: write() if run.ranks.first else None)
 
     def _rest_of_epoch(self, batches: Iterator[Batch]) -> None:
         """Steps up to the next epoch or a signal, with the checkpoints that fall between."""
@@ -231,7 +231,9 @@ class _Training:
 
     def _write_log(self, values: dict[str, Any]) -> None:
         log, step = self.log, self.run.step
-        self.run.ranks.together(lambda: log.write(step, values, group="train") if log else None)
+        self.run.ranks.run_all_or_abort(
+            lambda: log.write(step, values, group="train") if log else None
+        )
 
     def _next(self, batches: Iterator[Batch]) -> Batch | None:
         """The next batch; None where any rank was asked to end."""
@@ -243,7 +245,7 @@ class _Training:
             except (GkdError, OSError, RuntimeError) as met:
                 error = met  # torch tells of a worker's death by a RuntimeError
         told = _FAILED if error else _ASKED if self.stop.received else 0
-        worst = self.run.ranks.highest(told)
+        worst = self.run.ranks.all_reduce_max(told)
         if worst == _FAILED:
             raise error or SystemExit(1)  # the rank that failed says why
         self.stop.agreed = worst == _ASKED
@@ -268,7 +270,7 @@ class _Training:
     def _evaluate(self) -> bool:
         """Log the accuracy on every set; whether their mean is the best so far."""
         run = self.run
-        improved = run.ranks.together(lambda: run.ranks.first and self._evaluate_here())
+        improved = run.ranks.run_all_or_abort(lambda: run.ranks.first and self._evaluate_here())
         improved, run.accuracy, run.best = run.ranks.broadcast((improved, run.accuracy, run.best))
         run.evaluated = run.step
         if improved:
@@ -294,7 +296,7 @@ class _Training:
         run = self.run
         if run.saved == run.step and not again:
             return
-        if run.ranks.highest(int(not finite_weights((run.model, run.head)))):
+        if run.ranks.all_reduce_max(int(not finite_weights((run.model, run.head)))):
             run.ranks.fail(
                 f"after step {run.step} the weights are not finite, so no checkpoint of them "
                 f"was written to {self.out / FOLDER}; {run.standing}: begin again in "
@@ -355,7 +357,7 @@ def _check(
     check_data(config, records, targets, world_size=world_size)
 
 
-def _describe_folder(out: Path, run: RunState, described: Described) -> None:
+def _describe_folder(out: Path, run: RunState, described: RunInfo) -> None:
     """Write what the run is, and make the rest of the folder fit its last checkpoint."""
     write_file(out / RUN, msgspec.json.format(msgspec.json.encode(described)))
     write_file(out / CONFIG, to_toml(run.config).encode())
@@ -404,15 +406,17 @@ def _load_sets(paths: Sequence[str]) -> list[VerificationSet]:
 
 def _describe(
     run: RunState, records: Records, targets: JoinedTargets | None, command: Sequence[str]
-) -> Described:
+) -> RunInfo:
     """What ran, on what."""
     backbone = sum(parameter.numel() for parameter in run.model.parameters())
     centers = run.data.num_classes * run.config.student.embedding_dim
-    return Described(
+    return RunInfo(
         command=tuple(command),
         versions={
             "python": platform.python_version(),
-            **{package: version(package) for package in PACKAGES},
+            "gkd": version("gkd"),
+            "torch": torch.__version__,
+            "numpy": np.__version__,
         },
         ranks=run.ranks.world_size,
         device=torch.cuda.get_device_name() if run.device.type == "cuda" else "cpu",

@@ -1,20 +1,65 @@
-"""What a run folder holds, read back: the files that ``train`` leaves, by type."""
+"""The run folder: how it is locked, which files ``train`` writes to it, and their types."""
 
-import json
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import filelock
 import msgspec
 
+from gkd.storage.cache.places import require_outside_caches
 from gkd.storage.cache.spec import TeacherSpec
 from gkd.storage.errors import ConfigError
-from gkd.trainer.final_metrics import Findings, read_findings
-from gkd.trainer.logging import METRICS
+from gkd.storage.util.files import disk_errors
+from gkd.trainer.distributed import Ranks
+from gkd.trainer.final_metrics import FinalMetrics, read_final_metrics
+from gkd.trainer.logging import METRICS, read_lines
 
 RUN = "run.json"
 CONFIG = "config.toml"
+
+
+@contextmanager
+def locked(out: Path, ranks: Ranks) -> Iterator[None]:
+    """Create the run folder if needed and keep other processes from training into it.
+
+    Raises:
+        ConfigError: if it holds something else, is inside a cache or cannot be written, or another
+            process is training into it.
+    """
+    lock = filelock.FileLock(out / ".lock", timeout=0)
+
+    def lock_folder() -> None:
+        if ranks.first:
+            with disk_errors(out):
+                _prepare(out)
+                lock.acquire()
+
+    try:
+        ranks.run_all_or_abort(lock_folder)
+    except filelock.Timeout as held:
+        raise ConfigError(
+            f"{out}: another process is training into this folder; wait for it, or name another"
+        ) from held
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _prepare(out: Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"{out}: expected a folder to train into, got a file; name another")
+    require_outside_caches(out)
+    out.mkdir(parents=True, exist_ok=True)
+    names = sorted(path.name for path in out.iterdir() if not path.name.startswith("."))
+    if names and RUN not in names:
+        raise ConfigError(
+            f"{out}: expected a new folder or a gkd run folder, got one that holds "
+            f"{', '.join(names[:3])}; name another folder"
+        )
 
 
 class Dataset(msgspec.Struct, frozen=True):
@@ -28,8 +73,8 @@ class Dataset(msgspec.Struct, frozen=True):
     cache_id: str
 
 
-class Described(msgspec.Struct, frozen=True):
-    """``run.json``, as ``train`` writes it; ``teacher`` is None without distillation."""
+class RunInfo(msgspec.Struct, frozen=True):
+    """``run.json``; ``teacher`` is None without distillation."""
 
     command: tuple[str, ...]
     versions: dict[str, str]
@@ -43,7 +88,7 @@ class Described(msgspec.Struct, frozen=True):
 
 
 class TrainingLine(msgspec.Struct, frozen=True):
-    """A line of metrics.jsonl on a window of steps; a loss is None where all were skipped."""
+    """A line of metrics.jsonl about a window of steps; losses are None if all were skipped."""
 
     step: int
     epoch: float
@@ -57,7 +102,7 @@ class TrainingLine(msgspec.Struct, frozen=True):
 
 
 class EvaluationLine(msgspec.Struct, frozen=True):
-    """A line of metrics.jsonl on an evaluation; accuracy by verification set."""
+    """A line of metrics.jsonl about an evaluation; accuracy by verification set."""
 
     step: int
     epoch: float
@@ -65,15 +110,14 @@ class EvaluationLine(msgspec.Struct, frozen=True):
 
 
 class SkippedLine(msgspec.Struct, frozen=True):
-    """A line of metrics.jsonl on a step that was skipped, see ``SkippedStep``."""
+    """A line of metrics.jsonl about a skipped step, see ``SkippedStep``."""
 
     step: int
     not_finite: dict[str, str]
     records: tuple[str, ...]
 
 
-Line = TrainingLine | EvaluationLine | SkippedLine
-# What tells the lines apart.
+# The key that identifies each kind of line.
 KINDS: dict[str, Any] = {
     "loss": TrainingLine,
     "accuracy": EvaluationLine,
@@ -85,82 +129,74 @@ KINDS: dict[str, Any] = {
 class Run:
     """The content of a run folder.
 
-    training, evaluations, skipped  lines of metrics.jsonl, by what they tell
-    findings                        None until the training has ended
+    training, evaluations, skipped  lines of metrics.jsonl, by kind
+    final_metrics                   None until the training has ended
     """
 
     path: Path
-    described: Described
+    info: RunInfo
     config: str
     training: Sequence[TrainingLine]
     evaluations: Sequence[EvaluationLine]
     skipped: Sequence[SkippedLine]
-    findings: Findings | None
+    final_metrics: FinalMetrics | None
 
     @property
     def step(self) -> int:
-        """The last step that the log knows."""
-        lines: tuple[Line, ...] = (*self.training, *self.evaluations, *self.skipped)
-        return max([*(line.step for line in lines), self.findings.step if self.findings else 0])
+        """The last step that the folder knows of."""
+        steps = [line.step for line in (*self.training, *self.evaluations, *self.skipped)]
+        return max([*steps, self.final_metrics.step if self.final_metrics else 0])
 
 
 def read_run(run: Path) -> Run:
-    """The files of a run folder.
+    """The content of a run folder.
 
     Raises:
-        ConfigError: where one is absent or none of gkd's.
+        ConfigError: if a file is absent, or not one that a training wrote.
     """
     try:
-        described = read_described(run)
+        info = read_run_info(run)
         config = (run / CONFIG).read_text()
-        lines = list(_lines(run / METRICS))
+        lines = _read_metrics(run / METRICS)
     except OSError as error:
         raise ConfigError(
-            f"{run}: expected the folder of a run of `gkd train-student`, {error.filename} cannot "
-            f"be read ({error.strerror}); name such a folder"
+            f"{run}: not a gkd run folder: {error.filename} cannot be read ({error.strerror}); "
+            "name the folder of a run of `gkd train-student`"
         ) from error
     except UnicodeDecodeError as error:
-        raise _not_ours(run / CONFIG, error) from error
-    return Run(
-        run.absolute(),
-        described,
-        config,
-        [line for line in lines if isinstance(line, TrainingLine)],
-        [line for line in lines if isinstance(line, EvaluationLine)],
-        [line for line in lines if isinstance(line, SkippedLine)],
-        read_findings(run),
-    )
+        raise _foreign_file(run / CONFIG, error) from error
+    return Run(run.absolute(), info, config, *lines.values(), read_final_metrics(run))
 
 
-def read_described(run: Path) -> Described:
+def read_run_info(run: Path) -> RunInfo:
     """``run.json`` of a run folder.
 
     Raises:
-        ConfigError: where it is none of gkd's.
+        ConfigError: if it is not one that a training wrote.
     """
     path = run / RUN
     try:
-        return msgspec.json.decode(path.read_bytes(), type=Described)
+        return msgspec.json.decode(path.read_bytes(), type=RunInfo)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise _not_ours(path, error) from error
+        raise _foreign_file(path, error) from error
 
 
-def _not_ours(path: Path, error: Exception) -> ConfigError:
+def _foreign_file(path: Path, error: Exception) -> ConfigError:
     return ConfigError(
-        f"{path}: expected what `gkd train-student` writes, got another content ({error}); run the "
-        "same training again to have it written again"
+        f"{path}: expected a file of `gkd train-student`, got other content ({error}); run the "
+        "same training again to rewrite it"
     )
 
 
-def _lines(path: Path) -> Iterator[Line]:
-    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
-        if not line.endswith(b"\n"):
-            return  # cut off by a kill
-        try:
-            content = json.loads(line)
-            for key in KINDS.keys() & content.keys():
-                yield msgspec.convert(content, KINDS[key])
-        except (ValueError, AttributeError, RecursionError, msgspec.MsgspecError) as error:
-            raise ConfigError(
-                f"{path}: line {number} is not what a training logs ({error}); remove the line"
-            ) from error
+def _read_metrics(path: Path) -> dict[str, list[Any]]:
+    """The lines of metrics.jsonl by the keys of ``KINDS``."""
+    lines: dict[str, list[Any]] = {key: [] for key in KINDS}
+    for number, content, _ in read_lines(path):
+        for key in KINDS.keys() & content.keys():
+            try:
+                lines[key].append(msgspec.convert(content, KINDS[key]))
+            except msgspec.ValidationError as error:
+                raise ConfigError(
+                    f"{path}: line {number}: not a line of metrics ({error}); remove the line"
+                ) from error
+    return lines

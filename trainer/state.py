@@ -25,19 +25,17 @@ from gkd.trainer.checkpoint import (
 from gkd.trainer.config import RunConfig
 from gkd.trainer.data.dataset import Batch, JoinedTargets
 from gkd.trainer.data.sampler import BatchSampler
-from gkd.trainer.device import choose_device, choose_dtype
+from gkd.trainer.device import choose_device, choose_dtype, network_input
 from gkd.trainer.distributed import ALONE, Ranks
-from gkd.trainer.gathering import classes_in_use
 from gkd.trainer.guards import BufferSnapshot, Divergence, SkippedStep, gradient_norm
 from gkd.trainer.head.centers import ClassCenters
-from gkd.trainer.head.class_lookup import look_up_classes
+from gkd.trainer.head.class_lookup import classes_in_use, look_up_classes
 from gkd.trainer.head.fused import LayerLoss, grouped_margin_loss
 from gkd.trainer.head.loss import GkdLoss
 from gkd.trainer.head.margin import HeadSpec
 from gkd.trainer.head.partial_fc import SampledCenters, borrowed, sample_classes
 from gkd.trainer.identity_cosines import IdentityCosineStatistics
 from gkd.trainer.logging import Window
-from gkd.trainer.pixels import network_input
 from gkd.trainer.schedules import kd_ramp, make_optimizer, make_scheduler
 
 
@@ -157,7 +155,7 @@ class RunState:
             device=device,
             dtype=dtype,
             model=model,
-            forward=ranks.parallel(model, hook=config.train.gradient_hook),
+            forward=ranks.parallel(model, allreduce_dtype=config.train.allreduce_dtype),
             pixels=network_input(preprocess_preset("arcface"), device),
             head=head,
             head_spec=head_spec,
@@ -225,7 +223,7 @@ class RunState:
             ConfigError: for another configuration, or weights of other shapes than it says.
             SpecMismatchError: where data or cache differ.
         """
-        self.ranks.together(lambda: require_same_run(state, self.config, self.data, path))
+        self.ranks.run_all_or_abort(lambda: require_same_run(state, self.config, self.data, path))
         try:
             self.model.load_state_dict(state["model"])
         except RuntimeError as error:

@@ -88,8 +88,9 @@ def progress(
 
     def line(now: float) -> None:
         rate = (count - done) / max(now - began, 1e-9)
-        left = (total - count) / rate if rate else float("inf")
-        ending = f", {left:,.0f} s left" if count < total else f" in {now - began:,.1f} s"
+        ending = f" in {now - began:,.1f} s"
+        if count < total:  # how long is left is unknown until something was done
+            ending = f", {(total - count) / rate:,.0f} s left" if rate else ""
         text = f"{what}: {count:,}/{total:,} ({rate:,.1f} {unit}/s{ending})"
         print(f"{text} {latest}".rstrip(), file=sys.stderr, flush=True)
 

@@ -33,7 +33,7 @@ from gkd.storage.records.base import Subset
 from gkd.storage.records.open import Records, open_records
 from gkd.storage.util.torchrun_env import usable_cores
 from gkd.trainer.backbones import build_backbone
-from gkd.trainer.config import load_config
+from gkd.trainer.config_file import load_config
 from gkd.trainer.data.dataset import join_targets
 from gkd.trainer.logging import METRICS
 from gkd.trainer.loop import train

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from gkd.trainer.backbones import build_backbone
-from gkd.trainer.config import load_config
+from gkd.trainer.config_file import load_config
 from gkd.trainer.head.centers import ClassCenters
 from gkd.trainer.head.fused import grouped_margin_loss
 from gkd.trainer.head.margin import HeadSpec

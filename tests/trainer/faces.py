@@ -25,7 +25,8 @@ from gkd.storage.cache.spec import (
 from gkd.storage.cache.targets import Draws, SparseTargets, encode_log_probs
 from gkd.storage.cache.writer import CacheWriter, ShardSamples
 from gkd.storage.records.open import Records, digests, open_records
-from gkd.trainer.config import RunConfig, load_config
+from gkd.trainer.config import RunConfig
+from gkd.trainer.config_file import load_config
 from gkd.trainer.data.dataset import JoinedTargets, join_targets
 from gkd.trainer.distributed import ALONE, Ranks, joined_ranks
 from gkd.trainer.evaluation.bin_file import write_verification_set

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gkd.trainer.compiling import require_compiler
+from gkd.trainer.device import require_compiler
 from tests.paths import ROOT
 from tests.trainer.faces import SMALL
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from gkd.trainer.device import products_for
+from gkd.trainer.device import matmul_precision
 
 
 @pytest.mark.parametrize(
@@ -18,6 +18,6 @@ from gkd.trainer.device import products_for
 def test_products_are_rounded_beside_half_precision_on_a_gpu_alone(
     device: str, dtype: torch.dtype, inside: str
 ) -> None:
-    with products_for(dtype, torch.device(device)):
+    with matmul_precision(dtype, torch.device(device)):
         assert torch.get_float32_matmul_precision() == inside
     assert torch.get_float32_matmul_precision() == "highest"

@@ -15,7 +15,7 @@ from gkd.storage.errors import ConfigError
 from gkd.storage.records.base import Subset
 from gkd.storage.records.open import open_records
 from gkd.trainer.checkpoint import student_backbone
-from gkd.trainer.config import load_config
+from gkd.trainer.config_file import load_config
 from gkd.trainer.data.dataset import FaceBatches, join_targets
 from gkd.trainer.data.loader import load_batches
 from gkd.trainer.dry_run import (

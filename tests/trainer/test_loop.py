@@ -21,13 +21,13 @@ from gkd.storage.records.base import Subset
 from gkd.storage.records.open import open_records
 from gkd.trainer import loop
 from gkd.trainer.checkpoint import load_student, read_checkpoint
-from gkd.trainer.config import load_config
+from gkd.trainer.config_file import load_config
 from gkd.trainer.data.dataset import FaceBatches
 from gkd.trainer.data.loader import load_batches
 from gkd.trainer.data.sampler import BatchIndices
 from gkd.trainer.head.targets import GroupTargets
 from gkd.trainer.loop import train
-from gkd.trainer.run_dir import read_described
+from gkd.trainer.run_dir import read_run_info
 from gkd.trainer.state import RunState
 from tests.reference import log_softmax
 from tests.terminal import on_a_terminal
@@ -50,7 +50,7 @@ def test_a_run_leaves_everything_needed_to_judge_and_repeat_it(faces: Path, unbr
     assert described["parameters"]["head"] == 6 * 8
     teacher = {"name": "none", "arch": "none", "sha256": "0" * 64, "embedding_dim": 8}
     assert described["teacher"] == teacher
-    assert json.loads(msgspec.json.encode(read_described(unbroken))) == described
+    assert json.loads(msgspec.json.encode(read_run_info(unbroken))) == described
     assert list((unbroken / "tensorboard").iterdir())
     names = {path.name for path in (unbroken / "checkpoints").iterdir()}
     best = read_checkpoint(unbroken / "checkpoints/best.pt")["step"]

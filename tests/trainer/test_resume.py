@@ -17,9 +17,9 @@ import pytest
 from gkd.storage.errors import ConfigError, GkdError, SpecMismatchError
 from gkd.trainer import checkpoint, loop
 from gkd.trainer.checkpoint import read_checkpoint
-from gkd.trainer.config import load_config
+from gkd.trainer.config_file import load_config
 from gkd.trainer.evaluation.verification import evaluate
-from gkd.trainer.final_metrics import read_findings
+from gkd.trainer.final_metrics import read_final_metrics
 from gkd.trainer.loop import train
 from gkd.trainer.state import RunState
 from tests.processes import running
@@ -116,7 +116,7 @@ def test_cut_off_in_an_evaluation_it_goes_on_with_the_evaluation(
     assert_same_end(tmp_path / "out", unbroken)
     told = [[x for x in lines(out) if "accuracy" in x] for out in (tmp_path / "out", unbroken)]
     assert told[0] == told[1]
-    fits = [read_findings(out) for out in (tmp_path / "out", unbroken)]
+    fits = [read_final_metrics(out) for out in (tmp_path / "out", unbroken)]
     assert fits[0] == fits[1]
 
 

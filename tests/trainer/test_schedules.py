@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from gkd.trainer.config import OptimizerConfig, ScheduleConfig, load_config
+from gkd.trainer.config import OptimizerConfig, ScheduleConfig
+from gkd.trainer.config_file import load_config
 from gkd.trainer.schedules import kd_ramp, lr_factor, make_optimizer, make_scheduler
 
 STEPS, TOTAL = 10, 200

@@ -15,11 +15,10 @@ from gkd.storage.cache.spec import Preprocess
 from gkd.storage.errors import ConfigError
 from gkd.storage.util.extras import require
 from gkd.storage.util.plotting import write_png
-from gkd.trainer.device import DTYPES
+from gkd.trainer.device import DTYPES, network_input
 from gkd.trainer.evaluation.bin_file import FOLDS, VerificationSet
 from gkd.trainer.evaluation.embed import Embed, Faces, flip_sums, unit_rows
 from gkd.trainer.evaluation.embedding_cache import EmbeddingCache
-from gkd.trainer.pixels import network_input
 
 FARS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 THRESHOLDS = np.arange(0, 4, 0.01)

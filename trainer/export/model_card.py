@@ -14,9 +14,10 @@ from gkd.storage.errors import ConfigError
 from gkd.storage.util.files import sha256_file, write_file
 from gkd.trainer.backbones import default_width
 from gkd.trainer.checkpoint import FOLDER, Student, load_student
-from gkd.trainer.config import RunConfig, StudentConfig, to_toml
+from gkd.trainer.config import RunConfig, StudentConfig
+from gkd.trainer.config_file import to_toml
 from gkd.trainer.export.formats import export_onnx, export_safetensors
-from gkd.trainer.run_dir import RUN, Described, read_described
+from gkd.trainer.run_dir import RUN, RunInfo, read_run_info
 
 # Names that arcface_torch's get_model takes.
 PUBLISHED_NAMES = {
@@ -99,7 +100,7 @@ def export_student(
 
 def card_text(
     student: Student,
-    described: Described | None,
+    described: RunInfo | None,
     preprocess: Preprocess,
     *,
     file: str,
@@ -155,7 +156,7 @@ def _network(student: Student, sha256: str) -> list[str]:
     ]
 
 
-def _training(student: Student, described: Described | None) -> list[str]:
+def _training(student: Student, described: RunInfo | None) -> list[str]:
     data, config = student.data, student.config
     name = f"{code(described.dataset.name)}, " if described else ""
     lines = [
@@ -275,9 +276,9 @@ def _python(*lines: str) -> str:
     return "\n".join(["```python", *lines, "```"])
 
 
-def _described(run: Path) -> Described | None:
+def _described(run: Path) -> RunInfo | None:
     """run.json of the run that a folder or a checkpoint is of; None without one."""
     home = run if run.is_dir() else run.absolute().parent.parent
     if not (home / RUN).is_file() or not (home / FOLDER).is_dir():
         return None
-    return read_described(home)
+    return read_run_info(home)

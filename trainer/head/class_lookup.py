@@ -4,9 +4,10 @@ from dataclasses import dataclass
 from typing import NamedTuple, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from gkd.trainer.gathering import gather_targets
+from gkd.trainer.distributed import Ranks
 from gkd.trainer.head.margin import HeadSpec
 from gkd.trainer.head.partial_fc import SampledCenters
 from gkd.trainer.head.targets import GroupTargets
@@ -90,7 +91,7 @@ def look_up_classes(
     The host waits for the device here, so call it before the backbone's work is queued.
     """
     distil = targets is not None
-    targets = gather_targets(targets or GroupTargets.empty(labels), spec.ranks)
+    targets = _gather_targets(targets or GroupTargets.empty(labels), spec.ranks)
     labels = spec.ranks.gather(labels)
     classes = torch.cat([targets.indices, labels]) - spec.first_class
     layer = trained = ClassLookup.build(classes, targets, centers)
@@ -99,3 +100,30 @@ def look_up_classes(
         positions = sample.locate(classes)
         trained = ClassLookup.build(positions, targets, sampled.centers, sample.certain)
     return BatchLookup(labels, targets, distil, layer, trained)
+
+
+def classes_in_use(labels: Tensor, targets: GroupTargets | None, ranks: Ranks) -> Tensor:
+    """The distinct labels and group classes of all ranks' batches: int64 [n], ascending."""
+    own = labels if targets is None else torch.cat([labels, targets.indices])
+    if ranks.world_size > 1:
+        own = torch.unique(own)
+        counts = ranks.gather(torch.tensor([len(own)], device=own.device)).tolist()
+        own = ranks.gather_ragged(own, counts)
+    distinct: Tensor = torch.unique(own)
+    return distinct
+
+
+def _gather_targets(targets: GroupTargets, ranks: Ranks) -> GroupTargets:
+    """The ranks' targets, each of the same number of samples, as one."""
+    if ranks.world_size == 1:
+        return targets
+    sizes = ranks.gather(torch.diff(targets.offsets))
+    counts = sizes.view(ranks.world_size, -1).sum(1).tolist()
+    weights = targets.log_weights
+    return GroupTargets(
+        offsets=F.pad(sizes.cumsum(0), (1, 0)),
+        indices=ranks.gather_ragged(targets.indices, counts),
+        log_probs=ranks.gather_ragged(targets.log_probs, counts),
+        log_secondary=ranks.gather(targets.log_secondary),
+        log_weights=None if weights is None else ranks.gather_ragged(weights, counts),
+    )

@@ -23,7 +23,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from gkd.trainer.gathering import gather_embeddings
 from gkd.trainer.head.class_lookup import BatchLookup, ClassLookup, look_up_classes
 from gkd.trainer.head.drawn_loss import drawn_terms
 from gkd.trainer.head.exponentials import Exponentials, compiled
@@ -97,7 +96,7 @@ def grouped_margin_loss(
         layer = centers.to(unit.dtype)
         trained = sampled.centers.to(unit.dtype) if sampled else layer
         total, ce, primary, binary, cosines = _FusedLoss.apply(  # type: ignore[no-untyped-call]
-            gather_embeddings(unit, ranks), trained, layer.detach(), step
+            ranks.gather_with_gradient(unit), trained, layer.detach(), step
         )
     own = slice(ranks.rank * len(unit), (ranks.rank + 1) * len(unit))
     return LayerLoss(total, ce, primary, binary, cosines[own])

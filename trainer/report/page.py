@@ -46,11 +46,11 @@ def write_report(run: Path) -> Path:
 
 
 def _page(run: Run) -> bytes:
-    described, findings = run.described, run.findings
+    described, findings = run.info, run.final_metrics
     views = findings.groups if findings else {}
     groups = {view: [(size, n) for size, n in counts if size] for view, counts in views.items()}
     scores = findings.sets if findings else ()
-    cosines = findings.fit if findings else None
+    cosines = findings.identity_cosines if findings else None
     sets = list(dict.fromkeys(name for line in run.evaluations for name in line.accuracy))
     missing = ""
     try:

@@ -27,7 +27,7 @@ from gkd.trainer.checkpoint import (
     student_backbone,
     write_checkpoint,
 )
-from gkd.trainer.config import load_config
+from gkd.trainer.config_file import load_config
 from gkd.trainer.evaluation.verification import module_embed
 from gkd.trainer.export.model_card import card_text, export_student
 
@@ -286,7 +286,7 @@ def test_a_card_of_a_checkpoint_alone_says_what_it_knows(tmp_path: Path) -> None
     text = export_student(run, tmp_path / "b.safetensors").card.read_text()
     assert "Data: 10 images of 3 identities" in text
     (run / "run.json").write_text("{")
-    with pytest.raises(ConfigError, match=r"run\.json: expected what `gkd train-student` writes"):
+    with pytest.raises(ConfigError, match=r"run\.json: expected a file of `gkd train-student`"):
         export_student(run, tmp_path / "c.safetensors")
     assert not (tmp_path / "c.safetensors").exists()
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from gkd.trainer.distributed import ALONE, Ranks, joined_ranks
-from gkd.trainer.gathering import classes_in_use
+from gkd.trainer.head.class_lookup import classes_in_use
 from gkd.trainer.head.fused import grouped_margin_loss
 from gkd.trainer.head.margin import HeadSpec, Margin
 from gkd.trainer.head.partial_fc import SampledCenters, sample_classes

@@ -25,7 +25,7 @@ from gkd.storage.records.open import open_records
 from gkd.trainer.data.dataset import join_targets
 from gkd.trainer.evaluation.bin_file import load_verification_set
 from gkd.trainer.evaluation.verification import evaluate, module_embed
-from gkd.trainer.final_metrics import Findings, read_findings, write_findings
+from gkd.trainer.final_metrics import FinalMetrics, read_final_metrics, write_final_metrics
 from gkd.trainer.identity_cosines import IdentityCosineStatistics, summarise
 from gkd.trainer.loop import train
 from gkd.trainer.report.page import write_report
@@ -131,7 +131,7 @@ def test_verification_is_that_of_the_last_weights(faces: Path, finished: Path) -
     assert "TAR@1e-03" not in columns  # some thirty impostor pairs cannot tell
     accuracies = [line["accuracy"]["pairs"] for line in logged(finished) if "accuracy" in line]
     assert page.columns("accuracies")["pairs"] == [f"{accuracy:.2%}" for accuracy in accuracies]
-    found = read_findings(finished)
+    found = read_final_metrics(finished)
     assert found is not None
     for far, tar in found.sets[0].roc:
         below = expected.tar[expected.far <= far + 1e-9]
@@ -140,7 +140,7 @@ def test_verification_is_that_of_the_last_weights(faces: Path, finished: Path) -
 
 def test_groups_are_those_of_the_cache(faces: Path, finished: Path) -> None:
     expected = {view.view: view for view in stats(Cache.open(faces / "targets.gkd")).views}
-    found = read_findings(finished)
+    found = read_final_metrics(finished)
     assert found is not None
     assert {view: dict(sizes) for view, sizes in found.groups.items()} == {
         view: dict(each.histogram) for view, each in expected.items()
@@ -158,7 +158,7 @@ def test_groups_are_the_same_read_in_blocks(faces: Path, tmp_path: Path, finishe
     records, targets = join_targets(records, cache, workers=1, folder=tmp_path, order="blocks")
     config = small_config("data.order=blocks", "train.epochs=1")
     train(config, records, targets, tmp_path / "out")
-    ours, theirs = read_findings(tmp_path / "out"), read_findings(finished)
+    ours, theirs = read_final_metrics(tmp_path / "out"), read_final_metrics(finished)
     assert ours is not None
     assert theirs is not None
     assert ours.groups == theirs.groups
@@ -190,13 +190,16 @@ def test_identities_are_ranked_by_what_the_steps_saw(faces: Path, tmp_path: Path
 
 
 def test_a_run_measures_its_last_epoch(faces: Path, finished: Path) -> None:
-    found = read_findings(finished)
+    found = read_final_metrics(finished)
     assert found is not None
-    assert found.fit is not None
-    assert (found.fit.images, found.fit.of) == (40, 42)  # an epoch is five batches of eight
+    assert found.identity_cosines is not None
+    assert (found.identity_cosines.images, found.identity_cosines.of) == (
+        40,
+        42,
+    )  # an epoch is five batches of eight
     columns = parsed(finished).columns("identities")
-    assert columns["Class"] == [str(each.number) for each in found.fit.worst]
-    assert columns["Mean cosine"] == [f"{each.mean:.4f}" for each in found.fit.worst]
+    assert columns["Class"] == [str(each.number) for each in found.identity_cosines.worst]
+    assert columns["Mean cosine"] == [f"{each.mean:.4f}" for each in found.identity_cosines.worst]
     keys = {f"person_{n}/{image}.jpg" for n in range(6) for image in range(7)}
     told = columns["Images with the lowest cosine: record key (cosine)"]
     assert {part.split(" (")[0] for cell in told for part in cell.split("), ")} <= keys
@@ -249,15 +252,15 @@ def spoiled(run: Path, out: Path) -> Path:
     skipped = {"step": 7, "not_finite": {HOSTILE: "nan"}, "records": [HOSTILE, "b"]}
     words = "".join(json.dumps(line) + "\n" for line in [*lines, skipped])
     (out / "metrics.jsonl").write_text(words + '{"step": 16, "lo')
-    found = read_findings(run)
+    found = read_final_metrics(run)
     assert found is not None
-    assert found.fit is not None
+    assert found.identity_cosines is not None
     name = HOSTILE.replace("\udce9", "e")
-    worst = replace(found.fit.worst[0], worst=((name, 0.5),))
-    fit = replace(found.fit, worst=(worst,))
+    worst = replace(found.identity_cosines.worst[0], worst=((name, 0.5),))
+    fit = replace(found.identity_cosines, worst=(worst,))
     sets = (msgspec.structs.replace(found.sets[0], name=name),)
     groups = {name: found.groups["original"]}
-    write_findings(out, Findings(15, sets, groups, fit))
+    write_final_metrics(out, FinalMetrics(15, sets, groups, fit))
     return out
 
 
@@ -321,12 +324,12 @@ def test_an_unfinished_run_can_be_reported(finished: Path, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
-        ("run.json", None, r"expected the folder of a run of `gkd train-student`"),
-        ("run.json", "[]", r"run\.json: expected what `gkd train-student` writes"),
-        ("config.toml", "# caf\udce9", r"config\.toml: expected what `gkd train-student` writes"),
-        ("report.json", '{"step": "x"}', r"report\.json: expected what a training of gkd found"),
-        ("metrics.jsonl", '{"loss": 1}\n', r"metrics\.jsonl: line 1 is not what a training logs"),
-        ("metrics.jsonl", "{}\nno json\n", r"metrics\.jsonl: line 2 is not what a training logs"),
+        ("run.json", None, r"not a gkd run folder: .*run\.json cannot be read"),
+        ("run.json", "[]", r"run\.json: expected a file of `gkd train-student`"),
+        ("config.toml", "# caf\udce9", r"config\.toml: expected a file of `gkd train-student`"),
+        ("report.json", '{"step": "x"}', r"report\.json: expected the metrics of a finished"),
+        ("metrics.jsonl", '{"step": 1, "loss": 1}\n', r"metrics\.jsonl: line 1: not a line of"),
+        ("metrics.jsonl", '{"step": 1}\nno json\n', r"metrics\.jsonl: line 2: expected a JSON"),
     ],
 )
 def test_a_folder_of_something_else_is_refused(
