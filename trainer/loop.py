@@ -415,7 +415,7 @@ def _describe(
         versions={
             "python": platform.python_version(),
             "gkd": version("gkd"),
-            "torch": torch.__version__,
+            "torch": str(torch.__version__),
             "numpy": np.__version__,
         },
         ranks=run.ranks.world_size,
