@@ -11,7 +11,8 @@ import pytest
 
 from gkd.storage.records.open import open_records
 from gkd.storage.records.write_pack import pack
-from gkd.trainer.config import RunConfig, load_config, to_toml
+from gkd.trainer.config import RunConfig
+from gkd.trainer.config_file import load_config, to_toml
 from tests.commands.running import works
 from tests.paths import ROOT, SHARED_DATA, needs_shared_data
 
