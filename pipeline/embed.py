@@ -4,34 +4,60 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
+from typing import Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from gkd.pipeline.teacher.embedder import FACE_SIZE, IN_FLIGHT, Embedder, Embeddings, faulty_rows
-from gkd.storage.cache.spec import View
+from gkd.storage.cache.spec import Sharding, View
 from gkd.storage.errors import ConfigError, CorruptRecordError, GkdError
 from gkd.storage.records.base import Records
 from gkd.storage.records.images import DIGEST_BYTES, decode_face, digest
 from gkd.storage.util.parallel import ordered_map
 
-# An accelerator is fed by the interpreter, whose time goes by operations and not by images.
+# The interpreter feeds an accelerator, and its time depends on operations and not on images.
 CPU_BATCH, ACCELERATOR_BATCH = 128, 1024
-# More threads decode no faster: they, and the one that feeds the accelerator, wait in turns for the
-# interpreter.
+# More threads decode no faster: they and the one that feeds the accelerator compete for the
+# interpreter's lock.
 ACCELERATOR_DECODERS = 4
+
+
+class RowBatch(Protocol):
+    """A batch of consecutive rows; ``skipped`` is position in ``rows`` -> why it has no data."""
+
+    @property
+    def rows(self) -> range: ...  # noqa: D102
+
+    @property
+    def skipped(self) -> Mapping[int, str]: ...  # noqa: D102
+
+
+Batch = TypeVar("Batch", bound=RowBatch)
+
+
+@dataclass(frozen=True)
+class DecodedBatch:
+    """Images of consecutive rows, n of them, m that could be read.
+
+    rows     rows of the records
+    kept     int64 [m]  positions in ``rows`` of those that have an image
+    images   uint8 [m, 112, 112, 3], RGB
+    digests  uint8 [n, 16]  of the encoded images, zeros where skipped
+    skipped  position in ``rows`` -> why there is no image, without file and key
+    """
+
+    rows: range
+    kept: npt.NDArray[np.int64]
+    images: npt.NDArray[np.uint8]
+    digests: npt.NDArray[np.uint8]
+    skipped: Mapping[int, str]
 
 
 @dataclass(frozen=True)
 class EmbeddedBatch:
-    """Embeddings of consecutive rows, n of them, m with an image that could be read.
-
-    rows        rows of the records
-    kept        int64 [m]  places within ``rows`` of those that have embeddings
-    embeddings  view -> float32 [m, D], of any length
-    digests     uint8 [n, 16]  of the encoded images, zeros where skipped
-    skipped     place within ``rows`` -> why it has no embedding, without file and key
-    """
+    """A ``DecodedBatch`` with embeddings in place of images: view -> float32 [m, D], any length."""
 
     rows: range
     kept: npt.NDArray[np.int64]
@@ -44,7 +70,7 @@ def check_labels(records: Records) -> None:
     """Check that there are images, and that their labels are classes.
 
     Raises:
-        ConfigError: where not.
+        ConfigError: if there are none, none can be read, or a label is beyond the classes.
     """
     if not len(records):
         raise ConfigError(f"{records.path}: expected images, got none")
@@ -52,7 +78,7 @@ def check_labels(records: Records) -> None:
     if highest < 0:
         raise ConfigError(
             f"{records.path}: none of {len(records):,} records could be read; `gkd records verify` "
-            "says what is wrong with each"
+            "lists what is wrong with each"
         )
     if highest >= records.num_classes:
         raise ConfigError(
@@ -61,16 +87,28 @@ def check_labels(records: Records) -> None:
         )
 
 
-def images_a_batch(embedder: Embedder, asked: int | None) -> int:
-    """As many as asked for, or what suits the teacher's device."""
-    if asked is not None:
-        return asked
+def default_batch_size(embedder: Embedder) -> int:
+    """Images per batch that suit the teacher's device."""
     return CPU_BATCH if embedder.device == "cpu" else ACCELERATOR_BATCH
 
 
-def cut(rows: range, size: int) -> list[range]:
-    """Consecutive rows cut from the start into batches of ``size``."""
+def split_rows(rows: range, size: int) -> list[range]:
+    """Consecutive rows split from the start into batches of ``size``."""
     return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+
+def whole_shards(
+    batches: Iterable[Batch], sharding: Sharding, advance: Callable[[int], object]
+) -> Iterator[list[Batch]]:
+    """Consecutive batches, collected by shard; ``advance`` is called with the rows of each."""
+    parts: list[Batch] = []
+    for batch in batches:
+        parts.append(batch)
+        advance(len(batch.rows))
+        shard = sharding.shard_of(batch.rows.start)
+        if batch.rows.stop == sharding.rows(shard).stop:
+            yield parts
+            parts = []
 
 
 def embed(
@@ -84,22 +122,18 @@ def embed(
 ) -> Generator[EmbeddedBatch, None, None]:
     """Embeddings of batches of rows, in their order, decoded ahead by ``workers`` threads.
 
-    A teacher on a device of its own runs ahead of the consumer as well, in threads that keep
-    ``IN_FLIGHT`` batches there. All queues are bounded: whoever takes slowly slows the decoding
-    down.
+    An accelerator runs ahead of the consumer as well, by ``IN_FLIGHT`` batches. All queues are
+    bounded, so a slow consumer slows the decoding down.
 
     Raises:
         CorruptRecordError: at the first unreadable record, unless ``skip_corrupt``.
-        GkdError: where the teacher's output has no direction, naming the record.
+        GkdError: if the teacher's output has no direction, naming the record.
     """
-
-    def decode_batch(rows: range) -> _Decoded:
-        return _decode(records, rows, skip_corrupt)
-
+    decode_batch = partial(_decode, records, skip_corrupt)
     ahead = 0
     if embedder.device != "cpu":
         ahead, workers = IN_FLIGHT, min(workers, ACCELERATOR_DECODERS)
-    started: deque[tuple[_Decoded, Callable[[], Embeddings]]] = deque()
+    started: deque[tuple[DecodedBatch, Callable[[], Embeddings]]] = deque()
     with closing(ordered_map(decode_batch, batches, workers=workers)) as decoded:
         for batch in decoded:
             started.append((batch, _start(batch, embedder, views)))
@@ -109,45 +143,38 @@ def embed(
             yield _finish(records, embedder, batch, wait)
 
 
-@dataclass(frozen=True)
-class _Decoded:
-    rows: range
-    kept: npt.NDArray[np.int64]
-    images: npt.NDArray[np.uint8]
-    digests: npt.NDArray[np.uint8]
-    skipped: dict[int, str]
-
-
-def _decode(records: Records, rows: range, skip_corrupt: bool) -> _Decoded:
+def _decode(records: Records, skip_corrupt: bool, rows: range) -> DecodedBatch:
     images = np.empty((len(rows), FACE_SIZE, FACE_SIZE, 3), np.uint8)
     digests = np.zeros((len(rows), DIGEST_BYTES), np.uint8)
     skipped: dict[int, str] = {}
-    for place, row in enumerate(rows):
+    for position, row in enumerate(rows):
         try:
             encoded = records.encoded(row)
-            images[place] = decode_face(encoded, records.where(row))
+            images[position] = decode_face(encoded, records.where(row))
         except CorruptRecordError as error:
             if not skip_corrupt:
                 raise CorruptRecordError(
                     f"{error}; `gkd records verify` lists all such records, and --skip-corrupt "
                     "leaves them out"
                 ) from error
-            # Without the place: the cache's bytes must not follow the folder of the records.
-            skipped[place] = str(error).removeprefix(f"{records.where(row)}: ")
+            # Without the path: the cache's bytes must not depend on the folder of the records.
+            skipped[position] = str(error).removeprefix(f"{records.where(row)}: ")
         else:
-            digests[place] = np.frombuffer(digest(encoded), np.uint8)
+            digests[position] = np.frombuffer(digest(encoded), np.uint8)
     kept = np.setdiff1d(np.arange(len(rows)), list(skipped))
-    return _Decoded(rows, kept, images[kept] if skipped else images, digests, skipped)
+    return DecodedBatch(rows, kept, images[kept] if skipped else images, digests, skipped)
 
 
-def _start(batch: _Decoded, embedder: Embedder, views: Sequence[View]) -> Callable[[], Embeddings]:
+def _start(
+    batch: DecodedBatch, embedder: Embedder, views: Sequence[View]
+) -> Callable[[], Embeddings]:
     if not len(batch.kept):
         return lambda: {view: np.empty((0, embedder.embedding_dim), np.float32) for view in views}
     return embedder.start(batch.images, views)
 
 
 def _finish(
-    records: Records, embedder: Embedder, batch: _Decoded, wait: Callable[[], Embeddings]
+    records: Records, embedder: Embedder, batch: DecodedBatch, wait: Callable[[], Embeddings]
 ) -> EmbeddedBatch:
     found = wait()
     for view, embeddings in found.items():
@@ -174,17 +201,23 @@ def join_batches(batches: Sequence[EmbeddedBatch]) -> EmbeddedBatch:
             for view in batches[0].embeddings
         },
         digests=np.concatenate([b.digests for b in batches]),
-        skipped={
-            place + b.rows.start - start: reason
-            for b in batches
-            for place, reason in b.skipped.items()
-        },
+        skipped=join_skipped(batches),
     )
+
+
+def join_skipped(batches: Sequence[RowBatch]) -> dict[int, str]:
+    """``skipped`` of consecutive batches as one."""
+    start = batches[0].rows.start
+    return {
+        position + batch.rows.start - start: reason
+        for batch in batches
+        for position, reason in batch.skipped.items()
+    }
 
 
 def split_batch(batch: EmbeddedBatch, size: int) -> Iterator[EmbeddedBatch]:
     """The reverse of ``join_batches``: batches of ``size`` rows from the start."""
-    for rows in cut(batch.rows, size):
+    for rows in split_rows(batch.rows, size):
         start, stop = rows.start - batch.rows.start, rows.stop - batch.rows.start
         first, last = np.searchsorted(batch.kept, [start, stop])
         yield EmbeddedBatch(

@@ -1,10 +1,8 @@
 """A folder that keeps a teacher's embeddings until what is made of them is finished."""
 
 import io
-import shutil
-import uuid
-from collections.abc import Iterable, Sequence
-from functools import partial
+from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
 import msgspec
@@ -12,15 +10,23 @@ import numpy as np
 import numpy.typing as npt
 
 from gkd.pipeline.cache_spec import dataset_spec, teacher_spec
-from gkd.pipeline.embed import EmbeddedBatch, join_batches
-from gkd.pipeline.resume_check import Seen, require_same_images
-from gkd.pipeline.shard_writer import AsyncShardWriter
+from gkd.pipeline.embed import (
+    EmbeddedBatch,
+    default_batch_size,
+    embed,
+    join_batches,
+    split_rows,
+    whole_shards,
+)
+from gkd.pipeline.resume_check import ImageDigests, require_same_images
 from gkd.pipeline.teacher.embedder import Embedder
-from gkd.storage.cache.spec import DatasetSpec, Preprocess, TeacherSpec, View
+from gkd.storage.cache.spec import VIEWS, DatasetSpec, Preprocess, Sharding, TeacherSpec, View
 from gkd.storage.errors import ConfigError, CorruptRecordError, SpecMismatchError
 from gkd.storage.records.base import Records
-from gkd.storage.util.files import disk_errors, write_file
+from gkd.storage.util.files import disk_errors, remove_dir, require_room, write_file
+from gkd.storage.util.parallel import write_behind
 from gkd.storage.util.progress import Advance
+from gkd.storage.util.text import describe_differences
 
 SETTINGS = "settings.json"
 SAMPLED_SHARDS, SAMPLED_IMAGES = 4, 512
@@ -32,7 +38,7 @@ def work_path(out: Path) -> Path:
 
 
 class EmbeddingSource(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """All that decides kept embeddings."""
+    """Everything that determines the kept embeddings."""
 
     teacher: TeacherSpec
     preprocess: Preprocess
@@ -42,12 +48,12 @@ class EmbeddingSource(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class EmbeddingStore:
-    """Embeddings of records, ``shard_samples`` to a file of ``folder``, each whole or absent.
+    """Embeddings of all views of records, one file of ``folder`` per shard, complete or absent.
 
     Raises:
-        ConfigError: where the folder cannot be written, or holds something else.
-        SpecMismatchError: where it holds embeddings of another teacher or data set.
-        CorruptRecordError: where an image of theirs cannot be read any more.
+        ConfigError: if the folder cannot be written or holds something else.
+        SpecMismatchError: if it holds embeddings of another teacher or data set.
+        CorruptRecordError: if an image of theirs cannot be read any more.
     """
 
     def __init__(
@@ -59,9 +65,8 @@ class EmbeddingStore:
         *,
         skip_corrupt: bool,
     ) -> None:
-        self.folder, self.shard_samples, self.skip_corrupt = folder, shard_samples, skip_corrupt
-        self.num_samples = len(records)
-        self.num_shards = -(-self.num_samples // shard_samples)
+        self.folder, self.records, self.embedder = folder, records, embedder
+        self.sharding, self.skip_corrupt = Sharding(len(records), shard_samples), skip_corrupt
         source = EmbeddingSource(
             teacher_spec(embedder),
             embedder.preprocess,
@@ -75,12 +80,7 @@ class EmbeddingStore:
                 folder.mkdir(parents=True, exist_ok=True)
                 write_file(settings, msgspec.json.format(msgspec.json.encode(source)))
         _require_same(settings, source)
-        require_same_images(records, folder, self.shards(), self._seen)
-
-    def rows(self, shard: int) -> range:
-        """Rows of the records that a shard holds."""
-        start = shard * self.shard_samples
-        return range(start, min(start + self.shard_samples, self.num_samples))
+        require_same_images(records, folder, self.shards(), self._image_digests)
 
     def has(self, shard: int) -> bool:
         """Whether the shard's embeddings are kept."""
@@ -90,39 +90,94 @@ class EmbeddingStore:
         """The shards that are kept, ascending."""
         return sorted(int(path.stem) for path in self.folder.glob("[0-9]*.npz"))
 
+    def missing(self) -> list[int]:
+        """The shards that are not kept, ascending."""
+        return [shard for shard in range(self.sharding.num_shards) if not self.has(shard)]
+
+    def require_room(self) -> None:
+        """Check that the disk has room for the shards that are missing.
+
+        Raises:
+            ConfigError: if it has not.
+        """
+        rows = self.sharding.count_rows(self.missing())
+        require_room(self.folder, rows * len(VIEWS) * self.embedder.embedding_dim * 4)
+
+    def fill(
+        self, shards: Sequence[int], advance: Advance, *, batch_size: int | None, workers: int
+    ) -> int:
+        """Run the teacher over ``shards`` and keep its embeddings; the images that it has seen.
+
+        Raises:
+            CorruptRecordError: at an unreadable record, unless ``skip_corrupt``.
+            GkdError: if the teacher's output has no direction.
+        """
+        images = 0
+
+        def save(parts: Sequence[EmbeddedBatch]) -> None:
+            nonlocal images
+            self._save(join_batches(parts))
+            images += sum(len(part.kept) for part in parts)
+
+        size = batch_size or default_batch_size(self.embedder)
+        spans = [rows for shard in shards for rows in split_rows(self.sharding.rows(shard), size)]
+        embedded = embed(
+            self.records,
+            spans,
+            self.embedder,
+            VIEWS,
+            workers=workers,
+            skip_corrupt=self.skip_corrupt,
+        )
+        with closing(embedded):
+            write_behind(save, whole_shards(embedded, self.sharding, advance))
+        return images
+
     def sample(self, view: View) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
         """Rows [n] of the records and their embeddings [n, D]: a random few of a few shards."""
         kept, rng = self.shards(), np.random.default_rng(0)
-        places = np.linspace(0, len(kept) - 1, min(len(kept), SAMPLED_SHARDS)).astype(int)
+        chosen = np.linspace(0, len(kept) - 1, min(len(kept), SAMPLED_SHARDS)).astype(int)
         rows, embeddings = [], []
-        for place in places.tolist():
-            batch = self.load(kept[place], [view])
-            count = min(SAMPLED_IMAGES // len(places), len(batch.kept))
-            some = np.sort(rng.choice(len(batch.kept), count, replace=False))
-            rows.append(batch.rows.start + batch.kept[some])
-            embeddings.append(batch.embeddings[view][some])
+        for index in chosen.tolist():
+            batch = self.load(kept[index], [view])
+            count = min(SAMPLED_IMAGES // len(chosen), len(batch.kept))
+            sampled = np.sort(rng.choice(len(batch.kept), count, replace=False))
+            rows.append(batch.rows.start + batch.kept[sampled])
+            embeddings.append(batch.embeddings[view][sampled])
         return np.concatenate(rows), np.concatenate(embeddings)
 
-    def _seen(self, shard: int) -> Seen:
-        """The rows of a kept shard that have an image, and its digests."""
+    def load(self, shard: int, views: Sequence[View]) -> EmbeddedBatch:
+        """The kept embeddings of a shard.
+
+        Raises:
+            CorruptRecordError: if an earlier run left records out and this one must not.
+        """
+        with np.load(self._path(shard), allow_pickle=False) as arrays:
+            start, stop = arrays["rows"].tolist()
+            batch = EmbeddedBatch(
+                rows=range(start, stop),
+                kept=arrays["kept"],
+                embeddings={view: arrays[f"embeddings_{view}"] for view in views},
+                digests=arrays["digests"],
+                skipped=msgspec.json.decode(arrays["skipped"].tobytes(), type=dict[int, str]),
+            )
+        if batch.skipped and not self.skip_corrupt:
+            position, reason = next(iter(batch.skipped.items()))
+            raise CorruptRecordError(
+                f"{self._path(shard)}: row {start + position} of the records: {reason}; an earlier "
+                "run left it out with --skip-corrupt: give that option again to resume"
+            )
+        return batch
+
+    def remove(self) -> None:
+        """Delete the folder."""
+        remove_dir(self.folder)
+
+    def _image_digests(self, shard: int) -> ImageDigests:
         batch = self.load(shard, [])
         return batch.rows.start + batch.kept, batch.digests[batch.kept]
 
-    def keep(self, batches: Iterable[EmbeddedBatch], advance: Advance) -> None:
-        """Keep the batches of whole shards, in their order; each is written while others come."""
-        parts: list[EmbeddedBatch] = []
-        with AsyncShardWriter() as background:
-            for batch in batches:
-                background.check()
-                parts.append(batch)
-                advance(len(batch.rows))
-                shard = batch.rows.start // self.shard_samples
-                if batch.rows.stop == self.rows(shard).stop:
-                    background.start(partial(self._save, shard, parts))
-                    parts = []
-
-    def _save(self, shard: int, parts: Sequence[EmbeddedBatch]) -> None:
-        batch = join_batches(parts)
+    def _save(self, batch: EmbeddedBatch) -> None:
         buffer = io.BytesIO()
         arrays = {f"embeddings_{view}": e for view, e in batch.embeddings.items()}
         skipped = np.frombuffer(msgspec.json.encode(dict(batch.skipped)), np.uint8)
@@ -136,37 +191,8 @@ class EmbeddingStore:
             **arrays,
         )
         with disk_errors(self.folder):
-            write_file(self._path(shard), buffer.getvalue())
-
-    def load(self, shard: int, views: Sequence[View]) -> EmbeddedBatch:
-        """The kept embeddings of a shard.
-
-        Raises:
-            CorruptRecordError: where an earlier run left records out and this one shall not.
-        """
-        with np.load(self._path(shard), allow_pickle=False) as arrays:
-            start, stop = arrays["rows"].tolist()
-            batch = EmbeddedBatch(
-                rows=range(start, stop),
-                kept=arrays["kept"],
-                embeddings={view: arrays[f"embeddings_{view}"] for view in views},
-                digests=arrays["digests"],
-                skipped=msgspec.json.decode(arrays["skipped"].tobytes(), type=dict[int, str]),
-            )
-        if batch.skipped and not self.skip_corrupt:
-            place, reason = next(iter(batch.skipped.items()))
-            raise CorruptRecordError(
-                f"{self._path(shard)}: row {start + place} of the records: {reason}; an earlier "
-                "run left it out by --skip-corrupt: give that again to go on"
-            )
-        return batch
-
-    def remove(self) -> None:
-        """Delete the folder."""
-        # Renamed first: what an interruption leaves is no folder of embeddings without settings.
-        aside = self.folder.with_name(f".{self.folder.name}.{uuid.uuid4().hex}")
-        self.folder.rename(aside)
-        shutil.rmtree(aside)
+            path = self._path(self.sharding.shard_of(batch.rows.start))
+            write_file(path, buffer.getvalue())
 
     def _path(self, shard: int) -> Path:
         return self.folder / f"{shard:06d}.npz"
@@ -180,14 +206,11 @@ def _require_same(path: Path, source: EmbeddingSource) -> None:
             f"{path}: expected the settings of kept embeddings, got {error}; delete "
             f"{path.parent} to start again"
         ) from error
-    differing = [
-        f"  {name}: kept {getattr(kept, name)}, this run {getattr(source, name)}"
-        for name in EmbeddingSource.__struct_fields__
-        if getattr(kept, name) != getattr(source, name)
-    ]
-    if differing:
+    differences = describe_differences(kept, source, old_name="kept", new_name="this run")
+    if differences:
         raise SpecMismatchError(
-            f"{path.parent} keeps embeddings of another run:\n"
-            + "\n".join(differing)
-            + f"\nRun again as before to go on, or delete {path.parent} to start again."
+            f"{path.parent} keeps embeddings of another run:\n  "
+            + "\n  ".join(differences)
+            + f"\nGive the settings of that run to resume it, or delete {path.parent} to start "
+            "again."
         )

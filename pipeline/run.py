@@ -2,16 +2,14 @@
 
 import io
 import time
-from collections.abc import Generator, Mapping, Sequence
-from contextlib import AbstractContextManager, closing
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import msgspec
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from gkd.pipeline.cache_spec import cache_spec, dataset_spec
@@ -27,35 +25,33 @@ from gkd.pipeline.checks.calibration import check_preprocessing, report_group_si
 from gkd.pipeline.embed import (
     EmbeddedBatch,
     check_labels,
-    cut,
+    default_batch_size,
     embed,
-    images_a_batch,
     split_batch,
+    split_rows,
 )
 from gkd.pipeline.embedding_store import EmbeddingStore, work_path
-from gkd.pipeline.resume_check import Seen, require_same_images
+from gkd.pipeline.ranks import Ranks, joined_ranks
+from gkd.pipeline.resume_check import ImageDigests, require_same_images
 from gkd.pipeline.settings import CacheSettings
-from gkd.pipeline.shard_writer import (
-    AsyncShardWriter,
-    PartitionedBatch,
-    partition_batch,
-    write_shard_job,
-)
+from gkd.pipeline.shard import Shard, commit_shard, compute_shards
 from gkd.pipeline.teacher.embedder import Embedder
 from gkd.storage.cache import layout
 from gkd.storage.cache.card import write_card
 from gkd.storage.cache.metadata import committed_shards, read_spec
+from gkd.storage.cache.places import require_outside_caches
 from gkd.storage.cache.reader import Cache, digests_of
-from gkd.storage.cache.spec import VIEWS, CacheSpec, CentersSpec, View
+from gkd.storage.cache.spec import VIEWS, CacheSpec, CentersSpec, Sharding, View
 from gkd.storage.cache.writer import CacheWriter, delete_leftovers, require_writable
 from gkd.storage.errors import ConfigError
 from gkd.storage.records.base import Records
 from gkd.storage.util import torchrun_env
 from gkd.storage.util.files import disk_errors, require_room, write_file
 from gkd.storage.util.lock import WriteLock
+from gkd.storage.util.parallel import write_behind
 from gkd.storage.util.progress import Advance, progress
 
-SAMPLE_BYTES = 100  # of a view: a rough floor for the disk that a cache needs
+SAMPLE_BYTES = 100  # per view: a rough lower bound of the disk space that a cache needs
 
 
 @dataclass(frozen=True)
@@ -63,7 +59,7 @@ class CacheSummary:
     """What a finished cache holds, and what this process did for it.
 
     ``entries``, ``mean_group`` and ``truncated`` are by view; ``bytes`` are the whole cache's;
-    ``images`` went through the teacher in this run, in ``seconds`` with all else.
+    ``images`` went through the teacher in this run, which took ``seconds`` in all.
     """
 
     cache_id: str
@@ -78,7 +74,7 @@ class CacheSummary:
 
     @property
     def images_per_second(self) -> float:
-        """Images of this run, each in all its views, a second."""
+        """Images of this run, each in all its views, per second."""
         return self.images / self.seconds
 
 
@@ -89,38 +85,55 @@ def cache_teacher(
     centers: Centers | Literal["class-mean"],
     settings: CacheSettings,
     *,
-    rank: int | None = None,
-    world_size: int | None = None,
+    ranks: Ranks | None = None,
 ) -> CacheSummary:
-    """Make the cache ``out``, or go on with it where an earlier run stopped.
+    """Make the cache ``out``, or resume it where an earlier run stopped.
 
-    Shards are divided among ``world_size`` processes, by default those of torchrun; all of them
-    return once the cache is finished. With class-mean centres the teacher runs first and its
-    embeddings are kept beside ``out`` until the end. An interruption leaves whole shards only:
-    the same call goes on, with any number of processes, to the same bytes.
+    Shards are divided among ``ranks``, by default those of torchrun; all of them return once the
+    cache is finished. With class-mean centres the teacher runs first, and its embeddings are kept
+    beside ``out`` until the end. An interruption leaves complete shards only: the same call
+    resumes, with any number of processes, to the same bytes.
 
     Raises:
-        ConfigError: where records, teacher and centres do not fit, where another run writes
-            ``out``, or the disk is too small, full or closed.
-        IncompleteCacheError: where another process of this run ended before its part was done.
+        ConfigError: if records, teacher and centres do not fit, another run writes ``out``, or the
+            disk is too small, full or not writable.
+        IncompleteCacheError: if another process of this run ended before its part was done.
         CorruptRecordError: at an unreadable record, unless ``settings.skip_corrupt``.
-        SpecMismatchError: where ``out`` was begun with other settings, teacher or data.
-        GkdError: where the teacher's output is unusable.
+        SpecMismatchError: if ``out`` was begun with other settings, teacher or data.
+        GkdError: if the teacher's output is unusable.
+        SystemExit: if another rank has failed and said why.
     """
+    began, out = time.monotonic(), out.absolute()
     check_labels(records)
-    run = _Run(
-        records,
-        out.absolute(),
-        embedder,
-        settings,
-        torchrun_env.rank() if rank is None else rank,
-        torchrun_env.world_size() if world_size is None else world_size,
-    )
-    return run.make(centers)
+    require_outside_caches(out, may_be_one=True)
+    with ranks or joined_ranks() as ranks, _locked(out, ranks) as guard:
+        images = _Run(records, out, embedder, settings, ranks, guard).make(centers)
+        return _summary(out, images, time.monotonic() - began)
+
+
+@contextmanager
+def _locked(out: Path, ranks: Ranks) -> Iterator[Callable[[], None]]:
+    """Hold ``out`` for these ranks; yields what to call before each write."""
+    lock = WriteLock(out, ranks.run)
+
+    def begin() -> None:
+        lock.acquire()
+        for path in (out, centers_path(out), work_path(out)):
+            delete_leftovers(path)
+
+    def guard() -> None:
+        ranks.check()
+        lock.check()
+
+    try:
+        ranks.once("lock", begin)
+        yield guard
+    finally:
+        lock.release()
 
 
 class _Run:
-    """One process's part of making a cache."""
+    """One process's part of making a cache, step by step."""
 
     def __init__(
         self,
@@ -128,78 +141,120 @@ class _Run:
         out: Path,
         embedder: Embedder,
         settings: CacheSettings,
-        rank: int,
-        world_size: int,
+        ranks: Ranks,
+        guard: Callable[[], None],
     ) -> None:
         self.records, self.out, self.embedder = records, out, embedder
-        self.settings, self.rank, self.world_size = settings, rank, world_size
-        self.shard_samples = settings.samples_per_shard(len(records))
+        self.settings, self.ranks, self.guard = settings, ranks, guard
         self.dataset = dataset_spec(records)
-        self.num_shards = -(-len(records) // self.shard_samples)
-        self._mine = range(rank, self.num_shards, world_size)
-        self.images = 0
-        self.lock = WriteLock(self.out, rank, world_size)
+        self.sharding = Sharding(len(records), settings.samples_per_shard(len(records)))
+        self.mine = self.sharding.of_rank(ranks.rank, ranks.world_size)
 
-    def make(self, centers: Centers | Literal["class-mean"]) -> CacheSummary:
-        began = time.monotonic()
-        with self.lock:
-            if self.rank == 0:
-                for path in (self.out, centers_path(self.out), work_path(self.out)):
-                    delete_leftovers(path)
-            self._write(centers)
-        return _summary(self.out, self.images, time.monotonic() - began)
-
-    def _write(self, centers: Centers | Literal["class-mean"]) -> None:
-        store: EmbeddingStore | None = None
+    def make(self, given: Centers | Literal["class-mean"]) -> int:
+        """Do all steps; the number of images that went through the teacher."""
+        store, embedded, centers = None, 0, given
         if centers == CLASS_MEAN:
-            # What the writer would refuse only after the teacher has seen every image.
-            placeholder = self._spec(CentersSpec(CLASS_MEAN, CLASS_MEAN, sha256=""))
-            require_writable(self.out, placeholder, unknown=["centers.sha256"])
-            found = _finished_means(self.out)
-            if found is None or work_path(self.out).exists():
-                store = self._store()
-            centers = found or self._class_means(store or self._store())
+            store, embedded, centers = self._class_mean_centers()
         self._check_centers(centers)
         spec = self._spec(centers.spec)
-        require_room(self.out, self._rows_to_write() * len(spec.views) * SAMPLE_BYTES)
-        if self.rank:
-            self.lock.wait_for((self.out / layout.METADATA).exists)
-        writer = CacheWriter(self.out, spec, guard=self.lock.check)
-        pending = writer.pending(self.rank, self.world_size)
-        written = sorted(set(self._mine).difference(pending))
-        require_same_images(self.records, self.out, written, partial(_seen, self.out, spec))
-        precision = self.settings.center_precision
-        array = on_device(centers.array, self.embedder, precision)
-        if precision != "float32":
-            most, scale = max_cosine_error(centers.array, precision), self.settings.partition.scale
-            torchrun_env.log_rank0(
-                f"centres in {precision}: no cosine differs by more than {most:.1e} from "
-                f"float32's, no logit by more than {scale * most:.1e}"
-            )
-        if self.rank == 0 and not committed_shards(self.out):
+        writer = self._open_writer(spec)
+        pending = writer.pending(self.ranks.rank, self.ranks.world_size)
+        self._check_written(spec, pending)
+        array = on_device(centers.array, self.embedder, self.settings.center_precision)
+        self._report_rounding(centers)
+        if self.ranks.rank == 0 and not committed_shards(self.out):
             self._calibrate(array, store, own_means=centers.kind == CLASS_MEAN)
-        self._write_shards(writer, pending, array, store)
-        if self.rank:
-            self.lock.wait_for((self.out / layout.MANIFEST).exists)
-            return
-        # Listed until all are there, and only then read: a damaged record may be another rank's
-        # to make again, and reading thousands at every look would be slow.
-        every_shard = set(range(self.num_shards))
-        self.lock.wait_for(
-            lambda: every_shard.issubset(committed_shards(self.out)) and not writer.pending()
+        embedded += self._write_shards(writer, pending, array, store)
+        self.ranks.once("finish", lambda: self._finish(writer, store))
+        return embedded
+
+    def _class_mean_centers(self) -> tuple[EmbeddingStore | None, int, Centers]:
+        """Class means, made of the embeddings of all shards unless an earlier run did so."""
+        # Refuse now what the writer would refuse only after the teacher has seen every image.
+        placeholder = self._spec(CentersSpec(CLASS_MEAN, CLASS_MEAN, sha256=""))
+        require_writable(self.out, placeholder, unknown=["centers.sha256"])
+        found = _finished_means(self.out)
+        if found is not None and not work_path(self.out).exists():
+            return None, 0, found
+        store = EmbeddingStore(
+            work_path(self.out),
+            self.records,
+            self.embedder,
+            self.sharding.shard_samples,
+            skip_corrupt=self.settings.skip_corrupt,
         )
-        with disk_errors(self.out):
-            write_card(self.out, licence=self.settings.licence, note=self.settings.note)
-        writer.finish()
-        # The others leave when they see the manifest; until then they may look into the store.
-        self.lock.wait_until_alone()
-        if store is not None:
-            store.remove()
+        if found is not None:
+            return store, 0, found
+        embedded = self._embed_all(store)
+        means = store.folder / "centers.npy"
+
+        def average() -> None:
+            if not means.exists():
+                batches = (store.load(shard, VIEWS) for shard in range(self.sharding.num_shards))
+                array = class_means(batches, self.records.labels, self.records.num_classes)
+                _save_array(means, array)
+            _save_array(centers_path(self.out), read_npy(means))
+
+        self.ranks.once("class means", average)
+        return store, embedded, Centers(read_npy(means), CLASS_MEAN, CLASS_MEAN)
+
+    def _embed_all(self, store: EmbeddingStore) -> int:
+        """Keep the embeddings of this rank's shards; the images that the teacher has seen."""
+        require_all_classes(self.records)
+        settings = self.settings
+        if self.ranks.rank == 0 and not store.shards():
+            check_preprocessing(self.records, self.embedder, VIEWS, workers=settings.workers)
+        missing = [shard for shard in self.mine if not store.has(shard)]
+        if not missing:
+            return 0
+        store.require_room()
+        with self._progress("run teacher", missing) as advance:
+            return store.fill(
+                missing, advance, batch_size=settings.batch_size, workers=settings.workers
+            )
+
+    def _open_writer(self, spec: CacheSpec) -> CacheWriter:
+        """A writer of the cache, which the first rank creates."""
+        done = set(committed_shards(self.out)) if self.out.exists() else set()
+        rows = self.sharding.count_rows(set(range(self.sharding.num_shards)) - done)
+        require_room(self.out, rows * len(spec.views) * SAMPLE_BYTES)
+        self.ranks.once("create", lambda: CacheWriter(self.out, spec))
+        return CacheWriter(self.out, spec, guard=self.guard)
+
+    def _check_centers(self, centers: Centers) -> None:
+        expected = (self.records.num_classes, self.embedder.embedding_dim)
+        if centers.array.shape != expected:
+            raise ConfigError(
+                f"{centers.name}: expected centres of {expected[0]:,} identities and embeddings "
+                f"of length {expected[1]}, got {list(centers.array.shape)}; give the centres of "
+                "this teacher and these records, or --centers class-mean"
+            )
+
+    def _check_written(self, spec: CacheSpec, pending: Sequence[int]) -> None:
+        """Check that this rank's finished shards were made of the images that it reads."""
+
+        def read(shard: int) -> ImageDigests:
+            # What a manifest says does not matter here.
+            table = Cache(self.out, spec, None, "").read_samples(shard)
+            present = table["digest"].is_valid().to_numpy()
+            return table["row"].to_numpy()[present], digests_of(table)[present]
+
+        written = sorted(set(self.mine).difference(pending))
+        require_same_images(self.records, self.out, written, read)
+
+    def _report_rounding(self, centers: Centers) -> None:
+        precision, scale = self.settings.center_precision, self.settings.partition.scale
+        if precision != "float32":
+            change = max_cosine_error(centers.array, precision)
+            torchrun_env.log_rank0(
+                f"centres in {precision}: no cosine differs by more than {change:.1e} from "
+                f"float32's, no logit by more than {scale * change:.1e}"
+            )
 
     def _calibrate(
         self, centers: torch.Tensor, store: EmbeddingStore | None, *, own_means: bool
     ) -> None:
-        """Say whether settings and centres make sense; the other ranks do not wait for it."""
+        """Report whether settings and centres make sense; the other ranks do not wait for it."""
         views, workers = self.settings.views, self.settings.workers
         if store is not None:
             rows, embeddings = store.sample(views[0])
@@ -211,22 +266,65 @@ class _Run:
             labels, settings = self.records.labels[rows], self.settings.partition
             report_group_sizes(embeddings, labels, centers, settings, own_means=own_means)
 
-    def _rows(self, shard: int) -> range:
-        start = shard * self.shard_samples
-        return range(start, min(start + self.shard_samples, len(self.records)))
+    def _write_shards(
+        self,
+        writer: CacheWriter,
+        pending: Sequence[int],
+        centers: torch.Tensor,
+        store: EmbeddingStore | None,
+    ) -> int:
+        """Compute and commit the pending shards; the images that the teacher has seen for them."""
+        to_embed = [shard for shard in pending if store is None or not store.has(shard)]
+        embedded = 0
 
-    def _check_centers(self, centers: Centers) -> None:
-        expected = (self.records.num_classes, self.embedder.embedding_dim)
-        if centers.array.shape != expected:
-            raise ConfigError(
-                f"{centers.name}: expected centres of {expected[0]:,} identities and embeddings "
-                f"of length {expected[1]}, got {list(centers.array.shape)}; give the centres of "
-                "this teacher and these records, or --centers class-mean"
+        def commit(shard: Shard) -> None:
+            nonlocal embedded
+            commit_shard(writer, shard)
+            if self.sharding.shard_of(shard.rows.start) in to_embed:
+                embedded += len(shard.rows) - len(shard.samples.skipped)
+
+        what = "run teacher and partition" if store is None else "partition"
+        with (
+            self._progress(what, pending) as advance,
+            closing(self._batches(pending, to_embed, store)) as batches,
+        ):
+            shards = compute_shards(
+                batches,
+                self.records,
+                centers,
+                self.settings.partition,
+                self.sharding,
+                class_chunk=self.settings.class_chunk,
+                advance=advance,
             )
+            write_behind(commit, shards)
+        return embedded
 
-    def _rows_to_write(self) -> int:
-        done = set(committed_shards(self.out)) if self.out.exists() else set()
-        return sum(len(self._rows(shard)) for shard in range(self.num_shards) if shard not in done)
+    def _batches(
+        self, pending: Sequence[int], to_embed: Sequence[int], store: EmbeddingStore | None
+    ) -> Generator[EmbeddedBatch, None, None]:
+        """Embeddings of pending shards: kept ones first, then those ``to_embed`` now."""
+        views = self.settings.views
+        size = self.settings.batch_size or default_batch_size(self.embedder)
+        if store is not None:
+            for shard in (shard for shard in pending if shard not in to_embed):
+                yield from split_batch(store.load(shard, views), size)
+        yield from embed(
+            self.records,
+            [rows for shard in to_embed for rows in split_rows(self.sharding.rows(shard), size)],
+            self.embedder,
+            views,
+            workers=self.settings.workers,
+            skip_corrupt=self.settings.skip_corrupt,
+        )
+
+    def _finish(self, writer: CacheWriter, store: EmbeddingStore | None) -> None:
+        """Publish card and manifest once all ranks have written their shards."""
+        with disk_errors(self.out):
+            write_card(self.out, licence=self.settings.licence, note=self.settings.note)
+        writer.finish()
+        if store is not None:
+            store.remove()
 
     def _spec(self, centers: CentersSpec) -> CacheSpec:
         precision = self.settings.center_precision
@@ -238,123 +336,21 @@ class _Run:
             centers,
             self.settings.partition,
             views=self.settings.views,
-            shard_samples=self.shard_samples,
+            shard_samples=self.sharding.shard_samples,
         )
 
-    def _store(self) -> EmbeddingStore:
-        return EmbeddingStore(
-            work_path(self.out),
-            self.records,
-            self.embedder,
-            self.shard_samples,
-            skip_corrupt=self.settings.skip_corrupt,
-        )
-
-    def _class_means(self, store: EmbeddingStore) -> Centers:
-        """Centres from the embeddings of all shards, which are computed where they are missing."""
-        labels = self.records.labels
-        require_all_classes(self.records)
-        if self.rank == 0 and not store.shards():
-            check_preprocessing(self.records, self.embedder, VIEWS, workers=self.settings.workers)
-        self._keep_embeddings(store)
-        path = centers_path(self.out)
-        ready = store.folder / "centers.npy"
-        if self.rank == 0 and not ready.exists():
-            self.lock.wait_for(lambda: all(map(store.has, range(self.num_shards))))
-            batches = (store.load(shard, VIEWS) for shard in range(self.num_shards))
-            _save_array(ready, class_means(batches, labels, self.records.num_classes))
-        self.lock.wait_for(ready.exists)
-        array = read_npy(ready)
-        if self.rank == 0:
-            _save_array(path, array)
-        return Centers(array, CLASS_MEAN, CLASS_MEAN)
-
-    def _keep_embeddings(self, store: EmbeddingStore) -> None:
-        missing = [shard for shard in self._mine if not store.has(shard)]
-        if not missing:
-            return
-        # Of all ranks, who write to the same disk.
-        left = [shard for shard in range(self.num_shards) if not store.has(shard)]
-        size = sum(map(len, map(self._rows, left))) * len(VIEWS) * self.embedder.embedding_dim * 4
-        require_room(store.folder, size)
-        rows = sum(len(self._rows(shard)) for shard in missing)
-        whole = sum(len(self._rows(shard)) for shard in self._mine)
-        with (
-            self._progress("run teacher", whole, whole - rows) as advance,
-            closing(self._live(missing, VIEWS)) as batches,
-        ):
-            store.keep(batches, advance)
-
-    def _live(
-        self, shards: Sequence[int], views: Sequence[View]
-    ) -> Generator[EmbeddedBatch, None, None]:
-        """Batches of shards, as the teacher sees them."""
-        size = images_a_batch(self.embedder, self.settings.batch_size)
-        spans = [rows for shard in shards for rows in cut(self._rows(shard), size)]
-        for batch in embed(
-            self.records,
-            spans,
-            self.embedder,
-            views,
-            workers=self.settings.workers,
-            skip_corrupt=self.settings.skip_corrupt,
-        ):
-            self.images += len(batch.kept)
-            yield batch
-
-    def _batches(
-        self, shards: Sequence[int], store: EmbeddingStore | None
-    ) -> Generator[EmbeddedBatch, None, None]:
-        """The same from kept embeddings, where a store has them."""
-        views, size = self.settings.views, images_a_batch(self.embedder, self.settings.batch_size)
-        for shard in shards:
-            if store is not None and store.has(shard):
-                yield from split_batch(store.load(shard, views), size)
-        yield from self._live([s for s in shards if store is None or not store.has(s)], views)
-
-    def _write_shards(
-        self,
-        writer: CacheWriter,
-        pending: Sequence[int],
-        centers: torch.Tensor,
-        store: EmbeddingStore | None,
-    ) -> None:
-        whole = sum(len(self._rows(shard)) for shard in self._mine)
-        left = sum(len(self._rows(shard)) for shard in pending)
-        parts: list[PartitionedBatch] = []
-        settings, class_chunk = self.settings.partition, self.settings.class_chunk
-        what = "run teacher and partition" if store is None else "partition"
-        with (
-            AsyncShardWriter() as background,
-            self._progress(what, whole, whole - left) as advance,
-            closing(self._batches(pending, store)) as batches,
-        ):
-            for batch in batches:
-                background.check()
-                labels = self.records.labels[batch.rows.start + batch.kept]
-                parts.append(partition_batch(batch, labels, centers, settings, class_chunk))
-                advance(len(batch.rows))
-                shard = batch.rows.start // self.shard_samples
-                if batch.rows.stop == self._rows(shard).stop:
-                    background.start(write_shard_job(writer, shard, self.records, parts))
-                    parts = []
-
-    def _progress(self, what: str, total: int, done: int) -> AbstractContextManager[Advance]:
-        """This process's part; ranks share a terminal and their parts are alike, so one shows."""
-        if self.world_size > 1:
-            what = f"{what}, rank {self.rank} of {self.world_size}"
-        return progress(what, total, "images", done, quiet_below=total + 1 if self.rank else 0)
-
-
-def _seen(out: Path, spec: CacheSpec, shard: int) -> Seen:
-    """Rows and digests of a written shard's images; what a manifest says is not asked."""
-    table = Cache(out, spec, None, "").read_samples(shard)
-    present = table["digest"].is_valid().to_numpy()
-    return table["row"].to_numpy()[present], digests_of(table)[present]
+    def _progress(self, what: str, left: Sequence[int]) -> AbstractContextManager[Advance]:
+        """Progress of this rank's shards; ranks share a terminal, so only the first shows its."""
+        rank, world_size = self.ranks.rank, self.ranks.world_size
+        if world_size > 1:
+            what = f"{what}, rank {rank} of {world_size}"
+        total = self.sharding.count_rows(self.mine)
+        done = total - self.sharding.count_rows(left)
+        return progress(what, total, "images", done, quiet_below=total + 1 if rank else 0)
 
 
 def _finished_means(out: Path) -> Centers | None:
-    """The class means of a cache that was begun, where they still stand beside it."""
+    """The class means of a cache that was begun, if they are still beside it."""
     path = centers_path(out)
     if not (out / layout.METADATA).exists() or not path.exists():
         return None
@@ -365,7 +361,7 @@ def _finished_means(out: Path) -> Centers | None:
     return centers if centers.spec.sha256 == spec.centers.sha256 else None
 
 
-def _save_array(path: Path, array: npt.NDArray[np.float32]) -> None:
+def _save_array(path: Path, array: np.ndarray) -> None:
     buffer = io.BytesIO()
     np.save(buffer, array, allow_pickle=False)
     with disk_errors(path):

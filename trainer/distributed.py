@@ -2,9 +2,7 @@
 
 import functools
 import gc
-import time
 import traceback
-import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,24 +15,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
-from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
 from gkd.storage.errors import ConfigError, GkdError
 from gkd.storage.util import torchrun_env
+from gkd.storage.util.rendezvous import ARRIVAL, meet
 
 T = TypeVar("T")
 
-# All ranks start at once: one that is absent after this time, or whose torchrun is gone, will
-# not come.
-ARRIVAL = timedelta(minutes=10)
 # Once all have met a rank may wait long, while another evaluates or prepares data; torchrun ends
 # those whose peers died.
 PATIENCE = timedelta(hours=6)
-_POLL_SECONDS = 0.05
 
 
 @dataclass(frozen=True)
@@ -207,13 +201,12 @@ def joined_ranks(device: str) -> Iterator[Ranks]:
     if device == "cuda":
         _take_gpu(torch.cuda.device_count())
     try:
-        store, rank, _ = next(rendezvous("env://", timeout=ARRIVAL))
-        attempt = _common_attempt(store, rank, world_size)
+        store, attempt = meet(ARRIVAL)
         store.set_timeout(PATIENCE)
         dist.init_process_group(
             "nccl" if device == "cuda" else "gloo",
             store=PrefixStore(attempt, store),
-            rank=rank,
+            rank=torchrun_env.rank(),
             world_size=world_size,
             timeout=PATIENCE,
         )
@@ -232,31 +225,6 @@ def joined_ranks(device: str) -> Iterator[Ranks]:
         # interpreter's lock, and wait for a thread of the group that may want the lock.
         gc.collect()
         dist.destroy_process_group()
-
-
-def _common_attempt(store: Store, rank: int, world_size: int) -> str:
-    """A name for this start that all its ranks share and no earlier start had.
-
-    torchrun's store outlives its restarts, and what dead ranks wrote there, such as addresses,
-    must not be taken for these ranks'. The first rank names the start, the others answer under
-    that name, and continue once the first confirms their answers.
-
-    Raises:
-        RuntimeError: if not all ranks are here within ``ARRIVAL``.
-    """
-    mine, deadline = uuid.uuid4().hex, time.monotonic() + ARRIVAL.total_seconds()
-    if rank == 0:
-        store.set("attempt", mine)
-        heard = [store.get(f"{mine}/{other}").decode() for other in range(1, world_size)]
-        store.set(f"{mine}/heard", " ".join(heard))
-        return mine
-    while time.monotonic() < deadline:
-        attempt = store.get("attempt").decode()
-        store.set(f"{attempt}/{rank}", mine)
-        time.sleep(_POLL_SECONDS)
-        if store.check([f"{attempt}/heard"]) and mine in store.get(f"{attempt}/heard").decode():
-            return attempt
-    raise RuntimeError(f"rank 0 did not answer within {ARRIVAL}")
 
 
 def _clear_frames(error: BaseException | None) -> None:

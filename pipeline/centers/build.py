@@ -1,7 +1,6 @@
 """``gkd centers build``: class centres for a teacher without published ones, written to a file."""
 
 import time
-from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,14 +17,15 @@ from gkd.pipeline.centers.load import Centers
 from gkd.pipeline.centers.means import class_means, require_all_classes
 from gkd.pipeline.centers.refine import Fit, Labelled, measure, refine
 from gkd.pipeline.checks.calibration import check_preprocessing
-from gkd.pipeline.embed import check_labels, cut, embed, images_a_batch
+from gkd.pipeline.embed import check_labels
 from gkd.pipeline.embedding_store import EmbeddingStore, work_path
 from gkd.pipeline.teacher.embedder import Embedder
+from gkd.storage.cache.places import require_outside_caches
 from gkd.storage.cache.spec import VIEWS, CentersKind
 from gkd.storage.cache.writer import delete_leftovers
 from gkd.storage.errors import ConfigError
 from gkd.storage.records.base import Records
-from gkd.storage.util.files import disk_errors, publish_file, require_room
+from gkd.storage.util.files import disk_errors, publish_file
 from gkd.storage.util.lock import WriteLock
 from gkd.storage.util.progress import progress
 
@@ -84,6 +84,7 @@ def build_centers(
     check_labels(records)
     require_all_classes(records)
     device = embedder.device if torch.cuda.is_available() else "cpu"
+    require_outside_caches(out)
     with WriteLock(out):
         for path in (out, work_path(out)):
             delete_leftovers(path)
@@ -91,7 +92,7 @@ def build_centers(
             work_path(out), records, embedder, PART_SAMPLES, skip_corrupt=skip_corrupt
         )
         _store_embeddings(store, records, embedder, batch_size, workers)
-        parts = range(store.num_shards)
+        parts = range(store.sharding.num_shards)
         images = sum(len(store.load(part, []).kept) for part in parts)
         array = class_means(
             (store.load(part, VIEWS) for part in parts), records.labels, records.num_classes
@@ -141,20 +142,16 @@ def _store_embeddings(
     workers: int,
 ) -> None:
     """Run the teacher on all parts that are not stored yet."""
-    missing = [store.rows(part) for part in range(store.num_shards) if not store.has(part)]
+    missing = store.missing()
     if not missing:
         return
-    total, remaining = len(records), sum(map(len, missing))
-    require_room(store.folder, remaining * len(VIEWS) * embedder.embedding_dim * 4)
+    store.require_room()
     if not store.shards():
         check_preprocessing(records, embedder, VIEWS, workers=workers)
-    batch_size = images_a_batch(embedder, batch_size)
-    batches = [rows for part in missing for rows in cut(part, batch_size)]
-    embedded = embed(
-        records, batches, embedder, VIEWS, workers=workers, skip_corrupt=store.skip_corrupt
-    )
-    with progress("run teacher", total, "images", total - remaining) as advance, closing(embedded):
-        store.keep(embedded, advance)
+    total = len(records)
+    done = total - store.sharding.count_rows(missing)
+    with progress("run teacher", total, "images", done) as advance:
+        store.fill(missing, advance, batch_size=batch_size, workers=workers)
 
 
 def _load(store: EmbeddingStore, labels: npt.NDArray[np.int64], part: int) -> Labelled:
@@ -168,7 +165,7 @@ def _sample(store: EmbeddingStore, labels: npt.NDArray[np.int64]) -> Labelled:
     """At most ``MAX_MEASURED`` images, evenly spaced, in their original view."""
     step = -(-len(labels) // MAX_MEASURED)
     samples = []
-    for part in range(store.num_shards):
+    for part in range(store.sharding.num_shards):
         batch = store.load(part, VIEWS[:1])
         rows = batch.rows.start + batch.kept
         chosen = rows % step == 0

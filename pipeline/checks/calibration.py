@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from gkd.pipeline.centers.refine import own_and_nearest
-from gkd.pipeline.embed import cut, embed, join_batches
+from gkd.pipeline.embed import embed, join_batches, split_rows
 from gkd.pipeline.embedding_store import SAMPLED_IMAGES
 from gkd.pipeline.groups.partition import partition
 from gkd.pipeline.settings import PartitionSettings
@@ -163,7 +163,7 @@ def sample_images(
     affordable = max(FEWEST_IMAGES, int(len(records) * len(views) * IMAGES_SHARE))
     count = min(SAMPLED_IMAGES, affordable, len(known))
     rows = np.sort(np.random.default_rng(SEED).choice(known, count, replace=False))
-    sample, parts = Subset(records, rows), cut(range(count), BATCH)
+    sample, parts = Subset(records, rows), split_rows(range(count), BATCH)
     batches = embed(sample, parts, embedder, views[:1], workers=workers, skip_corrupt=True)
     whole = join_batches(list(batches))
     return rows[whole.kept], whole.embeddings[views[0]]
@@ -238,7 +238,7 @@ def _embed(
     """
     other = copy.copy(embedder)  # the same network; weights are not loaded again
     other.preprocess = preset
-    parts = [other(faces[b.start : b.stop]) for b in cut(range(len(faces)), BATCH)]
+    parts = [other(faces[b.start : b.stop]) for b in split_rows(range(len(faces)), BATCH)]
     embeddings = np.concatenate(parts)
     faulty = faulty_rows(embeddings)
     if len(faulty) and required:

@@ -20,7 +20,7 @@ from gkd.pipeline.cache_spec import cache_spec, dataset_spec
 from gkd.pipeline.centers.load import CLASS_MEAN, Centers, on_device
 from gkd.pipeline.centers.means import require_all_classes
 from gkd.pipeline.checks.calibration import check_preprocessing
-from gkd.pipeline.embed import check_labels, images_a_batch, split_batch
+from gkd.pipeline.embed import check_labels, default_batch_size, split_batch
 from gkd.pipeline.groups.partition import Partition
 from gkd.pipeline.plan.sample import (
     EMBEDDED_EACH,
@@ -35,7 +35,7 @@ from gkd.pipeline.plan.sample import (
 )
 from gkd.pipeline.plan.size_model import measure_bytes
 from gkd.pipeline.settings import CacheSettings, PartitionSettings
-from gkd.pipeline.shard_writer import partition_batch
+from gkd.pipeline.shard import partition_batch
 from gkd.pipeline.teacher.embedder import Embedder
 from gkd.storage.cache.retarget import cut_groups
 from gkd.storage.cache.spec import VIEWS, CacheSpec, CentersSpec, DrawsSpec, View
@@ -169,7 +169,7 @@ def plan(
         embedder,
         views,
         embedding,
-        batch_size=images_a_batch(embedder, config.batch_size),
+        batch_size=config.batch_size or default_batch_size(embedder),
         workers=config.workers,
     )
     if centers == CLASS_MEAN:
@@ -269,7 +269,7 @@ def _grid_groups(sample: Sample, settings: PlanSettings, embedder: Embedder) -> 
     parts: dict[tuple[float, float], list[Mapping[View, Partition]]] = {key: [] for key in keys}
     clocks = {t: Clock() for t in settings.group_temperatures}
     seen: list[EmbeddedImages] = []
-    size = images_a_batch(embedder, settings.cache.batch_size)
+    size = settings.cache.batch_size or default_batch_size(embedder)
     for images, array in sample.parts:
         centers = on_device(array, embedder, settings.cache.center_precision)
         seen.append(images)

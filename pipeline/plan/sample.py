@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from gkd.pipeline.centers.load import Centers
 from gkd.pipeline.centers.means import class_means
-from gkd.pipeline.embed import EmbeddedBatch, cut, embed, join_batches
+from gkd.pipeline.embed import EmbeddedBatch, embed, join_batches, split_rows
 from gkd.pipeline.plan.synthetic_centers import synthetic_centers
 from gkd.pipeline.teacher.embedder import Embedder
 from gkd.storage.cache.spec import View
@@ -100,7 +100,7 @@ def embed_rows(
     Raises:
         ConfigError: where none can.
     """
-    sample, spans = Subset(records, rows), cut(range(len(rows)), batch_size)
+    sample, spans = Subset(records, rows), split_rows(range(len(rows)), batch_size)
     batches: list[EmbeddedBatch] = []
     made = embed(sample, spans, embedder, views, workers=workers, skip_corrupt=True)
     with progress("run teacher", len(rows), "images") as advance, closing(made) as embedded:

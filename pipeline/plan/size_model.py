@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gkd.pipeline.groups.partition import Partition
-from gkd.pipeline.shard_writer import PartitionedBatch, write_shard_job
+from gkd.pipeline.shard import PartitionedBatch, assemble_shard, commit_shard
 from gkd.storage.cache import layout
 from gkd.storage.cache.card import write_card
 from gkd.storage.cache.layout import file_record
@@ -105,7 +105,8 @@ def _write(
         for shard in range(shards):
             inside = small.shard_rows(shard)
             taken = range(rows.start + inside.start, rows.start + inside.stop)
-            write_shard_job(writer, shard, neighbours, [_cut_out(views, digests, taken, inside)])()
+            part = _cut_out(views, digests, taken, inside)
+            commit_shard(writer, assemble_shard(neighbours, [part]))
         seconds = time.perf_counter() - began
         write_card(path)
         names = [layout.CARD, *(name for name, _ in layout.metadata_files(small))]

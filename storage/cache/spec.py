@@ -1,6 +1,8 @@
 """What a cache is: every number and digest that decided its bytes."""
 
 import math
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import msgspec
@@ -130,6 +132,36 @@ class DerivedSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     caches: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class Sharding:
+    """Rows 0..num_samples of a data set in shards of ``shard_samples``, the last one shorter."""
+
+    num_samples: int
+    shard_samples: int
+
+    @property
+    def num_shards(self) -> int:
+        """How many shards there are."""
+        return -(-self.num_samples // self.shard_samples)
+
+    def rows(self, shard: int) -> range:
+        """Rows that a shard holds."""
+        start = shard * self.shard_samples
+        return range(start, min(start + self.shard_samples, self.num_samples))
+
+    def shard_of(self, row: int) -> int:
+        """The shard that holds a row."""
+        return row // self.shard_samples
+
+    def of_rank(self, rank: int, world_size: int) -> range:
+        """Shards that a rank writes: by number, as ranks list what is left at different times."""
+        return range(rank, self.num_shards, world_size)
+
+    def count_rows(self, shards: Iterable[int]) -> int:
+        """Rows of some shards together."""
+        return sum(len(self.rows(shard)) for shard in shards)
+
+
 class CacheSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Attributes of a cache's root group (format 1), see ``storage/FORMAT.md``.
 
@@ -202,14 +234,18 @@ class CacheSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
                 )
 
     @property
+    def sharding(self) -> Sharding:
+        """Which rows of the data set each shard holds."""
+        return Sharding(self.num_samples, self.shard_samples)
+
+    @property
     def num_shards(self) -> int:
         """Rows of every array."""
-        return -(-self.num_samples // self.shard_samples)
+        return self.sharding.num_shards
 
     def shard_rows(self, shard: int) -> range:
         """Rows of the data set that a shard holds."""
-        start = shard * self.shard_samples
-        return range(start, min(start + self.shard_samples, self.num_samples))
+        return self.sharding.rows(shard)
 
 
 def settings_of(spec: CacheSpec) -> dict[str, Any]:

@@ -81,12 +81,8 @@ class CacheWriter:
         One whose commit record is damaged, or whose files are not there with their sizes, is to be
         written again.
         """
-        # By number, not by place in the list of what is left: ranks list at different times.
-        return [
-            shard
-            for shard in range(rank, self.spec.num_shards, world_size)
-            if not self._is_committed(shard)
-        ]
+        mine = self.spec.sharding.of_rank(rank, world_size)
+        return [shard for shard in mine if not self._is_committed(shard)]
 
     def write_shard(
         self,

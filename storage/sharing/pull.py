@@ -18,6 +18,7 @@ from gkd.storage.cache.metadata import (
     parse_spec,
     regular_file,
 )
+from gkd.storage.cache.places import require_outside_caches
 from gkd.storage.cache.reader import Cache
 from gkd.storage.cache.spec import VIEWS, CacheSpec, DerivedSpec, View
 from gkd.storage.errors import ConfigError, CorruptShardError, SpecMismatchError
@@ -82,6 +83,7 @@ def pull(
     own = written | records | ({} if manifest is None else {layout.MANIFEST: manifest})
     _require_space(path, data)
     told = data | {file: record_of(content) for file, content in own.items()}
+    require_outside_caches(path, may_be_one=True)
     with WriteLock(path), disk_errors(path), tally_of("pull", told) as tally:
         # What a killed pull left on its way into place.
         for inside in _folders(path):

@@ -34,6 +34,29 @@ def ordered_map(
                 future.cancel()
 
 
+def write_behind(write: Callable[[T], object], items: Iterable[T]) -> None:
+    """Call ``write`` on one item after the other in a thread, while the next item is being made.
+
+    The next item waits for the one before, so a slow disk slows its producer and fills no memory.
+    The first error is raised. Whatever ends the loop, the write that has begun is finished.
+    """
+    latest: Future[object] | None = None
+    with ThreadPoolExecutor(1) as pool:
+        try:
+            for item in items:
+                if latest is not None:
+                    latest.result()
+                latest = pool.submit(write, item)
+                del item  # or it would stay in memory while the next one is made
+            if latest is not None:
+                latest.result()
+        except BaseException as error:
+            second = None if latest is None else latest.exception()
+            if second is not None and second is not error:
+                error.add_note(f"and writing failed as well: {second}")
+            raise
+
+
 def for_each(function: Callable[[T], object], items: Iterable[T], *, workers: int) -> None:
     """Call ``function`` on all items, in any order, in ``workers`` threads.
 

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gkd.pipeline.centers.load import CLASS_MEAN
-from gkd.pipeline.embed import CPU_BATCH, cut
+from gkd.pipeline.embed import CPU_BATCH, split_rows
 from gkd.pipeline.run import cache_teacher
 from gkd.pipeline.settings import DRAWS, CacheSettings, PartitionSettings
 from gkd.pipeline.teacher.embedder import OnnxEmbedder
@@ -44,7 +44,7 @@ def decoded(records: Records) -> Iterator[npt.NDArray[np.uint8]]:
     def decode(rows: range) -> npt.NDArray[np.uint8]:
         return np.stack([records.image(row) for row in rows])
 
-    batches = cut(range(len(records)), CPU_BATCH)
+    batches = split_rows(range(len(records)), CPU_BATCH)
     return ordered_map(decode, batches, workers=SETTINGS.workers)
 
 

@@ -18,7 +18,7 @@ from gkd.pipeline.checks.calibration import (
     read_faces,
     score,
 )
-from gkd.pipeline.embed import cut
+from gkd.pipeline.embed import split_rows
 from gkd.pipeline.teacher.embedder import OnnxEmbedder
 from gkd.storage.cache.spec import Preprocess, preprocess_preset
 from gkd.storage.records.open import open_records
@@ -40,7 +40,7 @@ def main() -> None:
     for preset in PRESETS:
         embedder = OnnxEmbedder(SHARED_DATA / "teachers" / "mobilefacenet.onnx", preset)
         found = np.concatenate(
-            [embedder(faces[b.start : b.stop]) for b in cut(range(len(faces)), 64)]
+            [embedder(faces[b.start : b.stop]) for b in split_rows(range(len(faces)), 64)]
         )
         embeddings[preset] = found / np.linalg.norm(found, axis=1, keepdims=True).astype(np.float64)
     doubted: dict[Preprocess, int] = dict.fromkeys(PRESETS, 0)

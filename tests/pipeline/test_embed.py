@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from gkd.pipeline.embed import cut, embed
+from gkd.pipeline.embed import embed, split_rows
 from gkd.pipeline.teacher.embedder import IN_FLIGHT, Embeddings
 from gkd.storage.cache.spec import VIEWS, View
 from gkd.storage.records.open import open_records
@@ -43,7 +43,7 @@ def test_a_device_of_its_own_is_given_batches_ahead_and_gives_them_back_in_order
     for broken in (0, 4, 5, 6, 7):  # one of the first batch, all of the second
         (folder / f"id{broken // 5}" / f"{broken % 5}.png").write_bytes(b"no image")
     records = open_records(folder)
-    there, batches = FarEmbedder(), cut(range(len(records)), 4)
+    there, batches = FarEmbedder(), split_rows(range(len(records)), 4)
     found = list(embed(records, batches, there, VIEWS, workers=2, skip_corrupt=True))
 
     assert [batch.rows for batch in found] == batches

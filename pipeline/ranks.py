@@ -1,0 +1,165 @@
+"""The processes that make one cache together: torchrun's ranks, or this process alone."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from types import TracebackType
+from typing import Self
+from uuid import uuid4
+
+from torch.distributed import PrefixStore, Store
+
+from gkd.storage.errors import ConfigError, IncompleteCacheError
+from gkd.storage.util import rendezvous, torchrun_env
+
+BEAT_SECONDS = 5.0
+SILENT_SECONDS = 60.0
+POLL_SECONDS = 0.2
+RESUME = "run the same command again, with any number of ranks, to resume"
+
+
+class Ranks:
+    """This process's number among ``world_size``, and the store at which they all meet.
+
+    ``run`` is an id that the ranks of this start have in common. Within the context a rank shows
+    by a counter in the store that it is alive. An error that leaves the context of one rank ends
+    the others at their next ``check`` or ``once``, by SystemExit: the first has said why.
+    """
+
+    def __init__(
+        self, rank: int = 0, world_size: int = 1, store: Store | None = None, run: str = ""
+    ) -> None:
+        self.rank, self.world_size, self.run = rank, world_size, run or uuid4().hex
+        self._store = store
+        self._leaving = threading.Event()
+        self._heart = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+
+    def check(self) -> None:
+        """End this process if another rank has failed.
+
+        Raises:
+            SystemExit: if another rank has failed.
+            IncompleteCacheError: if the store is gone, and with it the process that held it.
+        """
+        if self._has("failed"):
+            raise SystemExit(1)
+
+    def once(self, step: str, work: Callable[[], object]) -> None:
+        """Wait for all ranks, let the first do ``work``, and return in all when it is done.
+
+        All ranks call this with the same steps, each once, in the same order.
+
+        Raises:
+            IncompleteCacheError: if a rank that is waited for has ended.
+            SystemExit: if another rank has failed.
+        """
+        if self.rank == 0:
+            self._wait_for({rank: f"{step}/{rank}" for rank in range(1, self.world_size)})
+            work()
+            self._set(f"{step}/0")
+        else:
+            self._set(f"{step}/{self.rank}")
+            self._wait_for({0: f"{step}/0"})
+
+    def _wait_for(self, keys: dict[int, str]) -> None:
+        """Wait until these ranks have set their keys, as long as they are alive."""
+        if not keys:
+            return
+        counts = dict.fromkeys(keys, -1)
+        heard = dict.fromkeys(keys, time.monotonic())
+        while not self._has(*keys.values()):
+            self.check()
+            for rank, key in keys.items():
+                count, now = self._beats(rank), time.monotonic()
+                if count != counts[rank]:
+                    counts[rank], heard[rank] = count, now
+                elif now - heard[rank] > SILENT_SECONDS and not self._has(key):
+                    raise self._ended(rank)
+            time.sleep(POLL_SECONDS)
+
+    def _has(self, *keys: str) -> bool:
+        with self._store_errors():
+            return self._store is not None and self._store.check(list(keys))
+
+    def _set(self, key: str) -> None:
+        if self._store is not None:
+            with self._store_errors():
+                self._store.set(key, "1")
+
+    def _beats(self, rank: int) -> int:
+        assert self._store is not None
+        with self._store_errors():
+            return self._store.add(f"beats/{rank}", 0)
+
+    @contextmanager
+    def _store_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            raise self._ended(0) from error
+
+    def _ended(self, rank: int) -> IncompleteCacheError:
+        return IncompleteCacheError(
+            f"rank {rank} of {self.world_size} ended before the cache was finished; see why in "
+            f"its own output, and {RESUME}"
+        )
+
+    def _beat(self) -> None:
+        assert self._store is not None
+        with suppress(RuntimeError):  # the store is gone, which `check` reports
+            while not self._leaving.wait(BEAT_SECONDS):
+                self._store.add(f"beats/{self.rank}", 1)
+
+    def __enter__(self) -> Self:
+        if self._store is not None:
+            self._heart.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._store is None:
+            return
+        with suppress(IncompleteCacheError, SystemExit):
+            if isinstance(error, SystemExit):
+                pass
+            elif error is not None:
+                self._set("failed")
+            elif self.rank == 0:
+                # This process may hold the store, so it leaves last.
+                self._wait_for({rank: f"left/{rank}" for rank in range(1, self.world_size)})
+            else:
+                self._set(f"left/{self.rank}")
+        self._leaving.set()
+        self._heart.join()
+
+
+@contextmanager
+def joined_ranks() -> Iterator[Ranks]:
+    """The ranks that torchrun started, once all have arrived, or this process alone.
+
+    Raises:
+        IncompleteCacheError: if not all arrive in time.
+        ConfigError: if the environment does not say where they meet.
+    """
+    world_size = torchrun_env.world_size()
+    if world_size == 1:
+        yield Ranks()
+        return
+    try:
+        store, run = rendezvous.meet(rendezvous.ARRIVAL)
+    except RuntimeError as error:
+        raise IncompleteCacheError(
+            f"not all of the {world_size} ranks arrived within {rendezvous.ARRIVAL} ({error}); see "
+            f"why in their own output, and {RESUME}"
+        ) from error
+    except ValueError as error:
+        raise ConfigError(
+            f"WORLD_SIZE={world_size}: the ranks cannot meet ({error}); start them with torchrun"
+        ) from error
+    with Ranks(torchrun_env.rank(), world_size, PrefixStore(run, store), run) as ranks:
+        yield ranks
