@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from gkd.commands.options import LOCAL_PATH, OUT_PATH, as_json, sort_option, workers_option
+from gkd.commands.options import LOCAL_PATH, OUTPUT_PATH, as_json, sort_option, workers_option
 from gkd.commands.output import emit, emit_json, printable
 
 
@@ -53,7 +53,7 @@ def records_verify(source: Path, sort: Any, workers: int, as_json: bool) -> None
 
 @records.command("pack", short_help="Pack records of any form as train.rec.")
 @click.argument("source", metavar="RECORDS", type=LOCAL_PATH)
-@click.argument("out", type=OUT_PATH)
+@click.argument("out", type=OUTPUT_PATH)
 @sort_option
 @workers_option
 @as_json

@@ -1,19 +1,22 @@
 """Small records and a deterministic teacher for tests; run as a script, makes a cache with them.
 
-python -m tests.pipeline.faces RECORDS OUT RANK WORLD_SIZE SECONDS_A_BATCH CENTERS
+python -m tests.pipeline.faces RECORDS OUT SECONDS_A_BATCH CENTERS
 """
 
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
+from torch.distributed import HashStore
 
 from gkd.pipeline.centers.load import CLASS_MEAN, Centers
+from gkd.pipeline.ranks import Ranks
 from gkd.pipeline.run import CacheSummary, cache_teacher
 from gkd.pipeline.settings import CacheSettings, PartitionSettings
 from gkd.pipeline.teacher.embedder import Embedder
@@ -80,8 +83,7 @@ def make(
     class_mean: bool = False,
     embedder: PixelEmbedder | None = None,
     settings: CacheSettings = SETTINGS,
-    rank: int = 0,
-    world_size: int = 1,
+    ranks: Ranks | None = None,
 ) -> CacheSummary:
     """A cache of an image folder."""
     records = open_records(folder)
@@ -91,9 +93,22 @@ def make(
         embedder or PixelEmbedder(),
         CLASS_MEAN if class_mean else centers(records.num_classes),
         settings,
-        rank=rank,
-        world_size=world_size,
+        ranks=ranks,
     )
+
+
+def ranks_of(world_size: int) -> list[Ranks]:
+    """The ranks of one run, for threads of this process."""
+    store = HashStore()  # type: ignore[no-untyped-call]
+    return [Ranks(rank, world_size, store, "run") for rank in range(world_size)]
+
+
+def make_by_ranks(folder: Path, out: Path, world_size: int, **options: Any) -> None:
+    """A cache of an image folder, by ranks that are threads of this process."""
+    with ThreadPoolExecutor(world_size) as pool:
+        done = [pool.submit(make, folder, out, ranks=r, **options) for r in ranks_of(world_size)]
+    for rank in done:
+        rank.result()
 
 
 def failing(after: int) -> Callable[..., None]:
@@ -112,15 +127,13 @@ def failing(after: int) -> Callable[..., None]:
 
 
 def main() -> None:
-    """Make a cache, one process's part of it."""
-    folder, out, rank, world_size, seconds, mode = sys.argv[1:]
+    """Make a cache."""
+    folder, out, seconds, mode = sys.argv[1:]
     make(
         Path(folder),
         Path(out),
         class_mean=mode == CLASS_MEAN,
         embedder=PixelEmbedder(float(seconds)),
-        rank=int(rank),
-        world_size=int(world_size),
     )
 
 

@@ -1,4 +1,4 @@
-"""Kills processes that make a cache at random instants and starts others, until it is whole.
+"""Kills processes that make a cache at random times and starts others, until it is finished.
 
 Processes are forked from one that has imported everything, so a round takes little more than the
 work itself. From another process:
@@ -9,25 +9,29 @@ python -c "from tests.pipeline.rounds import main; main()" FOLDER WORK KILLS SEE
 import json
 import multiprocessing
 import os
+import socket
 import sys
 import time
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
 
+from gkd.pipeline import ranks
 from gkd.pipeline.settings import CacheSettings
 from gkd.storage.cache import layout
 from gkd.storage.errors import IncompleteCacheError
-from gkd.storage.util import lock
+from gkd.storage.util import rendezvous
 from tests.pipeline.faces import SETTINGS, PixelEmbedder, make
 
 SHARD_SAMPLES = 3
 BATCH_SECONDS = 0.01
-ARRIVAL_SECONDS = 1.0  # a rank may be killed before it shows itself
+ARRIVAL = timedelta(seconds=3)  # a rank may be killed before it arrives
+SILENT_SECONDS = 1.0
 MOST_RANKS = 3
-LEFT_ALONE = 3  # exit code of a rank that noticed the end of another
+LEFT_ALONE = 3  # exit code of a rank that noticed that another had ended
 KILLED = -9
 LONGEST_SECONDS = 120.0
 
@@ -44,7 +48,7 @@ class Tally:
 
 
 def contents(out: Path) -> dict[str, bytes]:
-    """Every file of a cache, its centres, and whatever else lies beside it."""
+    """Every file of a cache, its centres, and whatever else is beside it."""
     return {str(p.relative_to(out.parent)): p.read_bytes() for p in files_beside(out)}
 
 
@@ -53,7 +57,7 @@ def files_beside(out: Path) -> list[Path]:
     return sorted(p for p in out.parent.rglob("*") if p.is_file())
 
 
-def kill_and_go_on(folder: Path, work: Path, *, kills: int, seed: int) -> Tally:
+def kill_and_resume(folder: Path, work: Path, *, kills: int, seed: int) -> Tally:
     """Make caches of ``folder`` under ``work`` until processes were killed in ``kills`` rounds.
 
     Each round has another number of ranks, and all of them or one at random are killed after a
@@ -92,7 +96,7 @@ def kill_and_go_on(folder: Path, work: Path, *, kills: int, seed: int) -> Tally:
             if not set(codes) <= {0, LEFT_ALONE, KILLED}:
                 wrong.append(f"{out}: exit codes {codes}, see {out.parent}.log")
                 return Tally(len(worlds), worlds, caches, resumed, wrong)
-        # A rank may be killed after the cache is whole; who comes next clears up after it.
+        # A rank may be killed after the cache is finished; the next run cleans up after it.
         finish(start(folder, out, 1, class_mean))
         caches += 1
         resumed += len(worlds) > before
@@ -106,8 +110,9 @@ def start(folder: Path, out: Path, world_size: int, class_mean: bool) -> list[Ba
     out.parent.mkdir(parents=True, exist_ok=True)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
+    port = free_port()
     processes: list[BaseProcess] = [
-        context.Process(target=write, args=(folder, out, rank, world_size, class_mean))
+        context.Process(target=write, args=(folder, out, rank, world_size, port, class_mean))
         for rank in range(world_size)
     ]
     for process in processes:
@@ -116,7 +121,7 @@ def start(folder: Path, out: Path, world_size: int, class_mean: bool) -> list[Ba
 
 
 def finish(processes: list[BaseProcess]) -> list[int | None]:
-    """Exit codes, once all have ended by themselves or were killed."""
+    """Exit codes, once all have ended or were killed."""
     for process in processes:
         process.join(LONGEST_SECONDS)
     codes = [process.exitcode for process in processes]
@@ -126,12 +131,23 @@ def finish(processes: list[BaseProcess]) -> list[int | None]:
     return codes
 
 
-def write(folder: Path, out: Path, rank: int, world_size: int, class_mean: bool) -> None:
+def free_port() -> int:
+    """A port of this machine at which ranks can meet."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port: int = free.getsockname()[1]
+    return port
+
+
+def write(folder: Path, out: Path, rank: int, world_size: int, port: int, class_mean: bool) -> None:
     """One rank's part; what it prints goes to a file beside the cache's folder."""
     log = os.open(f"{out.parent}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 2)
-    lock.POLL_SECONDS = 0.02
-    lock.ARRIVAL_SECONDS = ARRIVAL_SECONDS
+    os.environ |= {"RANK": f"{rank}", "WORLD_SIZE": f"{world_size}"}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": f"{port}"}
+    rendezvous.ARRIVAL = ARRIVAL
+    ranks.BEAT_SECONDS, ranks.POLL_SECONDS = 0.1, 0.02
+    ranks.SILENT_SECONDS = SILENT_SECONDS
     settings = CacheSettings(
         partition=SETTINGS.partition, batch_size=1, workers=1, shard_samples=SHARD_SAMPLES
     )
@@ -142,10 +158,8 @@ def write(folder: Path, out: Path, rank: int, world_size: int, class_mean: bool)
             class_mean=class_mean,
             embedder=PixelEmbedder(BATCH_SECONDS),
             settings=settings,
-            rank=rank,
-            world_size=world_size,
         )
-    except IncompleteCacheError:
+    except (IncompleteCacheError, SystemExit):
         os._exit(LEFT_ALONE)
 
 
@@ -157,5 +171,5 @@ def _difference(found: dict[str, bytes], expected: dict[str, bytes]) -> str:
 def main() -> None:
     """Do rounds and print the tally as JSON."""
     folder, work, kills, seed = sys.argv[1:]
-    tally = kill_and_go_on(Path(folder), Path(work), kills=int(kills), seed=int(seed))
+    tally = kill_and_resume(Path(folder), Path(work), kills=int(kills), seed=int(seed))
     print(json.dumps(asdict(tally)))

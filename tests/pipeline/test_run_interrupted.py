@@ -14,7 +14,6 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from gkd.pipeline import shard_writer as shards
 from gkd.pipeline.centers.load import CLASS_MEAN
 from gkd.pipeline.centers.means import centers_path
 from gkd.pipeline.checks.calibration import FEWEST_IMAGES
@@ -23,9 +22,18 @@ from gkd.storage.cache.reader import Cache
 from gkd.storage.cache.spec import VIEWS, DrawsSpec
 from gkd.storage.cache.verify import verify
 from gkd.storage.cache.writer import CacheWriter
-from gkd.storage.errors import SpecMismatchError
+from gkd.storage.errors import ConfigError, SpecMismatchError
+from gkd.storage.util.lock import WriteLock
 from tests.paths import ROOT
-from tests.pipeline.faces import SETTINGS, PixelEmbedder, failing, make, write_folder
+from tests.pipeline.faces import (
+    SETTINGS,
+    PixelEmbedder,
+    failing,
+    make,
+    make_by_ranks,
+    ranks_of,
+    write_folder,
+)
 
 
 @pytest.fixture(scope="module")
@@ -59,28 +67,55 @@ def test_a_finished_cache_is_not_made_again(folder: Path, tmp_path: Path) -> Non
     assert contents(out) == before
 
 
-def start(
-    folder: Path, out: Path, rank: int, world_size: int, seconds: float, mode: str = CLASS_MEAN
-) -> subprocess.Popen[bytes]:
+def start(folder: Path, out: Path, mode: str = CLASS_MEAN) -> subprocess.Popen[bytes]:
+    """A process that makes a cache slowly."""
     command = [sys.executable, "-m", "tests.pipeline.faces", str(folder), str(out)]
     return subprocess.Popen(
-        [*command, str(rank), str(world_size), str(seconds), mode],
+        [*command, "0.2", mode],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stderr=subprocess.PIPE,
     )
 
 
-def test_three_processes_write_what_one_writes(
+def test_three_ranks_write_what_one_process_writes(
     folder: Path, tmp_path: Path, unbroken: dict[str, bytes]
 ) -> None:
     out = tmp_path / "cache.gkd"
-    processes = [start(folder, out, rank, 3, 0.0) for rank in range(3)]
-    for process in processes:
-        _, told = process.communicate(timeout=120)
-        assert process.returncode == 0, told.decode()
+    make_by_ranks(folder, out, 3, class_mean=True)
     assert contents(out) == unbroken
-    assert not work_path(out).exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache.centers.npy", "cache.gkd"]
+
+
+def test_a_rank_that_fails_ends_the_others_and_any_number_of_ranks_resumes(
+    folder: Path, tmp_path: Path, unbroken: dict[str, bytes]
+) -> None:
+    class Failing(PixelEmbedder):
+        def __call__(self, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+            raise RuntimeError("out of memory")
+
+    out = tmp_path / "cache.gkd"
+    with ThreadPoolExecutor(2) as pool:
+        first, second = (
+            pool.submit(make, folder, out, class_mean=True, embedder=embedder, ranks=ranks)
+            for ranks, embedder in zip(ranks_of(2), (PixelEmbedder(), Failing()), strict=True)
+        )
+    assert isinstance(first.exception(), SystemExit)
+    assert str(second.exception()) == "out of memory"
+    assert not out.exists()
+    make_by_ranks(folder, out, 3, class_mean=True)
+    assert contents(out) == unbroken
+
+
+def test_a_second_run_on_the_same_cache_is_refused(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "cache.gkd"
+    with WriteLock(out):
+        with pytest.raises(ConfigError, match=f"another run is writing it: process {os.getpid()}"):
+            make(folder, out)
+        with ThreadPoolExecutor(2) as pool:
+            running = [pool.submit(make, folder, out, ranks=ranks) for ranks in ranks_of(2)]
+    assert [type(rank.exception()) for rank in running] == [ConfigError, SystemExit]
+    assert not out.exists()
 
 
 @pytest.mark.parametrize("source", ["all", "primary"])
@@ -106,13 +141,7 @@ def test_draws_do_not_depend_on_batches_ranks_or_interruptions(
         patch.setattr(CacheWriter, "write_shard", failing(1))
         with pytest.raises(OSError, match="the disk is gone"):
             make(folder, halves, settings=settings)
-    with ThreadPoolExecutor(2) as pool:
-        ranks = [
-            pool.submit(make, folder, halves, settings=settings, rank=rank, world_size=2)
-            for rank in range(2)
-        ]
-        for rank in ranks:
-            rank.result()
+    make_by_ranks(folder, halves, 2, settings=settings)
     assert contents(halves) == contents(whole)
 
     original, flipped = (Cache.open(whole).read_shard(0, view).draws for view in VIEWS)
@@ -126,7 +155,7 @@ def test_a_killed_teacher_pass_goes_on_to_the_same_bytes(
     folder: Path, tmp_path: Path, unbroken: dict[str, bytes], how: signal.Signals
 ) -> None:
     out = tmp_path / "cache.gkd"
-    process = start(folder, out, 0, 1, 0.2)
+    process = start(folder, out)
     wait_for(work_path(out) / "000000.npz")
     process.send_signal(how)
     process.communicate(timeout=60)
@@ -140,7 +169,7 @@ def test_a_killed_teacher_pass_goes_on_to_the_same_bytes(
 
 def test_a_killed_run_goes_on_to_the_same_bytes(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "cache.gkd"
-    process = start(folder, out, 0, 1, 0.2, "file")
+    process = start(folder, out, "file")
     wait_for(out / "commits" / "000000.json")
     process.kill()
     process.communicate(timeout=60)
@@ -221,20 +250,6 @@ def test_a_failing_writer_thread_ends_the_run_with_its_error(
     monkeypatch.setattr(CacheWriter, "write_shard", failing(0))
     with pytest.raises(OSError, match="the disk is gone"):
         make(folder, tmp_path / "cache.gkd")
-
-
-def test_a_second_error_of_the_writer_is_noted_on_the_first() -> None:
-    def fail() -> None:
-        raise OSError("the disk is gone")
-
-    def run() -> None:
-        with shards.AsyncShardWriter() as background:
-            background.start(fail)
-            raise ValueError("teacher")
-
-    with pytest.raises(ValueError, match="teacher") as caught:
-        run()
-    assert caught.value.__notes__ == ["and the shard being written failed: the disk is gone"]
 
 
 def test_a_failing_teacher_ends_the_run_with_its_error(folder: Path, tmp_path: Path) -> None:

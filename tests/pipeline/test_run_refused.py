@@ -91,10 +91,12 @@ def test_kept_embeddings_of_another_teacher_are_refused(folder: Path, tmp_path: 
         patch.setattr(CacheWriter, "write_shard", failing(0))
         with pytest.raises(OSError, match="the disk is gone"):
             make(folder, out, class_mean=True)
-    shutil.rmtree(out)  # as where the run was killed before it
+    shutil.rmtree(out)  # as if the run had been killed before it
     other = PixelEmbedder()
     other.sha256 = "1" * 64
-    message = r"(?s)keeps embeddings of another run.*teacher: kept .*delete .*cache\.gkd\.work"
+    message = (
+        r"(?s)keeps embeddings of another run.*teacher\.sha256: kept .*delete .*cache\.gkd\.work"
+    )
     with pytest.raises(SpecMismatchError, match=message):
         make(folder, out, class_mean=True, embedder=other)
     (work_path(out) / "settings.json").write_bytes(b"{")
@@ -131,7 +133,7 @@ def test_records_of_which_none_can_be_read_are_refused(tmp_path: Path) -> None:
     pack = write_pack(tmp_path, {key: payload(-1, jpeg(key)) for key in range(3)})
     settings = replace(SETTINGS, skip_corrupt=True)
     message = (
-        r"train\.rec: none of 3 records could be read; `gkd records verify` says what is wrong"
+        r"train\.rec: none of 3 records could be read; `gkd records verify` lists what is wrong"
     )
     with pytest.raises(ConfigError, match=message):
         make(pack, tmp_path / "cache.gkd", class_mean=True, settings=settings)

@@ -114,7 +114,7 @@ def test_two_runs_do_not_write_one_folder(folder: Path, tmp_path: Path) -> None:
     ) as other:
         assert other.stdout is not None
         assert other.stdout.readline() == b"in\n"
-        with pytest.raises(ConfigError, match=f"another run is writing it: .*process {other.pid}"):
+        with pytest.raises(ConfigError, match=f"another run is writing it: process {other.pid}"):
             pull(str(folder), tmp_path / "back")
         assert other.stdin is not None
         other.stdin.close()

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from gkd.storage.util.parallel import AHEAD, for_each, ordered_map, row_blocks
+from gkd.storage.util.parallel import AHEAD, for_each, ordered_map, row_blocks, write_behind
 
 
 def test_results_come_in_order_from_several_threads() -> None:
@@ -79,3 +79,44 @@ def test_an_exception_does_not_wait_for_calls_that_hang() -> None:
 def test_blocks_cover_all_rows() -> None:
     assert list(row_blocks(600)) == [range(256), range(256, 512), range(512, 600)]
     assert list(row_blocks(0)) == []
+
+
+def test_one_item_is_written_while_the_next_is_made_and_no_more() -> None:
+    made, written = 0, 0
+    allowed = threading.Semaphore(0)
+
+    def items() -> Iterator[int]:
+        nonlocal made
+        for made in range(1, 6):
+            if made > 1:
+                assert written >= made - 2
+                allowed.release()  # a write ends only once the next item is made
+            yield made
+        allowed.release()
+
+    def write(item: int) -> None:
+        nonlocal written
+        assert allowed.acquire(timeout=30)
+        written = item
+
+    write_behind(write, items())
+    assert (made, written) == (5, 5)
+
+
+def test_an_error_of_a_write_is_raised_and_one_of_the_items_first() -> None:
+    def fail(item: int) -> None:
+        raise OSError("the disk is gone")
+
+    def items() -> Iterator[int]:
+        yield 1
+        raise ValueError("no second item")
+
+    with pytest.raises(OSError, match="the disk is gone"):
+        write_behind(fail, range(3))
+    with pytest.raises(ValueError, match="no second item") as caught:
+        write_behind(fail, items())
+    assert caught.value.__notes__ == ["and writing failed as well: the disk is gone"]
+    written: list[int] = []
+    with pytest.raises(ValueError, match="no second item"):
+        write_behind(written.append, items())
+    assert written == [1], "what has begun is finished"
