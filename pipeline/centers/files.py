@@ -174,8 +174,8 @@ def _sort_parts(files: Sequence[Path]) -> list[Path]:
     if missing:
         raise ConfigError(
             f"{files[0].parent}: expected parts of class centres of {max(by_rank) + 1} or more "
-            f"ranks, got {len(by_rank)}: rank {first_few(missing, 5)} is missing; give the files of "
-            "all ranks"
+            f"ranks, got {len(by_rank)}: rank {first_few(missing, 5)} is missing; give the "
+            "files of all ranks"
         )
     return [by_rank[rank] for rank in sorted(by_rank)]
 

@@ -1,12 +1,12 @@
-"""Whether preprocessing, centres and settings fit the teacher, measured before the long run.
+"""Whether preprocessing, centres and settings suit the teacher, measured before the long run.
 
 Preprocessing is judged by pairs of images of one identity, which needs no centres: class means of
-wrong preprocessing look right, because every image is part of its own mean. Of each pair
+wrong preprocessing look right, because every image is part of its own mean. The score of a pair is
 
-    score = (cosine of the two - mean cosine to images of others) / deviation of all the latter
+    d' = (cosine of the pair - mean cosine to images of others) / standard deviation of all of these
 
-and every candidate scores the same pairs, so that a difference is told by its own standard error:
-swapped channels move a score by a few hundredths of it, and still show.
+and every candidate is scored on the same pairs, so a difference is judged by its own standard
+error: swapped channels change a score by a few hundredths of it, and are still detected.
 """
 
 import copy
@@ -20,50 +20,41 @@ from torch import Tensor
 from torch.nn import functional
 
 from gkd.pipeline.centers.refine import own_and_nearest
-from gkd.pipeline.embed import embed, join_batches, split_rows
+from gkd.pipeline.checks.sample import SEED, embed_rows, random_rows
+from gkd.pipeline.embed import split_rows
 from gkd.pipeline.embedding_store import SAMPLED_IMAGES
 from gkd.pipeline.groups.partition import partition
 from gkd.pipeline.settings import PartitionSettings
 from gkd.pipeline.teacher.embedder import Embedder, faulty_rows
 from gkd.storage.cache.spec import Preprocess, View, preprocess_preset
 from gkd.storage.errors import CorruptRecordError, GkdError
-from gkd.storage.records.base import Records, Subset
+from gkd.storage.records.base import Records
 from gkd.storage.util.parallel import ordered_map
 from gkd.storage.util.torchrun_env import log_rank0
 
-SEED = 0
-MOST_PAIRS, FEWEST_PAIRS, FEWEST_IMAGES = 128, 32, 32
+MAX_PAIRS, MIN_PAIRS, MIN_IMAGES = 128, 32, 32
 BATCH = 64
-# Shares of a run's forward passes that the checks may add, where the fewest are less.
+# The checks may add these shares to the forward passes of a run, above their minimum.
 PAIRS_SHARE, IMAGES_SHARE = 1 / 20, 1 / 40
 PRESETS = tuple(
     preprocess_preset(name, bgr=bgr)
     for name in ("arcface", "imagenet", "raw")
     for bgr in (False, True)
 )
-FEWEST_PASSES = 2 * FEWEST_PAIRS * len(PRESETS)
-UNREADABLE = (
-    "calibration: the preprocessing was not checked, as too few of the images can be read; `gkd "
-    "records verify` lists those that cannot"
-)
-NOT_CHECKED = (
-    "calibration: the preprocessing was not checked, which takes "
-    f"{FEWEST_PAIRS} identities of two images and {FEWEST_PASSES // 2} images in both views"
-)
-FIRST_ROUND = 4  # a candidate may leave after this part of the pairs
-HOPELESS = 0.5  # where its mean score is below this part of the best one
-# Standard errors by which another preset has to be better.
-CLEARLY = 3.5
-BLIND = 2.0  # a mean score below this is of no face recogniser
-MOSTLY_SINGLE, MOSTLY_CUT, LEAST_ACCURACY = 0.9, 0.5, 0.5
+MIN_PASSES = 2 * MIN_PAIRS * len(PRESETS)
+FIRST_ROUND = 4  # a candidate may drop out after 1 / FIRST_ROUND of the pairs
+HOPELESS = 0.5  # if its mean score is below this share of the best one
+SIGNIFICANT = 3.5  # standard errors by which another preset has to be better
+MIN_DISCRIMINATION = 2.0  # d' below which a network does not recognise faces
+MAX_SINGLE, MAX_TRUNCATED, MIN_ACCURACY = 0.9, 0.5, 0.5
 
 
 @dataclass(frozen=True)
 class PairScores:
-    """How far images of one identity stand apart from those of two, as one preset shows them.
+    """How well one preset separates images of one identity from those of two.
 
     genuine, impostor  mean cosine of two images of one identity, of two identities
-    scores             float64 [n], of each pair, in standard deviations of the impostors' cosines
+    scores             float64 [n], d' of each pair
     """
 
     preprocess: Preprocess
@@ -78,16 +69,16 @@ class PairScores:
 
     def __str__(self) -> str:
         return (
-            f"{self.genuine:.3f} within an identity, {self.impostor:.3f} between two: "
-            f"{self.mean:.2f} deviations apart"
+            f"{self.genuine:.3f} within an identity, {self.impostor:.3f} between identities: "
+            f"d' = {self.mean:.2f}"
         )
 
 
 @dataclass(frozen=True)
 class PresetCheck:
-    """The given preprocessing's scores, and those of the best of all candidates.
+    """Scores of the given preprocessing, and those of the best of all candidates.
 
-    ``gain`` is the best one's mean advantage on the same pairs, ``error`` its standard error.
+    ``gain`` is the mean advantage of the best on the same pairs, ``error`` its standard error.
     """
 
     given: PairScores
@@ -96,283 +87,36 @@ class PresetCheck:
     error: float
 
     @property
-    def pairs(self) -> int:
-        """How many pairs were scored."""
-        return len(self.given.scores)
-
-    @property
     def doubtful(self) -> bool:
-        """Whether another preset is clearly better."""
-        return self.gain > CLEARLY * self.error
-
-
-@dataclass(frozen=True)
-class GroupCheck:
-    """What the settings make of a sample: cosines, and primary groups.
-
-    own, nearest  float32 [n], cosine to the own centre and to the nearest other one
-    sizes         int64 [n], classes of each group
-    truncated     share of the groups that ``max_group`` cut
-    """
-
-    own: npt.NDArray[np.float32]
-    nearest: npt.NDArray[np.float32]
-    sizes: npt.NDArray[np.int64]
-    truncated: float
-
-    @property
-    def accuracy(self) -> float:
-        """Share of the images whose own centre is the nearest."""
-        return float((self.own > self.nearest).mean())
-
-    @property
-    def single(self) -> float:
-        """Share of the groups that are one class."""
-        return float((self.sizes == 1).mean())
-
-
-def pairs_to_score(labels: npt.NDArray[np.int64], passes: int) -> npt.NDArray[np.int64]:
-    """Rows [n, 2] of two images of each of n identities, for a run of so many forward passes.
-
-    At most ``MOST_PAIRS``, and as many as add ``PAIRS_SHARE`` to the run when all presets score
-    them, but ``FEWEST_PAIRS``. None where so many would more than double the run, or where too few
-    identities have two images.
-    """
-    order = np.argsort(labels, kind="stable")
-    classes, starts, sizes = np.unique(labels[order], return_index=True, return_counts=True)
-    several = np.flatnonzero((sizes > 1) & (classes >= 0))
-    affordable = max(FEWEST_PAIRS, int(passes * PAIRS_SHARE) // (2 * len(PRESETS)))
-    count = min(MOST_PAIRS, affordable, len(several))
-    if count < FEWEST_PAIRS or passes < FEWEST_PASSES:
-        return np.empty((0, 2), np.int64)
-    rng = np.random.default_rng(SEED)
-    chosen = rng.choice(several, count, replace=False)
-    places = [starts[c] + rng.choice(sizes[c], 2, replace=False) for c in chosen]
-    return np.asarray(order[np.array(places)], np.int64)
-
-
-def sample_images(
-    records: Records, embedder: Embedder, views: Sequence[View], *, workers: int
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
-    """Rows [n] of a random sample and their embeddings [n, D] in the first of ``views``.
-
-    At most ``SAMPLED_IMAGES``, and ``IMAGES_SHARE`` of a run of all images in all views, but
-    ``FEWEST_IMAGES`` where there are so many.
-    """
-    known = np.flatnonzero(records.labels >= 0)
-    affordable = max(FEWEST_IMAGES, int(len(records) * len(views) * IMAGES_SHARE))
-    count = min(SAMPLED_IMAGES, affordable, len(known))
-    rows = np.sort(np.random.default_rng(SEED).choice(known, count, replace=False))
-    sample, parts = Subset(records, rows), split_rows(range(count), BATCH)
-    batches = embed(sample, parts, embedder, views[:1], workers=workers, skip_corrupt=True)
-    whole = join_batches(list(batches))
-    return rows[whole.kept], whole.embeddings[views[0]]
-
-
-def check_presets(
-    records: Records, embedder: Embedder, pairs: npt.NDArray[np.int64], *, workers: int
-) -> PresetCheck | None:
-    """Score rows [n, 2] by the embedder's preprocessing and by every preset.
-
-    None where too few of the images can be read.
-
-    Raises:
-        GkdError: where the embedder's own preprocessing gives embeddings without direction.
-    """
-    faces, read = read_faces(records, pairs.ravel(), workers=workers)
-    whole = read.reshape(-1, 2).all(1)
-    faces = faces[np.repeat(whole, 2)[read]]
-    if whole.sum() < FEWEST_PAIRS:
-        return None
-    given = embedder.preprocess
-    candidates = [given, *(preset for preset in PRESETS if preset != given)]
-    first = 2 * max(2, len(faces) // 2 // FIRST_ROUND)
-    begun = {}
-    for preset in candidates:
-        found = _embed(embedder, preset, faces[:first], required=preset == given)
-        if found is not None:
-            begun[preset] = found
-    means = {preset: score(preset, found).mean for preset, found in begun.items()}
-    least = HOPELESS * max(means.values())
-    scored = []
-    for preset, found in begun.items():
-        if preset == given or means[preset] >= least:
-            rest = _embed(embedder, preset, faces[first:], required=preset == given)
-            if rest is not None:
-                scored.append(score(preset, np.concatenate([found, rest])))
-    return compare(scored[0], scored)
-
-
-def compare(given: PairScores, candidates: Sequence[PairScores]) -> PresetCheck:
-    """The given scores against the best of several, all of the same pairs."""
-    best = max(candidates, key=lambda each: each.mean)
-    gains = best.scores - given.scores
-    error = float(gains.std(ddof=1)) / len(gains) ** 0.5
-    return PresetCheck(given, best, float(gains.mean()), error)
-
-
-def read_faces(
-    records: Records, rows: npt.NDArray[np.int64], *, workers: int
-) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.bool_]]:
-    """Faces uint8 [m, 112, 112, 3] of those rows [n] that can be read, and which: bool [n]."""
-
-    def face(row: int) -> npt.NDArray[np.uint8] | None:
-        try:
-            return records.image(row)
-        except CorruptRecordError:
-            return None  # the run itself says so, or leaves it out
-
-    faces = list(ordered_map(face, rows.tolist(), workers=workers))
-    found = [each for each in faces if each is not None]
-    read = np.array([each is not None for each in faces])
-    return np.stack(found) if found else np.empty((0, 112, 112, 3), np.uint8), read
-
-
-def _embed(
-    embedder: Embedder, preset: Preprocess, faces: npt.NDArray[np.uint8], *, required: bool
-) -> npt.NDArray[np.float64] | None:
-    """L2-normalised embeddings [n, D] by another preprocessing, None where some have no direction.
-
-    Raises:
-        GkdError: instead of None, where ``required``.
-    """
-    other = copy.copy(embedder)  # the same network; weights are not loaded again
-    other.preprocess = preset
-    parts = [other(faces[b.start : b.stop]) for b in split_rows(range(len(faces)), BATCH)]
-    embeddings = np.concatenate(parts)
-    faulty = faulty_rows(embeddings)
-    if len(faulty) and required:
-        raise GkdError(
-            f"{embedder.name}: NaN, infinite or zero embeddings of {len(faulty)} of {len(faces)} "
-            f"images of a first sample; computed in {embedder.precision}: try --precision float32, "
-            "and check the weights and the preprocessing"
-        )
-    if len(faulty):
-        return None
-    exact = embeddings.astype(np.float64)
-    exact /= np.linalg.norm(exact, axis=1, keepdims=True)
-    return exact
-
-
-def score(preset: Preprocess, embeddings: npt.NDArray[np.float64]) -> PairScores:
-    """Scores of pairs that stand one after the other: unit embeddings [2n, D] of n identities."""
-    cosines = embeddings @ embeddings.T
-    pairs = len(embeddings) // 2
-    places = np.arange(2 * pairs) // 2
-    others = places[:, None] != places
-    genuine = cosines[np.arange(0, 2 * pairs, 2), np.arange(1, 2 * pairs, 2)]
-    impostors = cosines[others].reshape(pairs, -1)  # of both images of each pair
-    deviation = max(float(impostors.std()), np.finfo(np.float32).eps)
-    scores = (genuine - impostors.mean(1)) / deviation
-    return PairScores(preset, float(genuine.mean()), float(impostors.mean()), scores)
-
-
-def check_groups(
-    embeddings: npt.NDArray[np.float32],
-    labels: npt.NDArray[np.int64],
-    centers: Tensor,
-    settings: PartitionSettings,
-) -> GroupCheck:
-    """Cosines and groups of embeddings [n, D] of classes ``labels`` [n], without draws."""
-    unit = functional.normalize(torch.from_numpy(embeddings).to(centers.device), dim=1)
-    classes = torch.from_numpy(labels).to(centers.device)
-    own, nearest = own_and_nearest(unit, classes, centers)
-    plain = replace(settings, draws=None)
-    groups = partition(torch.from_numpy(embeddings), classes, centers, plain)
-    return GroupCheck(
-        own.cpu().numpy(),
-        nearest.cpu().numpy(),
-        groups.targets.sizes,
-        float(groups.truncated.mean()),
-    )
-
-
-def describe_preset(check: PresetCheck) -> list[str]:
-    """What a check found, a line each; a warning where another preprocessing fits better."""
-    given, best = check.given, check.best
-    lines = [f"calibration: cosines {given} ({check.pairs} pairs, {_options(given.preprocess)})"]
-    if best is not given and not check.doubtful:
-        lines[0] += (
-            f"; {_options(best.preprocess)} seems better by {check.gain:.2f} +- {check.error:.2f}, "
-            "which so few pairs cannot tell from chance"
-        )
-    if check.doubtful:
-        lines.append(
-            f"warning: {_options(given.preprocess)} looks wrong for this teacher. On the same "
-            f"pairs {_options(best.preprocess)} gives cosines {best}, better by {check.gain:.2f} "
-            f"+- {check.error:.2f}; unless the teacher's makers say otherwise, stop and give "
-            f"{_options(best.preprocess)}"
-        )
-    if best.mean < BLIND:
-        lines.append(
-            "warning: by no preprocessing does this teacher tell identities apart; are these its "
-            "trained weights, and the labels those of the images?"
-        )
-    return lines
-
-
-def describe_groups(
-    check: GroupCheck, settings: PartitionSettings, *, own_means: bool
-) -> list[str]:
-    """What the groups are like, a line each; warnings where they can hardly teach.
-
-    ``own_means`` are centres that the images themselves were averaged into.
-    """
-    images = len(check.sizes)
-    own, nearest, sizes = check.own, check.nearest, check.sizes
-    of_which = ", themselves part of it" if own_means else ""
-    lines = [
-        f"calibration: cosine to the own centre{of_which} {own.mean():.3f} (median "
-        f"{np.median(own):.3f}), to the nearest other {nearest.mean():.3f} "
-        f"({np.median(nearest):.3f}), own is nearest {check.accuracy:.1%}; groups of "
-        f"{np.median(sizes):,.0f} classes (median; mean {sizes.mean():,.0f}, 95 % within "
-        f"{np.quantile(sizes, 0.95):,.0f}), {check.single:.1%} of one class, "
-        f"{check.truncated:.1%} cut ({images:,} images)"
-    ]
-    if check.accuracy < LEAST_ACCURACY:
-        lines.append(
-            f"warning: for only {check.accuracy:.1%} of the images the centre of their label is "
-            "the nearest; that comes of centres in another numbering of the identities, of another "
-            "teacher, or of the wrong --preprocess"
-        )
-    if check.single >= MOSTLY_SINGLE:
-        lines.append(
-            f"warning: {check.single:.1%} of the groups are the label alone, which teaches little; "
-            + _other_than_single(settings)
-        )
-    if check.truncated >= MOSTLY_CUT:
-        lines.append(
-            f"warning: --max-group {settings.max_group:,} cuts {check.truncated:.1%} of the "
-            "groups; raise it, or lower --group-temperature (now "
-            f"{settings.group_temperature:g}) or --threshold (now {settings.threshold:g})"
-            + ("; or take --draws 64 in their place" if settings.draws is None else "")
-        )
-    return lines
-
-
-def _other_than_single(settings: PartitionSettings) -> str:
-    raised = f"raise --group-temperature (now {settings.group_temperature:g})"
-    if settings.draws is None:
-        return f"{raised}, or take --draws 64"
-    if settings.draws_from_group:
-        return f"all draws are from them: {raised}, or take --draw-from all"
-    return f"train from the draws, as train-student does unless told otherwise, or {raised}"
+        """Whether another preset is significantly better."""
+        return self.gain > SIGNIFICANT * self.error
 
 
 def check_preprocessing(
     records: Records, embedder: Embedder, views: Sequence[View], *, workers: int
 ) -> PresetCheck | None:
-    """Check the preprocessing of a run of all ``views`` and print the findings on stderr.
+    """Check the preprocessing of a run over all ``views`` and log the result.
 
-    None, which is told as well, where the run is too short for it or has too few pairs.
+    None, with a line that says so, if the run is too short for the check or has too few pairs.
 
     Raises:
-        GkdError: where the embeddings of the sample have no direction.
+        GkdError: if embeddings of the sample have no direction.
     """
     pairs = pairs_to_score(records.labels, len(records) * len(views))
     check = check_presets(records, embedder, pairs, workers=workers) if len(pairs) else None
-    unchecked = [UNREADABLE if len(pairs) else NOT_CHECKED]
-    for line in unchecked if check is None else describe_preset(check):
+    if check is not None:
+        lines = describe_preset(check)
+    elif len(pairs):
+        lines = [
+            "calibration: the preprocessing was not checked, as too few of the images can be "
+            "read; `gkd records verify` lists those that cannot"
+        ]
+    else:
+        lines = [
+            "calibration: the preprocessing was not checked, which requires "
+            f"{MIN_PAIRS} identities of two images and {MIN_PASSES // 2} images in both views"
+        ]
+    for line in lines:
         log_rank0(line)
     return check
 
@@ -385,11 +129,223 @@ def report_group_sizes(
     *,
     own_means: bool,
 ) -> None:
-    """Check the groups of a sample and print the findings on stderr."""
-    check = check_groups(embeddings, labels, centers, settings)
-    for line in describe_groups(check, settings, own_means=own_means):
+    """Log cosines and group sizes of a sample, see ``describe_groups``."""
+    for line in describe_groups(embeddings, labels, centers, settings, own_means=own_means):
         log_rank0(line)
 
 
-def _options(preset: Preprocess) -> str:
-    return f"--preprocess {preset.name}" + " --bgr" * preset.bgr
+def sample_images(
+    records: Records, embedder: Embedder, views: Sequence[View], *, workers: int
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+    """Rows [n] of a random sample and their embeddings [n, D] in the first of ``views``.
+
+    At most ``SAMPLED_IMAGES``, and at most ``IMAGES_SHARE`` of a run over all images in all views,
+    but at least ``MIN_IMAGES`` if there are so many.
+    """
+    affordable = max(MIN_IMAGES, int(len(records) * len(views) * IMAGES_SHARE))
+    rows = random_rows(records, min(SAMPLED_IMAGES, affordable))
+    batch = embed_rows(records, rows, embedder, views[:1], batch_size=BATCH, workers=workers)
+    return rows[batch.kept], batch.embeddings[views[0]]
+
+
+def pairs_to_score(labels: npt.NDArray[np.int64], passes: int) -> npt.NDArray[np.int64]:
+    """Rows [n, 2] of two images of each of n identities, for a run of so many forward passes.
+
+    At most ``MAX_PAIRS``, and so many that scoring them by all presets adds ``PAIRS_SHARE`` to the
+    run, but at least ``MIN_PAIRS``. None if these would more than double the run, or if too few
+    identities have two images.
+    """
+    order = np.argsort(labels, kind="stable")
+    classes, starts, sizes = np.unique(labels[order], return_index=True, return_counts=True)
+    several = np.flatnonzero((sizes > 1) & (classes >= 0))
+    affordable = max(MIN_PAIRS, int(passes * PAIRS_SHARE) // (2 * len(PRESETS)))
+    count = min(MAX_PAIRS, affordable, len(several))
+    if count < MIN_PAIRS or passes < MIN_PASSES:
+        return np.empty((0, 2), np.int64)
+    rng = np.random.default_rng(SEED)
+    chosen = rng.choice(several, count, replace=False)
+    positions = [starts[c] + rng.choice(sizes[c], 2, replace=False) for c in chosen]
+    return np.asarray(order[np.array(positions)], np.int64)
+
+
+def check_presets(
+    records: Records, embedder: Embedder, pairs: npt.NDArray[np.int64], *, workers: int
+) -> PresetCheck | None:
+    """Score rows [n, 2] by the embedder's preprocessing and by every preset.
+
+    None if too few of the images can be read.
+
+    Raises:
+        GkdError: if the embedder's own preprocessing gives embeddings without direction.
+    """
+    faces, readable = read_faces(records, pairs.ravel(), workers=workers)
+    complete = readable.reshape(-1, 2).all(1)
+    faces = faces[np.repeat(complete, 2)[readable]]
+    if complete.sum() < MIN_PAIRS:
+        return None
+    given = embedder.preprocess
+    first = 2 * max(2, len(faces) // 2 // FIRST_ROUND)
+    begun = {}
+    for preset in (given, *(preset for preset in PRESETS if preset != given)):
+        embeddings = _embed(embedder, preset, faces[:first], required=preset == given)
+        if embeddings is not None:
+            begun[preset] = embeddings
+    means = {preset: score(preset, embeddings).mean for preset, embeddings in begun.items()}
+    scored = []
+    for preset, embeddings in begun.items():
+        if preset == given or means[preset] >= HOPELESS * max(means.values()):
+            rest = _embed(embedder, preset, faces[first:], required=preset == given)
+            if rest is not None:
+                scored.append(score(preset, np.concatenate([embeddings, rest])))
+    return compare(scored[0], scored)
+
+
+def compare(given: PairScores, candidates: Sequence[PairScores]) -> PresetCheck:
+    """The given scores against the best of several, all of the same pairs."""
+    best = max(candidates, key=lambda scores: scores.mean)
+    gains = best.scores - given.scores
+    error = float(gains.std(ddof=1)) / len(gains) ** 0.5
+    return PresetCheck(given, best, float(gains.mean()), error)
+
+
+def read_faces(
+    records: Records, rows: npt.NDArray[np.int64], *, workers: int
+) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.bool_]]:
+    """Faces uint8 [m, 112, 112, 3] of the readable ones of ``rows`` [n], and which: bool [n]."""
+
+    def read(row: int) -> npt.NDArray[np.uint8] | None:
+        try:
+            return records.image(row)
+        except CorruptRecordError:
+            return None  # the run itself reports or skips it
+
+    faces = list(ordered_map(read, rows.tolist(), workers=workers))
+    readable = np.array([face is not None for face in faces])
+    found = [face for face in faces if face is not None]
+    return np.stack(found) if found else np.empty((0, 112, 112, 3), np.uint8), readable
+
+
+def _embed(
+    embedder: Embedder, preset: Preprocess, faces: npt.NDArray[np.uint8], *, required: bool
+) -> npt.NDArray[np.float64] | None:
+    """L2-normalised embeddings [n, D] by another preprocessing, None if some have no direction.
+
+    Raises:
+        GkdError: instead of None, if ``required``.
+    """
+    other = copy.copy(embedder)  # the same network; weights are not loaded again
+    other.preprocess = preset
+    parts = [other(faces[rows.start : rows.stop]) for rows in split_rows(range(len(faces)), BATCH)]
+    embeddings = np.concatenate(parts)
+    faulty = faulty_rows(embeddings)
+    if len(faulty) and required:
+        raise GkdError(
+            f"{embedder.name}: NaN, infinite or zero embeddings of {len(faulty)} of {len(faces)} "
+            f"images of a first sample, computed in {embedder.precision}; try --precision float32, "
+            "and check the weights and the preprocessing"
+        )
+    if len(faulty):
+        return None
+    unit = embeddings.astype(np.float64)
+    unit /= np.linalg.norm(unit, axis=1, keepdims=True)
+    return unit
+
+
+def score(preset: Preprocess, embeddings: npt.NDArray[np.float64]) -> PairScores:
+    """Scores of n consecutive pairs, one an identity: unit embeddings [2n, D]."""
+    cosines = embeddings @ embeddings.T
+    pairs = len(embeddings) // 2
+    identities = np.arange(2 * pairs) // 2
+    others = identities[:, None] != identities
+    genuine = cosines[np.arange(0, 2 * pairs, 2), np.arange(1, 2 * pairs, 2)]
+    impostors = cosines[others].reshape(pairs, -1)  # of both images of each pair
+    deviation = max(float(impostors.std()), np.finfo(np.float32).eps)
+    scores = (genuine - impostors.mean(1)) / deviation
+    return PairScores(preset, float(genuine.mean()), float(impostors.mean()), scores)
+
+
+def describe_preset(check: PresetCheck) -> list[str]:
+    """The result of a check as lines, with a warning if another preprocessing fits better."""
+
+    def options(scores: PairScores) -> str:
+        return f"--preprocess {scores.preprocess.name}" + " --bgr" * scores.preprocess.bgr
+
+    given, best = check.given, check.best
+    lines = [f"calibration: cosines {given} ({len(given.scores)} pairs, {options(given)})"]
+    if check.doubtful:
+        lines.append(
+            f"warning: {options(given)} looks wrong for this teacher. On the same pairs "
+            f"{options(best)} gives cosines {best}, better by {check.gain:.2f} +- "
+            f"{check.error:.2f}; unless the teacher's documentation says otherwise, stop and use "
+            f"{options(best)}"
+        )
+    elif best is not given:
+        lines[0] += (
+            f"; {options(best)} seems better by {check.gain:.2f} +- {check.error:.2f}, which is "
+            "not significant with so few pairs"
+        )
+    if best.mean < MIN_DISCRIMINATION:
+        lines.append(
+            "warning: this teacher does not separate identities with any preprocessing; are these "
+            "its trained weights, and do the labels belong to the images?"
+        )
+    return lines
+
+
+def describe_groups(
+    embeddings: npt.NDArray[np.float32],
+    labels: npt.NDArray[np.int64],
+    centers: Tensor,
+    settings: PartitionSettings,
+    *,
+    own_means: bool,
+) -> list[str]:
+    """Cosines and primary groups of embeddings [n, D] of classes ``labels`` [n], as lines.
+
+    Warnings follow if centres do not fit or groups hardly teach. ``own_means`` are centres that
+    these images are part of.
+    """
+    unit = functional.normalize(torch.from_numpy(embeddings).to(centers.device), dim=1)
+    classes = torch.from_numpy(labels).to(centers.device)
+    own, nearest = (each.cpu().numpy() for each in own_and_nearest(unit, classes, centers))
+    without_draws = replace(settings, draws=None)
+    groups = partition(torch.from_numpy(embeddings), classes, centers, without_draws)
+    sizes, truncated = groups.targets.sizes, float(groups.truncated.mean())
+    accuracy, single = float((own > nearest).mean()), float((sizes == 1).mean())
+    part_of = " (a mean that includes the image)" if own_means else ""
+    lines = [
+        f"calibration, {len(sizes):,} images: cosine to the own centre{part_of}: mean "
+        f"{own.mean():.3f}, median {np.median(own):.3f}; to the nearest other: mean "
+        f"{nearest.mean():.3f}, median {np.median(nearest):.3f}; own centre nearest: "
+        f"{accuracy:.1%}; classes in a primary group: median {np.median(sizes):,.0f}, mean "
+        f"{sizes.mean():,.1f}, 95th percentile {np.quantile(sizes, 0.95):,.0f}; groups of one "
+        f"class: {single:.1%}; truncated groups: {truncated:.1%}"
+    ]
+    if accuracy < MIN_ACCURACY:
+        lines.append(
+            f"warning: for only {accuracy:.1%} of the images the centre of their label is "
+            "the nearest; the centres may number the identities differently or belong to another "
+            "teacher, or --preprocess may be wrong"
+        )
+    raise_temperature = f"raise --group-temperature (now {settings.group_temperature:g})"
+    if single >= MAX_SINGLE:
+        if settings.draws is None:
+            remedy = f"{raise_temperature}, or use --draws 64"
+        elif settings.draws_from_group:
+            remedy = f"all draws are from these groups: {raise_temperature}, or use --draw-from all"
+        else:
+            remedy = (
+                f"train from the draws, as train-student does by default, or {raise_temperature}"
+            )
+        lines.append(
+            f"warning: {single:.1%} of the groups contain only the label, which teaches "
+            f"little; {remedy}"
+        )
+    if truncated >= MAX_TRUNCATED:
+        lines.append(
+            f"warning: --max-group {settings.max_group:,} truncates {truncated:.1%} of the "
+            "groups; raise it, or lower --group-temperature (now "
+            f"{settings.group_temperature:g}) or --threshold (now {settings.threshold:g})"
+            + ("; or use --draws 64 instead" if settings.draws is None else "")
+        )
+    return lines

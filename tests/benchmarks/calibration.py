@@ -59,7 +59,7 @@ def main() -> None:
         name = preset.name + " BGR" * preset.bgr
         mean = score(preset, embeddings[preset]).mean
         print(
-            f"{name}: {mean:.2f} deviations over all {len(firsts):,} pairs; doubted in "
+            f"{name}: d' = {mean:.2f} over all {len(firsts):,} pairs; doubted in "
             f"{doubted[preset]:,} of {SAMPLES:,} samples of {worth}, the right one named in "
             f"{named[preset]:,}",
             file=sys.stderr,

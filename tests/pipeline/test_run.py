@@ -10,7 +10,7 @@ import pytest
 
 from gkd.pipeline.centers.load import CLASS_MEAN
 from gkd.pipeline.centers.means import centers_path
-from gkd.pipeline.checks.calibration import FEWEST_IMAGES
+from gkd.pipeline.checks.calibration import MIN_IMAGES
 from gkd.pipeline.embed import EmbeddedBatch, join_batches, split_batch
 from gkd.pipeline.embedding_store import work_path
 from gkd.pipeline.run import cache_teacher
@@ -113,7 +113,7 @@ def test_a_cache_holds_what_the_teacher_says(
     assert summary.cache_id == cache.id
     assert (summary.samples, summary.skipped, summary.images) == (35, 0, 35)
     # Once each view of each image, and without kept embeddings the sample of the calibration.
-    assert embedder.images == 2 * 35 + (0 if class_mean else FEWEST_IMAGES)
+    assert embedder.images == 2 * 35 + (0 if class_mean else MIN_IMAGES)
     assert summary.bytes > 0
     assert summary.images_per_second > 0
     for view in VIEWS:

@@ -16,7 +16,7 @@ import pytest
 
 from gkd.pipeline.centers.load import CLASS_MEAN
 from gkd.pipeline.centers.means import centers_path
-from gkd.pipeline.checks.calibration import FEWEST_IMAGES
+from gkd.pipeline.checks.calibration import MIN_IMAGES
 from gkd.pipeline.embedding_store import work_path
 from gkd.storage.cache.reader import Cache
 from gkd.storage.cache.spec import VIEWS, DrawsSpec
@@ -230,7 +230,7 @@ def wait_for(path: Path) -> None:
 def test_an_interrupt_passes_through_and_leaves_whole_shards(folder: Path, tmp_path: Path) -> None:
     class Interrupted(PixelEmbedder):
         def __call__(self, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-            if self.images >= FEWEST_IMAGES + 50:  # after the sample of the calibration
+            if self.images >= MIN_IMAGES + 50:  # after the sample of the calibration
                 raise KeyboardInterrupt
             return super().__call__(images)
 

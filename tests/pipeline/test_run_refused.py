@@ -10,7 +10,7 @@ import numpy.typing as npt
 import pytest
 
 from gkd.pipeline.centers.load import CLASS_MEAN, Centers
-from gkd.pipeline.checks.calibration import FEWEST_IMAGES
+from gkd.pipeline.checks.calibration import MIN_IMAGES
 from gkd.pipeline.embedding_store import work_path
 from gkd.pipeline.run import cache_teacher
 from gkd.pipeline.settings import CacheSettings
@@ -65,7 +65,7 @@ def test_embeddings_without_direction_are_refused(
     class Faulty(PixelEmbedder):
         def __call__(self, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
             embeddings = super().__call__(images)
-            if self.images > FEWEST_IMAGES + 8:  # after the sample of the calibration
+            if self.images > MIN_IMAGES + 8:  # after the sample of the calibration
                 embeddings[1] = value
             return embeddings
 

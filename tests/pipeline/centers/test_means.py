@@ -5,7 +5,7 @@ import numpy.typing as npt
 import pytest
 
 from gkd.pipeline.centers.means import class_means
-from gkd.pipeline.embed import EmbeddedBatch, cut
+from gkd.pipeline.embed import EmbeddedBatch, split_rows
 from gkd.storage.errors import ConfigError
 
 C, D = 12, 8
@@ -16,7 +16,7 @@ def batches(
 ) -> list[EmbeddedBatch]:
     """Batches of rows of which only ``kept`` have an embedding."""
     found = []
-    for rows in cut(range(len(embeddings)), size):
+    for rows in split_rows(range(len(embeddings)), size):
         own = kept[(kept >= rows.start) & (kept < rows.stop)]
         views = {"original": embeddings[own], "flipped": 3 * embeddings[own] + 1}
         digests = np.zeros((len(rows), 16), np.uint8)

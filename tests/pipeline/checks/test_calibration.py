@@ -1,4 +1,4 @@
-"""What a run says of its preprocessing, centres and groups before its long work."""
+"""Checks of preprocessing, centres and groups before a long run, and what they log."""
 
 import math
 from dataclasses import replace
@@ -10,12 +10,10 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from gkd.pipeline.centers import refine as refine_module
 from gkd.pipeline.centers.load import CLASS_MEAN
 from gkd.pipeline.checks import calibration
 from gkd.pipeline.checks.calibration import (
     PRESETS,
-    check_groups,
     check_presets,
     describe_groups,
     describe_preset,
@@ -40,14 +38,14 @@ VIEW = ("original",)
 
 
 class ToneEmbedder(PixelEmbedder):
-    """Sees colours and brightness as its preprocessing gives them; raw input is too much for it."""
+    """Sensitive to colour and brightness as preprocessed; raw input gives NaN."""
 
     def __call__(self, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
         self.images += len(images)
         pixels = self.preprocess.apply(images)[:, :, ::16, ::16]
         if self.preprocess.name == "raw":
             return np.full((len(images), EMBEDDING_DIM), np.nan, np.float32)
-        # Red alone tells people apart, and what is dark or light is cut off.
+        # Only red distinguishes identities, and very dark or light values are clipped.
         seen = np.clip(pixels[:, 0], -1, 1).reshape(len(images), -1)
         return np.asarray(seen @ self._matrix[: seen.shape[1]], np.float32)
 
@@ -57,19 +55,19 @@ def people(tmp_path_factory: pytest.TempPathFactory) -> Records:
     return open_records(write_folder(tmp_path_factory.mktemp("people") / "set", 40, 4))
 
 
-def test_pairs_are_two_images_of_each_of_some_identities() -> None:
+def test_pairs_are_two_images_of_different_identities() -> None:
     labels = np.repeat(np.arange(300), np.arange(300) % 5)
     labels[np.flatnonzero(labels == 4)] = -1
     pairs = pairs_to_score(np.random.default_rng(0).permutation(labels), ENOUGH)
     shuffled = np.random.default_rng(0).permutation(labels)[pairs]
-    assert pairs.shape == (calibration.MOST_PAIRS, 2)
+    assert pairs.shape == (calibration.MAX_PAIRS, 2)
     assert (shuffled[:, 0] == shuffled[:, 1]).all()
     assert (pairs[:, 0] != pairs[:, 1]).all()
     assert len(set(shuffled[:, 0].tolist())) == len(pairs)
     assert shuffled.min() >= 0
 
 
-def test_the_check_adds_no_more_than_its_share() -> None:
+def test_the_check_adds_at_most_its_share_of_passes() -> None:
     labels = np.repeat(np.arange(500), 2)
     for passes in (300, 384, 8_000, 15_000, 40_000):
         added = pairs_to_score(labels, passes).size * len(PRESETS)
@@ -78,7 +76,7 @@ def test_the_check_adds_no_more_than_its_share() -> None:
     assert not len(pairs_to_score(np.arange(1_000), ENOUGH)), "no identity has two images"
 
 
-def test_scores_are_those_of_their_definition() -> None:
+def test_scores_match_their_definition() -> None:
     embeddings = np.random.default_rng(0).normal(size=(8, 5)) + np.repeat(np.eye(4, 5), 2, 0) * 4
     embeddings /= np.linalg.norm(embeddings, axis=1, keepdims=True)
     found = score(PRESETS[0], embeddings)
@@ -98,7 +96,7 @@ def test_scores_are_those_of_their_definition() -> None:
     assert math.isclose(found.impostor, float(np.mean(between)))
 
 
-def test_the_preprocessing_of_the_teacher_is_found(people: Records) -> None:
+def test_the_right_preprocessing_is_found(people: Records) -> None:
     embedder = ToneEmbedder()
     pairs = pairs_to_score(people.labels, ENOUGH)
     assert len(pairs) == 40
@@ -107,19 +105,19 @@ def test_the_preprocessing_of_the_teacher_is_found(people: Records) -> None:
     assert right is not None
     assert not right.doubtful
     assert len(describe_preset(right)) == 1
-    assert embedder.preprocess == preprocess_preset("arcface"), "the run's own stays"
+    assert embedder.preprocess == preprocess_preset("arcface"), "the embedder is not changed"
 
     embedder.preprocess = Preprocess("odd", (250.0, 250.0, 250.0), (20.0, 20.0, 20.0))
     wrong = check_presets(people, embedder, pairs, workers=2)
     assert wrong is not None
     assert wrong.doubtful
     assert "arcface" in wrong.best.preprocess.name
-    told = describe_preset(wrong)[1]
-    assert told.startswith("warning: --preprocess odd looks wrong for this teacher")
-    assert f"{wrong.best.mean:.2f} deviations apart, better by {wrong.gain:.2f}" in told
+    warning = describe_preset(wrong)[1]
+    assert warning.startswith("warning: --preprocess odd looks wrong for this teacher")
+    assert f"d' = {wrong.best.mean:.2f}, better by {wrong.gain:.2f}" in warning
 
 
-def test_embeddings_without_direction_stop_the_run_only_where_they_are_its_own(
+def test_embeddings_without_direction_are_an_error_for_the_given_preprocessing_only(
     people: Records,
 ) -> None:
     embedder = ToneEmbedder()
@@ -128,14 +126,14 @@ def test_embeddings_without_direction_stop_the_run_only_where_they_are_its_own(
         check_presets(people, embedder, pairs_to_score(people.labels, ENOUGH), workers=1)
 
 
-def test_a_network_that_sees_no_identity_is_told() -> None:
+def test_a_network_that_does_not_separate_identities_is_reported() -> None:
     noise = np.random.default_rng(0).normal(size=(80, 16))
     blind = score(PRESETS[0], noise / np.linalg.norm(noise, axis=1, keepdims=True))
     lines = describe_preset(calibration.PresetCheck(blind, blind, 0.0, 0.0))
-    assert "by no preprocessing does this teacher tell identities apart" in lines[-1]
+    assert "this teacher does not separate identities with any preprocessing" in lines[-1]
 
 
-def test_images_that_cannot_be_read_are_left_to_the_run(tmp_path: Path) -> None:
+def test_unreadable_images_are_skipped(tmp_path: Path) -> None:
     content = insightface_records([2] * 40)
     content[2] = payload(0, b"no image", 2)
     records = open_records(write_pack(tmp_path, content, classes=40).parent)
@@ -146,7 +144,7 @@ def test_images_that_cannot_be_read_are_left_to_the_run(tmp_path: Path) -> None:
         records, PixelEmbedder(), pairs_to_score(records.labels, ENOUGH), workers=1
     )
     assert check is not None
-    assert check.pairs == 39
+    assert len(check.given.scores) == 39
     for key in range(1, 20):
         content[key] = payload((key - 1) // 2, b"no image", key)
     records = open_records(write_pack(tmp_path, content, classes=40).parent)
@@ -154,58 +152,65 @@ def test_images_that_cannot_be_read_are_left_to_the_run(tmp_path: Path) -> None:
     assert check_presets(records, PixelEmbedder(), pairs, workers=1) is None
 
 
-def test_groups_are_measured_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(refine_module, "BLOCK", 7)
+def test_cosines_and_groups_are_those_of_dense_logits() -> None:
     rng = np.random.default_rng(0)
     embeddings, labels = rng.normal(size=(30, EMBEDDING_DIM)), rng.integers(0, 20, 30)
     array = centers(20).array
     embeddings += 3 * array[labels]
     draws = DrawsSpec(4, 1.0, "all")
     settings = PartitionSettings(group_temperature=8.0, max_group=11, draws=draws)
-    check = check_groups(embeddings.astype(np.float32), labels, torch.from_numpy(array), settings)
+    (line,) = describe_groups(
+        embeddings.astype(np.float32), labels, torch.from_numpy(array), settings, own_means=False
+    )
     unit = embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True)
     cosines = unit @ array.T
-    rows = np.arange(30)
-    np.testing.assert_allclose(check.own, cosines[rows, labels], atol=1e-6)
-    others = cosines.copy()
-    others[rows, labels] = -1
-    np.testing.assert_allclose(check.nearest, others.max(1), atol=1e-6)
-    assert math.isclose(check.accuracy, float((cosines.argmax(1) == labels).mean()))
-    margin = settings.margin * (np.arange(20) == labels[:, None])
-    logits = settings.scale * (cosines - margin)
+    own = np.arange(20) == labels[:, None]
+    nearest = np.where(own, -1, cosines).max(1)
+    logits = settings.scale * (cosines - settings.margin * own)
     dense = [
         dense_group(row, int(label), threshold=0.93, group_temperature=8.0, max_group=11)
         for row, label in zip(logits, labels, strict=True)
     ]
-    assert check.sizes.tolist() == [len(group) for group, _ in dense]
-    assert math.isclose(check.truncated, float(np.mean([cut for _, cut in dense])))
-    assert 0 < check.truncated < 1
+    sizes = [len(group) for group, _ in dense]
+    truncated = float(np.mean([cut for _, cut in dense]))
+    assert 0 < truncated < 1
+    assert line == (
+        f"calibration, 30 images: cosine to the own centre: mean {cosines[own].mean():.3f}, median "
+        f"{np.median(cosines[own]):.3f}; to the nearest other: mean {nearest.mean():.3f}, median "
+        f"{np.median(nearest):.3f}; own centre nearest: {np.mean(cosines[own] > nearest):.1%}; "
+        f"classes in a primary group: median {np.median(sizes):,.0f}, mean {np.mean(sizes):,.1f}, "
+        f"95th percentile {np.quantile(sizes, 0.95):,.0f}; groups of one class: "
+        f"{np.mean(np.array(sizes) == 1):.1%}; truncated groups: {truncated:.1%}"
+    )
 
 
-def test_groups_that_hardly_teach_are_told() -> None:
+def test_groups_that_hardly_teach_are_reported() -> None:
     array = torch.from_numpy(centers(20).array)
     labels = np.arange(20)
+
+    def lines(settings: PartitionSettings, *, shift: int = 0, own_means: bool = False) -> list[str]:
+        own = np.roll(labels, shift)
+        return describe_groups(array.numpy(), own, array, settings, own_means=own_means)
+
     sharp = PartitionSettings(group_temperature=0.01, margin=0.0)
-    single = check_groups(array.numpy(), labels, array, sharp)
-    lines = describe_groups(single, sharp, own_means=True)
-    assert "100.0% of one class" in lines[0]
-    assert "themselves part of it 1.000" in lines[0]
-    assert "raise --group-temperature (now 0.01), or take --draws" in lines[1]
+    found = lines(sharp, own_means=True)
+    assert "groups of one class: 100.0%" in found[0]
+    assert "own centre (a mean that includes the image): mean 1.000" in found[0]
+    assert "raise --group-temperature (now 0.01), or use --draws" in found[1]
     drawn = replace(sharp, draws=DrawsSpec(8, 1.0, "all"))
-    assert "train from the draws" in describe_groups(single, drawn, own_means=False)[1]
+    assert "train from the draws" in lines(drawn)[1]
     drawn = replace(sharp, draws=DrawsSpec(8, 1.0, "primary"))
-    assert "or take --draw-from all" in describe_groups(single, drawn, own_means=False)[1]
+    assert "or use --draw-from all" in lines(drawn)[1]
 
     flat = PartitionSettings(group_temperature=64.0, max_group=3)
-    cut = describe_groups(check_groups(array.numpy(), labels, array, flat), flat, own_means=False)
-    assert "--max-group 3 cuts 100.0% of the groups" in cut[1]
+    assert "--max-group 3 truncates 100.0% of the groups" in lines(flat)[1]
 
-    other = check_groups(array.numpy(), np.roll(labels, 1), array, sharp)
-    assert other.accuracy == 0
-    assert "for only 0.0% of the images" in describe_groups(other, sharp, own_means=False)[1]
+    found = lines(sharp, shift=1)
+    assert "own centre nearest: 0.0%" in found[0]
+    assert "for only 0.0% of the images" in found[1]
 
 
-def test_a_run_says_once_what_it_found_and_the_bytes_stay(
+def test_a_run_logs_its_checks_once_and_its_bytes_do_not_change(
     people: Records,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -214,21 +219,21 @@ def test_a_run_says_once_what_it_found_and_the_bytes_stay(
     settings = CacheSettings(partition=PartitionSettings(max_group=8), shard_samples=50)
     for kind in (CLASS_MEAN, centers(40)):
         cache_teacher(people, tmp_path / f"{kind == CLASS_MEAN}", ToneEmbedder(), kind, settings)
-        told = capsys.readouterr().err
-        assert "calibration: the preprocessing was not checked" in told, "160 images are too few"
-        assert told.count("calibration: cosine to the own centre") == 1
+        logged = capsys.readouterr().err
+        assert "calibration: the preprocessing was not checked" in logged, "160 images are too few"
+        assert logged.count("images: cosine to the own centre") == 1
     silent = contents(tmp_path / "True")
 
-    monkeypatch.setattr(calibration, "FEWEST_PASSES", 320)
+    monkeypatch.setattr(calibration, "MIN_PASSES", 320)
     embedder = ToneEmbedder()
     embedder.preprocess = preprocess_preset("imagenet", bgr=True)
     cache_teacher(people, tmp_path / "bgr", embedder, CLASS_MEAN, settings)
-    told = capsys.readouterr().err
-    assert told.index("calibration: cosines") < told.index("run teacher")
-    assert told.index("run teacher") < told.index("calibration: cosine to the own centre")
+    logged = capsys.readouterr().err
+    assert logged.index("calibration: cosines") < logged.index("run teacher")
+    assert logged.index("run teacher") < logged.index("images: cosine to the own centre")
     cache_teacher(people, tmp_path / "checked", ToneEmbedder(), centers(40), settings)
-    told = capsys.readouterr().err
-    assert told.index("calibration: cosines") < told.index("calibration: cosine to the own")
+    logged = capsys.readouterr().err
+    assert logged.index("calibration: cosines") < logged.index("images: cosine to the own")
     cache_teacher(people, tmp_path / "again", ToneEmbedder(), CLASS_MEAN, settings)
     assert silent == contents(tmp_path / "again")
     capsys.readouterr()
@@ -236,11 +241,11 @@ def test_a_run_says_once_what_it_found_and_the_bytes_stay(
     for name in ("manifest.json", "commits/000001.json"):
         (tmp_path / "checked" / name).unlink()
     cache_teacher(people, tmp_path / "checked", ToneEmbedder(), centers(40), settings)
-    assert "calibration" not in capsys.readouterr().err, "a resumed run was checked before"
+    assert "calibration" not in capsys.readouterr().err, "a resumed run does not repeat the checks"
 
 
 class RememberingEmbedder(OnnxEmbedder):
-    """Runs once for the same images and preprocessing."""
+    """Computes the same images with the same preprocessing only once."""
 
     seen: ClassVar[dict[tuple[Preprocess, bytes], npt.NDArray[np.float32]]] = {}
 
@@ -256,7 +261,7 @@ class RememberingEmbedder(OnnxEmbedder):
 def test_the_shared_teacher_takes_imagenet_in_rgb(given: Preprocess) -> None:
     records = open_records(SHARED_DATA / "lfw")
     embedder = RememberingEmbedder(SHARED_DATA / "teachers" / "mobilefacenet.onnx", given)
-    # As many as 10,562 images are worth.
+    # As many pairs as for 10,562 images.
     pairs = pairs_to_score(records.labels, 2 * 10_562)[:64]
     check = check_presets(records, embedder, pairs, workers=2)
     assert check is not None
