@@ -1,5 +1,6 @@
 """Small packs and folders of images for tests, framed by hand where a fault is wanted."""
 
+import functools
 import io
 import struct
 from collections.abc import Mapping, Sequence
@@ -12,6 +13,7 @@ MAGIC = 0xCED7230A
 Label = float | Sequence[float]
 
 
+@functools.cache
 def jpeg(seed: int, size: tuple[int, int] = (112, 112)) -> bytes:
     """A smooth random JPEG of (width, height)."""
     coarse = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), np.uint8)

@@ -1,7 +1,9 @@
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from gkd.storage.records.base import Subset
 from gkd.storage.records.check import records_info, verify_records
 from gkd.storage.records.open import open_records
 from tests.paths import SHARED_DATA, needs_shared_data
@@ -10,8 +12,10 @@ from tests.storage.records.packs import insightface_records, jpeg, payload, writ
 
 @needs_shared_data
 def test_the_lfw_pack_has_no_fault() -> None:
-    report = verify_records(open_records(SHARED_DATA / "lfw"), workers=2)
-    assert (report.images, report.identities, report.faults) == (10_562, 4_859, ())
+    sample = Subset(open_records(SHARED_DATA / "lfw"), np.arange(0, 10_562, 20))
+    report = verify_records(sample, workers=2)
+    assert (report.images, report.faults) == (529, ())
+    assert report.identities == len(np.unique(sample.labels))
 
 
 @needs_shared_data

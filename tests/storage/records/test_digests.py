@@ -10,20 +10,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gkd.demo.synthetic import draw_faces
 from gkd.storage.errors import CorruptRecordError
 from gkd.storage.records import digests as digests_module
 from gkd.storage.records.base import Subset
 from gkd.storage.records.digests import cached_digests
 from gkd.storage.records.open import Records, digests, open_records
 from gkd.storage.records.write_pack import pack
+from tests.storage.records.packs import jpeg, write_folder
 
 
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder ``faces`` and a pack ``pack`` of the same images."""
     folder = tmp_path_factory.mktemp("drawn")
-    draw_faces(folder / "faces", identities=range(3), images_each=3, seed=0, workers=1)
+    files = {f"{row // 3}/{row % 3}.jpg": jpeg(row) for row in range(9)}
+    write_folder(folder / "faces", files)
     pack(folder / "faces", folder / "pack", sort="natural", workers=1)
     return folder
 

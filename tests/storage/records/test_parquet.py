@@ -212,7 +212,7 @@ def test_random_threads_read_what_is_there(tmp_path: Path, monkeypatch: pytest.M
         write_parquet(tmp_path / f"{number}.parquet", columns, group_rows=23)
     records = opened(tmp_path)
     assert bodies(records) == expected
-    rows = rng.integers(0, 200, 2000).tolist()
+    rows = rng.integers(0, 200, 500).tolist()
     with ThreadPoolExecutor(8) as pool:
         read = list(pool.map(lambda row: bytes(records.encoded(row)), rows))
     assert read == [expected[row] for row in rows]
