@@ -1,4 +1,4 @@
-"""Files, locks, threads, progress and pages: what any layer needs and nothing of face recognition.
+"""Files, locks, threads, progress and pages: general helpers that know no face recognition.
 
-May be imported by everything; imports ``storage.errors`` alone.
+May be imported by everything; imports only ``storage.errors``.
 """

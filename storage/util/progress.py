@@ -23,7 +23,7 @@ LINE_SECONDS = 10.0
 
 
 class Advance(Protocol):
-    """Tells the progress display that more is done, optionally with a note to show."""
+    """Adds ``amount`` to the work done, optionally with a ``note`` to show."""
 
     def __call__(self, amount: int = 1, note: str = "") -> None: ...  # noqa: D102
 
@@ -39,7 +39,7 @@ class _RateColumn(ProgressColumn):
 
 
 class _NotedProgress(Progress):
-    """The bar, and its note on lines of its own: beside the bar a terminal has no room for it."""
+    """A bar with its note on the next line: a terminal has no room for it beside the bar."""
 
     def get_renderables(self) -> Iterator[RenderableType]:
         yield from super().get_renderables()
@@ -52,11 +52,11 @@ class _NotedProgress(Progress):
 def progress(
     what: str, total: int, unit: str, done: int = 0, *, quiet_below: int = 0
 ) -> Iterator[Advance]:
-    """Show the progress of ``total`` units of work on stderr, of which ``done`` stand already.
+    """Show the progress of ``total`` units of work on stderr, ``done`` of them done before.
 
     On a terminal a live bar with rate and time left; elsewhere a plain line every
-    ``LINE_SECONDS`` and one at the end. Yields a function that tells how much more is done.
-    Nothing is shown where ``total`` is less than ``quiet_below``: the work is over at once.
+    ``LINE_SECONDS`` and one at the end. Yields a function that adds to the work done. Nothing is
+    shown if ``total`` is less than ``quiet_below``: the work is done at once.
     """
     if total < quiet_below:
         yield lambda amount=1, note="": None

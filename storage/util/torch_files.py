@@ -1,6 +1,6 @@
-"""Files that torch saved, read without running their code.
+"""Files saved by torch, read without running their code.
 
-The rest of storage needs no torch, so it is imported where a file is read.
+The rest of storage does not need torch, so it is imported when a file is read.
 """
 
 import pickle
@@ -14,9 +14,9 @@ from typing import Any
 from gkd.storage.errors import ConfigError
 
 ZIP_START = b"PK\x03\x04"
-# What training codes keep beside tensors (parsed options, Lightning's callbacks, a best accuracy as
-# numpy's number): nothing of it is needed, so an inert object stands for each, and nothing of these
-# packages is imported.
+# What training code saves beside tensors (parsed options, Lightning's callbacks, an accuracy as a
+# NumPy number). None of it is needed, so it is read as inert objects, without importing these
+# packages.
 SETTINGS = re.compile(
     r"argparse\.Namespace|(pytorch_lightning|lightning|lightning_fabric)\..+"
     r"|numpy\.dtype|numpy\.(_core|core)\.multiarray\.scalar"
@@ -24,7 +24,7 @@ SETTINGS = re.compile(
 
 
 class Inert:
-    """Stands for an object of a training code's settings; its code is not run."""
+    """Replaces an object of a training code's settings; its code is not run."""
 
     def __init__(self, *_arguments: object) -> None:
         pass
@@ -41,18 +41,18 @@ def read_torch_file(
 ) -> Any:
     """Content of a ``.pt`` or ``.pth`` on the CPU: tensors and builtins, and ``Inert`` settings.
 
-    ``what`` the file should hold and the ``remedy``, what to do, are words for messages.
+    ``what`` the file should hold and the ``remedy`` are used in messages.
 
     Raises:
-        ConfigError: for a file that is damaged, or would run code.
-        OSError: for a file that the system does not open.
+        ConfigError: if the file is damaged, or would run code.
+        OSError: if the system does not open the file.
     """
     try:
         with warnings.catch_warnings():
             # torch warns of pickle protocols other than 2, and then reads or refuses them.
             warnings.simplefilter("ignore", UserWarning)
             content = _load(path)
-    # Damaged and hostile bytes make torch raise nearly anything, an OSError without a name too.
+    # Damaged and hostile bytes make torch raise almost anything, even an OSError without a file.
     except Exception as error:
         if isinstance(error, OSError) and error.filename is not None:
             raise
@@ -65,7 +65,7 @@ def read_torch_file(
     if damaged:
         raise ConfigError(
             f"{path}: its bytes are not those that were written: the checksum of {damaged} does "
-            "not fit" + ("; get it again" if remedy else "")
+            "not match" + ("; get it again" if remedy else "")
         )
     return content
 
@@ -81,18 +81,18 @@ def _load(path: Path) -> Any:
         named = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
         if not named or not all(map(SETTINGS.fullmatch, named)):
             raise
-        # Lightning's AttributeDict is filled as a dict is, which torch allows of dicts alone.
-        stands: list[Any] = [
+        # Lightning's AttributeDict is filled like a dict, which torch allows only for dicts.
+        replacements: list[Any] = [
             (dict if name.endswith(".AttributeDict") else Inert, name) for name in named
         ]
-        with torch.serialization.safe_globals(stands):
+        with torch.serialization.safe_globals(replacements):
             return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def _damaged_part(path: Path) -> str:
-    """The first part of a torch file in zip form whose bytes are not those written; else empty.
+    """The first damaged part of a torch file in zip form; empty if there is none.
 
-    torch writes a CRC of each part, unless it was told not to, and looks at none when it reads.
+    torch writes a CRC of each part, unless switched off, and does not check it on reading.
     """
     with path.open("rb") as file:
         if file.read(len(ZIP_START)) != ZIP_START:
@@ -102,13 +102,13 @@ def _damaged_part(path: Path) -> str:
             if not any(part.CRC for part in archive.infolist()):
                 return ""
             return archive.testzip() or ""
-    # Damaged headers: zipfile raises its own, and what any field out of place brings.
+    # Damaged headers: zipfile's own errors, and those of any wrong field.
     except (zipfile.BadZipFile, zlib.error, RuntimeError, ValueError, EOFError) as error:
         return f"its directory ({error})"
 
 
 def _described(path: Path, error: Exception) -> str:
-    """What a file that torch refused is; torch's own words advise to run its code."""
+    """What the refused file is; torch's own message advises running its code."""
     named = re.search(r"GLOBAL ([\w.]+)", str(error))
     if named:
         return f"one that names {named[1]}"

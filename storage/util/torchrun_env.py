@@ -1,4 +1,4 @@
-"""What torchrun told this process of the others, and what it may use of its machine."""
+"""The process's rank as torchrun sets it, and the cores and GPU that it may use."""
 
 import os
 import sys
@@ -10,12 +10,12 @@ def rank() -> int:
 
 
 def world_size() -> int:
-    """How many processes torchrun started, on all nodes; 1 without it."""
+    """How many processes torchrun started on all nodes; 1 without it."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def local_world_size() -> int:
-    """How many of them it started on this node."""
+    """How many processes torchrun started on this node; 1 without it."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
@@ -26,25 +26,25 @@ def local_rank() -> int | None:
 
 
 def own_gpu(gpus: int) -> int:
-    """Number of this process's GPU among the ``gpus``, one or more, that it is shown.
+    """Number of this process's GPU among the ``gpus``, one or more, that are visible to it.
 
-    More processes than GPUs share them; where each is shown its own alone, that is number 0.
+    If there are more processes than GPUs, they share them.
     """
     return (local_rank() or 0) % gpus
 
 
 def all_cores() -> int:
-    """Cores that this process may run on, for work that one process of a node does for all."""
+    """Cores that this process may run on, for work that one process does for its whole node."""
     affinity = getattr(os, "sched_getaffinity", None)
     return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def usable_cores() -> int:
-    """Its share of them, where torchrun started several processes on the node."""
+    """This process's share of the cores among the processes of its node."""
     return max(1, all_cores() // local_world_size())
 
 
 def log_rank0(text: str) -> None:
-    """A line on stderr, of one of several processes."""
+    """Print a line on stderr, on rank 0 only."""
     if rank() == 0:
         print(text, file=sys.stderr, flush=True)

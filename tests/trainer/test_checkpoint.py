@@ -143,7 +143,7 @@ def test_a_flipped_bit_is_found_and_a_whole_checkpoint_named(tmp_path: Path) -> 
     with pytest.raises(ConfigError) as error:
         read_checkpoint(last)
     message = str(error.value)
-    assert re.search(r"last\.pt: .* the checksum of archive/data/\d+ does not fit", message)
+    assert re.search(r"last\.pt: .* the checksum of archive/data/\d+ does not match", message)
     named = set(re.findall(r"(\S+\.pt) \(step (\d+)\)", message))
     assert named == {("best.pt", "5"), ("step_000000005.pt", "5")}
     assert "remove last.pt, copy that one to last.pt and run the same command again" in message
