@@ -1,4 +1,4 @@
-"""Small packs and folders of images for tests, framed by hand where a fault is wanted."""
+"""Small packs and folders of images for tests, framed by hand so that they can be damaged."""
 
 import functools
 import io
@@ -58,7 +58,7 @@ def write_pack(
 
 
 def insightface_records(identities: Sequence[int]) -> dict[int, bytes]:
-    """Records of a pack in InsightFace's layout with so many images of each identity."""
+    """Records of a pack in InsightFace's layout with the given number of images per identity."""
     count = sum(identities)
     records = {0: payload([count + 1, count + 1 + len(identities)], b"")}
     for label, images in enumerate(identities):

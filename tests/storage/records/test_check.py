@@ -54,7 +54,7 @@ def test_every_fault_of_a_pack_is_listed(tmp_path: Path) -> None:
     reasons = ["magic", "got 8 bytes", "from 0 to 2, got label 5", "got 100x112", "got 0 bytes"]
     for fault, reason in zip(report.faults, reasons, strict=True):
         assert reason in str(fault)
-        assert "records verify" not in str(fault), "this list is what that would tell"
+        assert "records verify" not in str(fault), "this is that command's own list"
     info = records_info(open_records(tmp_path))
     assert (info.unreadable, info.image_size, info.identities) == (2, None, 2)
 

@@ -1,4 +1,4 @@
-"""Digests that are kept for the next start, and every change that makes them void."""
+"""Cached digests, and every change that invalidates them."""
 
 import os
 import shutil
@@ -33,7 +33,7 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def home(
     request: pytest.FixtureRequest, drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Path:
-    """Records that are large enough to keep their digests, unchanged for a while."""
+    """Records whose digests are cached, unchanged for a while."""
     monkeypatch.setattr(digests_module, "MIN_CACHED_BYTES", 1)
     home = Path(shutil.copytree(drawn / request.param, tmp_path / "records"))
     for path in home.rglob("*"):
@@ -63,7 +63,7 @@ def hashed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return calls
 
 
-def test_the_second_start_hashes_nothing(home: Path, tmp_path: Path, hashed: list[int]) -> None:
+def test_a_second_call_hashes_nothing(home: Path, tmp_path: Path, hashed: list[int]) -> None:
     first = kept(home, tmp_path / "digests")
     np.testing.assert_array_equal(first, digests(open_records(home), workers=1))
     second = kept(home, tmp_path / "digests")
@@ -108,7 +108,9 @@ def test_a_change_is_noticed(
     assert len(hashed) == 2
 
 
-def test_what_changed_just_now_is_not_kept(home: Path, tmp_path: Path, hashed: list[int]) -> None:
+def test_digests_of_files_changed_just_now_are_not_cached(
+    home: Path, tmp_path: Path, hashed: list[int]
+) -> None:
     for path in home.rglob("*"):
         settle(path, 0)
     kept(home, tmp_path / "digests")
@@ -116,7 +118,7 @@ def test_what_changed_just_now_is_not_kept(home: Path, tmp_path: Path, hashed: l
 
 
 @pytest.mark.parametrize("spoil", [b"", b"PK\x03\x04 no archive"])
-def test_a_damaged_file_is_made_again(
+def test_a_damaged_cache_file_is_replaced(
     home: Path, tmp_path: Path, hashed: list[int], spoil: bytes
 ) -> None:
     first = kept(home, tmp_path / "digests")
@@ -137,7 +139,7 @@ def test_a_flipped_bit_is_noticed(home: Path, tmp_path: Path, hashed: list[int])
     assert len(hashed) == 2
 
 
-def test_a_small_data_set_keeps_nothing(
+def test_digests_of_a_small_data_set_are_not_cached(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(digests_module, "MIN_CACHED_BYTES", 1 << 28)
@@ -145,7 +147,7 @@ def test_a_small_data_set_keeps_nothing(
     assert not list((tmp_path / "digests").glob("*.npz"))
 
 
-def test_a_file_that_is_gone_is_named(drawn: Path, tmp_path: Path) -> None:
+def test_a_missing_file_is_named(drawn: Path, tmp_path: Path) -> None:
     home = Path(shutil.copytree(drawn / "faces", tmp_path / "faces"))
     records = open_records(home)
     gone = home / records.key(4)
@@ -158,14 +160,14 @@ def test_a_file_that_is_gone_is_named(drawn: Path, tmp_path: Path) -> None:
         list(pack.stamps())
 
 
-def test_a_subset_is_of_the_same_files(drawn: Path) -> None:
+def test_a_subset_has_the_same_files(drawn: Path) -> None:
     records = open_records(drawn / "faces")
     subset = Subset(records, np.array([4, 2]), num_classes=7)
     assert subset.num_classes == 7
     assert list(subset.stamps()) == list(records.stamps())
 
 
-def test_of_several_at_once_one_reads_the_images(
+def test_one_of_several_concurrent_calls_reads_the_images(
     home: Path, tmp_path: Path, hashed: list[int]
 ) -> None:
     with ThreadPoolExecutor(4) as pool:

@@ -18,9 +18,7 @@ NAMES = ["10/b10.jpg", "10/b9.jpg", "9/x.PNG", "B/1.jpeg", "a/1.webp", "a/1.txt"
         ("plain", ["10/b10.jpg", "10/b9.jpg", "9/x.PNG", "B/1.jpeg", "a/1.webp"]),
     ],
 )
-def test_identities_and_files_are_sorted_as_named(
-    tmp_path: Path, sort: Sort, expected: list[str]
-) -> None:
+def test_identities_and_files_are_sorted(tmp_path: Path, sort: Sort, expected: list[str]) -> None:
     root = write_folder(tmp_path / "faces", {name: name.encode() for name in NAMES})
     (root / ".hidden").mkdir()
     (root / "list.txt").write_text("")
@@ -61,7 +59,7 @@ def test_an_image_beside_the_identities_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["file", "folder"])
-def test_links_that_leave_the_folder_are_refused(tmp_path: Path, kind: str) -> None:
+def test_links_out_of_the_folder_are_refused(tmp_path: Path, kind: str) -> None:
     write_folder(tmp_path / "secret", {"1.jpg": b""})
     root = write_folder(tmp_path / "faces", {"a/1.jpg": b""})
     if kind == "file":
@@ -81,7 +79,7 @@ def test_links_inside_the_folder_are_followed(tmp_path: Path) -> None:
     assert records.sizes.tolist() == [len(jpeg(1))] * 2
 
 
-def test_a_file_that_changed_or_went_is_told(tmp_path: Path) -> None:
+def test_a_changed_or_missing_file_is_reported(tmp_path: Path) -> None:
     records = open_records(write_folder(tmp_path, {"a/1.jpg": b"one", "a/2.jpg": b"two"}))
     (tmp_path / "a/1.jpg").unlink()
     (tmp_path / "a/2.jpg").write_bytes(b"three")

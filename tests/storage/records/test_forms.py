@@ -1,4 +1,4 @@
-"""One data set in every form: the same rows, and a cache made from one serves the others."""
+"""One data set in every form has the same rows, so a cache of one serves the others."""
 
 import shutil
 import tarfile
@@ -30,7 +30,7 @@ FORMS = ("parquet", "parquets", "tar", "tars", "parts")
 
 
 def write_form(form: str, records: Records, folder: Path) -> Path:
-    """A copy of ``records`` in another form, by writers that are not ours."""
+    """A copy of ``records`` in another form, by independent writers."""
     bodies = [bytes(records.encoded(row)) for row in range(len(records))]
     labels = [int(label) for label in records.labels]
     half = len(bodies) // 2
@@ -73,7 +73,7 @@ def require_same(copy: Records, records: Records) -> None:
 @needs_shared_data
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("source", ["recordio/im2rec", "lfw"])
-def test_a_published_pack_in_every_form(tmp_path: Path, form: str, source: str) -> None:
+def test_a_pack_reads_the_same_in_every_form(tmp_path: Path, form: str, source: str) -> None:
     whole = open_records(SHARED_DATA / source)
     records = Subset(whole, np.arange(min(300, len(whole))))
     path = write_form(form, records, tmp_path / form)
@@ -92,7 +92,7 @@ def test_packing_keeps_the_order_of_rows(tmp_path: Path, form: str) -> None:
     assert (result.images, result.identities) == (8, 3)
     again = open_records(tmp_path / "again")
     require_same(again, original)
-    # No identity after the other, so no identity records: the layout that im2rec writes.
+    # Rows are not sorted by identity, so there are no identity records: im2rec's layout.
     assert isinstance(again, RecordFile)
     assert (again.layout, again.num_classes) == ("im2rec", 3)
     assert [again.key(row) for row in range(8)] == [str(row) for row in range(8)]
@@ -101,7 +101,7 @@ def test_packing_keeps_the_order_of_rows(tmp_path: Path, form: str) -> None:
     assert (tmp_path / "again/property").read_text() == "3,112,112\n"
 
 
-def test_sorted_rows_are_packed_as_insightface_does(tmp_path: Path) -> None:
+def test_sorted_rows_are_packed_in_insightfaces_layout(tmp_path: Path) -> None:
     labels, bodies = [0, 0, 1, 3], BODIES[:4]
     pack(write_tar(tmp_path / "x.tar", samples(labels, bodies)), tmp_path / "pack")
     records = open_records(tmp_path / "pack")
@@ -110,8 +110,8 @@ def test_sorted_rows_are_packed_as_insightface_does(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("form", "suffix"), [("parquet", "parquet"), ("tar", "tar")])
-def test_a_folder_may_hold_both(tmp_path: Path, form: str, suffix: str) -> None:
-    """Tar shards come with Parquet files of what is known of their samples."""
+def test_a_folder_may_hold_several_forms(tmp_path: Path, form: str, suffix: str) -> None:
+    """Tar shards are published with Parquet files of metadata."""
     packed = {0: payload(0, jpeg(0)), 1: payload(1, jpeg(1))}
     original = open_records(write_pack(tmp_path / "pack", packed))
     home = tmp_path / "home"

@@ -104,12 +104,12 @@ def jpeg_claiming(width: int, height: int) -> bytes:
         (png_claiming(60000, 60000), r"expected an encoded image, .* decompression bomb"),
     ],
 )
-def test_what_is_no_image_is_refused(content: bytes, message: str) -> None:
+def test_invalid_images_are_refused(content: bytes, message: str) -> None:
     with pytest.raises(CorruptRecordError, match=message):
         decode(content)
 
 
-def test_a_face_is_told_by_its_place() -> None:
+def test_errors_of_a_face_name_its_location() -> None:
     assert decode_face(jpeg(3), "here").shape == (112, 112, 3)
     with pytest.raises(
         CorruptRecordError, match=r"^here: expected an aligned face of 112x112 pixels, got 96x112$"

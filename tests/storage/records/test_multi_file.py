@@ -23,14 +23,14 @@ def touch(folder: Path, *names: str) -> Path:
         (["test-0.tar", "test-1.tar"], ["test-0", "test-1"]),
     ],
 )
-def test_files_in_natural_order_without_those_for_tests(
+def test_files_are_in_natural_order_without_test_splits(
     tmp_path: Path, names: list[str], kept: list[str]
 ) -> None:
     found = find_shards(touch(tmp_path, *names), ".tar")
     assert [path.stem for path in found] == kept
 
 
-def test_the_folder_data_is_looked_into(tmp_path: Path) -> None:
+def test_the_sub_folder_data_is_searched(tmp_path: Path) -> None:
     touch(tmp_path / "data", "train-00000-of-00001.parquet")
     assert [path.parent.name for path in find_shards(tmp_path, ".parquet")] == ["data"]
     touch(tmp_path, "own.parquet")
@@ -38,19 +38,19 @@ def test_the_folder_data_is_looked_into(tmp_path: Path) -> None:
     assert find_shards(tmp_path, ".tar") == []
 
 
-def test_files_that_are_missing_by_the_others_names(tmp_path: Path) -> None:
+def test_missing_numbered_files_are_reported(tmp_path: Path) -> None:
     names = [f"train-{number:05}-of-00007-abc.parquet" for number in (0, 1, 4)]
     touch(tmp_path, *names, "test-00001-of-00002.parquet", "notes-of-3.parquet")
     message = r"expected 7 files train-\*-of-00007 .*, got 3; missing: 2, 3, 5 and 1 more; fetch"
     with pytest.raises(ConfigError, match=message):
         Shards(tmp_path, ".parquet")
-    # One that is named is meant.
+    # A single file can be named.
     assert len(Shards(tmp_path / names[1], ".parquet").paths) == 1
     touch(tmp_path, *(f"train-{number:05}-of-00007-abc.parquet" for number in (2, 3, 5, 6)))
     assert len(Shards(tmp_path, ".parquet").paths) == 8
 
 
-def test_rows_are_placed_in_their_file(tmp_path: Path) -> None:
+def test_rows_are_located_in_their_file(tmp_path: Path) -> None:
     shards = Shards(touch(tmp_path / "set", "a.tar", "b.tar", "c.tar"), ".tar")
     for rows in (3, 0, 2):
         shards.append(rows)
@@ -60,7 +60,7 @@ def test_rows_are_placed_in_their_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("file", "name"), [("train.tar", "set"), ("faces.tar", "faces")])
-def test_a_file_alone_has_its_own_name(tmp_path: Path, file: str, name: str) -> None:
+def test_a_single_file_names_the_data_set(tmp_path: Path, file: str, name: str) -> None:
     shards = Shards(touch(tmp_path / "set", file) / file, ".tar")
     assert (shards.name, shards.key(0, "k")) == (name, "k")
     assert shards.property_path == tmp_path / "set/property"

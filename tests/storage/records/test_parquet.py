@@ -43,7 +43,7 @@ def faces(labels: Any = None, **others: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("compression", ["snappy", "none", "zstd", "gzip"])
-def test_a_file_is_read_in_its_order(tmp_path: Path, compression: str) -> None:
+def test_a_file_is_read_in_order(tmp_path: Path, compression: str) -> None:
     path = write_parquet(tmp_path / "faces.parquet", faces(), compression=compression)
     records = opened(path)
     assert records.labels.tolist() == LABELS
@@ -59,7 +59,7 @@ def test_a_file_is_read_in_its_order(tmp_path: Path, compression: str) -> None:
 
 
 def published(folder: Path, *, metadata: dict[bytes, bytes] | None = None) -> Path:
-    """Three numbered files, one of them empty, and one for tests, as a hub lays them out."""
+    """Three numbered files, one of them empty, and one of a test split, as a hub lays them out."""
     for number, part in enumerate([slice(0, 3), slice(3, 3), slice(3, 8)]):
         columns = {"image": image_column(BODIES[part]), "label": pa.array(LABELS[part], pa.int64())}
         name = f"data/train-{number:05}-of-00003.parquet"
@@ -86,7 +86,7 @@ def test_files_of_a_hub_are_one_data_set(tmp_path: Path) -> None:
         opened(tmp_path / "ms1m")
 
 
-def test_names_of_classes_say_how_many_there_are(tmp_path: Path) -> None:
+def test_the_number_of_classes_follows_from_their_names(tmp_path: Path) -> None:
     named = features(image=IMAGE, label=class_label("anna", "ben", "carl", "dora"))
     assert opened(published(tmp_path / "a", metadata=named)).num_classes == 4
     (tmp_path / "a/property").write_text("9,112,112\n")
@@ -100,7 +100,7 @@ def test_names_of_classes_say_how_many_there_are(tmp_path: Path) -> None:
         records.encoded(2)
 
 
-def test_files_of_other_numberings_are_refused(tmp_path: Path) -> None:
+def test_files_with_different_classes_or_columns_are_refused(tmp_path: Path) -> None:
     for name in ("anna", "ben"):
         metadata = features(image=IMAGE, label=class_label("zoe", name, "x"))
         write_parquet(tmp_path / f"{name}.parquet", faces(), metadata=metadata)
@@ -169,7 +169,7 @@ def test_columns_are_found(
         (faces(pa.array([2, 3_000_000_000])), r"row 1 in .*: expected a label below 1,000,000 amo"),
     ],
 )
-def test_what_is_not_told_is_refused(tmp_path: Path, columns: dict[str, Any], message: str) -> None:
+def test_unclear_columns_are_refused(tmp_path: Path, columns: dict[str, Any], message: str) -> None:
     path = write_parquet(tmp_path / "x.parquet", columns)
     with pytest.raises(ConfigError, match=rf"x\.parquet.*{message}"):
         opened(path)
@@ -199,7 +199,7 @@ def test_a_row_without_image_or_label_stays_a_row(
     assert faults[0].startswith(first)
 
 
-def test_random_threads_read_what_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_read_at_random(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parquet_blocks, "BLOCK_ROWS", 4)
     monkeypatch.setattr(parquet_blocks, "MAX_BYTES", 3 * 4 * 50)
     monkeypatch.setattr(parquet_blocks, "MAX_FILES", 1)
@@ -277,7 +277,7 @@ def test_records_pickle_by_path(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_what_is_no_parquet_is_refused(tmp_path: Path, spoil: Any, message: str) -> None:
+def test_files_that_are_not_parquet_are_refused(tmp_path: Path, spoil: Any, message: str) -> None:
     path = write_parquet(tmp_path / "x.parquet", faces())
     path.write_bytes(spoil(path.read_bytes()))
     with pytest.raises(CorruptRecordError, match=rf"x\.parquet: .*{message}"):
@@ -285,7 +285,7 @@ def test_what_is_no_parquet_is_refused(tmp_path: Path, spoil: Any, message: str)
 
 
 def spoil_page(path: Path, column: int, group: int) -> None:
-    """Zeros in the place of a page's header."""
+    """Zeros in place of a page's header."""
     chunk = pq.ParquetFile(path).metadata.row_group(group).column(column)
     start = chunk.dictionary_page_offset or chunk.data_page_offset
     content = bytearray(path.read_bytes())
@@ -293,7 +293,7 @@ def spoil_page(path: Path, column: int, group: int) -> None:
     path.write_bytes(content)
 
 
-def test_a_damaged_row_group_costs_its_rows(tmp_path: Path) -> None:
+def test_a_damaged_row_group_loses_only_its_rows(tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "x.parquet", faces())
     spoil_page(path, 0, 1)
     records = opened(path)
@@ -305,7 +305,7 @@ def test_a_damaged_row_group_costs_its_rows(tmp_path: Path) -> None:
     assert bytes(records.encoded(7)) == BODIES[7]
 
 
-def test_damaged_labels_cost_their_rows(tmp_path: Path) -> None:
+def test_damaged_labels_lose_only_their_rows(tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "x.parquet", faces())
     spoil_page(path, 2, 0)
     records = opened(path)
@@ -316,7 +316,7 @@ def test_damaged_labels_cost_their_rows(tmp_path: Path) -> None:
         records.encoded(1)
 
 
-def test_a_footer_that_promises_more_rows(tmp_path: Path) -> None:
+def test_a_footer_with_too_many_rows(tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "x.parquet", faces())
     blocks = opened(path)._blocks
     for place in (3, 4 * parquet_blocks.BLOCK_ROWS):
@@ -326,7 +326,7 @@ def test_a_footer_that_promises_more_rows(tmp_path: Path) -> None:
             blocks.get(0, 1, place)
 
 
-def test_checksums_are_held_where_the_file_has_them(tmp_path: Path) -> None:
+def test_page_checksums_are_verified(tmp_path: Path) -> None:
     options: dict[str, Any] = {"write_page_checksum": True, "compression": "none"}
     path = write_parquet(tmp_path / "x.parquet", faces(), **options)
     content = bytearray(path.read_bytes())
@@ -347,7 +347,7 @@ def test_images_of_another_size_are_faults(tmp_path: Path) -> None:
 
 
 @given(st.integers(0, 10_000), st.integers(0, 7))
-def test_a_flipped_bit_never_ends_in_another_error(place: int, bit: int) -> None:
+def test_a_flipped_bit_raises_only_documented_errors(place: int, bit: int) -> None:
     drawn = [b"%d" % row * (row % 7) for row in range(1, 9)]
     with tempfile.TemporaryDirectory() as folder:
         columns = {"image": pa.array(drawn), "label": LABELS}

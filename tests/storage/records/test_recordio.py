@@ -25,7 +25,7 @@ from tests.paths import SHARED_DATA, needs_shared_data
 from tests.storage.records.packs import MAGIC, part, payload
 
 MAGIC_BYTES = struct.pack("<I", MAGIC)
-# Magics at every alignment, one after the other, and alone.
+# Magics at every alignment, repeated and single.
 pieces = st.sampled_from([MAGIC_BYTES, MAGIC_BYTES[:1], MAGIC_BYTES[1:], b"abcd", b"x", b""])
 payloads = st.lists(pieces, max_size=12).map(b"".join)
 
@@ -121,7 +121,7 @@ def test_headers_are_mxnets(label: float | list[float], body: bytes) -> None:
     assert data == payload(label, body, 3, 2**63)
 
 
-def test_a_record_is_taken_apart(tmp_path: Path) -> None:
+def test_a_record_is_parsed(tmp_path: Path) -> None:
     reader = rec(tmp_path, part(b"skipped") + part(payload([5, 6], b"image", 7, 8)))
     record = reader.read(16)
     assert isinstance(record, Record)
@@ -129,7 +129,7 @@ def test_a_record_is_taken_apart(tmp_path: Path) -> None:
     assert record.labels.tolist() == [5.0, 6.0]
 
 
-def test_a_whole_record_is_not_copied(tmp_path: Path) -> None:
+def test_a_record_of_one_part_is_not_copied(tmp_path: Path) -> None:
     reader = rec(tmp_path, part(payload(1, b"image")))
     first, second = (np.frombuffer(reader.body(0), np.uint8) for _ in range(2))
     assert np.shares_memory(first, second)
@@ -166,9 +166,7 @@ WRONG = part(payload(1, b"image"))  # 40 bytes
         (b"", 0, r"below the file's end 0, got offset 0"),
     ],
 )
-def test_damage_is_told_with_its_place(
-    tmp_path: Path, content: bytes, offset: int, message: str
-) -> None:
+def test_damage_is_described(tmp_path: Path, content: bytes, offset: int, message: str) -> None:
     reader = rec(tmp_path, content)
     with pytest.raises(CorruptRecordError, match=message):
         reader.read(offset)
@@ -176,7 +174,7 @@ def test_damage_is_told_with_its_place(
     assert headers["size"].tolist() == headers["flag"].tolist() == [-1]
 
 
-def test_a_scan_shows_damage_and_goes_on(tmp_path: Path) -> None:
+def test_a_scan_reports_damage_and_resumes(tmp_path: Path) -> None:
     good = part(payload(1, b"0123"))
     split = b"".join(frame(payload(2, MAGIC_BYTES + b"4567")))
     first_part = split[:32]
@@ -200,13 +198,13 @@ def test_a_scan_shows_damage_and_goes_on(tmp_path: Path) -> None:
 
 
 @given(st.data())
-def test_a_scan_finds_every_record_that_was_not_touched(data: st.DataObject) -> None:
+def test_a_scan_finds_every_intact_record(data: st.DataObject) -> None:
     bodies = data.draw(st.lists(payloads, min_size=1, max_size=6))
     framed = [b"".join(frame(payload(1, body))) for body in bodies]
     starts = np.cumsum([0, *map(len, framed)])
     content = bytearray(b"".join(framed))
     hit = data.draw(st.integers(0, len(framed) - 1))
-    # With its magic gone, nothing but this record is lost.
+    # If its magic is damaged, only this record is lost.
     at = int(starts[hit]) + data.draw(st.integers(0, 3))
     content[at] ^= data.draw(st.integers(1, 255))
     with tempfile.TemporaryDirectory() as folder:
@@ -255,12 +253,12 @@ def test_an_interrupted_writer_leaves_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("existing", ["some.rec", "some.idx"])
-def test_a_writer_keeps_what_is_there(tmp_path: Path, existing: str) -> None:
+def test_a_writer_refuses_existing_files(tmp_path: Path, existing: str) -> None:
     (tmp_path / existing).write_text("precious")
     with pytest.raises(ConfigError, match=rf"{existing}: exists already; remove it or choose"):
         RecordWriter(tmp_path / "some.rec")
 
 
-def test_a_record_that_cannot_be_framed_is_refused() -> None:
+def test_a_record_that_is_too_large_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"at most 536870911 bytes, got 536870912"):
         next(frame(np.zeros(MAX_LENGTH + 1, np.uint8).data))

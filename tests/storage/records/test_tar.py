@@ -1,4 +1,4 @@
-"""Our walk through tar headers against tarfile and GNU tar."""
+"""The reader of tar headers against tarfile and GNU tar."""
 
 import io
 import os
@@ -54,7 +54,7 @@ def test_members_of_every_kind_are_those_of_tarfile(tmp_path: Path) -> None:
         ours = walked(path)
         assert [(m.name, m.data, m.size) for m in ours] == theirs(path)
         assert len(ours) == 6
-        # Where a member starts is enough to read its name again.
+        # The start of a member is enough to read its name again.
         content = memoryview(path.read_bytes())
         assert [next(members(content, m.start)) for m in ours] == ours
 
@@ -115,7 +115,7 @@ def test_what_the_tar_program_writes(tmp_path: Path, format: str) -> None:
 
 
 def test_a_size_beyond_octal(tmp_path: Path) -> None:
-    # GNU's base-256 and pax' decimal number; the file ends before so much data.
+    # GNU's base-256 and pax' decimal number; the file is too short for so much data.
     for format in FORMATS[1:]:
         member = tarfile.TarInfo("big.jpg")
         member.size = 9 << 30
@@ -129,7 +129,7 @@ def content_of(tmp_path: Path) -> bytes:
     return write_tar(tmp_path / "x.tar", files).read_bytes()
 
 
-def test_every_flipped_bit_of_a_header_is_found(tmp_path: Path) -> None:
+def test_every_flipped_bit_of_a_header_is_detected(tmp_path: Path) -> None:
     content = bytearray(content_of(tmp_path))
     for place in range(BLOCK):
         if place == 148:  # the checksum's leading zero, which becomes a space
@@ -187,12 +187,12 @@ END = bytes(1024)
         (header(b"L", bytes(2 << 20)) + END, "expected a short extended header, got 2097152 bytes"),
     ],
 )
-def test_headers_that_make_no_sense(content: bytes, message: str) -> None:
+def test_invalid_headers(content: bytes, message: str) -> None:
     with pytest.raises(TarFault, match=message):
         list(members(memoryview(content)))
 
 
-def test_odd_pax_headers_are_read_as_far_as_they_go() -> None:
+def test_odd_pax_headers_are_read_as_far_as_possible() -> None:
     for fields, name in {
         b"no field": b"a.jpg",
         b"2 path=b.jpg\n": b"a.jpg",
@@ -211,7 +211,7 @@ def test_the_next_header_after_damage(tmp_path: Path) -> None:
     content = bytearray(content_of(tmp_path))
     third = [m.start for m in members(memoryview(content))][2]
     content[1536] ^= 1  # the second member's extended header
-    # Its own header stands whole behind, with a name cut to 100 bytes.
+    # The header behind it is intact, with a name cut to 100 bytes.
     at = next_header(memoryview(content), 1536)
     assert at == third - 1024
     assert next_header(memoryview(content), at) == third

@@ -51,7 +51,7 @@ def test_plain_order_numbers_identities_by_code_points(tmp_path: Path) -> None:
 
 
 @needs_shared_data
-def test_the_lfw_pack_is_packed_again_byte_for_byte_as_mxnet_wrote_it(tmp_path: Path) -> None:
+def test_packing_the_lfw_pack_reproduces_mxnets_bytes(tmp_path: Path) -> None:
     theirs = SHARED_DATA / "lfw"
     pack(theirs, tmp_path / "pack", workers=2)
     for name in ("train.rec", "train.idx"):
@@ -79,7 +79,7 @@ def test_identity_records_bound_the_keys_of_each_identity(tmp_path: Path) -> Non
         ),
     ],
 )
-def test_what_is_no_face_stops_packing_and_leaves_nothing(
+def test_an_invalid_face_stops_packing_and_leaves_nothing(
     tmp_path: Path, content: bytes, message: str
 ) -> None:
     folder = write_folder(tmp_path / "faces", FILES | {"10/bad.jpg": content})
@@ -88,7 +88,7 @@ def test_what_is_no_face_stops_packing_and_leaves_nothing(
     assert [entry.name for entry in tmp_path.iterdir()] == ["faces"]
 
 
-def test_what_a_killed_run_left_is_deleted_by_the_next(tmp_path: Path) -> None:
+def test_leftovers_of_a_killed_run_are_deleted(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "faces", FILES)
     for name in ("pack", "other"):
         (tmp_path / f".{name}.{'0' * 32}").mkdir()
@@ -101,7 +101,7 @@ def test_what_a_killed_run_left_is_deleted_by_the_next(tmp_path: Path) -> None:
     ]
 
 
-def test_two_runs_do_not_write_one_pack(tmp_path: Path) -> None:
+def test_a_second_run_on_the_same_pack_is_refused(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "faces", FILES)
     with (
         WriteLock(tmp_path / "pack"),
@@ -111,7 +111,7 @@ def test_two_runs_do_not_write_one_pack(tmp_path: Path) -> None:
     assert not (tmp_path / "pack").exists()
 
 
-def test_an_existing_output_is_kept(tmp_path: Path) -> None:
+def test_an_existing_output_is_refused(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "faces", FILES)
     (tmp_path / "pack").mkdir()
     with pytest.raises(ConfigError, match=r"pack: exists already; remove it or choose another"):
@@ -119,13 +119,13 @@ def test_an_existing_output_is_kept(tmp_path: Path) -> None:
     assert list((tmp_path / "pack").iterdir()) == []
 
 
-def test_what_is_no_folder_is_refused(tmp_path: Path) -> None:
+def test_a_missing_source_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"gone: expected a folder with .* got nothing there"):
         pack(tmp_path / "gone", tmp_path / "pack")
 
 
-def test_classes_that_a_pack_cannot_tell_apart_are_refused(tmp_path: Path) -> None:
-    """float32 has no number for every class beyond 2^24."""
+def test_more_classes_than_float32_labels_represent_are_refused(tmp_path: Path) -> None:
+    """float32 cannot represent every class beyond 2^24."""
     tar = write_tar(tmp_path / "x.tar", samples([0], [jpeg(0)]))
     (tmp_path / "property").write_text(f"{2**24},112,112\n")
     assert open_records(tar).num_classes == 2**24

@@ -11,7 +11,7 @@ def test_results_come_in_order_from_several_threads() -> None:
     both = threading.Barrier(2, timeout=30)
 
     def square(number: int) -> int:
-        both.wait()  # passes only where two run at once
+        both.wait()  # passes only if two run at once
         time.sleep(0.001 * (number % 3))
         return number**2
 
@@ -33,7 +33,7 @@ def test_few_items_are_taken_ahead() -> None:
     assert len(taken) == AHEAD * 2 + 1
 
 
-def test_an_exception_is_raised_at_its_place() -> None:
+def test_an_exception_is_raised_in_order() -> None:
     def invert(number: int) -> float:
         return 1 / (number - 3)
 
@@ -48,7 +48,7 @@ def test_every_item_is_called_in_several_threads() -> None:
     called: list[int] = []
 
     def call(number: int) -> None:
-        both.wait()  # passes only where two run at once
+        both.wait()  # passes only if two run at once
         called.append(number)
 
     for_each(call, range(40), workers=2)

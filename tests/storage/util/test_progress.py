@@ -1,4 +1,4 @@
-"""Progress as people see it: on a terminal of any width, and in a log."""
+"""Progress on a terminal of any width, and in a log."""
 
 import re
 import time
@@ -19,11 +19,11 @@ def work() -> None:
 
 
 @pytest.mark.parametrize("columns", [80, 200])
-def test_a_terminal_shows_bar_and_note_whole(columns: int) -> None:
+def test_a_terminal_shows_the_bar_and_the_full_note(columns: int) -> None:
     shown = on_a_terminal(columns, work)
     assert re.search(r"epoch 1/20 .*400/400 [\d,]+ images/s 0:00:\d\d 0:00:00", shown)
     assert re.search(r"images/s 0:00:\d\d 0:00:0\d", shown)  # time left
-    # The note stays until the next, to the end; a narrow terminal breaks it at a space.
+    # A note stays until the next or the end; a narrow terminal breaks it at a space.
     end = shown[shown.rindex("400/400") :]
     assert NOTE.split() == end.split()[-len(NOTE.split()) :]
     assert "…" not in shown

@@ -1,4 +1,4 @@
-"""What torchrun told, and cores."""
+"""Ranks, cores and GPUs of a process started by torchrun."""
 
 import os
 
@@ -7,7 +7,7 @@ import pytest
 from gkd.storage.util import torchrun_env
 
 
-def test_cores_are_those_allowed_and_shared_among_a_nodes_processes(
+def test_cores_are_shared_among_the_processes_of_a_node(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     allowed = len(os.sched_getaffinity(0))
@@ -22,18 +22,18 @@ def test_cores_are_those_allowed_and_shared_among_a_nodes_processes(
     assert (torchrun_env.all_cores(), torchrun_env.usable_cores()) == (64, 2)
 
 
-def test_one_rank_speaks(
+def test_only_rank_0_prints(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert (torchrun_env.rank(), torchrun_env.world_size()) == (0, 1)
     for rank in "01":
         monkeypatch.setenv("RANK", rank)
-        torchrun_env.log_rank0(f"said by {rank}")
-    assert capsys.readouterr().err == "said by 0\n"
+        torchrun_env.log_rank0(f"rank {rank}")
+    assert capsys.readouterr().err == "rank 0\n"
 
 
-def test_a_rank_takes_a_gpu_that_it_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All GPUs of the node, or its own alone."""
+def test_a_rank_takes_one_of_its_visible_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All GPUs of the node are visible, or only its own."""
     assert (torchrun_env.local_rank(), torchrun_env.own_gpu(4)) == (None, 0)
     for number in range(4):
         monkeypatch.setenv("LOCAL_RANK", str(number))

@@ -1,0 +1,51 @@
+from dataclasses import dataclass
+
+import pytest
+
+from gkd.storage.util.text import describe_differences, first_few
+
+
+@pytest.mark.parametrize(
+    ("items", "n", "expected"),
+    [
+        ([], 3, "none"),
+        ([1, 2, 3], 3, "1, 2, 3"),
+        (["a", "b", "c", "d"], 3, "a, b, c and 1 more"),
+        (list(range(5000)), 1, "0 and 4,999 more"),
+    ],
+)
+def test_the_first_few_of_many(items: list[object], n: int, expected: str) -> None:
+    assert first_few(items, n) == expected
+
+
+def test_the_count_may_be_known_without_the_items() -> None:
+    assert first_few([1, 2], 2, count=9) == "1, 2 and 7 more"
+
+
+@dataclass
+class _Inner:
+    scale: float
+    points: tuple[float, ...]
+
+
+@dataclass
+class _Outer:
+    name: str
+    inner: _Inner | None
+
+
+def test_fields_that_differ_are_named_with_both_values() -> None:
+    old = _Outer("a", _Inner(64.0, (0.1 + 0.2, 1.0)))
+    assert describe_differences(old, old) == []
+    assert describe_differences(old, _Outer("b", _Inner(64.0, (0.4, 1.0))), new_name="now") == [
+        "name: expected a, now b",
+        "inner.points: expected [0.3, 1], now [0.4, 1]",
+    ]
+    assert describe_differences(old, _Outer("b", None), ignore=("name", "inner")) == []
+
+
+def test_values_that_look_alike_are_written_in_full() -> None:
+    (line,) = describe_differences({"x": 0.1 + 0.2}, {"x": 0.3})
+    assert line == "x: expected 0.30000000000000004, got 0.3"
+    (line,) = describe_differences({"x": "1"}, {"x": 1})
+    assert line == "x: expected '1', got 1"
