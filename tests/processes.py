@@ -19,7 +19,12 @@ from typing import Any
 from tests.paths import ROOT
 
 PRELOAD = ["pytest", "gkd.cli", "tests.caches"]
-PRELOAD_WITH_TORCH = [*PRELOAD, "tests.trainer.faces", "tests.pipeline.faces"]
+PRELOAD_WITH_TORCH = [
+    *PRELOAD,
+    *("tests.trainer.faces", "tests.pipeline.faces"),
+    # What a training imports late.
+    *("torch._dynamo", "torch.utils.tensorboard", "matplotlib.figure"),
+]
 
 
 class Process:
@@ -99,9 +104,9 @@ def running(
 
 @contextmanager
 def running_ranks(
-    count: int, function: Callable[..., object], *arguments: Any
+    count: int, function: Callable[..., object], *arguments: Any, start: int | None = None
 ) -> Iterator[list[Process]]:
-    """The ranks of one training or cache on this machine, with torchrun's environment."""
+    """The ranks of one training, the first ``start`` of them, in torchrun's environment."""
     import torch.distributed as dist
 
     # As torchrun's agent does, keep the store by which the ranks find each other.
@@ -119,7 +124,7 @@ def running_ranks(
             stack.enter_context(
                 running(function, *arguments, env={**shared, "RANK": rank, "LOCAL_RANK": rank})
             )
-            for rank in map(str, range(count))
+            for rank in map(str, range(start or count))
         ]
 
 
@@ -177,6 +182,7 @@ def _run(
     arguments: Sequence[Any],
 ) -> None:
     os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
     warnings.simplefilter("error", FutureWarning)
     os.chdir(ROOT)
     for number, send in zip((1, 2), sends, strict=True):

@@ -10,9 +10,9 @@ import tempfile
 from pathlib import Path
 
 from tests.benchmarks.harness import Bar, report
+from tests.processes import finished
 from tests.trainer.faces import make
-from tests.trainer.runs import assert_same_end, losses, wait_for_step
-from tests.trainer.test_distributed import finished, kill, train
+from tests.trainer.runs import assert_same_end, losses, ranks_training, wait_for_step
 
 KILLS, STEPS = 10, 120  # FAST has three steps an epoch
 
@@ -21,20 +21,21 @@ def wrong_ends(faces: Path, folder: Path, ranks: int, kills: int) -> int:
     """Kill a training so many times; 1 where its end differs from an unbroken one's."""
     settings = f"train.epochs={STEPS // 3}", "data.workers=1"
     folder.mkdir()
-    finished(train(faces, folder / "whole", ranks, *settings))
+    with ranks_training(faces, folder / "unbroken", ranks, *settings) as processes:
+        finished(processes)
     dice = random.Random(ranks)
     for step in sorted(dice.sample(range(4, STEPS - 4), kills)):
-        process = train(faces, folder / "killed", ranks, *settings)
-        wait_for_step(process, folder / "killed", step)
-        kill(process)
+        with ranks_training(faces, folder / "killed", ranks, *settings) as processes:
+            wait_for_step(processes[0], folder / "killed", step)
         print(f"{ranks} ranks killed about step {step}", file=sys.stderr)
-    finished(train(faces, folder / "killed", ranks, *settings))
+    with ranks_training(faces, folder / "killed", ranks, *settings) as processes:
+        finished(processes)
     try:
-        assert_same_end(folder / "killed", folder / "whole")
+        assert_same_end(folder / "killed", folder / "unbroken")
     except AssertionError as error:
         print(error, file=sys.stderr)
         return 1
-    return int(losses(folder / "killed") != losses(folder / "whole"))
+    return int(losses(folder / "killed") != losses(folder / "unbroken"))
 
 
 def main() -> None:

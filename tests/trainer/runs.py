@@ -11,10 +11,12 @@ import torch
 from safetensors.torch import load_file
 
 from gkd.trainer.checkpoint import read_checkpoint
-from tests.processes import Process, running
+from tests.processes import Process, running, running_ranks
 from tests.trainer.faces import run_process
 
 LAST = "checkpoints/last.pt"
+# A batch that 2 and 3 ranks can share; each rank's BatchNorm sees its own images only.
+FAST = ("train.epochs=3", "train.batch_size=12", "checkpoint.every_epochs=0.34")
 
 
 def lines(out: Path) -> list[dict[str, Any]]:
@@ -71,6 +73,13 @@ def last_centers(out: Path) -> Path:
 def started(faces: Path, out: Path, *overrides: str) -> AbstractContextManager[Process]:
     """A training in another process, which does not outlive the block."""
     return running(run_process, faces, out, *overrides)
+
+
+def ranks_training(
+    faces: Path, out: Path, count: int, *overrides: str
+) -> AbstractContextManager[list[Process]]:
+    """A training by several ranks, by default a short one."""
+    return running_ranks(count, run_process, faces, out, *FAST, *overrides)
 
 
 def wait_for_step(process: Process, out: Path, step: int) -> None:

@@ -1,74 +1,49 @@
-"""Training by torchrun's ranks: real processes over gloo, against one process."""
+"""Training by several ranks: real processes over gloo, against one process."""
 
 import itertools
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import psutil
 import pytest
 import torch
-import torch.distributed as dist
 from safetensors import safe_open
 
 from gkd.storage.errors import ConfigError
 from gkd.storage.records.open import open_records
+from gkd.trainer import distributed
 from gkd.trainer.checkpoint import read_checkpoint
 from gkd.trainer.data.dataset import check_data
 from gkd.trainer.distributed import Ranks, joined_ranks
 from gkd.trainer.dry_run import dry_run
 from tests.paths import ROOT
+from tests.processes import Process, finished, run_command, running, running_ranks
 from tests.trainer.faces import SMALL, load, run, small_config
-from tests.trainer.runs import LAST, assert_same_end, last_centers, losses
-
-# Each rank's BatchNorm sees its own images only: what stays the same is what does not depend on it.
-FAST = ("train.epochs=3", "train.batch_size=12", "checkpoint.every_epochs=0.34")
+from tests.trainer.head import ranked_loss
+from tests.trainer.runs import FAST, LAST, assert_same_end, last_centers, losses, ranks_training
 
 
-ANY_PORT = ("--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0")
+@pytest.mark.parametrize("count", [2, 3])
+def test_the_loss_of_ranks_is_that_of_one_process(count: int) -> None:
+    with running_ranks(count, ranked_loss.main) as ranks:
+        assert finished(ranks)[0] == f"the same on {count}\n"
 
 
-def torchrun(
-    ranks: int, *arguments: object, flags: Sequence[str] = ANY_PORT
-) -> "subprocess.Popen[str]":
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}"]
-    return subprocess.Popen(
-        [*command, *flags, "-m", *map(str, arguments)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error::FutureWarning"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def finished(process: "subprocess.Popen[str]") -> str:
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
-    return out
-
-
-@pytest.mark.parametrize("ranks", [2, 3])
-def test_the_loss_of_ranks_is_that_of_one_process(ranks: int) -> None:
-    assert f"the same on {ranks}" in finished(torchrun(ranks, "tests.trainer.head.ranked_loss"))
-
-
-def train(faces: Path, out: Path, ranks: int, *settings: str) -> "subprocess.Popen[str]":
-    return torchrun(ranks, "tests.trainer.faces", faces, out, *FAST, *settings)
-
-
-def test_two_ranks_train_as_told(faces: Path, tmp_path: Path) -> None:
-    finished(train(faces, tmp_path / "two", 2, f'evaluation.sets=["{faces}/pairs.bin"]'))
+def test_two_ranks_train_as_configured(faces: Path, tmp_path: Path) -> None:
+    with ranks_training(
+        faces, tmp_path / "two", 2, f'evaluation.sets=["{faces}/pairs.bin"]'
+    ) as two:
+        finished(two)
     run(faces, tmp_path / "one", *FAST)
     ours, theirs = (losses(tmp_path / name) for name in ("two", "one"))
     assert [line[0] for line in ours] == [line[0] for line in theirs]
@@ -82,148 +57,72 @@ def test_two_ranks_train_as_told(faces: Path, tmp_path: Path) -> None:
     assert np.mean([line[2] for line in ours[-3:]]) < np.mean([line[2] for line in ours[:3]])
 
 
-def test_a_skipped_step_tells_the_records_of_all_ranks(faces: Path, tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    lost = (
-        "optimizer.lr=1e6",
-        "train.epochs=9",
-        "train.max_skipped=2",
-        "checkpoint.every_epochs=9",
-    )
-    process = train(faces, out, 2, *lost)
-    _, err = process.communicate(timeout=300)
-    assert process.returncode != 0
-    assert "were not finite in 2 steps in a row (train.max_skipped)" in err
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    told = [set(line["records"]) for line in lines if "not_finite" in line]
-    assert [len(keys) for keys in told] == [12] * len(told)
-    assert told
-
-
-def kill(process: "subprocess.Popen[str]") -> None:
-    """kill -9, torchrun and its ranks."""
-    for each in [
-        *psutil.Process(process.pid).children(recursive=True),
-        psutil.Process(process.pid),
-    ]:
-        each.kill()
-    process.communicate()
-
-
-@pytest.mark.parametrize("way", ["c10d", "static"])
-def test_torchrun_starts_again_when_a_rank_is_killed(faces: Path, tmp_path: Path, way: str) -> None:
-    """Its store outlives the restart, with the addresses of the dead."""
-    out = tmp_path / "run"
-    flags = ANY_PORT if way == "c10d" else (f"--master-port={free_port()}",)
-    command = "tests.trainer.faces", faces, out, *FAST, "train.epochs=20"
-    process = torchrun(2, *command, flags=(*flags, "--max-restarts=1"))
-    wait_for_checkpoint(process, out)
-    psutil.Process(process.pid).children()[1].kill()
-    assert read_checkpoint(out / LAST)["step"] < 60, "nothing was interrupted"
-    finished(process)
-    steps = [line[0] for line in losses(out)]
-    assert steps == list(range(1, 61))
-
-
 def shape_of(file: Path) -> list[int]:
     with safe_open(file, "np") as opened:
         shape: list[int] = opened.get_slice("weight").get_shape()
     return shape
 
 
-def test_killed_and_resumed_by_other_numbers_of_ranks(faces: Path, tmp_path: Path) -> None:
-    """2 ranks killed, 1, then 3: every step is logged once, and the class centres go along."""
+def failed(ranks: Sequence[Process]) -> str:
+    """What all ranks printed to stderr, once each has ended with an error."""
+    assert [rank.wait(timeout=120) for rank in ranks] == [1] * len(ranks)
+    return "".join(rank.err for rank in ranks)
+
+
+def test_a_skipped_step_names_the_records_of_all_ranks(faces: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    process = train(faces, out, 2, "train.epochs=200")
-    wait_for_checkpoint(process, out)
-    kill(process)
-    killed_at = read_checkpoint(out / LAST)["step"]
-    process = train(faces, out, 1, "train.epochs=200")
-    wait_for_checkpoint(process, out, after=killed_at)
-    process.terminate()
-    process.communicate(timeout=60)
-    stopped_at = read_checkpoint(out / LAST)["step"]
-    assert stopped_at > killed_at
-    process = train(faces, out, 3, "train.epochs=200")
-    wait_for_checkpoint(process, out, after=stopped_at)
-    process.terminate()
-    _, err = process.communicate(timeout=60)
-    assert "run the same command again to resume" in err
-    steps = [line[0] for line in losses(out)]
-    assert steps == list(range(1, len(steps) + 1))
-    assert len(steps) > stopped_at
-
-
-def wait_for_checkpoint(process: "subprocess.Popen[str]", out: Path, *, after: int = 0) -> None:
-    deadline = time.monotonic() + 120
-    while process.poll() is None and time.monotonic() < deadline:
-        if (out / LAST).exists() and read_checkpoint(out / LAST)["step"] > after:
-            return
-        time.sleep(0.1)
-    kill(process)
-    pytest.fail(f"no checkpoint after step {after}")
-
-
-def test_the_same_ranks_end_in_the_same_bits(faces: Path, tmp_path: Path) -> None:
-    """Interrupted between two ranks' steps and gone on with, the losses are those of one go."""
-    finished(train(faces, tmp_path / "whole", 2))
-    out = tmp_path / "parts"
-    process = train(faces, out, 2)
-    wait_for_checkpoint(process, out)
-    kill(process)
-    assert read_checkpoint(out / LAST)["step"] < 9, "nothing was interrupted"
-    finished(train(faces, out, 2))
-    assert losses(out) == losses(tmp_path / "whole")
-    assert_same_end(out, tmp_path / "whole")
-
-
-def test_what_all_ranks_find_wrong_is_told_once(faces: Path, tmp_path: Path) -> None:
-    run(faces, tmp_path / "out", *FAST)
-    process = train(faces, tmp_path / "out", 2, "train.seed=1")
-    _, err = process.communicate(timeout=120)
-    assert process.returncode != 0
-    assert err.count("the run was begun with another configuration") == 1
-
-
-def test_where_the_first_rank_fails_the_others_do_not_wait_for_it(
-    faces: Path, tmp_path: Path
-) -> None:
-    process = train(faces, tmp_path / "out", 2)
-    wait_for_checkpoint(process, tmp_path / "out")
-    (tmp_path / "out/report.json").mkdir()
-    _, err = process.communicate(timeout=120)
-    assert process.returncode != 0
-    assert "report.json" in err
-    assert "onnection closed by peer" not in err
-
-
-LEAST = """
-import sys, time
-from datetime import timedelta
-from gkd.trainer import distributed as ranks
-
-name, seconds, slow = sys.argv[1:]
-setattr(ranks, name, timedelta(seconds=float(seconds)))
-with ranks.joined_ranks("cpu") as joined:
-    if joined.first:
-        time.sleep(float(slow))
-    joined.barrier()
-"""
-
-
-def ranked(rank: int, port: int, *arguments: object, **environment: str) -> str:
-    """Rank of two on its own, as a process that torchrun started; what it says at its end."""
-    env = {"RANK": f"{rank}", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}
-    done = subprocess.run(
-        [sys.executable, "-c", LEAST, *map(str, arguments)],
-        cwd=ROOT,
-        env={**os.environ, **env, "MASTER_PORT": f"{port}", **environment},
-        capture_output=True,
-        text=True,
-        timeout=120,
+    overflow = (
+        "optimizer.lr=1e6",
+        "train.epochs=9",
+        "train.max_skipped=2",
+        "checkpoint.every_epochs=9",
     )
-    assert done.returncode != 0
-    return done.stderr
+    with ranks_training(faces, out, 2, *overflow) as ranks:
+        assert "were not finite in 2 steps in a row (train.max_skipped)" in failed(ranks)
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    named = [set(line["records"]) for line in lines if "not_finite" in line]
+    assert [len(keys) for keys in named] == [12] * len(named)
+    assert named
+
+
+def command_line(faces: Path, out: Path, *more: str) -> list[object]:
+    """``gkd train-student`` on two ranks' worth of data."""
+    settings = [word for setting in (*SMALL, *FAST) for word in ("--set", setting)]
+    return ["train-student", faces / "faces", faces / "targets.gkd", out, *settings, *more]
+
+
+@pytest.mark.parametrize("way", ["c10d", pytest.param("static", marks=pytest.mark.nightly)])
+def test_torchrun_restarts_after_a_rank_is_killed(faces: Path, tmp_path: Path, way: str) -> None:
+    """Its store outlives the restart, with the addresses of the dead."""
+    out = tmp_path / "run"
+    flags = ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
+    flags = flags if way == "c10d" else [f"--master-port={free_port()}"]
+    bfloat16 = ("--set", "train.gradient_hook=bfloat16")
+    arguments = command_line(faces, out, "--set", "train.epochs=20", *bfloat16)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+    with subprocess.Popen(
+        [*launcher, *flags, "--max-restarts=1", "-m", "gkd.cli", *map(str, arguments)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONWARNINGS": "error::FutureWarning"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        try:
+            wait_for_checkpoint(process, out)
+            psutil.Process(process.pid).children()[1].kill()
+            assert read_checkpoint(out / LAST)["step"] < 60, "the training was over"
+            _, err = process.communicate(timeout=300)
+            assert process.returncode == 0, err
+        finally:
+            process.terminate()  # the launcher ends its ranks
+    assert [line[0] for line in losses(out)] == list(range(1, 61))
+    described = json.loads((out / "run.json").read_text())
+    expected = ["torchrun", "--nproc-per-node=2", "-m", "gkd.cli", *map(str, arguments)]
+    assert described["command"] == expected
+    page = (out / "report.html").read_text()
+    assert "torchrun --nproc-per-node=2 -m gkd.cli train-student" in page
+    assert re.search(r"<td[^>]*>Ranks</td><td[^>]*>2</td>", page)
 
 
 def free_port() -> int:
@@ -233,13 +132,74 @@ def free_port() -> int:
     return port
 
 
-def agent_store() -> Any:
-    """What torchrun holds for its ranks to find each other by."""
-    host = "localhost", 0
-    return dist.TCPStore(*host, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
+def wait_for_checkpoint(
+    process: "Process | subprocess.Popen[str]", out: Path, *, after: int = 0
+) -> int:
+    """The step of the last checkpoint, once it is higher than ``after``."""
+    deadline = time.monotonic() + 240
+    while process.poll() is None and time.monotonic() < deadline:
+        if (out / LAST).exists() and (step := read_checkpoint(out / LAST)["step"]) > after:
+            return int(step)
+        time.sleep(0.02)
+    pytest.fail(f"no checkpoint after step {after}")
 
 
-def test_a_rank_without_a_gpu_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_same_ranks_end_in_the_same_bits(faces: Path, tmp_path: Path) -> None:
+    """Killed between two ranks' steps and resumed, the losses are those of an unbroken run."""
+    with ranks_training(faces, tmp_path / "unbroken", 2) as ranks:
+        finished(ranks)
+    out = tmp_path / "killed"
+    with ranks_training(faces, out, 2) as ranks:
+        wait_for_checkpoint(ranks[0], out)
+    assert read_checkpoint(out / LAST)["step"] < 9, "the training was over"
+    with ranks_training(faces, out, 2) as ranks:
+        finished(ranks)
+    assert losses(out) == losses(tmp_path / "unbroken")
+    assert_same_end(out, tmp_path / "unbroken")
+
+
+def test_killed_and_resumed_by_other_numbers_of_ranks(faces: Path, tmp_path: Path) -> None:
+    """2 ranks killed, 1, then 3: every step is logged once, and the class centres go along."""
+    out = tmp_path / "run"
+    with ranks_training(faces, out, 2, "train.epochs=200") as ranks:
+        wait_for_checkpoint(ranks[0], out)
+    step = read_checkpoint(out / LAST)["step"]
+    for count in (1, 3):
+        with ranks_training(faces, out, count, "train.epochs=200") as ranks:
+            step = wait_for_checkpoint(ranks[0], out, after=step)
+            for rank in ranks:
+                rank.send_signal(signal.SIGTERM)
+            assert "run the same command again" in failed(ranks)
+    steps = [line[0] for line in losses(out)]
+    assert steps == list(range(1, len(steps) + 1))
+    assert len(steps) >= step
+
+
+def test_an_error_of_all_ranks_is_printed_once(faces: Path, tmp_path: Path) -> None:
+    run(faces, tmp_path / "out", *FAST)
+    with ranks_training(faces, tmp_path / "out", 2, "train.seed=1") as ranks:
+        assert failed(ranks).count("the run was begun with another configuration") == 1
+
+
+def test_if_the_first_rank_fails_the_others_do_not_wait_for_it(faces: Path, tmp_path: Path) -> None:
+    with ranks_training(faces, tmp_path / "out", 2) as ranks:
+        wait_for_checkpoint(ranks[0], tmp_path / "out")
+        (tmp_path / "out/report.json").mkdir()
+        err = failed(ranks)
+    assert "report.json" in err
+    assert "onnection closed by peer" not in err
+
+
+def meet(name: str, seconds: float, sleep: float) -> None:
+    """Join the other ranks with a shorter time limit; the first then sleeps."""
+    setattr(distributed, name, timedelta(seconds=seconds))
+    with joined_ranks("cpu") as ranks:
+        if ranks.first:
+            time.sleep(sleep)
+        ranks.barrier()
+
+
+def test_a_rank_without_a_gpu_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     def busy(_: int) -> None:
         raise RuntimeError("CUDA-capable device(s) is/are busy\nmore words")
 
@@ -264,70 +224,49 @@ UNREACHED = "ConfigError: the other ranks of WORLD_SIZE=2 cannot be reached"
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_rank_whose_torchrun_died_does_not_wait_for_long(rank: int) -> None:
-    assert UNREACHED in ranked(rank, free_port(), "ARRIVAL", 2, 0)
+def test_a_rank_whose_torchrun_died_gives_up_soon(rank: int) -> None:
+    env = {"RANK": f"{rank}", "WORLD_SIZE": "2"}
+    env |= {"MASTER_ADDR": "localhost", "MASTER_PORT": f"{free_port()}"}
+    with running(meet, "ARRIVAL", 2, 0, env=env) as process:
+        assert UNREACHED in failed([process])
 
 
-def test_a_rank_that_never_comes_is_not_waited_for_for_long() -> None:
-    store = agent_store()
-    told = ranked(0, store.port, "ARRIVAL", 2, 0, TORCHELASTIC_USE_AGENT_STORE="True")
-    assert UNREACHED in told
+def test_a_rank_that_never_arrives_is_given_up_soon() -> None:
+    with running_ranks(2, meet, "ARRIVAL", 2, 0, start=1) as ranks:
+        assert UNREACHED in failed(ranks)
 
 
 def test_ranks_that_have_met_wait_for_each_other_as_long_as_patience_says() -> None:
-    store = agent_store()
-    with ThreadPoolExecutor() as pool:
-        told = list(
-            pool.map(
-                lambda rank: ranked(
-                    *(rank, store.port, "PATIENCE", 3, 9), TORCHELASTIC_USE_AGENT_STORE="True"
-                ),
-                range(2),
-            )
-        )
-    assert "Timed out" in told[1]
-    assert UNREACHED not in told[0] + told[1]
+    with running_ranks(2, meet, "PATIENCE", 3, 9) as ranks:
+        printed = failed(ranks)
+        assert "Timed out" in ranks[1].err
+    assert UNREACHED not in printed
 
 
-def typed(faces: Path, out: Path, *more: str) -> list[object]:
-    """``gkd train-student`` on two ranks' worth of data."""
-    settings = [word for setting in (*SMALL, *FAST) for word in ("--set", setting)]
-    return ["train-student", faces / "faces", faces / "targets.gkd", out, *settings, *more]
-
-
-def test_a_dry_run_of_ranks_tells_once_what_one_of_them_takes(faces: Path, tmp_path: Path) -> None:
-    command = typed(faces, tmp_path / "run", "--dry-run")
-    told = json.loads(finished(torchrun(2, "gkd.cli", *command, "--json")))
+def test_a_dry_run_of_ranks_prints_once_what_one_of_them_needs(faces: Path, tmp_path: Path) -> None:
+    command = command_line(faces, tmp_path / "run", "--dry-run")
+    with running_ranks(2, run_command, *command, "--json") as ranks:
+        printed = finished(ranks)
+    cost = json.loads("".join(printed))
     records = open_records(faces / "faces")
     settings = (*FAST, "kd.enabled=false")
     both, half = (
         dry_run(small_config(*settings, f"train.batch_size={size}"), records, None)
         for size in (12, 6)
     )
-    assert told["ranks"] == 2
-    assert told["memory"]["class_centers"] == 3 * 8 * 4
+    assert cost["ranks"] == 2
+    assert cost["memory"]["class_centers"] == 3 * 8 * 4
     for part in ("activations", "images"):
-        assert told["memory"][part] == half.memory[part] < both.memory[part]
+        assert cost["memory"][part] == half.memory[part] < both.memory[part]
     learning = both.parameters["learning"] - 6 * 8
-    assert told["memory"]["gradients_sent"] == 4 * learning
-    assert told["memory"]["gradients"] == told["memory"]["optimizer_state"] == 4 * (learning + 24)
-    for whole in ("parameters", "flops_per_step", "total_steps"):
-        assert told[whole] == getattr(both, whole)
-    shown = finished(torchrun(2, "gkd.cli", *command))
+    assert cost["memory"]["gradients_sent"] == 4 * learning
+    assert cost["memory"]["gradients"] == cost["memory"]["optimizer_state"] == 4 * (learning + 24)
+    for name in ("parameters", "flops_per_step", "total_steps"):
+        assert cost[name] == getattr(both, name)
+    with running_ranks(2, run_command, *command) as ranks:
+        shown = "".join(finished(ranks))
     assert shown.count("memory of one of 2 ranks, class centers") == 1
     assert not (tmp_path / "run").exists()
-
-
-def test_the_command_of_ranks_is_told_with_its_launcher(faces: Path, tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    command = typed(faces, out, "--set", "train.gradient_hook=bfloat16")
-    finished(torchrun(2, "gkd.cli", *command))
-    described = json.loads((out / "run.json").read_text())
-    expected = ["torchrun", "--nproc-per-node=2", "-m", "gkd.cli", *map(str, command)]
-    assert described["command"] == expected
-    page = (out / "report.html").read_text()
-    assert "torchrun --nproc-per-node=2 -m gkd.cli train-student" in page
-    assert re.search(r"<td[^>]*>Ranks</td><td[^>]*>2</td>", page)
 
 
 @pytest.mark.parametrize(
