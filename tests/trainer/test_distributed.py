@@ -97,7 +97,7 @@ def test_torchrun_restarts_after_a_rank_is_killed(faces: Path, tmp_path: Path, w
     out = tmp_path / "run"
     flags = ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
     flags = flags if way == "c10d" else [f"--master-port={free_port()}"]
-    bfloat16 = ("--set", "train.gradient_hook=bfloat16")
+    bfloat16 = ("--set", "train.allreduce_dtype=bfloat16")
     arguments = command_line(faces, out, "--set", "train.epochs=20", *bfloat16)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
     with subprocess.Popen(

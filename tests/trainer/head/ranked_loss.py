@@ -1,4 +1,4 @@
-"""Losses and steps by torchrun's ranks, against those of one process; run by test_ranks."""
+"""Losses and steps by torchrun's ranks, against those of one process; run by test_distributed."""
 
 from dataclasses import replace
 
@@ -94,7 +94,7 @@ def losses_of_steps(ranks: Ranks) -> torch.Tensor:
     torch.manual_seed(3)
     rng = np.random.default_rng(5)
     network = nn.Sequential(nn.Linear(INPUTS, 16), nn.Tanh(), nn.Linear(16, DIM))
-    model = ranks.parallel(network, hook="float32")
+    model = ranks.parallel(network, allreduce_dtype="float32")
     size, rows = BATCH // ranks.world_size, ranks.rows(CLASSES)
     mine = slice(ranks.rank * size, (ranks.rank + 1) * size)
     _, centers, labels, targets = problem(mine)
@@ -122,14 +122,14 @@ def losses_of_steps(ranks: Ranks) -> torch.Tensor:
     return torch.stack(losses)
 
 
-def check_hooks(ranks: Ranks) -> None:
+def check_allreduce_dtypes(ranks: Ranks) -> None:
     """Gradients rounded on the way are the mean of the ranks' own to that dtype's precision."""
     inputs = torch.from_numpy(np.random.default_rng(9).normal(size=(BATCH, INPUTS))).float()
     size = BATCH // ranks.world_size
     mine = slice(ranks.rank * size, (ranks.rank + 1) * size)
-    for hook, dtype in (("float16", torch.float16), ("bfloat16", torch.bfloat16)):
+    for dtype in (torch.float16, torch.bfloat16):
         network = nn.Linear(INPUTS, 1, bias=False)
-        model = ranks.parallel(network, hook=hook)  # type: ignore[arg-type]
+        model = ranks.parallel(network, allreduce_dtype=str(dtype).removeprefix("torch."))  # type: ignore[arg-type]
         model(inputs[mine]).sum().backward()
         gradient = network.weight.grad
         assert gradient is not None
@@ -155,7 +155,7 @@ def main() -> None:
             torch.testing.assert_close(
                 by_centers, alone[2][rows.start : rows.stop], rtol=1e-9, atol=1e-12
             )
-        check_hooks(ranks)
+        check_allreduce_dtypes(ranks)
         check_sample(ranks, problem()[2], evaluate(ALONE, kd=False)[2])
         ours, alone_losses = losses_of_steps(ranks), losses_of_steps(ALONE)
         assert alone_losses[-5:].mean() < 0.8 * alone_losses[:5].mean()
