@@ -190,27 +190,31 @@ def targets_stats(location: str, plot: Path | None, options: dict[str, Any], as_
 
     The arrays of a cache at an address are not fetched: sizes and counts only.
     """
-    from gkd.storage.analysis.stats import CacheStats, plot_stats, stats
+    from gkd.storage.analysis.stats import CacheStats, plot_stats, sizes, stats
     from gkd.storage.cache.reader import Cache
     from gkd.storage.errors import ConfigError
     from gkd.storage.sharing.remote import Remote, is_address
-    from gkd.storage.sharing.remote_cache import RemoteCache, remote_stats
+    from gkd.storage.sharing.remote_cache import RemoteCache
 
     if plot:
         require_plot(plot)
     if is_address(location):
         if plot:
             raise ConfigError(f"{location}: a plot needs the arrays; `gkd targets pull` it first")
-        result: Any = remote_stats(RemoteCache.open(Remote(location, options)))
+        remote = RemoteCache.open(Remote(location, options))
+        commits = remote.commits().values()
+        result: Any = sizes(remote.id, remote.spec, remote.manifest, commits)
+        total = {"address": remote.remote.address}
     else:
         result = stats(Cache.open(location))
+        total = {"path": str(result.path)}
         if plot:
             plot_stats(result, plot)
+    total |= msgspec.to_builtins(result, enc_hook=str)
     if as_json:
-        emit_json(result)
+        emit_json(total)
         return
-    total = msgspec.to_builtins(result, enc_hook=str)
-    views = total.pop("views")
+    views: Any = total.pop("views")
     emit(total, False)
     for view in views:
         view.pop("histogram", None)

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import settings
 
 from tests.processes import stop_server
+from tests.s3 import S3Server, s3_server
 
 # `make check` tries the same examples every time; `make nightly` tries many others.
 settings.register_profile("check", max_examples=50, deadline=None, derandomize=True)
@@ -37,6 +38,13 @@ def drawn_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def home(drawn_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of ``drawn_home`` that the tests of a module may add to."""
     return Path(shutil.copytree(drawn_home, tmp_path_factory.mktemp("home") / "home"))
+
+
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """A real S3 server without buckets; ``new_bucket`` makes one."""
+    with s3_server(tmp_path_factory.mktemp("s3")) as server:
+        yield server
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """Statistics of a cache, as numbers and as a plot: group sizes, masses, bytes on disk."""
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,10 @@ import numpy as np
 import numpy.typing as npt
 
 from gkd.storage.cache import layout
+from gkd.storage.cache.layout import Commit, Manifest
 from gkd.storage.cache.reader import Cache
-from gkd.storage.cache.spec import View
-from gkd.storage.cache.targets import MAX_CODE, decode_log_probs, encode_log_probs
+from gkd.storage.cache.spec import CacheSpec, View
+from gkd.storage.cache.targets import MAX_CODE, SparseTargets, decode_log_probs, encode_log_probs
 from gkd.storage.errors import ConfigError
 from gkd.storage.util.plotting import new_figure, write_png
 from gkd.storage.util.progress import progress
@@ -38,14 +40,10 @@ class DrawStats:
 
 
 @dataclass(frozen=True)
-class ViewStats:
-    """Statistics of one view; skipped samples count only in ``skipped``.
+class ViewSizes:
+    """Statistics of one view that need no array; skipped samples count only in ``skipped``.
 
-    histogram    (group size, samples) of all sizes that occur, ascending
     truncated    groups that were cut at ``max_group``
-    secondary    mass outside the group at each temperature
-    label        probability of the label at ``group_temperature``
-    draws        None if the cache has none
     array_bytes  size on disk of each array
     """
 
@@ -54,30 +52,86 @@ class ViewStats:
     skipped: int
     entries: int
     truncated: int
+    mean_size: float
+    array_bytes: dict[str, int]
+    bytes_per_sample: float
+
+
+@dataclass(frozen=True)
+class CacheSizes:
+    """Statistics of a cache that need no array; ``bytes`` of all files in its manifest."""
+
+    id: str
+    num_samples: int
+    num_classes: int
+    bytes: int
+    bytes_per_sample: float
+    views: Sequence[ViewSizes]
+
+
+@dataclass(frozen=True)
+class ViewStats(ViewSizes):
+    """Statistics of one view.
+
+    histogram  (group size, samples) of all sizes that occur, ascending
+    secondary  mass outside the group at each temperature
+    label      probability of the label at ``group_temperature``
+    draws      None if the cache has none
+    """
+
     min_size: int
     median_size: float
-    mean_size: float
     p95_size: float
     max_size: int
     histogram: tuple[tuple[int, int], ...]
     secondary: dict[float, MassStats]
     label: MassStats
     draws: DrawStats | None
-    array_bytes: dict[str, int]
-    bytes_per_sample: float
 
 
 @dataclass(frozen=True)
-class CacheStats:
-    """Statistics of a cache; ``bytes`` of all files in its manifest, so of all views together."""
+class CacheStats(CacheSizes):
+    """Statistics of a local cache."""
 
     path: Path
-    id: str
-    num_samples: int
-    num_classes: int
-    bytes: int
-    bytes_per_sample: float
-    views: tuple[ViewStats, ...]
+    views: Sequence[ViewStats]
+
+
+def sizes(id: str, spec: CacheSpec, manifest: Manifest, commits: Iterable[Commit]) -> CacheSizes:
+    """Statistics of a finished cache from its metadata alone."""
+    commits = list(commits)
+    return CacheSizes(
+        id=id,
+        num_samples=spec.num_samples,
+        num_classes=spec.num_classes,
+        bytes=manifest.bytes,
+        bytes_per_sample=manifest.bytes / spec.num_samples,
+        views=[_view_sizes(spec, manifest, commits, view) for view in spec.views],
+    )
+
+
+def _view_sizes(
+    spec: CacheSpec, manifest: Manifest, commits: Iterable[Commit], view: View
+) -> ViewSizes:
+    array_bytes: Counter[str] = Counter()
+    entries = truncated = 0
+    for commit in commits:
+        record = commit.views[view]
+        entries += record.entries
+        truncated += record.truncated
+        for file, array in layout.view_files(spec, commit.shard, view, record.entries).items():
+            array_bytes[array.name] += commit.files[file].bytes
+    samples = spec.num_samples - manifest.skipped
+    return ViewSizes(
+        view=view,
+        samples=samples,
+        skipped=manifest.skipped,
+        entries=entries,
+        truncated=truncated,
+        mean_size=entries / max(samples, 1),
+        array_bytes=dict(array_bytes),
+        bytes_per_sample=array_bytes.total() / spec.num_samples,
+    )
 
 
 def stats(cache: Cache) -> CacheStats:
@@ -89,24 +143,19 @@ def stats(cache: Cache) -> CacheStats:
         IncompleteCacheError: if the cache is not finished.
         CorruptShardError: if a shard is damaged.
     """
-    cache_id, spec = cache.id, cache.spec
+    id, spec = cache.id, cache.spec
     assert cache.manifest is not None
+    commits = (cache.commit(shard) for shard in range(spec.num_shards))
+    total = sizes(id, spec, cache.manifest, commits)
+    counts = {view: _Counts(len(spec.temperatures), spec.max_group) for view in spec.views}
     with progress("stats", len(spec.views) * spec.num_shards, "shards") as advance:
-        counts = {view: _Counts(len(spec.temperatures), spec.max_group) for view in spec.views}
         for shard in range(spec.num_shards):
             labels = cache.read_samples(shard)["label"].to_numpy()
             for view in spec.views:
-                counts[view].add(cache, shard, view, labels)
+                counts[view].add(cache.read_shard(shard, view), labels)
                 advance()
-    return CacheStats(
-        path=cache.path,
-        id=cache_id,
-        num_samples=spec.num_samples,
-        num_classes=spec.num_classes,
-        bytes=cache.manifest.bytes,
-        bytes_per_sample=cache.manifest.bytes / spec.num_samples,
-        views=tuple(counts[view].summary(cache, view) for view in spec.views),
-    )
+    views = [counts[view.view].summary(view, spec) for view in total.views]
+    return CacheStats(**vars(total) | {"path": cache.path, "views": views})
 
 
 def plot_stats(stats: CacheStats, out: Path) -> None:
@@ -121,8 +170,8 @@ def plot_stats(stats: CacheStats, out: Path) -> None:
             f"{out}: expected a file name in an existing folder, got {problem}; choose another name"
         )
     figure = new_figure(10, 4)
-    sizes, masses = figure.subplots(1, 2)
-    draw_group_sizes(sizes, {view.view: view.histogram for view in stats.views})
+    groups, masses = figure.subplots(1, 2)
+    draw_group_sizes(groups, {view.view: view.histogram for view in stats.views})
     _draw_masses(masses, stats.views)
     cost = f"{stats.bytes_per_sample:,.0f} bytes a sample"
     figure.suptitle(f"{stats.path.name}: {stats.num_samples:,} samples, {cost}")
@@ -150,12 +199,9 @@ class _Counts:
         self.sizes = np.zeros(max_group + 1, np.int64)
         self.secondary = np.zeros((temperatures, MAX_CODE + 1), np.int64)
         self.label = np.zeros(MAX_CODE + 1, np.int64)
-        self.array_bytes: dict[str, int] = {}
-        self.truncated = 0
         self.drawn_classes = 0
 
-    def add(self, cache: Cache, shard: int, view: View, labels: npt.NDArray[np.int64]) -> None:
-        targets = cache.read_shard(shard, view)
+    def add(self, targets: SparseTargets, labels: npt.NDArray[np.int64]) -> None:
         filled = targets.sizes > 0
         self.sizes += np.bincount(targets.sizes, minlength=len(self.sizes))
         for column, counts in enumerate(self.secondary):
@@ -163,70 +209,53 @@ class _Counts:
             counts += np.bincount(codes, minlength=MAX_CODE + 1)
         is_label = targets.indices == np.repeat(labels, targets.sizes)
         self.label += np.bincount(targets.log2_probs[is_label], minlength=MAX_CODE + 1)
-
         if targets.draws is not None:
             drawn = np.sort(targets.draws.classes[filled], axis=1)
             self.drawn_classes += len(drawn) + int((drawn[:, 1:] != drawn[:, :-1]).sum())
 
-        commit = cache.commit(shard)
-        record = commit.views[view]
-        self.truncated += record.truncated
-        for file, array in layout.view_files(cache.spec, shard, view, record.entries).items():
-            before = self.array_bytes.get(array.name, 0)
-            self.array_bytes[array.name] = before + commit.files[file].bytes
-
-    def summary(self, cache: Cache, view: View) -> ViewStats:
-        skipped = int(self.sizes[0])
-        sizes = self.sizes.copy()
-        sizes[0] = 0
-        occurring = np.flatnonzero(sizes)
-        samples = int(sizes.sum())
-        entries = int(sizes @ np.arange(len(sizes)))
-        quantile = _quantiles(sizes, (0.5, 0.95))
-        draws = cache.spec.draws
+    def summary(self, view: ViewSizes, spec: CacheSpec) -> ViewStats:
+        counts = self.sizes.copy()
+        counts[0] = 0  # skipped samples
+        occurring = np.flatnonzero(counts)
+        median, p95 = _quantiles(np.arange(len(counts)), counts, (0.5, 0.95))
+        draws = None
+        if spec.draws is not None:
+            mean_classes = self.drawn_classes / max(view.samples, 1)
+            draws = DrawStats(
+                spec.draws.count, spec.draws.temperature, spec.draws.source, mean_classes
+            )
         return ViewStats(
-            view=view,
-            samples=samples,
-            skipped=skipped,
-            entries=entries,
-            truncated=self.truncated,
-            min_size=int(occurring[0]) if samples else 0,
-            median_size=float(quantile[0]),
-            mean_size=entries / max(samples, 1),
-            p95_size=float(quantile[1]),
-            max_size=int(occurring[-1]) if samples else 0,
-            histogram=tuple((int(size), int(sizes[size])) for size in occurring),
+            **vars(view),
+            min_size=int(occurring[0]) if len(occurring) else 0,
+            median_size=median,
+            p95_size=p95,
+            max_size=int(occurring[-1]) if len(occurring) else 0,
+            histogram=tuple((int(size), int(counts[size])) for size in occurring),
             secondary={
                 temperature: _mass(counts)
-                for temperature, counts in zip(cache.spec.temperatures, self.secondary, strict=True)
+                for temperature, counts in zip(spec.temperatures, self.secondary, strict=True)
             },
             label=_mass(self.label),
-            draws=None
-            if draws is None
-            else DrawStats(
-                draws.count, draws.temperature, draws.source, self.drawn_classes / max(samples, 1)
-            ),
-            array_bytes=self.array_bytes,
-            bytes_per_sample=sum(self.array_bytes.values()) / cache.spec.num_samples,
+            draws=draws,
         )
 
 
-def _quantiles(counts: npt.NDArray[np.int64], quantiles: Sequence[float]) -> npt.NDArray[np.int64]:
-    """Quantiles of values 0, 1, ... that occur ``counts`` times: always values that occur."""
-    cumulative = np.cumsum(counts)
-    ranks = np.ceil(np.asarray(quantiles) * cumulative[-1])
-    found: npt.NDArray[np.int64] = np.searchsorted(cumulative, np.maximum(ranks, 1))
-    return np.minimum(found, len(counts) - 1)
+def _quantiles(
+    values: npt.NDArray[Any], counts: npt.NDArray[np.int64], quantiles: Sequence[float]
+) -> tuple[float, ...]:
+    """Quantiles of ``values`` that occur ``counts`` times each; 0 if there are none."""
+    if not counts.any():
+        return (0.0,) * len(quantiles)
+    found = np.quantile(values, quantiles, weights=counts, method="inverted_cdf")
+    return tuple(found.astype(float).tolist())
 
 
 def _mass(code_counts: npt.NDArray[np.int64]) -> MassStats:
-    # A higher code is a lower probability.
-    codes = _quantiles(code_counts, [1 - quantile for quantile in QUANTILES])
     probs = np.exp(decode_log_probs(np.arange(len(code_counts), dtype=np.uint16)), dtype=np.float64)
     probs[MAX_CODE] = 0.0  # the code of 0 and of all that is too small for a code
     return MassStats(
         mean=float(code_counts @ probs) / max(int(code_counts.sum()), 1),
-        quantiles=tuple(probs[codes].tolist()),
+        quantiles=_quantiles(probs, code_counts, QUANTILES),
     )
 
 

@@ -1,7 +1,5 @@
-"""Gets a cache, or a part of one, from an fsspec address, every file held against its hash."""
+"""Gets a cache or a part of one from an fsspec address and checks every file against its hash."""
 
-import contextlib
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,18 +20,12 @@ from gkd.storage.cache.places import require_outside_caches
 from gkd.storage.cache.reader import Cache
 from gkd.storage.cache.spec import VIEWS, CacheSpec, DerivedSpec, View
 from gkd.storage.errors import ConfigError, CorruptShardError, SpecMismatchError
-from gkd.storage.sharing.remote import Remote
-from gkd.storage.sharing.remote_cache import WORKERS, RemoteCache, record_of
-from gkd.storage.sharing.transfer import Tally, TransferSummary, named, shard_files, tally_of
-from gkd.storage.util.files import (
-    delete_temporaries,
-    disk_errors,
-    publish_file,
-    require_room,
-    write_file,
-)
+from gkd.storage.sharing.remote import Advance, Remote
+from gkd.storage.sharing.remote_cache import RemoteCache, record_of
+from gkd.storage.sharing.transfer import TransferSummary, shard_files, total_bytes, transfer
+from gkd.storage.util.files import delete_temporaries, disk_errors, publish_file, require_room
 from gkd.storage.util.lock import WriteLock
-from gkd.storage.util.parallel import for_each
+from gkd.storage.util.text import first_few
 
 
 def pull(
@@ -44,73 +36,87 @@ def pull(
     views: Sequence[View] | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> TransferSummary:
-    """Get a cache from an address, or go on where an earlier pull of it stopped.
+    """Get a cache from an address, or resume an interrupted pull of it.
 
-    Every file is held against its hash before it gets its name, and those that stand already
-    are hashed again. So a pull into a damaged copy mends it.
+    Every file is checked against its hash before it gets its name, and existing files are hashed
+    again. So a pull into a damaged copy repairs it.
 
-    With ``shards`` only those, without a manifest: the folder is an unfinished cache, opens as one
-    and is finished by a pull of all. With ``views`` a cache of its own is made of these views,
-    whole, with a spec and an id of its own.
+    With ``shards`` only those are copied, without a manifest: the folder is an unfinished cache,
+    and a pull of all shards completes it. With ``views`` the result is a complete cache of these
+    views alone, with its own spec and id.
 
     Raises:
-        IncompleteCacheError: where the cache there is not finished, or the connection failed.
-        CorruptShardError: where the cache there is damaged, or what it says cannot be.
-        SpecMismatchError: where ``path`` holds another cache.
-        ConfigError: where address, credentials or bucket do not work, there is no such shard or
-            view, ``path`` is something else, another run writes it, or the disk is full or closed.
+        IncompleteCacheError: if the cache there is not finished, or the connection failed.
+        CorruptShardError: if the cache there is damaged or invalid.
+        SpecMismatchError: if ``path`` holds another cache.
+        ConfigError: if the address, credentials or bucket do not work, a shard or view does not
+            exist, ``path`` is something else, another run writes it, or the disk is full or closed.
     """
-    began = time.monotonic()
     path = Path(path).absolute()
     source = RemoteCache.open(Remote(address, options))
-    spec = _with_views(source, views)
+    spec = _spec_of_views(source, views)
     chosen = _chosen_shards(source, shards)
-    known = _require_place_for(path, spec)
-    standing = {shard for shard in committed_shards(path) if shard < spec.num_shards}
-    every = {
-        shard: _with_views_of(spec, commit)
-        for shard, commit in source.commits(sorted(standing.union(chosen))).items()
+    existing = {shard for shard in committed_shards(path) if shard < spec.num_shards}
+    commits = {
+        shard: _commit_of_views(spec, commit)
+        for shard, commit in source.commits(sorted(existing.union(chosen))).items()
     }
-    commits = {shard: every[shard] for shard in chosen}
-    written = _metadata(source, spec)
-    manifest = None
-    if shards is None:
-        manifest = _manifest(source, spec, written, commits)
-    if not _require_same_cache(path, spec, every, manifest) and not known:
-        raise SpecMismatchError(_other_cache(path / layout.METADATA))
-    data = shard_files(commits)
-    records = {layout.commit_file(k): layout.encode_json(c) for k, c in commits.items()}
-    own = written | records | ({} if manifest is None else {layout.MANIFEST: manifest})
-    _require_space(path, data)
-    told = data | {file: record_of(content) for file, content in own.items()}
+    existing_commits = {shard: commits[shard] for shard in existing}
+    commits = {shard: commits[shard] for shard in chosen}
+    metadata = _metadata(source, spec)
+    manifest = _manifest(source, spec, metadata, commits) if shards is None else None
     require_outside_caches(path, may_be_one=True)
-    with WriteLock(path), disk_errors(path), tally_of("pull", told) as tally:
-        # What a killed pull left on its way into place.
-        for inside in _folders(path):
-            delete_temporaries(inside)
-        _write_all(path, written, tally)
-        for folder in ("samples", "commits"):
-            (path / folder).mkdir(exist_ok=True)
-        for_each(
-            lambda file: _fetch(source.remote, path, file, data[file], tally), data, workers=WORKERS
-        )
-        _write_all(path, records, tally)
-        if manifest is not None:
-            _write_all(path, {layout.MANIFEST: manifest}, tally)
+    _require_same_cache(path, spec, existing_commits, manifest)
+    records = {layout.commit_file(k): layout.encode_json(c) for k, c in commits.items()}
+    last = {} if manifest is None else {layout.MANIFEST: manifest}
+    contents = metadata | records | last
+    data = shard_files(commits)
+    files = data | {file: record_of(content) for file, content in contents.items()}
+    missing = {file: record for file, record in data.items() if not _has_size(path / file, record)}
+    require_room(path, total_bytes(missing), "pull into a folder on another disk")
+
+    def is_right(file: str) -> bool:
+        try:
+            found = regular_file(path, file)
+        except CorruptShardError:
+            return False
+        return _has_size(found, files[file]) and file_record(found) == files[file]
+
+    def get(file: str) -> None:
+        target = path / file
+        with disk_errors(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with publish_file(target) as temporary:
+                if file in contents:
+                    temporary.write_bytes(contents[file])
+                    copying.advance(len(contents[file]))
+                else:
+                    _fetch(source.remote, file, temporary, files[file], copying.advance)
+
+    with WriteLock(path), disk_errors(path), transfer("pull", files) as copying:
+        # Left by a pull that was killed. A linked folder belongs to something else.
+        inside = (item for item in path.rglob("*") if item.is_dir() and not item.is_symlink())
+        for folder in (path, *inside):
+            delete_temporaries(folder)
+        # The root's zarr.json comes first: a later pull knows the folder by it.
+        copying.copy(metadata, is_copied=is_right, copy=get, workers=1)
+        for part in (data, records, last):
+            copying.copy(part, is_copied=is_right, copy=get)
     cache = Cache.open(path, complete=manifest is not None)
-    found = None if cache.manifest is None else cache.id
-    return tally.summary(source.remote, path, found, time.monotonic() - began)
+    return copying.summary(
+        source.remote.address, path, None if cache.manifest is None else cache.id
+    )
 
 
-def _with_views(source: RemoteCache, views: Sequence[View] | None) -> CacheSpec:
+def _spec_of_views(source: RemoteCache, views: Sequence[View] | None) -> CacheSpec:
     if views is None or sorted(views) == sorted(source.spec.views):
         return source.spec
     chosen = tuple(view for view in VIEWS if view in views)
     if not chosen or len(chosen) < len(views) or not set(chosen) <= set(source.spec.views):
-        known = ", ".join(source.spec.views)
         raise ConfigError(
-            f"{source.remote.address}: views: expected some of {known}, each once, got "
-            f"{', '.join(views) or 'none'}; leave --views out for all"
+            f"{source.remote.address}: views: expected one or more of "
+            f"{', '.join(source.spec.views)}, each once, got {', '.join(views) or 'none'}; leave "
+            "--views out for all"
         )
     derived = DerivedSpec("views", (source.id,))
     return msgspec.structs.replace(source.spec, views=chosen, derived=derived)
@@ -122,14 +128,14 @@ def _chosen_shards(source: RemoteCache, shards: Sequence[int] | None) -> Sequenc
     wrong = [shard for shard in shards if not 0 <= shard < source.spec.num_shards]
     if wrong or not shards:
         raise ConfigError(
-            f"{source.remote.address}: shards: expected some of 0 to "
-            f"{source.spec.num_shards - 1}, got {named(wrong)}; leave --shards out for all"
+            f"{source.remote.address}: shards: expected one or more of 0 to "
+            f"{source.spec.num_shards - 1}, got {first_few(wrong)}; leave --shards out for all"
         )
     return sorted(set(shards))
 
 
-def _with_views_of(spec: CacheSpec, commit: Commit) -> Commit:
-    """The commit record that a cache of the spec's views alone has."""
+def _commit_of_views(spec: CacheSpec, commit: Commit) -> Commit:
+    """The commit record of the same shard in a cache of the spec's views alone."""
     views: dict[View, ViewRecord] = {view: commit.views[view] for view in spec.views}
     entries: dict[View, int] = {view: views[view].entries for view in spec.views}
     files = {file: commit.files[file] for file in layout.shard_files(spec, commit.shard, entries)}
@@ -137,7 +143,7 @@ def _with_views_of(spec: CacheSpec, commit: Commit) -> Commit:
 
 
 def _metadata(source: RemoteCache, spec: CacheSpec) -> dict[str, bytes]:
-    """Every file of no shard, the root's ``zarr.json`` first. None of the names is from there."""
+    """All files that belong to no shard, the root's ``zarr.json`` first; names are our own."""
     files = {file: layout.encode_json(content) for file, content in layout.metadata_files(spec)}
     card = source.card()
     if card is not None and spec.views != source.spec.views:
@@ -163,113 +169,65 @@ def _manifest(
     )
 
 
-def _require_place_for(path: Path, spec: CacheSpec) -> bool:
-    """Refuse a folder with anything but this cache, or the beginning of it.
-
-    Whether that is certain: not where the root's ``zarr.json`` is damaged.
-    """
-    root = path / layout.METADATA
-    if root.exists():
-        try:
-            found = parse_spec(regular_file(path, layout.METADATA).read_bytes(), root)
-        except CorruptShardError:
-            return False
-        if found != spec:
-            raise SpecMismatchError(
-                f"{path}: holds another cache, or other views of it; choose another folder"
-            )
-    elif path.exists() and (
-        not path.is_dir() or any(not each.name.startswith(".") for each in path.iterdir())
-    ):
-        raise ConfigError(
-            f"{path}: expected a folder for the cache, got something else there; name another"
-        )
-    return True
-
-
 def _require_same_cache(
     path: Path, spec: CacheSpec, commits: Mapping[int, Commit], manifest: bytes | None
-) -> bool:
-    """Refuse a folder with shards of another cache of the same spec; whether it has any of this.
+) -> None:
+    """Refuse a folder with anything but this cache or a part of it.
 
-    A record that is damaged is nobody's, and will be written again.
+    Damaged records do not count, as the pull writes them again, but one intact record of this
+    cache must be there.
     """
-    place = path / layout.MANIFEST
-    if manifest is not None and place.exists():
-        content = regular_file(path, layout.MANIFEST).read_bytes()
-        if content == manifest:
-            return True
-        with contextlib.suppress(CorruptShardError):
-            parse_manifest(content, place, spec)
-            raise SpecMismatchError(_other_cache(place))
-    found = False
-    for shard, commit in commits.items():
-        place = path / layout.commit_file(shard)
-        if not place.exists():
-            continue
-        content = regular_file(path, layout.commit_file(shard)).read_bytes()
-        if content == layout.encode_json(commit):
-            found = True
-            continue
-        with contextlib.suppress(CorruptShardError):
-            parse_commit(content, place, spec, shard)
-            raise SpecMismatchError(_other_cache(place))
-    return found
-
-
-def _other_cache(place: Path) -> str:
-    return (
-        f"{place}: of another cache, or damaged; choose another folder, or delete this one and "
-        "run the same command again"
-    )
-
-
-def _require_space(path: Path, files: Mapping[str, FileRecord]) -> None:
-    needed = sum(
-        record.bytes
-        for file, record in files.items()
-        if not (path / file).exists() or (path / file).stat().st_size != record.bytes
-    )
-    require_room(path, needed, "pull into a folder on another disk")
-
-
-def _folders(path: Path) -> list[Path]:
-    """A cache's folder and all in it; behind a link is somebody else's."""
-    inside = (each for each in path.rglob("*") if each.is_dir() and not each.is_symlink())
-    return [path, *inside]
-
-
-def _is_right(path: Path, file: str, record: FileRecord) -> bool:
-    try:
-        found = regular_file(path, file)
-    except CorruptShardError:
-        return False
-    return found.stat().st_size == record.bytes and file_record(found) == record
-
-
-def _fetch(remote: Remote, path: Path, file: str, record: FileRecord, tally: Tally) -> None:
-    if _is_right(path, file, record):
-        tally.advance(record.bytes)
+    root = path / layout.METADATA
+    if not root.exists():
+        if path.exists() and (
+            not path.is_dir() or any(not item.name.startswith(".") for item in path.iterdir())
+        ):
+            raise ConfigError(
+                f"{path}: expected an empty or new folder, or a copy of this cache, got something "
+                "else; name another"
+            )
         return
-    target = path / file
-    with disk_errors(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with publish_file(target) as aside:
-            remote.fetch(file, aside, record.bytes, tally.advance)
-            if file_record(aside) != record:
-                raise CorruptShardError(
-                    f"{remote.place(file)}: what came is not what its commit record says; run the "
-                    "same command again, and where it stays so ask the cache's owner to push it "
-                    "again with --read-back"
-                )
-    tally.copied(record)
+    expected: dict[str, Any] = {layout.METADATA: spec}
+    if manifest is not None:
+        expected[layout.MANIFEST] = parse_manifest(manifest, layout.MANIFEST, spec)
+    expected |= {layout.commit_file(shard): commit for shard, commit in commits.items()}
+    intact = False
+    for file, record in expected.items():
+        if not (path / file).exists():
+            continue
+        content = regular_file(path, file).read_bytes()
+        try:
+            if file == layout.METADATA:
+                found: Any = parse_spec(content, root)
+            elif file == layout.MANIFEST:
+                found = parse_manifest(content, path / file, spec)
+            else:
+                found = parse_commit(content, path / file, spec, record.shard)
+        except CorruptShardError:
+            continue
+        if found != record:
+            raise _other_cache(path / file)
+        intact = True
+    if not intact:
+        raise _other_cache(root)
 
 
-def _write_all(path: Path, files: Mapping[str, bytes], tally: Tally) -> None:
-    for file, content in files.items():
-        record = record_of(content)
-        if not _is_right(path, file, record):
-            (path / file).parent.mkdir(parents=True, exist_ok=True)
-            write_file(path / file, content)
-            tally.copied(record)
-        tally.advance(record.bytes)
+def _other_cache(file: Path) -> SpecMismatchError:
+    return SpecMismatchError(
+        f"{file}: damaged, or from another cache or other views of it; choose another folder, or "
+        "delete this one and run the same command again"
+    )
+
+
+def _has_size(path: Path, record: FileRecord) -> bool:
+    return path.exists() and path.stat().st_size == record.bytes
+
+
+def _fetch(remote: Remote, file: str, to: Path, record: FileRecord, advance: Advance) -> None:
+    remote.fetch(file, to, record.bytes, advance)
+    if file_record(to) != record:
+        raise CorruptShardError(
+            f"{remote.location(file)}: its size or sha256 is not the one in its commit record",
+            "run the same command again; if that does not help, ask the cache's owner to push it "
+            "again with --read-back",
+        )

@@ -1,30 +1,32 @@
-"""What a push and a pull have in common: what they count, show and say.
+"""What push and pull share: copying in threads, counts, progress and the summary.
 
-Both ways the manifest is the last file. A copy that was broken off is gone on with by the same
-call: what stands already, and is right, is not copied again.
+Both write the manifest last. The same call resumes an interrupted copy: files that are already
+there and right are not copied again.
 """
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from gkd.storage.cache.layout import Commit, FileRecord
-from gkd.storage.sharing.remote import Remote
+from gkd.storage.util.parallel import for_each
 from gkd.storage.util.progress import Advance, progress
 
+WORKERS = 8
 _MEGABYTE = 1_000_000
-_NAMED = 3  # wrong shards or files listed in a message
 
 
 @dataclass(frozen=True)
 class TransferSummary:
     """What a push or pull did.
 
-    ``whole`` says whether all of a cache stands at the target now, ``id`` is the cache's then;
-    ``files`` and ``bytes`` are those asked for, metadata and records too, ``copied_files`` and
-    ``copied_bytes`` those that did not stand there already.
+    id                          the cache's, None if only some shards were pulled
+    whole                       whether the target is now a complete cache
+    files, bytes                of all that was asked for, with metadata and records
+    copied_files, copied_bytes  of what was not there already
     """
 
     address: str
@@ -38,56 +40,66 @@ class TransferSummary:
     seconds: float
 
 
-class Tally:
-    """Counts what is copied, by several threads at once, and shows it in megabytes."""
+class Transfer:
+    """Copies ``files``, in parts, and counts them; ``transfer`` makes one."""
 
-    def __init__(self, advance: Advance, files: Mapping[str, FileRecord]) -> None:
+    def __init__(self, files: Mapping[str, FileRecord], advance: Advance) -> None:
+        self._files = files
         self._advance = advance
         self._lock = threading.Lock()
-        self._files = len(files)
-        self._bytes = sum(record.bytes for record in files.values())
-        self._done = self._told = 0
-        self._copied_files = self._copied_bytes = 0
+        self._began = time.monotonic()
+        self._done = self._copied_files = self._copied_bytes = 0
 
-    def advance(self, amount: int) -> None:
-        """So many bytes more are there."""
+    def copy(
+        self,
+        files: Collection[str],
+        *,
+        is_copied: Callable[[str], bool],
+        copy: Callable[[str], object],
+        workers: int = WORKERS,
+    ) -> None:
+        """Call ``copy``, which calls ``advance``, on each file that is not copied already."""
+
+        def copy_one(file: str) -> None:
+            size = self._files[file].bytes
+            if is_copied(file):
+                self.advance(size)
+                return
+            copy(file)
+            with self._lock:
+                self._copied_files += 1
+                self._copied_bytes += size
+
+        for_each(copy_one, files, workers=workers)
+
+    def advance(self, count: int) -> None:
+        """Show that ``count`` bytes more are there."""
         with self._lock:
-            self._done += amount
-            whole = -(-self._done // _MEGABYTE) if self._done == self._bytes else 0
-            ahead = max(whole, self._done // _MEGABYTE) - self._told
-            if ahead > 0:
-                self._told += ahead
-                self._advance(ahead)
+            shown = _megabytes(self._done)
+            self._done += count
+            if _megabytes(self._done) > shown:
+                self._advance(_megabytes(self._done) - shown)
 
-    def copied(self, record: FileRecord) -> None:
-        """One more file was copied."""
-        with self._lock:
-            self._copied_files += 1
-            self._copied_bytes += record.bytes
-
-    def summary(
-        self, remote: Remote, path: Path, id: str | None, seconds: float
-    ) -> TransferSummary:
-        """What was done, of a push or pull of ``path``."""
+    def summary(self, address: str, path: Path, id: str | None) -> TransferSummary:
+        """The summary of a push or pull of ``path``."""
         return TransferSummary(
-            address=remote.address,
+            address=address,
             path=path,
             id=id,
             whole=id is not None,
-            files=self._files,
-            bytes=self._bytes,
+            files=len(self._files),
+            bytes=total_bytes(self._files),
             copied_files=self._copied_files,
             copied_bytes=self._copied_bytes,
-            seconds=seconds,
+            seconds=time.monotonic() - self._began,
         )
 
 
 @contextmanager
-def tally_of(what: str, files: Mapping[str, FileRecord]) -> Iterator[Tally]:
-    """Count and show the copying of files."""
-    total = sum(record.bytes for record in files.values())
-    with progress(what, -(-total // _MEGABYTE), "MB") as advance:
-        yield Tally(advance, files)
+def transfer(what: str, files: Mapping[str, FileRecord]) -> Iterator[Transfer]:
+    """A transfer of ``files`` in all, whose progress is shown in megabytes."""
+    with progress(what, _megabytes(total_bytes(files)), "MB") as advance:
+        yield Transfer(files, advance)
 
 
 def shard_files(commits: Mapping[int, Commit]) -> dict[str, FileRecord]:
@@ -95,7 +107,10 @@ def shard_files(commits: Mapping[int, Commit]) -> dict[str, FileRecord]:
     return {file: record for commit in commits.values() for file, record in commit.files.items()}
 
 
-def named(each: Sequence[int] | Sequence[str]) -> str:
-    """The first of several, and how many more there are."""
-    more = f" and {len(each) - _NAMED:,} more" if len(each) > _NAMED else ""
-    return (", ".join(map(str, each[:_NAMED])) or "none") + more
+def total_bytes(files: Mapping[str, FileRecord]) -> int:
+    """Bytes of files."""
+    return sum(record.bytes for record in files.values())
+
+
+def _megabytes(count: int) -> int:
+    return -(-count // _MEGABYTE)

@@ -14,9 +14,7 @@ from gkd.trainer.backbones import build_backbone
 from tests.caches import make_cache
 from tests.commands.running import fails, works
 from tests.pipeline.faces import write_folder
-from tests.s3 import S3Server, s3_server
-
-ADDRESS = "s3://faces/cache.gkd"
+from tests.s3 import Bucket, S3Server, new_bucket
 
 
 @pytest.fixture(scope="module")
@@ -25,56 +23,59 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Cache:
 
 
 @pytest.fixture(scope="module")
-def server(cache: Cache, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
-    with s3_server(tmp_path_factory.mktemp("s3")) as server:
-        works("targets", "push", cache.path, ADDRESS)
-        yield server
+def bucket(cache: Cache, s3: S3Server) -> Iterator[Bucket]:
+    """A bucket that holds ``cache``."""
+    with new_bucket(s3) as bucket:
+        works("targets", "push", cache.path, bucket.address)
+        yield bucket
 
 
-def test_a_cache_is_pushed_and_pulled(server: S3Server, cache: Cache, tmp_path: Path) -> None:
-    again = json.loads(works("targets", "push", cache.path, ADDRESS, "--read-back", "--json"))
+def test_a_cache_is_pushed_and_pulled(bucket: Bucket, cache: Cache, tmp_path: Path) -> None:
+    again = json.loads(
+        works("targets", "push", cache.path, bucket.address, "--read-back", "--json")
+    )
     assert (again["id"], again["copied_files"]) == (cache.id, 0)
-    told = works("targets", "pull", ADDRESS, tmp_path / "back.gkd")
+    told = works("targets", "pull", bucket.address, tmp_path / "back.gkd")
     assert cache.id in told
     assert Cache.open(tmp_path / "back.gkd").id == cache.id
 
 
-def test_parts_are_pulled(server: S3Server, tmp_path: Path) -> None:
-    part = ("targets", "pull", ADDRESS, tmp_path / "part.gkd", "--json")
+def test_parts_are_pulled(bucket: Bucket, tmp_path: Path) -> None:
+    part = ("targets", "pull", bucket.address, tmp_path / "part.gkd", "--json")
     assert not json.loads(works(*part, "--shards", "0-1,2", "--views", "original"))["whole"]
     info = json.loads(works("targets", "info", tmp_path / "part.gkd", "--json"))
     assert (info["id"], info["committed_shards"]) == ("not finished", 3)
     assert info["views"] == ["original"]
     assert json.loads(works(*part, "--views", "original"))["whole"]
-    assert "expected some of 0 to 2, got 3" in fails(*part, "--shards", "1-3")
-    assert "expected some of original, flipped" in fails(*part, "--views", "sideways")
+    assert "expected one or more of 0 to 2, got 3" in fails(*part, "--shards", "1-3")
+    assert "expected one or more of original, flipped" in fails(*part, "--views", "sideways")
     for wrong in ("1-", "x", "1,,2", "-3"):
         assert "expected shards such as 0-9,12" in fails(*part, "--shards", wrong, code=2)
 
 
-def test_a_cache_far_away_is_described(server: S3Server, cache: Cache, tmp_path: Path) -> None:
-    far = json.loads(works("targets", "info", ADDRESS, "--json"))
+def test_a_cache_far_away_is_described(bucket: Bucket, cache: Cache, tmp_path: Path) -> None:
+    far = json.loads(works("targets", "info", bucket.address, "--json"))
     near = json.loads(works("targets", "info", cache.path, "--json"))
-    assert far.pop("address") == ADDRESS
+    assert far.pop("address") == bucket.address
     assert cache.manifest is not None
     assert far.pop("bytes") == cache.manifest.bytes
     del near["path"], near["committed_shards"]
     assert far == near
     assert far["skipped"] == {"42": "no image"}
 
-    figures = json.loads(works("targets", "stats", ADDRESS, "--json"))
+    figures = json.loads(works("targets", "stats", bucket.address, "--json"))
     assert [view["view"] for view in figures["views"]] == ["original", "flipped"]
-    told = works("targets", "stats", ADDRESS)
+    told = works("targets", "stats", bucket.address)
     assert "mean size" in told
     assert "Quantiles and masses need the arrays: `gkd targets pull`" in told
     plot = ("--plot", tmp_path / "plot.png")
-    assert "a plot needs the arrays" in fails("targets", "stats", ADDRESS, *plot)
+    assert "a plot needs the arrays" in fails("targets", "stats", bucket.address, *plot)
 
 
 def test_options_of_the_address_are_passed_on(
-    server: S3Server, cache: Cache, monkeypatch: pytest.MonkeyPatch
+    bucket: Bucket, cache: Cache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    given = dict(server.environment)
+    given = dict(bucket.server.environment)
     names = {
         "key": "AWS_ACCESS_KEY_ID",
         "secret": "AWS_SECRET_ACCESS_KEY",
@@ -85,26 +86,26 @@ def test_options_of_the_address_are_passed_on(
     for name in names.values():
         monkeypatch.delenv(name)
     words = [word for option in options for word in ("--storage-option", option)]
-    assert cache.id in works("targets", "info", ADDRESS, *words)
+    assert cache.id in works("targets", "info", bucket.address, *words)
     words[3] = "secret=anothersecretkey"
-    assert "access refused" in fails("targets", "info", ADDRESS, *words)
+    assert "access refused" in fails("targets", "info", bucket.address, *words)
     assert "expected KEY=VALUE" in fails(
-        "targets", "info", ADDRESS, "--storage-option", "key", code=2
+        "targets", "info", bucket.address, "--storage-option", "key", code=2
     )
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("pull", "s3://faces/nothing", "out"), "got nothing with a zarr.json; check bucket"),
-        (("info", "s3://voices/cache.gkd"), "got nothing with a zarr.json; check bucket"),
+        (("pull", "s3://faces/nothing", "out"), "found no zarr.json; check bucket"),
+        (("info", "s3://voices/cache.gkd"), "found no zarr.json; check bucket"),
         (("info", "ftps3://faces"), "Protocol not known"),
-        (("push", "nowhere", ADDRESS), "nowhere: expected a cache of targets"),
-        (("pull", "nowhere", "out"), "nowhere: expected a cache of targets"),
+        (("push", "nowhere", "s3://faces/cache.gkd"), "nowhere: expected a cache of targets"),
+        (("pull", "nowhere", "out"), "nowhere: expected a target cache"),
     ],
 )
 def test_a_mistake_ends_in_one_message(
-    server: S3Server,
+    bucket: Bucket,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     arguments: tuple[str, ...],
@@ -142,10 +143,10 @@ def test_a_cache_is_made_with_a_card(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "arguments",
     [
-        ("targets", "push", "", ADDRESS),
+        ("targets", "push", "", "s3://faces/cache.gkd"),
         ("targets", "push", "faces.gkd", ""),
         ("targets", "pull", "", "faces.gkd"),
-        ("targets", "pull", ADDRESS, ""),
+        ("targets", "pull", "s3://faces/cache.gkd", ""),
         ("targets", "info", ""),
         ("targets", "stats", ""),
         ("targets", "verify", ""),
@@ -179,12 +180,13 @@ def test_an_address_without_a_bucket_is_a_mistake(cache: Cache, tmp_path: Path) 
         assert f"{address}: names no bucket" in fails("targets", "info", address)
 
 
-def test_files_of_others_in_a_bucket_are_left_alone(server: S3Server, cache: Cache) -> None:
-    bucket = fsspec.filesystem("s3")
-    bucket.pipe_file("faces/team/README.md", b"mine")
-    told = fails("targets", "push", cache.path, "s3://faces/team")
-    assert "s3://faces/team: expected nothing, or what a push of this cache put there, got" in told
-    bucket.invalidate_cache()
-    assert bucket.find("faces/team") == ["faces/team/README.md"]
-    assert bucket.cat_file("faces/team/README.md") == b"mine"
-    works("targets", "push", cache.path, "s3://faces/team/cache.gkd")
+def test_other_files_in_a_bucket_are_left_alone(bucket: Bucket, cache: Cache) -> None:
+    files = fsspec.filesystem("s3")
+    files.pipe_file(f"{bucket.name}/mine/README.md", b"mine")
+    message = fails("targets", "push", cache.path, f"s3://{bucket.name}/mine")
+    assert f"s3://{bucket.name}/mine: expected an empty folder" in message
+    assert "got README.md;" in message
+    files.invalidate_cache()
+    assert files.find(f"{bucket.name}/mine") == [f"{bucket.name}/mine/README.md"]
+    assert files.cat_file(f"{bucket.name}/mine/README.md") == b"mine"
+    works("targets", "push", cache.path, f"s3://{bucket.name}/mine/cache.gkd")
