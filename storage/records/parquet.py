@@ -25,7 +25,12 @@ from gkd.storage.records.labels import (
     read_property,
 )
 from gkd.storage.records.multi_file import Shards
-from gkd.storage.records.parquet_blocks import ParquetBlocks, arrow_errors, open_parquet
+from gkd.storage.records.parquet_blocks import (
+    FEWER_ROWS,
+    ParquetBlocks,
+    arrow_errors,
+    open_parquet,
+)
 from gkd.storage.util.progress import progress
 
 PARQUET = ".parquet"
@@ -68,8 +73,7 @@ class ParquetRecords(Records):
         labels = [np.empty(0, np.int64)]
         for number in range(len(shards.paths)):
             group_sizes = self._group_sizes(number)
-            for group, size in enumerate(group_sizes):
-                labels.append(self._group_labels(number, group, size))
+            labels.append(self._file_labels(number, group_sizes))
             self._ends.extend(itertools.accumulate(group_sizes, initial=self._ends.pop()))
             self._groups.append(self._groups[-1] + len(group_sizes))
             shards.append(sum(group_sizes))
@@ -114,7 +118,7 @@ class ParquetRecords(Records):
     def _read(self, row: int) -> memoryview:
         number, group, inner = self._locate(row)
         if self.labels.item(row) < 0:
-            label = self._read_group(number, group)[inner].as_py()
+            label = self._read_labels(number, [group])[inner].as_py()
             raise CorruptRecordError(label_fault(label, self._stated))
         value = self._blocks.get(number, group, inner)
         if value is None:
@@ -158,25 +162,32 @@ class ParquetRecords(Records):
             )
         return sizes
 
-    def _group_labels(self, number: int, group: int, size: int) -> npt.NDArray[np.int64]:
-        """Class numbers of a row group, int64 [size]; -1 for all if it cannot be decoded."""
+    def _file_labels(self, number: int, group_sizes: Sequence[int]) -> npt.NDArray[np.int64]:
+        """Class numbers of a file, -1 for all rows of a row group that cannot be decoded."""
         try:
-            column = self._read_group(number, group)
+            return self._class_numbers(number, range(len(group_sizes)))
         except CorruptRecordError:
-            return np.full(size, -1, np.int64)
-        if len(column) != size:
-            raise CorruptRecordError(
-                f"{self._shards.paths[number]}: expected {size} labels in row group {group} as "
-                f"the file's footer says, got {len(column)}; fetch or write it again"
-            )
+            labels = []
+            for group, size in enumerate(group_sizes):
+                try:
+                    labels.append(self._class_numbers(number, [group]))
+                except CorruptRecordError:
+                    labels.append(np.full(size, -1, np.int64))
+            return np.concatenate(labels)
+
+    def _class_numbers(self, number: int, groups: Sequence[int]) -> npt.NDArray[np.int64]:
+        column = self._read_labels(number, groups)
         valid = column.is_valid().to_numpy()
         return class_numbers(column.fill_null(0).to_numpy(), self._stated, valid)
 
-    def _read_group(self, number: int, group: int) -> Any:
-        """The labels of a row group as they are stored."""
+    def _read_labels(self, number: int, groups: Sequence[int]) -> Any:
+        """The labels of row groups as they are stored."""
         with arrow_errors("expected labels that can be decoded", "fetch the file again"):
             file = self._blocks.files[number]
-            return file.read_row_group(group, columns=[self._label], use_threads=False)[0]
+            column = file.read_row_groups(groups, columns=[self._label], use_threads=False)[0]
+        if len(column) != sum(file.metadata.row_group(group).num_rows for group in groups):
+            raise CorruptRecordError(FEWER_ROWS)
+        return column
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ MAX_BYTES = 1 << 27
 # An open file keeps its footer in memory, which can be megabytes.
 MAX_FILES = 8
 MAX_CURSORS = 8
-_FEWER_ROWS = "expected as many rows as the file's footer says, got fewer; fetch the file again"
+FEWER_ROWS = "expected as many rows as the file's footer says, got others; fetch the file again"
 
 
 class ParquetBlocks:
@@ -54,7 +54,7 @@ class ParquetBlocks:
         with self._lock:
             block = self._block(file, group, number)
         if inner >= len(block):
-            raise CorruptRecordError(_FEWER_ROWS)
+            raise CorruptRecordError(FEWER_ROWS)
         value = block[inner].as_buffer()
         # pyarrow's view is of signed bytes, which decoders refuse.
         return None if value is None else memoryview(value).cast("B")
@@ -85,7 +85,7 @@ class ParquetBlocks:
                 if len(self._cursors) > MAX_CURSORS:
                     self._cursors.popitem(last=False)
                 return block
-        raise CorruptRecordError(_FEWER_ROWS)
+        raise CorruptRecordError(FEWER_ROWS)
 
     def _keep(self, key: tuple[int, int, int], block: Any) -> None:
         if key in self._kept:

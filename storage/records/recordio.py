@@ -10,6 +10,7 @@ Source: dmlc/dmlc-core include/dmlc/recordio.h and src/recordio.cc, apache/mxnet
 python/mxnet/recordio.py.
 """
 
+import re
 import struct
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -38,6 +39,7 @@ PROGRESS_BYTES = 1 << 25
 HEADER = np.dtype([("flag", "i8"), ("label", "f4"), ("second", "f4"), ("size", "i8")])
 
 _MAGIC_BYTES = struct.pack("<I", MAGIC)
+_MAGIC_PATTERN = re.compile(re.escape(_MAGIC_BYTES))
 _FRAME = struct.Struct("<II")
 _HEADER = struct.Struct("<IfQQ")
 _START = struct.Struct("<III")  # magic, word, flag
@@ -128,7 +130,9 @@ class RecordReader:
             while position < self.size:
                 offsets.append(position)
                 try:
-                    *_, (start, length) = self._parts(position)
+                    flag, start, length = self._part(position)
+                    if flag != WHOLE:
+                        *_, (start, length) = self._parts(position)
                     position = start + (length + 3) // 4 * 4
                 except CorruptRecordError:
                     position = self._next_start(position + 4)
@@ -151,7 +155,6 @@ class RecordReader:
         lengths = (words[at + 1] & MAX_LENGTH).astype(np.int64)
         split = rows[starts_record & (part_flags == FIRST)]
 
-        # The flag of a record too short for a header is another record's byte; the size shows it.
         label_counts = words[at + 2].astype(np.int64)
         sizes = lengths - _HEADER.size - 4 * label_counts
         readable = starts_record & (part_flags == WHOLE) & (sizes >= 0)
@@ -210,12 +213,11 @@ class RecordReader:
         return word >> LENGTH_BITS, start, length
 
     def _next_start(self, position: int) -> int:
-        """The next multiple of 4 where a record may start, or the end of the file."""
-        step = 1 << 18
-        for at in range(position // 4, len(self._words), step):
-            for found in at + np.flatnonzero(self._words[at : at + step] == MAGIC):
-                if found + 1 < len(self._words) and self._words[found + 1] >> LENGTH_BITS <= FIRST:
-                    return int(found) * 4
+        """The next multiple of 4 at which a record may start, or the end of the file."""
+        for found in _MAGIC_PATTERN.finditer(self._view, position):
+            at = found.start()
+            if not at & 3 and at + 8 <= self.size and self._view[at + 7] >> 5 <= FIRST:
+                return at
         return self.size
 
 

@@ -221,7 +221,6 @@ def _samples(view: memoryview, position: int = 0) -> Iterator[_Sample]:
         TarFault: at damage, after the samples before it.
     """
     sample = None
-    damage = None
     try:
         for member in members(view, position):
             folder, slash, last = member.name.rpartition(b"/")
@@ -234,12 +233,12 @@ def _samples(view: memoryview, position: int = 0) -> Iterator[_Sample]:
                     yield sample
                 sample = _Sample(view, member.start, key, {})
             sample.fields[field] = member.data, member.size
-    except TarFault as fault:
-        damage = fault
+    except TarFault:
+        if sample is not None:
+            yield sample
+        raise
     if sample is not None:
         yield sample
-    if damage is not None:
-        raise damage
 
 
 def _key_at(view: memoryview, start: int) -> str:
