@@ -51,15 +51,12 @@ def evaluate(
     meta/ and loose_crop/ (1:1 verification of templates), or one of TinyFace with Gallery_Match/,
     Probe/ and optionally Gallery_Distractor/ (1:N identification).
     """
+    from rich.console import Console
+
+    from gkd.trainer.evaluation.embed import evaluate as evaluate_set
     from gkd.trainer.evaluation.embedding_cache import EmbeddingCache, default_embeddings
-    from gkd.trainer.evaluation.protocols import (
-        evaluate_set,
-        load_set,
-        plot_results,
-        result_to_builtins,
-        show_results,
-        warn_of,
-    )
+    from gkd.trainer.evaluation.protocols import load_set, plot_results
+    from gkd.trainer.evaluation.results import print_results
 
     if cache and no_cache:
         raise click.UsageError("--cache and --no-cache exclude each other")
@@ -75,11 +72,12 @@ def evaluate(
     if plot:
         plot_results(results, plot)
     for result in results:
-        warn_of(result)
+        if result.warning:
+            click.echo(f"{result.name}: {result.warning}", err=True)
     if as_json:
-        emit_json([result_to_builtins(result) for result in results])
+        emit_json([{"protocol": result.protocol, **result.to_builtins()} for result in results])
     else:
-        show_results(results)
+        print_results(results, Console())
 
 
 @click.command("report", short_help="Write a run's report.html again.")

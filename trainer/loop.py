@@ -37,7 +37,8 @@ from gkd.trainer.data.loader import load_batches
 from gkd.trainer.device import matmul_precision
 from gkd.trainer.distributed import ALONE, Ranks
 from gkd.trainer.evaluation.bin_file import VerificationSet, load_verification_set
-from gkd.trainer.evaluation.verification import VerificationResult, evaluate, module_embed
+from gkd.trainer.evaluation.embed import evaluate, module_embed
+from gkd.trainer.evaluation.verification import VerificationResult
 from gkd.trainer.final_metrics import collect, write_final_metrics
 from gkd.trainer.guards import finite_weights
 from gkd.trainer.logging import RunLog, Window

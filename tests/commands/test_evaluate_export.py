@@ -111,15 +111,15 @@ def test_a_result_outlives_a_folder_that_takes_nothing(
     monkeypatch.setenv("GKD_CACHE_DIR", "/proc/c")
     result = works(*evaluate)
     assert result.stdout == told
-    assert "/proc/c/embeddings: the embeddings cannot be kept (" in result.stderr
+    assert "/proc/c/embeddings: the embeddings cannot be saved (" in result.stderr
     file = works(*evaluate, "--cache", home / "network.pt")
     assert file.stdout == told
-    assert "network.pt: the embeddings cannot be kept (" in file.stderr
+    assert "network.pt: the embeddings cannot be saved (" in file.stderr
 
 
 def test_a_mistake_ends_in_one_message(home: Path, tmp_path: Path) -> None:
     model = ("evaluate", home / "network.pt")
-    assert "got neither in it; pairs are a .bin file" in fails(*model, home / "drawn")
+    assert "found neither; pairs are a .bin file" in fails(*model, home / "drawn")
     plot = ("--plot", tmp_path / "roc.png")
     assert "got identification alone; leave --plot out" in fails(*model, home / "tiny", *plot)
     broken = tmp_path / "IJBB"

@@ -18,7 +18,7 @@ from gkd.storage.errors import ConfigError, GkdError, SpecMismatchError
 from gkd.trainer import checkpoint, loop
 from gkd.trainer.checkpoint import read_checkpoint
 from gkd.trainer.config_file import load_config
-from gkd.trainer.evaluation.verification import evaluate
+from gkd.trainer.evaluation.embed import evaluate
 from gkd.trainer.final_metrics import read_final_metrics
 from gkd.trainer.loop import train
 from gkd.trainer.state import RunState

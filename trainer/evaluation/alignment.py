@@ -1,4 +1,4 @@
-"""Five facial points to an aligned face of 112x112, as the field's networks were trained on."""
+"""Five facial points to an aligned face of 112x112, as face recognition networks expect it."""
 
 import numpy as np
 import numpy.typing as npt
@@ -23,19 +23,19 @@ FACE_POINTS = np.array(
 def similarity_transform(
     points: npt.NDArray[np.float64], targets: npt.NDArray[np.float64]
 ) -> npt.NDArray[np.float64]:
-    """Rotation, scale and shift [2, 3] that takes ``points`` [K, 2] nearest to ``targets`` [K, 2].
+    """Rotation, scale and shift [2, 3] that maps ``points`` [K, 2] closest to ``targets`` [K, 2].
 
     Least squares without reflection: Umeyama, Least-Squares Estimation of Transformation
     Parameters Between Two Point Patterns, 1991.
 
     Raises:
-        ConfigError: where the points are not finite, or all one point.
+        ConfigError: if the points are not finite, or all equal.
     """
     mean, target_mean = points.mean(axis=0), targets.mean(axis=0)
     centred = points - mean
     variance = np.square(centred).sum() / len(points)
     if not np.isfinite(variance) or variance <= 0:
-        raise ConfigError(f"expected points that differ, got {points.tolist()}")
+        raise ConfigError(f"expected five different points, got {points.tolist()}")
     left, singular, right = np.linalg.svd((targets - target_mean).T @ centred / len(points))
     signs = np.array([1.0, np.sign(np.linalg.det(left) * np.linalg.det(right)) or 1.0])
     linear = (left * signs) @ right * (singular @ signs / variance)
@@ -50,7 +50,7 @@ def align_face(
     Bilinear, black outside the image.
 
     Raises:
-        ConfigError: where the points are not finite, or all one point.
+        ConfigError: if the points are not finite, or all equal.
     """
     return warp(image, similarity_transform(points, FACE_POINTS))
 
@@ -58,7 +58,7 @@ def align_face(
 def warp(image: npt.NDArray[np.uint8], transform: npt.NDArray[np.float64]) -> npt.NDArray[np.uint8]:
     """An RGB image [H, W, 3] under ``transform`` [2, 3] (x, y of the image to x, y of the face)."""
     inverse = np.linalg.inv(np.vstack([transform, [0, 0, 1]]))[:2]
-    # Pillow wants the way back, and its pixel (0, 0) has its centre at (1/2, 1/2).
+    # Pillow takes the inverse map, and the centre of its pixel (0, 0) is at (1/2, 1/2).
     inverse[:, 2] += 0.5 - inverse[:, :2].sum(axis=1) / 2
     height, width, _ = FACE_SHAPE
     warped = Image.fromarray(image).transform(

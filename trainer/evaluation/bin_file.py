@@ -1,16 +1,17 @@
-"""Verification sets: pairs of faces in the field's ``.bin`` files, read without running their code.
+"""Verification sets: pairs of faces in ``.bin`` files, read without running their code.
 
 A ``.bin`` is a pickle of ``(bins, issame_list)``: 2P encoded images for P pairs, and one truth
-value a pair (``deepinsight/insightface:recognition/arcface_torch/eval/verification.py``). A pickle
-may name any callable to be run, so the reader knows the handful of names that such files carry
-and answers each with a stand-in of its own: neither numpy's nor any other constructor is
-ever given to the file.
+value per pair (``deepinsight/insightface:recognition/arcface_torch/eval/verification.py``). A
+pickle may name any callable to be run, so the reader accepts only the few names that such files
+contain, and replaces each by a stand-in: neither numpy's nor any other constructor is ever given
+to the file.
 """
 
 import io
 import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -18,18 +19,18 @@ import numpy as np
 import numpy.typing as npt
 
 from gkd.storage.errors import ConfigError, CorruptRecordError
-from gkd.storage.records.images import FACE_SHAPE, decode
+from gkd.storage.records.images import decode_face
 from gkd.storage.util.files import write_file
-
-FOLDS = 10
+from gkd.trainer.evaluation.embed import FaceSet, unit_rows
+from gkd.trainer.evaluation.verification import FOLDS, VerificationResult, score
 
 
 @dataclass(frozen=True)
-class VerificationSet:
+class VerificationSet(FaceSet[VerificationResult]):
     """P pairs of faces: images 2i and 2i + 1 are pair i.
 
     path     the file
-    images   2P encoded images
+    images   2P encoded images; as faces of the set equal ones count once
     issame   bool [P], both of one identity
     """
 
@@ -37,41 +38,70 @@ class VerificationSet:
     images: tuple[bytes, ...]
     issame: npt.NDArray[np.bool_]
 
+    def __len__(self) -> int:
+        return len(self.issame)
+
     @property
     def name(self) -> str:
         """Short name for tables: ``lfw`` of ``lfw.bin``."""
         return self.path.stem
 
-    def __len__(self) -> int:
-        return len(self.issame)
+    @cached_property
+    def _distinct(self) -> tuple[list[int], npt.NDArray[np.int64]]:
+        """Number of the first image of each face, and the face of each image [2P]."""
+        faces: dict[bytes, int] = {}
+        of_images = [faces.setdefault(image, len(faces)) for image in self.images]
+        _, first = np.unique(of_images, return_index=True)
+        return first.tolist(), np.array(of_images)
+
+    @property
+    def num_faces(self) -> int:
+        """The number of distinct images."""
+        return len(self._distinct[0])
+
+    def encoded(self, number: int) -> bytes:
+        """The encoded image of a face."""
+        return self.images[self._distinct[0][number]]
+
+    def face(self, number: int) -> npt.NDArray[np.uint8]:
+        """A face decoded, RGB uint8 [112, 112, 3]; raises as ``image``."""
+        return self.image(self._distinct[0][number])
+
+    def describe(self, number: int) -> str:
+        """The number of the face's first image."""
+        return f"image {self._distinct[0][number]}"
 
     def image(self, number: int) -> npt.NDArray[np.uint8]:
         """Image ``number`` (from 0) decoded, RGB uint8 [112, 112, 3].
 
         Raises:
-            CorruptRecordError: naming file and image, where it is no image or of another size.
+            CorruptRecordError: if it is no image or has another size; names file and image.
         """
-        where = f"{self.path}, image {number} of {len(self.images)} (pair {number // 2})"
+        location = f"{self.path}, image {number} of {len(self.images)} (pair {number // 2})"
         try:
-            pixels = decode(self.images[number])
+            return decode_face(self.images[number], location)
         except CorruptRecordError as error:
             raise CorruptRecordError(
-                f"{where}: {error}; get the file again or leave this verification set out"
+                f"{error}; get the file again, or write it again from aligned faces"
             ) from error
-        if pixels.shape != FACE_SHAPE:
-            raise CorruptRecordError(
-                f"{where}: expected an aligned face of 112x112 RGB, got {pixels.shape[1]}x"
-                f"{pixels.shape[0]}; write the set again from aligned faces"
-            )
-        return pixels
+
+    def unit_embeddings(self, sums: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
+        """Unit vectors of all images [2P, D] from the faces' ``flip_sums``."""
+        return np.asarray(unit_rows(sums)[self._distinct[1]])
+
+    def score(self, sums: npt.NDArray[np.float32]) -> VerificationResult:
+        """Score the squared L2 distances of the pairs."""
+        unit = self.unit_embeddings(sums)
+        distances = np.square(unit[0::2] - unit[1::2]).sum(axis=1)
+        return score(distances, self.issame, name=self.name)
 
 
 def load_verification_set(path: Path) -> VerificationSet:
-    """Read a ``.bin`` of Python 2 or 3; the images are decoded (and checked) when asked for.
+    """Read a ``.bin`` of Python 2 or 3; the images are decoded (and checked) later, on access.
 
     Raises:
-        ConfigError: where there is no such file, or too few pairs for the protocol's ten folds.
-        CorruptRecordError: where the file is no verification set, or asks for more than data.
+        ConfigError: if there is no such file, or it has too few pairs for ten folds.
+        CorruptRecordError: if the file is no verification set, or asks for more than data.
     """
     path = Path(path)
     if not path.is_file():
@@ -83,8 +113,8 @@ def load_verification_set(path: Path) -> VerificationSet:
     issame = _truths(path, truths)
     if len(images) != 2 * len(issame):
         raise CorruptRecordError(
-            f"{path}: expected 2 images a pair, got {len(images)} images for {len(issame)} pairs; "
-            "the file is damaged, get it again"
+            f"{path}: expected 2 images per pair, got {len(images)} images for {len(issame)} "
+            "pairs; the file is damaged, get it again"
         )
     _check_pairs(path, issame)
     return VerificationSet(path, images, issame)
@@ -96,11 +126,11 @@ def write_verification_set(
     """Write 2P encoded images and P truth values as a ``.bin`` (pickle protocol 2).
 
     Raises:
-        ConfigError: where the counts do not fit, or are too few for the protocol's ten folds.
+        ConfigError: if the counts do not fit, or are too small for ten folds.
     """
     if len(images) != 2 * len(issame):
         raise ConfigError(
-            f"{path}: expected 2 images a pair, got {len(images)} images for {len(issame)} pairs"
+            f"{path}: expected 2 images per pair, got {len(images)} images for {len(issame)} pairs"
         )
     _check_pairs(path, issame)
     bins = [bytes(image) for image in images]
@@ -111,27 +141,28 @@ def _check_pairs(path: Path, issame: npt.NDArray[np.bool_]) -> None:
     same = int(issame.sum())
     if len(issame) < FOLDS or same in (0, len(issame)):
         raise ConfigError(
-            f"{path}: expected at least {FOLDS} pairs (one a fold), of both kinds, got {same} of "
-            f"one identity and {len(issame) - same} of two; use a larger verification set"
+            f"{path}: expected at least {FOLDS} pairs (one per fold), both genuine and impostor "
+            f"ones, got {same} genuine and {len(issame) - same} impostor pairs; use a larger "
+            "verification set"
         )
 
 
 # --- the pickle -----------------------------------------------------------------------------------
-# Every stand-in is a class with a __setstate__: the BUILD opcode then has no attribute to set,
+# Every stand-in is a class with a __setstate__, so that the BUILD opcode cannot set attributes,
 # neither on an instance nor on the class itself.
 
 
 class _Forbidden(Exception):
-    """The file asks for something that a verification set has no need of."""
+    """The file asks for something that no verification set needs."""
 
 
 class _StandIn:
     def __setstate__(self, state: Any) -> None:
-        """Take no state: a dtype's carries only what its code says already."""
+        """Ignore the state: that of a dtype only repeats its code."""
 
 
 class _Encode(_StandIn):
-    """``_codecs.encode``: how Python 3 writes bytes in protocol 2."""
+    """``_codecs.encode``, by which Python 3 writes bytes in protocol 2."""
 
     def __new__(cls, text: Any, encoding: Any = "latin1") -> Any:
         if not isinstance(text, str) or encoding not in ("latin1", "latin-1"):
@@ -167,7 +198,7 @@ class _Array(_StandIn):
 
 
 class _Reconstruct(_StandIn):
-    """``numpy.core.multiarray._reconstruct``: an empty array, state follows."""
+    """``numpy.core.multiarray._reconstruct``: an empty array, filled by its state later."""
 
     def __new__(cls, *_shape_and_type: Any) -> Any:
         return _Array()
@@ -202,7 +233,7 @@ for _core in ("numpy.core", "numpy._core"):  # the name before numpy 2, and sinc
     _STAND_INS[f"{_core}.numeric", "_frombuffer"] = _FromBuffer
 
 
-# The unpickler in Python: the one in C lets ten bytes, a high memo slot, take all memory.
+# The unpickler in Python: for the one in C ten bytes, a high memo slot, allocate all memory.
 class _Unpickler(pickle._Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         stand_in = _STAND_INS.get((module, name))
@@ -217,9 +248,9 @@ def _unpickle(path: Path) -> tuple[Sequence[Any], Any]:
     except _Forbidden as error:
         raise CorruptRecordError(
             f"{path}: the file asks for {error}, which no verification set needs; nothing of it "
-            "was run. It is damaged or hostile: get it from a source that you trust"
+            "was run. It is damaged or malicious: get it from a source that you trust"
         ) from error
-    except Exception as error:  # unpickling damaged bytes raises nearly anything
+    except Exception as error:  # unpickling damaged bytes raises almost any exception
         raise CorruptRecordError(
             f"{path}: expected a pickle of (images, truth values), got bytes that end in "
             f"{type(error).__name__}: {error}; the file is damaged, get it again"

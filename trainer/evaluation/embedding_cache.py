@@ -1,4 +1,4 @@
-"""Embeddings kept on disk, so that one model sees one set of faces once."""
+"""Embeddings saved on disk, so that a model embeds a set of faces only once."""
 
 import hashlib
 import sys
@@ -16,25 +16,25 @@ from gkd.storage.errors import CorruptDataError
 from gkd.storage.reading.mmap_store import EMBEDDINGS, default_folder, touch
 from gkd.storage.util.files import publish_file
 
-# Counts up whenever the same images would come to a network otherwise.
+# Increased whenever the same images would reach a network as different input.
 FORMAT = 1
 ARRAY = "embeddings"
 
 
 def default_embeddings() -> Path:
-    """Where embeddings stand unless told otherwise: in ``$GKD_CACHE_DIR`` or ``~/.cache/gkd``."""
+    """The default folder of embeddings, in ``$GKD_CACHE_DIR`` or ``~/.cache/gkd``."""
     return default_folder() / EMBEDDINGS
 
 
 @dataclass(frozen=True)
 class EmbeddingCache:
-    """The embeddings that one model gave, a safetensors file for each set of faces.
+    """The embeddings of one model, a safetensors file for each set of faces.
 
-    A file's name is the sha256 of all that decides its content: the model's weights, its
+    A file's name is the sha256 of all that determines its content: the model's weights, its
     preprocessing and arithmetic, and the faces. It holds ``embeddings`` float32 [N, D] and, as
     metadata, their sha256.
 
-    folder      made where it is missing
+    folder      created if it is missing
     model       sha256 of the weights file
     preprocess  of the network's input
     precision   of its arithmetic
@@ -46,40 +46,39 @@ class EmbeddingCache:
     precision: str
 
     def path(self, faces: str) -> Path:
-        """The file of the set of faces that has this digest."""
-        decisive = [FORMAT, self.model, self.preprocess, self.precision, faces]
-        key = hashlib.sha256(msgspec.json.encode(decisive)).hexdigest()
+        """The file of the set of faces with this digest."""
+        inputs = [FORMAT, self.model, self.preprocess, self.precision, faces]
+        key = hashlib.sha256(msgspec.json.encode(inputs)).hexdigest()
         return self.folder / f"{key}.safetensors"
 
     def load(self, faces: str, count: int) -> npt.NDArray[np.float32] | None:
-        """The embeddings float32 [count, D]; None where there are none, or none to be read."""
+        """The embeddings float32 [count, D]; None if there are none, or they cannot be read."""
         path = self.path(faces)
         try:
             if not path.is_file():
                 return None
             embeddings = _read(path, count)
-        except (CorruptDataError, safetensors.SafetensorError) as error:
-            print(f"{path}: damaged ({error}); the images are embedded again", file=sys.stderr)
-            return None
-        except OSError as error:
-            told = f"cannot be read ({error.strerror}); the images are embedded again"
-            print(f"{path}: {told}", file=sys.stderr)
+        except (CorruptDataError, safetensors.SafetensorError, OSError) as error:
+            print(
+                f"{path}: damaged or unreadable ({error}); the images are embedded again",
+                file=sys.stderr,
+            )
             return None
         touch(path)
         return embeddings
 
     def save(self, faces: str, embeddings: npt.NDArray[np.float32]) -> None:
-        """Keep the embeddings, whole or not at all; a note where the disk takes none of them."""
+        """Save the embeddings atomically; if they cannot be written, print a warning."""
         metadata = {"sha256": _sha256(embeddings), "model": self.model, "faces": faces}
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with publish_file(self.path(faces)) as aside:
-                safetensors.numpy.save_file({ARRAY: embeddings}, aside, metadata)
+            with publish_file(self.path(faces)) as temporary:
+                safetensors.numpy.save_file({ARRAY: embeddings}, temporary, metadata)
         except (OSError, safetensors.SafetensorError) as error:
-            # What they were made for goes on: the result is worth more than the next time's speed.
+            # Only the speed of the next evaluation depends on them.
             print(
-                f"{self.folder}: the embeddings cannot be kept ({error}); set GKD_CACHE_DIR or "
-                "--cache to a folder that you may write to, or leave this with --no-cache",
+                f"{self.folder}: the embeddings cannot be saved ({error}); set GKD_CACHE_DIR or "
+                "--cache to a folder that you may write to, or use --no-cache",
                 file=sys.stderr,
             )
 
@@ -89,14 +88,14 @@ def _read(path: Path, count: int) -> npt.NDArray[np.float32]:
         metadata = file.metadata() or {}
         names = list(file.keys())
         if names != [ARRAY]:
-            raise CorruptDataError(f"expected {ARRAY} alone, got {', '.join(names) or 'nothing'}")
+            raise CorruptDataError(f"expected only {ARRAY}, got {', '.join(names) or 'nothing'}")
         embeddings = np.asarray(file.get_tensor(ARRAY))
     if embeddings.dtype != np.float32 or embeddings.ndim != 2 or len(embeddings) != count:
         raise CorruptDataError(
             f"expected float32 [{count}, D], got {embeddings.dtype} {list(embeddings.shape)}"
         )
     if _sha256(embeddings) != metadata.get("sha256"):
-        raise CorruptDataError("its bytes are not those that were written")
+        raise CorruptDataError("its bytes differ from those that were written")
     return embeddings
 
 

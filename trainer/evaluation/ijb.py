@@ -1,50 +1,48 @@
-"""IJB 1:1 verification: faces to templates, templates to cosines, TAR at FAR."""
+"""IJB-B and IJB-C, 1:1 verification: faces to templates, templates to cosines, TAR at FAR.
 
-from collections.abc import Sequence
+The layout is the one that insightface publishes (recognition/arcface_torch/eval_ijbc.py):
+
+    loose_crop/                          images of faces with a wide border
+    meta/ijbc_face_tid_mid.txt           NAME TEMPLATE MEDIUM
+    meta/ijbc_name_5pts_score.txt        NAME X1 Y1 ... X5 Y5 SCORE, in the same order
+    meta/ijbc_template_pair_label.txt    TEMPLATE TEMPLATE 1 (one person) or 0
+
+and ``ijbb`` for IJB-B.
+"""
+
+import itertools
+import math
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar, NoReturn
 
 import numpy as np
 import numpy.typing as npt
-from rich.table import Table
 
+from gkd.storage.errors import ConfigError, CorruptRecordError
+from gkd.storage.records.images import decode
 from gkd.storage.util.progress import progress
-from gkd.trainer.evaluation.embed import Embed, flip_sums, unit_rows
-from gkd.trainer.evaluation.embedding_cache import EmbeddingCache
-from gkd.trainer.evaluation.ijb_set import IjbSet
-from gkd.trainer.evaluation.verification import FARS, equal_error_rate, roc, tar_at
+from gkd.trainer.evaluation.alignment import align_face
+from gkd.trainer.evaluation.embed import FaceSet, unit_rows
+from gkd.trainer.evaluation.roc import RocResult, measure_roc
 
-# Small enough for both sides of a chunk to stay in a core's cache.
+META, CROPS = "meta", "loose_crop"
+PAIRS, MEDIA, POINTS = "template_pair_label.txt", "face_tid_mid.txt", "name_5pts_score.txt"
+# Pairs per chunk: both sides stay in a core's cache.
 CHUNK = 1 << 10
 QUIET_PAIRS = 1_000_000
 
 
-@dataclass(frozen=True)
-class IjbResult:
-    """What one model scores on IJB-B or IJB-C; fractions, not percent.
+@dataclass(frozen=True, kw_only=True)
+class IjbResult(RocResult):
+    """What one model scores on IJB-B or IJB-C; fractions, not percent."""
 
-    tar_at_far  the largest share of genuine pairs accepted by any threshold that accepts at most
-                this share of the impostor pairs; None where there are fewer than 1/FAR of those.
-                (eval_ijbc.py takes the point of the ROC nearest to the FAR, above it or below.)
-    auc, eer    area under the ROC; the error rate where both kinds are equal
-    far, tar    float64 [K], the corners of the ROC, both ascending from 0 to 1
-    """
-
-    name: str
+    protocol: ClassVar[str] = "templates"
+    title: ClassVar[str] = "IJB 1:1 verification"
     images: int
     templates: int
-    genuine_pairs: int
-    impostor_pairs: int
-    tar_at_far: dict[float, float | None]
-    auc: float
-    eer: float
-    far: npt.NDArray[np.float64]
-    tar: npt.NDArray[np.float64]
-
-    @property
-    def label(self) -> str:
-        """For the legend of a plot."""
-        return f"{self.name}: AUC {self.auc:.4f}"
 
     def to_builtins(self) -> dict[str, Any]:
         """For JSON: all but the points of the ROC."""
@@ -52,28 +50,113 @@ class IjbResult:
             "name": self.name,
             "images": self.images,
             "templates": self.templates,
-            "genuine_pairs": self.genuine_pairs,
-            "impostor_pairs": self.impostor_pairs,
-            "tar_at_far": {f"{far:.0e}": tar for far, tar in self.tar_at_far.items()},
-            "auc": self.auc,
-            "eer": self.eer,
+            **super().to_builtins(),
+        }
+
+    def metrics(self) -> dict[str, str]:
+        """Counts, and the metrics of the ROC."""
+        return {
+            "images": f"{self.images:,}",
+            "templates": f"{self.templates:,}",
+            "pairs": f"{self.genuine_pairs + self.impostor_pairs:,}",
+            **super().metrics(),
         }
 
 
-def evaluate_ijb(
-    embed: Embed, faces: IjbSet, *, batch_size: int = 128, store: EmbeddingCache | None = None
-) -> IjbResult:
-    """Embed every face and its mirror image, make templates of them and score their pairs.
+@dataclass(frozen=True)
+class IjbSet(FaceSet[IjbResult]):
+    """N faces in T templates, and P pairs of templates.
 
-    Source: ``eval_ijbc.py`` of arcface_torch with flip test, feature norm and detector score.
-
-    Raises:
-        CorruptRecordError: naming an image that cannot be read.
-        ConfigError: where the model's embeddings are not finite.
+    path        the folder
+    prefix      of the files in meta/, and name: ``ijbc``
+    files       names of the N images, below loose_crop/
+    points      float64 [N, 5, 2], x and y of eyes, nose and corners of the mouth
+    scores      float64 [N], of the detector
+    templates   int64 [N], from 0 to T - 1
+    media       int64 [N]; faces of one template and medium are frames of one video
+    pairs       int64 [P, 2], templates
+    issame      bool [P], both of one person
     """
-    sums = flip_sums(embed, faces.faces(), batch_size=batch_size, store=store)
-    templates = template_vectors(sums, faces.scores, faces.templates, faces.media)
-    return score_ijb(pair_cosines(templates, faces.pairs), faces)
+
+    path: Path
+    prefix: str
+    files: tuple[str, ...]
+    points: npt.NDArray[np.float64]
+    scores: npt.NDArray[np.float64]
+    templates: npt.NDArray[np.int64]
+    media: npt.NDArray[np.int64]
+    pairs: npt.NDArray[np.int64]
+    issame: npt.NDArray[np.bool_]
+
+    @property
+    def name(self) -> str:
+        """Short name for tables."""
+        return self.prefix
+
+    @property
+    def num_faces(self) -> int:
+        """N."""
+        return len(self.files)
+
+    @property
+    def num_templates(self) -> int:
+        """T."""
+        return int(self.templates.max()) + 1
+
+    @property
+    def geometry(self) -> bytes:
+        """The five points, by which the faces are aligned."""
+        return self.points.tobytes()
+
+    def describe(self, number: int) -> str:
+        """The file of a face below ``path``."""
+        return f"{CROPS}/{self.files[number]}"
+
+    def encoded(self, number: int) -> bytes:
+        """The encoded image of a face with its wide border."""
+        path = self.path / self.describe(number)
+        try:
+            return path.read_bytes()
+        except OSError as error:
+            raise CorruptRecordError(
+                f"{path}: expected the image that line {number + 1} of {self._points_path} names, "
+                f"got: {error.strerror}; unpack {CROPS}/ again"
+            ) from error
+
+    def face(self, number: int) -> npt.NDArray[np.uint8]:
+        """A face aligned by its five points, RGB uint8 [112, 112, 3].
+
+        Raises:
+            CorruptRecordError: if the image or the points are unusable; names file and line.
+        """
+        location = f"{self.path / self.describe(number)}"
+        try:
+            crop = decode(self.encoded(number))
+            location = f"{self._points_path}, face {number + 1} ({self.files[number]})"
+            return align_face(crop, self.points[number])
+        except (CorruptRecordError, ConfigError) as error:
+            raise CorruptRecordError(f"{location}: {error}; get the set again") from error
+
+    @property
+    def _points_path(self) -> Path:
+        return self.path / META / f"{self.prefix}_{POINTS}"
+
+    def score(self, sums: npt.NDArray[np.float32]) -> IjbResult:
+        """Make templates of the faces and score their pairs by cosine.
+
+        Source: ``eval_ijbc.py`` of arcface_torch with flip test, feature norm and detector score.
+        """
+        vectors = template_vectors(sums, self.scores, self.templates, self.media)
+        return self.score_pairs(pair_cosines(vectors, self.pairs))
+
+    def score_pairs(self, cosines: npt.NDArray[np.float64]) -> IjbResult:
+        """The result from the cosines [P] of the pairs."""
+        return IjbResult(
+            name=self.name,
+            **measure_roc(-cosines, self.issame),
+            images=len(self.files),
+            templates=self.num_templates,
+        )
 
 
 def template_vectors(
@@ -86,7 +169,7 @@ def template_vectors(
 
     A template is the sum over its media of the mean over a medium's faces of score * embedding,
     then L2-normalised. ``sums`` [N, D] are the faces' embeddings, not normalised, so that faces
-    of which the network is unsure weigh less; ``scores`` [N] the detector's.
+    of which the network is unsure weigh less; ``scores`` [N] are the detector's.
     """
     _, group, size = np.unique(
         np.column_stack([templates, media]), axis=0, return_inverse=True, return_counts=True
@@ -114,52 +197,118 @@ def pair_cosines(
     return cosines
 
 
-def score_ijb(cosines: npt.NDArray[np.float64], faces: IjbSet) -> IjbResult:
-    """Every number of a set from its pairs' cosines [P]."""
-    far, tar = roc(-cosines, faces.issame)
-    impostors = int((~faces.issame).sum())
-    corner = corners(far, tar)
-    return IjbResult(
-        name=faces.name,
-        images=len(faces.files),
-        templates=faces.num_templates,
-        genuine_pairs=int(faces.issame.sum()),
-        impostor_pairs=impostors,
-        tar_at_far={bound: tar_at(far, tar, bound, impostors) for bound in FARS},
-        auc=float(np.trapezoid(tar, far)),
-        eer=equal_error_rate(far, tar),
-        far=far[corner],
-        tar=tar[corner],
-    )
+def is_ijb(folder: Path) -> bool:
+    """Whether a folder has the layout of IJB-B or IJB-C."""
+    return bool(list((folder / META).glob(f"*_{PAIRS}")))
 
 
-def corners(far: npt.NDArray[np.float64], tar: npt.NDArray[np.float64]) -> npt.NDArray[np.bool_]:
-    """Which points [K] of a ROC to keep: both ends, and where it does not go straight on.
+def load_ijb(folder: Path) -> IjbSet:
+    """The set in a folder that ``is_ijb``; images are read and checked later, on access.
 
-    Millions of impostor pairs make millions of points, nearly all within level stretches.
+    Raises:
+        ConfigError: if the folder holds several sets, or a file is missing.
+        CorruptRecordError: if a list is damaged; names file and line.
     """
-    kept = np.ones(len(far), bool)
-    level, upright = np.diff(tar) == 0, np.diff(far) == 0
-    kept[1:-1] = ~((level[:-1] & level[1:]) | (upright[:-1] & upright[1:]))
-    return kept
-
-
-def ijb_table(results: Sequence[IjbResult]) -> Table:
-    """A row for each result, for people; a dash where a set has too few impostors to tell."""
-    table = Table(title="IJB 1:1 verification")
-    table.add_column("set", overflow="fold")
-    told = [far for far in FARS if any(result.tar_at_far[far] is not None for result in results)]
-    headings = ("images", "templates", "pairs", "AUC", "EER")
-    for heading in (*headings, *(f"TAR at {far:.0e}" for far in told)):
-        table.add_column(heading, justify="right")
-    for result in results:
-        table.add_row(
-            result.name,
-            f"{result.images:,}",
-            f"{result.templates:,}",
-            f"{result.genuine_pairs + result.impostor_pairs:,}",
-            f"{result.auc:.4f}",
-            f"{result.eer:.2%}",
-            *("-" if tar is None else f"{tar:.2%}" for tar in map(result.tar_at_far.get, told)),
+    found = sorted((folder / META).glob(f"*_{PAIRS}"))
+    if len(found) != 1:
+        names = ", ".join(path.name for path in found) or "none"
+        raise ConfigError(
+            f"{folder / META}: expected one file *_{PAIRS}, got {names}; keep each set in "
+            "its own folder"
         )
-    return table
+    name = found[0].name.removesuffix(f"_{PAIRS}")
+    meta = [folder / META / f"{name}_{suffix}" for suffix in (MEDIA, POINTS, PAIRS)]
+    for path in meta:
+        if not path.is_file():
+            raise ConfigError(f"{path}: expected this file beside {found[0].name}, got none")
+    files, ids, media = _read_media(meta[0])
+    points, scores = _read_points(meta[1], files, meta[0])
+    known, templates = np.unique(ids, return_inverse=True)
+    pairs, issame = _read_pairs(meta[2], known)
+    return IjbSet(folder, name, files, points, scores, templates, media, pairs, issame)
+
+
+def _read_media(
+    path: Path,
+) -> tuple[tuple[str, ...], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """File, template id and medium id of each face."""
+    rows = [row for _, row in _rows(path, "NAME TEMPLATE MEDIUM", (str, int, int))]
+    if not rows:
+        raise CorruptRecordError(f"{path}: expected a line for each face, got none")
+    ids, media = np.array([row[1:] for row in rows], np.int64).T
+    return tuple(row[0] for row in rows), ids, media
+
+
+def _read_points(
+    path: Path, files: Sequence[str], listed: Path
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Five points [N, 5, 2] and the detector's score [N] of each of the files."""
+    rows = list(_rows(path, "NAME X1 Y1 ... X5 Y5 SCORE", (str, *[_finite] * 11)))
+    for (line, row), file in zip(rows, files, strict=False):
+        if row[0] != file:
+            _refuse(path, line, f"{file}, as in {listed.name}", row[0])
+    if len(rows) != len(files):
+        raise CorruptRecordError(
+            f"{path}: expected {len(files):,} faces, as in {listed.name}, got {len(rows):,}; one "
+            "of the files is truncated, get the set again"
+        )
+    values = np.array([row[1:] for _, row in rows])
+    return values[:, :10].reshape(-1, 5, 2), values[:, 10]
+
+
+def _read_pairs(
+    path: Path, known: npt.NDArray[np.int64]
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
+    """Pairs [P, 2] as positions in ``known``, the sorted template ids, and their truths [P]."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # about an empty file
+        try:
+            table = np.loadtxt(path, np.int64, comments=None, ndmin=2)
+        except ValueError:
+            table = np.empty((0, 0), np.int64)
+    if table.shape[1] != 3 or not len(table):
+        list(_rows(path, "TEMPLATE TEMPLATE LABEL", (int, int, int)))  # names the line
+        raise CorruptRecordError(f"{path}: expected a line for each pair, got none")
+    ids, labels = table[:, :2], table[:, 2]
+    pairs = np.searchsorted(known, ids).clip(max=len(known) - 1)
+    invalid = (known[pairs] != ids).any(axis=1) | (labels < 0) | (labels > 1)
+    if invalid.any():
+        row = int(invalid.argmax())
+        line, values = next(itertools.islice(_rows(path, "", (int, int, int)), row, None))
+        _refuse(path, line, "two templates that have faces, and 1 or 0", *values)
+    issame = labels == 1
+    if issame.all() or not issame.any():
+        raise CorruptRecordError(
+            f"{path}: expected pairs of one person and of two, got {int(issame.sum()):,} and "
+            f"{int((~issame).sum()):,}; the file is truncated, get it again"
+        )
+    return pairs, issame
+
+
+def _rows(
+    path: Path, expected: str, kinds: Sequence[Callable[[str], Any]]
+) -> Iterator[tuple[int, tuple[Any, ...]]]:
+    """Yield number (from 1) and values of every line that is not empty."""
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for line, text in enumerate(file, 1):
+            words = text.split()
+            if not words:
+                continue
+            try:
+                yield line, tuple(kind(word) for kind, word in zip(kinds, words, strict=True))
+            except ValueError:
+                _refuse(path, line, expected, *words)
+
+
+def _finite(word: str) -> float:
+    value = float(word)
+    if not math.isfinite(value):
+        raise ValueError(word)
+    return value
+
+
+def _refuse(path: Path, line: int, expected: str, *got: object) -> NoReturn:
+    words = " ".join(map(str, got))
+    raise CorruptRecordError(
+        f"{path}, line {line}: expected {expected}, got {words!r}; get the set again"
+    )

@@ -1,4 +1,4 @@
-"""A folder laid out as IJB-C is, whose crops hold given aligned faces at known places."""
+"""A folder in the layout of IJB-C, whose crops hold given aligned faces at known positions."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,7 +8,7 @@ import numpy.typing as npt
 import simplejpeg
 from PIL import Image
 
-# Where the field's aligned faces have eyes, nose and corners of the mouth.
+# Eyes, nose and corners of the mouth in aligned faces.
 PUBLISHED_POINTS = np.array(
     [
         [30.2946 + 8, 51.6963],
@@ -21,28 +21,30 @@ PUBLISHED_POINTS = np.array(
 SIDE = 260
 
 
-def place(
+def place_face(
     face: npt.NDArray[np.uint8], *, degrees: float, scale: float
 ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float64]]:
-    """A crop [SIDE, SIDE, 3] with the face turned and scaled about its middle, and its points."""
+    """A crop [SIDE, SIDE, 3] with the face rotated and scaled about its centre, and its points."""
     angle = np.deg2rad(degrees)
-    turn = scale * np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
-    middle, target = np.array([55.5, 55.5]), np.array([SIDE / 2, SIDE / 2 - 10])
+    rotation = scale * np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    centre, target = np.array([55.5, 55.5]), np.array([SIDE / 2, SIDE / 2 - 10])
     y, x = np.mgrid[:SIDE, :SIDE]
-    source = np.asarray((np.stack([x, y], -1) - target) @ np.linalg.inv(turn).T + middle, float)
-    return sampled(face, source), (PUBLISHED_POINTS - middle) @ turn.T + target
+    source = np.asarray((np.stack([x, y], -1) - target) @ np.linalg.inv(rotation).T + centre, float)
+    return sampled(face, source), (PUBLISHED_POINTS - centre) @ rotation.T + target
 
 
-def sampled(image: npt.NDArray[np.uint8], places: npt.NDArray[np.float64]) -> npt.NDArray[np.uint8]:
-    """Bilinear samples of an image at places [..., 2] (x, y), black outside; written out."""
+def sampled(
+    image: npt.NDArray[np.uint8], positions: npt.NDArray[np.float64]
+) -> npt.NDArray[np.uint8]:
+    """Bilinear samples of an image at positions [..., 2] (x, y), black outside."""
     height, width, _ = image.shape
-    corner = np.floor(places).astype(int)
-    total = np.zeros((*places.shape[:-1], 3))
+    corner = np.floor(positions).astype(int)
+    total = np.zeros((*positions.shape[:-1], 3))
     for right in (0, 1):
         for down in (0, 1):
             x, y = corner[..., 0] + right, corner[..., 1] + down
             inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
-            weight = (1 - np.abs(places[..., 0] - x)) * (1 - np.abs(places[..., 1] - y))
+            weight = (1 - np.abs(positions[..., 0] - x)) * (1 - np.abs(positions[..., 1] - y))
             pixels = image[y.clip(0, height - 1), x.clip(0, width - 1)]
             total += np.where(inside, weight, 0)[..., None] * pixels
     return np.rint(total).clip(0, 255).astype(np.uint8)
@@ -58,13 +60,15 @@ def write_ijb(
     pairs: Sequence[tuple[int, int, int]],
     name: str = "ijbc",
 ) -> None:
-    """Write the aligned faces, each turned and scaled another way, and the three lists."""
+    """Write the aligned faces, each rotated and scaled differently, and the three lists."""
     (folder / "meta").mkdir(parents=True)
     (folder / "loose_crop").mkdir()
     points, listed = [], []
     for number, face in enumerate(faces, 1):
         aligned = np.asarray(Image.open(face).convert("RGB"))
-        crop, landmarks = place(aligned, degrees=37 * number % 90 - 45, scale=1 + number % 3 / 4)
+        crop, landmarks = place_face(
+            aligned, degrees=37 * number % 90 - 45, scale=1 + number % 3 / 4
+        )
         encoded = simplejpeg.encode_jpeg(np.ascontiguousarray(crop), quality=95)
         (folder / "loose_crop" / f"{number}.jpg").write_bytes(encoded)
         words = " ".join(f"{value:.4f}" for value in landmarks.ravel())
@@ -75,5 +79,5 @@ def write_ijb(
         "name_5pts_score": points,
         "template_pair_label": [" ".join(map(str, pair)) for pair in pairs],
     }
-    for each, lines in meta.items():
-        (folder / "meta" / f"{name}_{each}.txt").write_text("\n".join(lines) + "\n")
+    for suffix, lines in meta.items():
+        (folder / "meta" / f"{name}_{suffix}.txt").write_text("\n".join(lines) + "\n")

@@ -1,4 +1,4 @@
-"""Verification sets: those of others read, hostile ones refused with nothing run."""
+"""Verification sets: files of other programs are read, hostile ones refused without running."""
 
 import io
 import os
@@ -37,7 +37,7 @@ def save(folder: Path, content: Any, protocol: int = 2) -> Path:
     return path
 
 
-def test_written_set_reads_back_and_is_what_the_field_reads(tmp_path: Path) -> None:
+def test_a_written_set_reads_back_and_is_what_arcface_torch_reads(tmp_path: Path) -> None:
     path = tmp_path / "faces.bin"
     write_verification_set(path, IMAGES, ISSAME)
     read = load_verification_set(path)
@@ -53,7 +53,7 @@ def test_written_set_reads_back_and_is_what_the_field_reads(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("protocol", range(6))
 @pytest.mark.parametrize("kind", ["bytes", "arrays"])
-def test_every_protocol_reads(tmp_path: Path, protocol: int, kind: str) -> None:
+def test_every_protocol_is_read(tmp_path: Path, protocol: int, kind: str) -> None:
     bins: list[Any] = list(IMAGES)
     truths: Any = ISSAME.tolist()
     if kind == "arrays":
@@ -65,7 +65,7 @@ def test_every_protocol_reads(tmp_path: Path, protocol: int, kind: str) -> None:
 
 
 @pytest.mark.parametrize("protocol", [2, 4])
-def test_module_names_from_before_numpy_2_read(tmp_path: Path, protocol: int) -> None:
+def test_module_names_of_numpy_1_are_read(tmp_path: Path, protocol: int) -> None:
     path = save(tmp_path, ([np.frombuffer(i, np.uint8).copy() for i in IMAGES], ISSAME), protocol)
     new, old = b"numpy._core.multiarray", b"numpy.core.multiarray"
     content = path.read_bytes()
@@ -84,7 +84,7 @@ def python_2_pickle(images: list[bytes], issame: list[bool]) -> bytes:
     return b"\x80\x02](" + bins + b"e](" + truths + b"e\x86."
 
 
-def test_pickle_of_python_2_reads(tmp_path: Path) -> None:
+def test_a_pickle_of_python_2_is_read(tmp_path: Path) -> None:
     path = tmp_path / "old.bin"
     path.write_bytes(python_2_pickle(IMAGES, ISSAME.tolist()))
     read = load_verification_set(path)
@@ -97,7 +97,7 @@ PYTHON_2 = Path.home() / ".pyenv/versions/2.7.18/bin/python2.7"
 
 @pytest.mark.skipif(not PYTHON_2.exists(), reason="no Python 2.7 on this machine")
 @pytest.mark.parametrize("protocol", [0, 1, 2])
-def test_pickle_that_python_2_wrote_reads(tmp_path: Path, protocol: int) -> None:
+def test_pickles_of_an_installed_python_2_are_read(tmp_path: Path, protocol: int) -> None:
     for number, image in enumerate(IMAGES):
         (tmp_path / f"{number}.jpg").write_bytes(image)
     script = (
@@ -121,7 +121,7 @@ class Call:
 
 
 def hostile(marker: Path) -> dict[str, bytes]:
-    """Pickles that would create ``marker``, or break in, by the name that must be refused."""
+    """Pickles that would create ``marker`` or run code, by the name that must be refused."""
     code = f"open({str(marker)!r}, 'w')"
     return {
         "posix.system": pickle.dumps(Call(os.system, f"touch {marker}"), 2),
@@ -131,10 +131,10 @@ def hostile(marker: Path) -> dict[str, bytes]:
         "numpy.load": b"cnumpy\nload\n(S'" + str(marker).encode() + b"'\ntR.",
         "numpy.core.multiarray.fromfile": b"cnumpy.core.multiarray\nfromfile\n(tR.",
         "numpy.f2py.diagnose.run": b"cnumpy.f2py.diagnose\nrun\n(tR.",
-        # A dotted name would walk attributes: in protocol 4 find_class may do that.
+        # A dotted name would be resolved by attributes: in protocol 4 find_class may do that.
         "_codecs.encode.__self__": b"\x80\x04\x8c\x07_codecs\x8c\x0fencode.__self__\x93.",
         "numpy.ndarray.tofile": b"\x80\x04\x8c\x05numpy\x8c\x0endarray.tofile\x93.",
-        # The INST opcode looks its class up in the same way.
+        # The INST opcode looks up its class in the same way.
         "os.system": b"(S'touch " + str(marker).encode() + b"'\nios\nsystem\n.",
         "copyreg._reconstructor": b"ccopyreg\n_reconstructor\n(tR.",
         "_codecs.encode to 'rot13'": b"c_codecs\nencode\n(X\x01\0\0\0aX\x05\0\0\0rot13tR.",
@@ -177,7 +177,7 @@ def test_state_cannot_change_the_reader(tmp_path: Path, pickled: bytes) -> None:
 
 
 @pytest.mark.parametrize("pickled", [b"\x80\x02Nr\0\0\0\x400.", b"Np1073741824\n0."])
-def test_high_memo_slot_takes_no_memory(tmp_path: Path, pickled: bytes) -> None:
+def test_a_high_memo_slot_allocates_no_memory(tmp_path: Path, pickled: bytes) -> None:
     path = tmp_path / "hostile.bin"
     path.write_bytes(pickled)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -194,7 +194,7 @@ def test_high_memo_slot_takes_no_memory(tmp_path: Path, pickled: bytes) -> None:
         ((IMAGES, [True, 2] * 5), "expected a truth value for pair 1, got int"),
         (([*IMAGES[:19], "text"], [True] * 10), "expected image 19 as bytes, got str"),
         (([*IMAGES[:19], np.zeros(2, bool)], [True] * 10), "expected image 19 as bytes, got array"),
-        ((IMAGES[:18], ISSAME), "expected 2 images a pair, got 18 images for 10 pairs"),
+        ((IMAGES[:18], ISSAME), "expected 2 images per pair, got 18 images for 10 pairs"),
     ],
 )
 def test_other_content_is_refused(tmp_path: Path, content: Any, message: str) -> None:
@@ -206,7 +206,9 @@ def test_other_content_is_refused(tmp_path: Path, content: Any, message: str) ->
 @pytest.mark.parametrize("issame", [np.ones(10, bool), np.zeros(10, bool), ISSAME[:9]])
 def test_too_few_pairs_are_refused(tmp_path: Path, issame: Any) -> None:
     images = IMAGES[: 2 * len(issame)]
-    with pytest.raises(ConfigError, match=r"at least 10 pairs .one a fold., of both kinds, got"):
+    with pytest.raises(
+        ConfigError, match=r"at least 10 pairs .one per fold., both genuine and impostor ones, got"
+    ):
         load_verification_set(save(tmp_path, (images, issame)))
     with pytest.raises(ConfigError, match="use a larger verification set"):
         write_verification_set(tmp_path / "out.bin", images, issame)
@@ -214,7 +216,7 @@ def test_too_few_pairs_are_refused(tmp_path: Path, issame: Any) -> None:
 
 
 def test_writer_refuses_counts_that_do_not_fit(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="expected 2 images a pair, got 19 images for 10 pairs"):
+    with pytest.raises(ConfigError, match="expected 2 images per pair, got 19 images for 10 pairs"):
         write_verification_set(tmp_path / "out.bin", IMAGES[:19], ISSAME)
 
 
@@ -224,10 +226,10 @@ def test_missing_file(tmp_path: Path) -> None:
 
 
 def test_every_truncation_is_refused(tmp_path: Path) -> None:
-    whole = python_2_pickle(IMAGES, ISSAME.tolist())
+    full = python_2_pickle(IMAGES, ISSAME.tolist())
     path = tmp_path / "short.bin"
-    for length in [0, 1, 5, len(whole) // 2, len(whole) - 3, len(whole) - 1]:
-        path.write_bytes(whole[:length])
+    for length in [0, 1, 5, len(full) // 2, len(full) - 3, len(full) - 1]:
+        path.write_bytes(full[:length])
         with pytest.raises(CorruptRecordError, match=r"short.bin: .*the file is damaged"):
             load_verification_set(path)
 
@@ -238,12 +240,12 @@ def test_images_that_cannot_be_used_are_named(tmp_path: Path) -> None:
     assert read.image(0).shape == (112, 112, 3)
     with pytest.raises(CorruptRecordError, match=r"set.bin, image 4 of 20 \(pair 2\): "):
         read.image(4)
-    with pytest.raises(CorruptRecordError, match=r"image 5 .*expected .*112x112 RGB, got 96x96"):
+    with pytest.raises(CorruptRecordError, match=r"image 5 .*expected .*112x112 pixels, got 96x96"):
         read.image(5)
 
 
 @needs_shared_data
-def test_real_set_reads() -> None:
+def test_a_real_set_is_read() -> None:
     read = load_verification_set(SHARED_DATA / "lfw/lfw_fold9.bin")
     assert (read.name, len(read), len(read.images)) == ("lfw_fold9", 600, 1200)
     assert read.issame.sum() == 300

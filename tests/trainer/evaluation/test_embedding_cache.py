@@ -1,4 +1,4 @@
-"""Kept embeddings: the same as new ones, of their own model and faces only, whole or not at all."""
+"""Saved embeddings: equal to new ones, used for their model and faces only, written atomically."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -11,20 +11,19 @@ from gkd.demo.synthetic import draw_faces
 from gkd.storage.cache.spec import preprocess_preset
 from gkd.storage.reading.mmap_store import collect
 from gkd.trainer.evaluation.bin_file import VerificationSet
+from gkd.trainer.evaluation.embed import evaluate
 from gkd.trainer.evaluation.embedding_cache import EmbeddingCache, default_embeddings
-from gkd.trainer.evaluation.ijb import evaluate_ijb
-from gkd.trainer.evaluation.ijb_set import load_ijb
-from gkd.trainer.evaluation.verification import evaluate
+from gkd.trainer.evaluation.ijb import load_ijb
 from tests.trainer.evaluation.ijb_folder import write_ijb
+from tests.trainer.evaluation.networks import grid_embed
 from tests.trainer.evaluation.test_bin_file import IMAGES, ISSAME
-from tests.trainer.evaluation.test_ijb import grid_embed
 
 PAIRS = VerificationSet(Path("faces.bin"), tuple(IMAGES), ISSAME)
 ARCFACE = preprocess_preset("arcface")
 
 
 class Counting:
-    """A network that counts the images it was shown."""
+    """A network that counts the images it embeds."""
 
     seen = 0
 
@@ -35,10 +34,10 @@ class Counting:
 
 @pytest.fixture
 def store(tmp_path: Path) -> EmbeddingCache:
-    return EmbeddingCache(tmp_path / "kept", "a" * 64, ARCFACE, "float32")
+    return EmbeddingCache(tmp_path / "store", "a" * 64, ARCFACE, "float32")
 
 
-def test_a_model_sees_a_set_once(store: EmbeddingCache) -> None:
+def test_a_model_embeds_a_set_once(store: EmbeddingCache) -> None:
     network = Counting()
     first = evaluate(network, PAIRS, store=store)
     assert network.seen == 40
@@ -48,7 +47,7 @@ def test_a_model_sees_a_set_once(store: EmbeddingCache) -> None:
     assert len(list(store.folder.iterdir())) == 1
 
 
-def test_whatever_decides_an_embedding_decides_its_place(store: EmbeddingCache) -> None:
+def test_everything_that_determines_an_embedding_is_in_its_key(store: EmbeddingCache) -> None:
     network = Counting()
     evaluate(network, PAIRS, store=store)
     for other in (
@@ -64,14 +63,14 @@ def test_whatever_decides_an_embedding_decides_its_place(store: EmbeddingCache) 
     swapped = replace(PAIRS, images=(PAIRS.images[1], PAIRS.images[0], *PAIRS.images[2:]))
     evaluate(network, swapped, store=store)
     assert network.seen == 40
-    # The truths of the pairs decide nothing.
+    # The truths of the pairs do not matter.
     network.seen = 0
     evaluate(network, replace(PAIRS, issame=~ISSAME), store=store)
     assert network.seen == 0
 
 
 @pytest.mark.parametrize("damage", ["flipped", "cut", "empty"])
-def test_a_damaged_file_is_told_and_made_again(
+def test_a_damaged_file_is_reported_and_replaced(
     store: EmbeddingCache, capsys: pytest.CaptureFixture[str], damage: str
 ) -> None:
     network = Counting()
@@ -83,7 +82,7 @@ def test_a_damaged_file_is_told_and_made_again(
     path.write_bytes(damaged)
     again = evaluate(network, PAIRS, store=store)
     assert network.seen == 80
-    assert f"{path}: damaged (" in capsys.readouterr().err
+    assert f"{path}: damaged or unreadable (" in capsys.readouterr().err
     assert again.to_builtins() == first.to_builtins()
     evaluate(network, PAIRS, store=store)
     assert network.seen == 80
@@ -98,7 +97,9 @@ def test_a_failing_network_leaves_nothing(store: EmbeddingCache) -> None:
     assert not store.folder.exists()
 
 
-def test_kept_embeddings_are_collected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_saved_embeddings_are_garbage_collected(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("GKD_CACHE_DIR", str(tmp_path))
     store = EmbeddingCache(default_embeddings(), "a" * 64, ARCFACE, "float32")
     evaluate(grid_embed, PAIRS, store=store)
@@ -108,26 +109,26 @@ def test_kept_embeddings_are_collected(tmp_path: Path, monkeypatch: pytest.Monke
     assert (found.path, found.removed) == (path, False)
     (found,) = collect()
     assert (found.path, found.removed) == (path, True)
-    assert [each.name for each in path.parent.iterdir()] == ["mine.safetensors"]
+    assert [entry.name for entry in path.parent.iterdir()] == ["mine.safetensors"]
 
 
-def test_faces_at_other_places_are_other_faces(tmp_path: Path, store: EmbeddingCache) -> None:
+def test_the_landmarks_are_in_the_key(tmp_path: Path, store: EmbeddingCache) -> None:
     draw_faces(tmp_path / "drawn", identities=range(2), images_each=1, seed=0, workers=1)
     lists = {"templates": (0, 1), "media": (0, 1), "scores": (1, 1)}
     faces = sorted((tmp_path / "drawn").rglob("*.jpg"))
     write_ijb(tmp_path / "set", faces, pairs=((0, 1, 0), (0, 0, 1)), **lists)  # type: ignore[arg-type]
     network = Counting()
-    evaluate_ijb(network, load_ijb(tmp_path / "set"), store=store)
-    evaluate_ijb(network, load_ijb(tmp_path / "set"), store=store)
+    evaluate(network, load_ijb(tmp_path / "set"), store=store)
+    evaluate(network, load_ijb(tmp_path / "set"), store=store)
     assert network.seen == 4
     points = tmp_path / "set/meta/ijbc_name_5pts_score.txt"
     first, second = points.read_text().splitlines()
     words = first.split()
-    # The detector's score weighs embeddings and decides none; a point does.
+    # The detector's score only weighs embeddings; a landmark changes them.
     points.write_text("\n".join([" ".join([*words[:-1], "0.5"]), second]) + "\n")
-    evaluate_ijb(network, load_ijb(tmp_path / "set"), store=store)
+    evaluate(network, load_ijb(tmp_path / "set"), store=store)
     assert network.seen == 4
     words[1] = str(float(words[1]) + 1)
     points.write_text("\n".join([" ".join(words), second]) + "\n")
-    evaluate_ijb(network, load_ijb(tmp_path / "set"), store=store)
+    evaluate(network, load_ijb(tmp_path / "set"), store=store)
     assert network.seen == 8

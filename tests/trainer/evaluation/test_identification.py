@@ -1,4 +1,4 @@
-"""Identification: ranks by hand and by slow loops, the layout of TinyFace, files that cannot be."""
+"""Identification: ranks by hand and by naive loops, the layout of TinyFace, damaged sets."""
 
 import shutil
 from pathlib import Path
@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 
 from gkd.demo.synthetic import draw_faces
 from gkd.storage.errors import ConfigError, CorruptRecordError
+from gkd.trainer.evaluation.embed import evaluate
 from gkd.trainer.evaluation.identification import (
     NOBODY,
     first_ranks,
-    identify,
     is_identification,
     load_identification_set,
 )
-from tests.trainer.evaluation.test_ijb import grid_embed
+from tests.trainer.evaluation.networks import grid_embed
 
 
 def unit(*degrees: float) -> npt.NDArray[np.float32]:
@@ -30,21 +30,21 @@ def test_ranks_by_hand() -> None:
     # Persons 1 and 2 with two faces each and a distractor, by their angles.
     gallery = unit(0, 60, 20, 90, 35)
     people = np.array([1, 1, 2, 2, NOBODY])
-    # 5 is nearest to 0 (person 1). 50 to 60, then 35, 20: person 2 comes third. 33 to 35 (nobody),
-    # then 20: person 2 second, person 1 third. Person 3 is not there.
+    # 5 is closest to 0 (person 1). 50 to 60, then 35, 20: person 2 is third. 33 to 35 (nobody),
+    # then 20: person 2 is second, person 1 third. Person 3 is absent.
     probes = unit(5, 50, 33, 33, 5)
     sought = np.array([1, 2, 2, 1, 3])
     assert first_ranks(gallery, people, probes, sought).tolist() == [1, 3, 2, 3, 0]
 
 
-def test_a_face_as_near_as_ones_own_comes_first() -> None:
+def test_another_persons_face_at_the_same_distance_ranks_first() -> None:
     gallery = np.array([[1, 0], [1, 0], [0, 1]], np.float32)
     ranks = first_ranks(gallery, np.array([1, 2, NOBODY]), gallery[:1], np.array([1]))
     assert ranks.tolist() == [2]
 
 
 @given(st.integers(0, 2**32 - 1))
-def test_ranks_agree_with_the_slow_reading(seed: int) -> None:
+def test_ranks_agree_with_naive_loops(seed: int) -> None:
     rng = np.random.default_rng(seed)
     gallery = rng.normal(size=(30, 4)).astype(np.float32)
     probes = rng.normal(size=(300, 4)).astype(np.float32)
@@ -52,14 +52,14 @@ def test_ranks_agree_with_the_slow_reading(seed: int) -> None:
     expected = []
     for probe, person in zip(probes, sought, strict=True):
         order = np.argsort(-(gallery @ probe))
-        places = [place for place, row in enumerate(order, 1) if people[row] == person]
-        expected.append(min(places, default=0))
+        ranks = [rank for rank, row in enumerate(order, 1) if people[row] == person]
+        expected.append(min(ranks, default=0))
     assert first_ranks(gallery, people, probes, sought).tolist() == expected
 
 
 @pytest.fixture(scope="module")
 def tinyface(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Five people, of whom three are looked for: two faces in the gallery and two probes each."""
+    """Five people, three of them probed: two faces in the gallery and two probes each."""
     home = tmp_path_factory.mktemp("tiny")
     draw_faces(home / "drawn", identities=range(5), images_each=4, seed=7, workers=1)
     folder = home / "tinyface/Testing_Set"
@@ -86,21 +86,21 @@ def test_from_images_to_rates(tinyface: Path, inner: str) -> None:
         *[NOBODY] * 8,
         *(10, 10, 11, 11, 12, 12),
     ]
-    result = identify(grid_embed, loaded, batch_size=7)
+    result = evaluate(grid_embed, loaded, batch_size=7)
     sums = []
     for number in range(20):
-        image = loaded.faces().image(number)
+        image = loaded.face(number)
         sums.append(grid_embed(image[None])[0] + grid_embed(image[None, :, ::-1])[0])
-    vectors = np.array([each / np.linalg.norm(each) for each in sums])
+    vectors = np.array([vector / np.linalg.norm(vector) for vector in sums])
     ranks = []
     for probe, person in enumerate((10, 10, 11, 11, 12, 12), 14):
         order = np.argsort(-(vectors[:14] @ vectors[probe]))
         ranks.append(1 + next(i for i, row in enumerate(order) if loaded.identities[row] == person))
     assert result.cmc.tolist() == [np.mean([r <= k for r in ranks]) for k in range(1, 51)]
     assert result.rates == {1: result.cmc[0], 5: result.cmc[4], 20: 1.0}
-    told = result.to_builtins()
-    assert (told["gallery"], told["distractors"], told["probes"]) == (6, 8, 6)
-    assert told["rank"]["20"] == 1.0
+    builtins = result.to_builtins()
+    assert (builtins["gallery"], builtins["distractors"], builtins["probes"]) == (6, 8, 6)
+    assert builtins["rank"]["20"] == 1.0
 
 
 def test_probes_without_a_mate_are_left_out_and_counted(tinyface: Path, tmp_path: Path) -> None:
@@ -108,11 +108,12 @@ def test_probes_without_a_mate_are_left_out_and_counted(tinyface: Path, tmp_path
     probes = tmp_path / "set/Testing_Set/Probe"
     shutil.copyfile(probes / "10_2.jpg", probes / "99_1.jpg")
     shutil.rmtree(tmp_path / "set/Testing_Set/Gallery_Distractor")
-    result = identify(grid_embed, load_identification_set(tmp_path / "set"))
+    result = evaluate(grid_embed, load_identification_set(tmp_path / "set"))
     assert (result.probes, result.without_mate, result.distractors) == (6, 1, 0)
+    assert "1 probes have no mate" in result.warning
 
 
-def test_what_cannot_be_is_named(tinyface: Path, tmp_path: Path) -> None:
+def test_damaged_sets_are_refused(tinyface: Path, tmp_path: Path) -> None:
     shutil.copytree(tinyface / "Testing_Set", tmp_path / "set")
     folder = tmp_path / "set"
     probe = folder / "Probe/10_2.jpg"
@@ -122,7 +123,7 @@ def test_what_cannot_be_is_named(tinyface: Path, tmp_path: Path) -> None:
     (folder / "Probe/ten.jpg").write_bytes(b"junk")
     (folder / "Probe/ten.jpg").rename(probe)
     with pytest.raises(CorruptRecordError, match=r"Probe/10_2.jpg: expected an encoded image"):
-        identify(grid_embed, load_identification_set(folder))
+        evaluate(grid_embed, load_identification_set(folder))
     shutil.rmtree(folder / "Gallery_Match")
     with pytest.raises(ConfigError, match="expected a folder Gallery_Match in it, got none"):
         load_identification_set(folder)

@@ -28,7 +28,7 @@ from gkd.trainer.checkpoint import (
     write_checkpoint,
 )
 from gkd.trainer.config_file import load_config
-from gkd.trainer.evaluation.verification import module_embed
+from gkd.trainer.evaluation.embed import module_embed
 from gkd.trainer.export.model_card import card_text, export_student
 
 HERE = Path(__file__).parent

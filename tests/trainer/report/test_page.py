@@ -24,7 +24,7 @@ from gkd.storage.records.base import Subset
 from gkd.storage.records.open import open_records
 from gkd.trainer.data.dataset import join_targets
 from gkd.trainer.evaluation.bin_file import load_verification_set
-from gkd.trainer.evaluation.verification import evaluate, module_embed
+from gkd.trainer.evaluation.embed import evaluate, module_embed
 from gkd.trainer.final_metrics import FinalMetrics, read_final_metrics, write_final_metrics
 from gkd.trainer.identity_cosines import IdentityCosineStatistics, summarise
 from gkd.trainer.loop import train
