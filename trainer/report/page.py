@@ -8,7 +8,6 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, median
-from typing import Any
 
 from gkd.storage.errors import ConfigError
 from gkd.storage.util.extras import require
@@ -27,7 +26,6 @@ NAMES = {
     "lr": "Learning rate",
     "images_per_second": "Images/s",
 }
-MAX_SKIPPED = 20  # skipped steps that are listed
 DASH = "\N{EN DASH}"
 
 Groups = Mapping[str, Sequence[tuple[int, int]]]  # (size, samples) of each view
@@ -46,65 +44,46 @@ def write_report(run: Path) -> Path:
 
 
 def _page(run: Run) -> bytes:
-    described, findings = run.info, run.final_metrics
-    views = findings.groups if findings else {}
+    info, metrics = run.info, run.final_metrics
+    views: Groups = metrics.groups if metrics else {}
     groups = {view: [(size, n) for size, n in counts if size] for view, counts in views.items()}
-    scores = findings.sets if findings else ()
-    cosines = findings.identity_cosines if findings else None
+    scores = metrics.sets if metrics else ()
+    fars = scores[0].tar_at_far if scores else ()
+    rates = [far for far in fars if any(score.tar_at_far.get(far) for score in scores)]
     sets = list(dict.fromkeys(name for line in run.evaluations for name in line.accuracy))
     missing = ""
     try:
         require("matplotlib.figure", "plot")
     except ConfigError as error:
         missing = str(error)
-    rates: list[str] = []
-    if scores:
-        rates = [far for far in scores[0].tar_at_far if any(s.tar_at_far.get(far) for s in scores)]
     return render(
         Path(__file__).with_name("report.html"),
         run=run,
-        described=described,
-        data=described.dataset,
+        data=info.dataset,
         headline=_headline(run),
         missing=missing,
         figures={} if missing else _figures(run, scores, groups, sets),
-        names=list(NAMES.values()),
+        titles=list(NAMES.values()),
         epochs=list(_epochs(run)),
-        skipped=[
-            [f"{line.step:,}", _joined(line.not_finite), " ".join(line.records)]
-            for line in run.skipped[-MAX_SKIPPED:]
-        ],
         scores=scores,
-        score_head=["Set", "Pairs", "Accuracy", "± over folds", "AUC", "EER"]
-        + [f"TAR@{rate}" for rate in rates],
-        score_rows=[_score_row(score, rates) for score in scores],
+        rates=rates,
+        tar_titles=[f"TAR@{rate}" for rate in rates],
         sets=sets,
-        accuracies=[
-            [f"{line.epoch:g}", f"{line.step:,}", *(_percent(line.accuracy.get(s)) for s in sets)]
-            for line in run.evaluations
-        ],
-        groups=[_describe_view(view, counts) for view, counts in views.items()],
-        group_sizes=list(_size_rows(groups)),
-        cosines=cosines,
-        identities=[
-            [
-                f"{identity.number}",
-                f"{identity.images:,}",
-                f"{identity.mean:.4f}",
-                ", ".join(f"{key} ({cosine:.3f})" for key, cosine in identity.worst),
-            ]
-            for identity in (cosines.worst if cosines else ())
-        ],
-        command=shlex.join(described.command),
+        groups=groups,
+        group_sums={view: _sum_up(counts) for view, counts in views.items()},
+        group_sizes=list(_group_sizes(groups)),
+        cosines=metrics.identity_cosines if metrics else None,
+        percent=_percent,
+        command=shlex.join(info.command),
         origin={
-            "Records": described.dataset.path,
-            "Data set fingerprint": described.dataset.dataset,
-            "Cache id": described.dataset.cache_id or "none: trained without distillation",
-            "Parameters": ", ".join(f"{name} {n:,}" for name, n in described.parameters.items()),
-            "Ranks": f"{described.ranks:,}",
-            "Device": described.device,
-            "Precision": described.precision,
-            "Versions": _joined(described.versions),
+            "Records": info.dataset.path,
+            "Data set fingerprint": info.dataset.dataset,
+            "Cache id": info.dataset.cache_id or "none: trained without distillation",
+            "Parameters": ", ".join(f"{name} {n:,}" for name, n in info.parameters.items()),
+            "Ranks": f"{info.ranks:,}",
+            "Device": info.device,
+            "Precision": info.precision,
+            "Versions": ", ".join(f"{name} {n}" for name, n in info.versions.items()),
         },
     )
 
@@ -165,44 +144,22 @@ def _epochs(run: Run) -> Iterator[list[str]]:
         yield [str(epoch), *means, f"{fmean(_column(lines, 'data_wait')):.1%}"]
 
 
-def _score_row(score: SetScore, rates: Sequence[str]) -> list[str]:
-    return [
-        score.name,
-        f"{score.genuine_pairs + score.impostor_pairs:,}",
-        f"{score.accuracy:.2%}",
-        f"{score.accuracy_std:.2%}",
-        f"{score.auc:.4f}",
-        f"{score.eer:.2%}",
-        *(_percent(score.tar_at_far.get(rate)) for rate in rates),
-    ]
-
-
-def _describe_view(name: str, counts: Sequence[tuple[int, int]]) -> dict[str, Any]:
+def _sum_up(counts: Sequence[tuple[int, int]]) -> tuple[int, float, int]:
+    """Samples of a view, mean size of their groups, and skipped samples."""
     samples = sum(n for size, n in counts if size)
-    return {
-        "name": name,
-        "samples": samples,
-        "mean_size": sum(size * n for size, n in counts) / max(samples, 1),
-        "skipped": sum(n for size, n in counts if not size),
-    }
+    mean_size = sum(size * n for size, n in counts) / max(samples, 1)
+    return samples, mean_size, sum(n for size, n in counts if not size)
 
 
-def _size_rows(groups: Groups) -> Iterator[list[str]]:
+def _group_sizes(groups: Groups) -> Iterator[tuple[str, list[int]]]:
     """Samples of each view by size, in ranges that double: 1, 2-3, 4-7 ..."""
     largest = max((size for counts in groups.values() for size, _ in counts), default=0)
     for power in range(largest.bit_length()):
         first, last = 1 << power, min((2 << power) - 1, largest)
-        yield [
+        yield (
             f"{first:,}" if first == last else f"{first:,}{DASH}{last:,}",
-            *(
-                f"{sum(n for size, n in counts if first <= size <= last):,}"
-                for counts in groups.values()
-            ),
-        ]
-
-
-def _joined(values: Mapping[str, str]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in values.items())
+            [sum(n for size, n in c if first <= size <= last) for c in groups.values()],
+        )
 
 
 def _number(value: float | None) -> str:
