@@ -31,7 +31,7 @@ def digests(records: Records, *, workers: int) -> npt.NDArray[np.uint8]:
     """
 
     hashed = np.zeros(len(records) * DIGEST_BYTES, np.uint8)
-    view = memoryview(hashed)
+    view = hashed.data
 
     def hash_rows(rows: range) -> None:
         for row in rows:

@@ -84,13 +84,13 @@ class ImageFolder(Records):
             content = (self.path / self.key(row)).read_bytes()
         except OSError as error:
             raise CorruptRecordError(
-                f"expected a readable file, got: {error.strerror}; put it back, or run the command "
-                "again without it"
+                f"expected a readable file, got: {error.strerror}; put it back or list the folder "
+                "again by running the command again"
             ) from error
         if len(content) != self.sizes[row]:
             raise CorruptRecordError(
                 f"expected {self.sizes[row]} bytes as listed, got {len(content)}; the folder "
-                "changed while a command was reading it: run it again"
+                "changed under a running command: run it again"
             )
         return memoryview(content)
 

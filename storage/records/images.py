@@ -44,7 +44,7 @@ def decode(encoded: bytes | memoryview) -> npt.NDArray[np.uint8]:
     except Exception as error:
         raise CorruptRecordError(
             f"expected an encoded image, got {len(encoded)} bytes starting "
-            f"{bytes(encoded[:8]).hex() or 'with nothing'} ({_reason(error)})"
+            f"{bytes(encoded[:8]).hex() or 'nowhere'} ({_reason(error)})"
         ) from error
 
 
@@ -77,7 +77,7 @@ def _decode_by_pillow(encoded: bytes | memoryview) -> npt.NDArray[np.uint8]:
         _check_pixels(*image.size)
         if image.mode not in EIGHT_BIT_MODES:
             raise CorruptRecordError(
-                f"expected at most 8 bits per channel, got {image.format} of mode {image.mode}"
+                f"expected at most 8 bits a channel, got {image.format} of mode {image.mode}"
             )
         if "transparency" in image.info:
             # Pillow warns if a transparent palette is converted to RGB directly.

@@ -73,11 +73,13 @@ def read_property(path: Path) -> int | None:
     return int(count)
 
 
-def label_fault(label: object, stated: int | None) -> str:
-    """Why ``label`` names no class, and what to do; ``stated`` is the number of classes, if any."""
+def label_fault(label: object, stated: int | None, remedy: str = "") -> str:
+    """Why ``label`` names no class, and what to do; ``stated`` is the number of classes, if any.
+
+    The text becomes part of a cache that skips the record: its wording is fixed.
+    """
     if stated is None:
-        return f"expected an integer from 0, got label {label}; write class numbers as labels"
-    return (
-        f"expected a class from 0 to {stated - 1}, got label {label}; write this record again or "
-        "leave it out, or correct the stated number of classes"
-    )
+        remedy = remedy or "write class numbers"
+        return f"expected a whole number from 0, got label {label}; {remedy}"
+    remedy = remedy or ("write this record again or leave it out, or correct the number of classes")
+    return f"expected a class from 0 to {stated - 1}, got label {label}; {remedy}"

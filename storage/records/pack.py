@@ -78,9 +78,16 @@ class RecordFile(Records):
         offset = self._offsets.item(row)
         body = self._reader.body(offset)
         if self.labels.item(row) < 0:
-            label = self._reader.read(offset).labels[0]
-            raise CorruptRecordError(label_fault(f"{label:g}", self._stated))
+            raise CorruptRecordError(self._label_fault(float(self._reader.read(offset).labels[0])))
         return body
+
+    def _label_fault(self, label: float) -> str:
+        remedy = "write this record again or leave it out"
+        if self._stated is None:
+            remedy = "write the pack with class numbers"
+        elif label >= self._stated and label.is_integer():
+            remedy = "correct the first line of the property file if it belongs to another pack"
+        return label_fault(f"{label:g}", self._stated, remedy)
 
     def _files(self) -> Iterator[tuple[str, Path]]:
         for path in [self.path, self.path.with_suffix(".idx")][: 1 + self.indexed]:

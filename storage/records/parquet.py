@@ -231,9 +231,9 @@ def find_columns(path: Path, schema: Any) -> Columns:
             f"{path}: expected integers in the column {label}, got {kind}; write the numbers of "
             'the identities there (datasets: class_encode_column("...") makes them)'
         )
-    names = features.get(label, {}).get("names")
-    is_list = isinstance(names, list) and bool(names)
-    return Columns(images[image], label, tuple(map(str, names or ())) if is_list else None)
+    classes = features.get(label, {}).get("names")
+    is_list = isinstance(classes, list) and bool(classes)
+    return Columns(images[image], label, tuple(map(str, classes or ())) if is_list else None)
 
 
 def _common_columns(paths: Sequence[Path]) -> Columns:

@@ -19,7 +19,7 @@ MAX_BYTES = 1 << 27
 # An open file keeps its footer in memory, which can be megabytes.
 MAX_FILES = 8
 MAX_CURSORS = 8
-FEWER_ROWS = "expected as many rows as the file's footer says, got others; fetch the file again"
+FEWER_ROWS = "expected as many rows as the file's footer says, got fewer; fetch the file again"
 
 
 class ParquetBlocks:

@@ -185,14 +185,14 @@ class RecordReader:
         while flag not in (WHOLE, LAST):
             # Every part but the last ends at a multiple of 4.
             position = start + length
-            flag, start, length = self._part(position)
+            flag, start, length = self._part(position, f" at offset {position}")
             if flag not in (MIDDLE, LAST):
                 raise CorruptRecordError(
                     f"expected a later part at offset {position}, got flag {flag}"
                 )
             yield start, length
 
-    def _part(self, position: int) -> tuple[int, int, int]:
+    def _part(self, position: int, location: str = "") -> tuple[int, int, int]:
         """Flag, and start and length of the data, of the part at ``position``."""
         if not 0 <= position <= self.size - _FRAME.size or position & 3:
             raise CorruptRecordError(
@@ -201,9 +201,7 @@ class RecordReader:
             )
         magic, word = _FRAME.unpack_from(self._view, position)
         if magic != MAGIC:
-            raise CorruptRecordError(
-                f"expected magic 0x{MAGIC:08x} at offset {position}, got 0x{magic:08x}"
-            )
+            raise CorruptRecordError(f"expected magic 0x{MAGIC:08x}{location}, got 0x{magic:08x}")
         start, length = position + _FRAME.size, word & MAX_LENGTH
         if start + length > self.size:
             raise CorruptRecordError(

@@ -156,7 +156,7 @@ class _Sample(NamedTuple):
         if label is None:
             found = ", ".join(name.decode(errors="backslashreplace") for name in self.fields)
             return (
-                f"expected a label in KEY.cls or as {LABEL_NAMES[0]} in KEY.json next to the "
+                f"expected a label in KEY.cls or as {LABEL_NAMES[0]} in KEY.json right beside the "
                 f"image, got only {found}; write the shard again, with the members of a sample "
                 "together (tar --sort=name does)"
             )

@@ -85,7 +85,7 @@ def jpeg_claiming(width: int, height: int) -> bytes:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", r"expected an encoded image, got 0 bytes starting with nothing"),
+        (b"", r"expected an encoded image, got 0 bytes starting nowhere"),
         (
             b"no image at all",
             r"got 15 bytes starting 6e6f20696d616765 \(none of JPEG, PNG, BMP, WEBP\)$",
@@ -97,7 +97,7 @@ def jpeg_claiming(width: int, height: int) -> bytes:
         (b"%!PS-Adobe-3.0 EPSF-3.0\n", r"expected an encoded image"),
         (
             encoded(Image.fromarray(np.zeros((4, 4), np.uint16)), "PNG"),
-            r"expected at most 8 bits per channel, got PNG of mode I;16",
+            r"expected at most 8 bits a channel, got PNG of mode I;16",
         ),
         (jpeg_claiming(65000, 65000), rf"at most {MAX_PIXELS} pixels, got an image of 65000x65000"),
         (png_claiming(9000, 9000), rf"at most {MAX_PIXELS} pixels, got an image of 9000x9000"),

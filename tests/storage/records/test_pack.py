@@ -131,7 +131,7 @@ def test_labels_outside_the_classes_are_faults(tmp_path: Path) -> None:
     assert records.labels.tolist() == [0, 0, 1, -1, -1, -1]
     with pytest.raises(
         CorruptRecordError,
-        match=r"train\.rec, key 4, offset \d+: expected a class from 0 to 1, got label 2; write",
+        match=r"train\.rec, key 4, offset \d+: expected a class from 0 to 1, got label 2; correct",
     ):
         records.encoded(3)
 
@@ -149,7 +149,7 @@ def test_labels_that_are_no_integers_from_0_are_faults(tmp_path: Path, label: fl
 def test_labels_that_name_no_class_are_faults(tmp_path: Path, label: float) -> None:
     records = open_records(write_pack(tmp_path, {0: payload(7, b"a"), 1: payload(label, b"b")}))
     assert (records.labels.tolist(), records.num_classes) == ([7, -1], 8)
-    with pytest.raises(CorruptRecordError, match=r"key 1, .*: expected an integer .*, got lab"):
+    with pytest.raises(CorruptRecordError, match=r"key 1, .*: expected a whole number .*, got lab"):
         records.encoded(1)
 
 
@@ -200,7 +200,7 @@ def test_damaged_records_stay_rows_with_an_error(tmp_path: Path) -> None:
     assert records.labels.tolist() == [0, -1, 1, 2, -1, 2]
     assert (records.sizes >= 0).tolist() == [True, False, True, True, False, True]
     assert records.where(1) == f"{pack}, key 2, offset {offsets[2]}"
-    message = rf"rec, key 2, offset {offsets[2]}: expected magic 0xced7230a .*, got 0xced723f5$"
+    message = rf"rec, key 2, offset {offsets[2]}: expected magic 0xced7230a, got 0xced723f5$"
     with pytest.raises(CorruptRecordError, match=message):
         records.encoded(1)
     with pytest.raises(

@@ -321,7 +321,7 @@ def test_a_footer_with_too_many_rows(tmp_path: Path) -> None:
     blocks = opened(path)._blocks
     for place in (3, 4 * parquet_blocks.BLOCK_ROWS):
         with pytest.raises(
-            CorruptRecordError, match="as many rows as the file's footer says, got o"
+            CorruptRecordError, match="as many rows as the file's footer says, got f"
         ):
             blocks.get(0, 1, place)
 

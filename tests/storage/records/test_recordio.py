@@ -155,7 +155,7 @@ WRONG = part(payload(1, b"image"))  # 40 bytes
         (WRONG, 36, r"below the file's end 40, got offset 36"),
         (WRONG, -8, r"below the file's end 40, got offset -8"),
         (WRONG, 2, r"a multiple of 4 below the file's end 40, got offset 2"),
-        (WRONG, 4, r"expected magic 0xced7230a at offset 4, got 0x0000001d"),
+        (WRONG, 4, r"expected magic 0xced7230a, got 0x0000001d"),
         (WRONG[:30], 0, r"expected 29 bytes from offset 8, got 22: the file is truncated"),
         (part(b"tiny"), 0, r"expected a header of 24 bytes, got 4"),
         (part(struct.pack("<I", 9) + bytes(30)), 0, r"expected 9 labels .*, got 34 bytes"),

@@ -99,7 +99,7 @@ def test_a_label_is_read(tmp_path: Path, extra: dict[str, bytes], label: int) ->
 
 
 GOOD = [("good.jpg", BODIES[0]), ("good.cls", b"2")]
-NO_CLASS = "expected an integer from 0, got label"
+NO_CLASS = "expected a whole number from 0, got label"
 
 
 @pytest.mark.parametrize(
