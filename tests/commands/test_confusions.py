@@ -36,7 +36,7 @@ SETTINGS = CacheSettings(
 HOSTILE = ["<script>window.broken = 1<", "<img src=x onerror=window.broken=1>", "'\">&lt;<b>"]
 
 
-def told(*arguments: object) -> dict[str, Any]:
+def confusions(*arguments: object) -> dict[str, Any]:
     result = gkd("targets", "confusions", *arguments, "--json")
     assert result.exit_code == 0, result.output
     found: dict[str, Any] = json.loads(result.stdout)
@@ -93,13 +93,15 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def written(made: Path) -> Path:
-    told(made / "c.gkd", "--records", made / "faces", "--out", made / "out", "--most", "25")
+    confusions(
+        made / "c.gkd", "--records", made / "faces", "--out", made / "out", "--max-items", "25"
+    )
     return made / "out"
 
 
 def test_tables_and_page_are_written(made: Path, tmp_path: Path) -> None:
     out = tmp_path / "a" / "out"
-    found = told(made / "c.gkd", "--records", made / "faces", "--out", out)
+    found = confusions(made / "c.gkd", "--records", made / "faces", "--out", out)
     names = ["confusions.html", "hard.parquet", "identities.parquet", "label_noise.parquet"]
     assert sorted(path.name for path in out.iterdir()) == names
     for name in ("identities", "label_noise", "hard"):
@@ -119,7 +121,7 @@ def test_tables_and_page_are_written(made: Path, tmp_path: Path) -> None:
     assert "No faces: run again with --records RECORDS." in Page(out / "confusions.html").text
 
 
-def test_the_page_loads_nothing_and_holds_no_stranger_s_markup(written: Path) -> None:
+def test_the_page_loads_nothing_and_escapes_names(written: Path) -> None:
     page = Page(written / "confusions.html")
     assert [each.get("type") for each in page.named("script")] == ["application/json", None]
     assert not page.named("b")
@@ -144,7 +146,7 @@ def test_records_that_are_not_the_cache_s_are_refused(made: Path, tmp_path: Path
     assert not list(tmp_path.glob("*.parquet"))
 
 
-def test_a_place_that_cannot_be_written_to_is_refused(made: Path, tmp_path: Path) -> None:
+def test_an_output_folder_that_cannot_be_written_is_refused(made: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     result = gkd("targets", "confusions", made / "c.gkd", "--out", tmp_path / "file")
     assert (result.exit_code, "got a file; name another" in result.stderr) == (1, True)
@@ -155,11 +157,11 @@ def test_a_place_that_cannot_be_written_to_is_refused(made: Path, tmp_path: Path
 
 def test_skipped_samples_and_missing_faces_are_counted(tmp_path: Path, made: Path) -> None:
     cache = make_cache(tmp_path / "c.gkd", skipped={4: "no image", 60: "no image"})
-    assert told(cache.path, "--out", tmp_path / "out")["skipped"] == 2
+    assert confusions(cache.path, "--out", tmp_path / "out")["skipped"] == 2
     shutil.copytree(made / "faces", tmp_path / "faces")
     shutil.rmtree(tmp_path / "faces" / "id9")
     arguments = (made / "c.gkd", "--records", tmp_path / "faces", "--out", tmp_path / "few")
-    assert 1 <= told(*arguments)["faces_missing"] <= IMAGES
+    assert 1 <= confusions(*arguments)["faces_missing"] <= IMAGES
 
 
 # --- in a browser ---------------------------------------------------------------------------------
@@ -226,7 +228,7 @@ def counts(first: int, last: int) -> str:
 
 
 def complaints(browser: webdriver.Chrome) -> list[str]:
-    """What the browser's console was told since it was last asked."""
+    """What the browser's console was output since it was last asked."""
     entries = browser.get_log("browser")  # type: ignore[no-untyped-call]
     return [str(entry["message"]) for entry in entries]
 

@@ -95,7 +95,7 @@ def test_the_network_runs_once_for_a_model_and_a_set(home: Path, kept: Path, nam
     assert len(list(kept.iterdir())) == 2
 
 
-def test_embeddings_are_kept_where_one_says(home: Path, kept: Path, tmp_path: Path) -> None:
+def test_embeddings_are_kept_in_the_given_folder(home: Path, kept: Path, tmp_path: Path) -> None:
     evaluate = ("evaluate", home / "network.pt", home / "tiny", "--cache", tmp_path / "here")
     works(*evaluate)
     assert not kept.exists()
@@ -103,11 +103,11 @@ def test_embeddings_are_kept_where_one_says(home: Path, kept: Path, tmp_path: Pa
     assert "exclude each other" in fails(*evaluate, "--no-cache", code=2)
 
 
-def test_a_result_outlives_a_folder_that_takes_nothing(
+def test_a_result_is_printed_if_embeddings_cannot_be_kept(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     evaluate = ("evaluate", home / "network.pt", home / "tiny", "--json")
-    told = works(*evaluate, "--no-cache").stdout
+    output = works(*evaluate, "--no-cache").stdout
     monkeypatch.setenv("GKD_CACHE_DIR", "/proc/c")
     result = works(*evaluate)
     assert result.stdout == told
@@ -125,5 +125,5 @@ def test_a_mistake_ends_in_one_message(home: Path, tmp_path: Path) -> None:
     broken = tmp_path / "IJBB"
     shutil.copytree(home / "IJBB", broken)
     (broken / "meta/ijbb_template_pair_label.txt").write_text("0 1 1\n0 77 0\n")
-    told = fails(*model, broken)
-    assert "ijbb_template_pair_label.txt, line 2: expected two templates that have faces" in told
+    stderr = fails(*model, broken)
+    assert "ijbb_template_pair_label.txt, line 2: expected two templates that have faces" in stderr

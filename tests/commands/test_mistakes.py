@@ -17,8 +17,8 @@ pytestmark = pytest.mark.usefixtures("materialised")
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("train-student", "faces", "-", "r", "--set", "train.epoch=3"), "did you mean train.epoc"),
-        (("train-student", "faces", "-", "r", "--student", "resnet"), "iresnet50"),
+        (("train-student", "faces", "r", "--set", "train.epoch=3"), "did you mean train.epoc"),
+        (("train-student", "faces", "r", "--student", "resnet"), "iresnet50"),
         (
             ("train-student", "nowhere", "r", "--without-kd"),
             "nowhere: expected a folder with train.rec",
@@ -41,9 +41,9 @@ def test_a_mistake_ends_in_one_message(
     home: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], message: str
 ) -> None:
     monkeypatch.chdir(home)
-    told = fails(*arguments)
-    assert told.startswith("Error: ")
-    assert message in told
+    stderr = fails(*arguments)
+    assert stderr.startswith("Error: ")
+    assert message in stderr
 
 
 @pytest.mark.parametrize(
@@ -60,8 +60,8 @@ def test_a_mistake_ends_in_one_message(
 )
 def test_nothing_is_written_inside_a_cache(tmp_path: Path, arguments: tuple[str, ...]) -> None:
     cache = make_cache(tmp_path / "c.gkd")
-    told = fails(*(word.replace("CACHE", str(cache.path)) for word in arguments))
-    assert f"inside the cache {cache.path}, which would not be whole any more" in told
+    stderr = fails(*(word.replace("CACHE", str(cache.path)) for word in arguments))
+    assert f"inside the cache {cache.path}, which would not be whole any more" in stderr
     assert verify(cache.path).ok
 
 
@@ -70,8 +70,8 @@ def test_no_copies_of_targets_go_into_a_cache(
 ) -> None:
     cache = make_cache(tmp_path / "c.gkd")
     monkeypatch.setenv("GKD_CACHE_DIR", str(cache.path / "copies"))
-    told = fails("train-student", home / "faces", cache.path, tmp_path / "run")
-    assert f"inside the cache {cache.path}, which would not be whole any more" in told
+    stderr = fails("train-student", home / "faces", cache.path, tmp_path / "run")
+    assert f"inside the cache {cache.path}, which would not be whole any more" in stderr
     assert verify(cache.path).ok
 
 
@@ -94,10 +94,10 @@ def test_a_wrong_option_of_cache_teacher_is_explained(
 ) -> None:
     monkeypatch.chdir(home)
     given = {"--teacher": "teacher.pt", "--centers": "class-mean"} | {options[0]: options[1]}
-    told = fails(
+    stderr = fails(
         "cache-teacher", "faces", "out.gkd", *(word for pair in given.items() for word in pair)
     )
-    assert message in told
+    assert message in stderr
     assert not (home / "out.gkd").exists()
 
 
@@ -108,9 +108,9 @@ def test_options_that_do_not_apply_to_onnx_are_refused(
     home: Path, tmp_path: Path, option: tuple[str, ...]
 ) -> None:
     teacher = ("--teacher", home / "teacher.onnx", "--centers", "class-mean", *option)
-    told = fails("cache-teacher", home / "faces", tmp_path / "c.gkd", *teacher)
+    stderr = fails("cache-teacher", home / "faces", tmp_path / "c.gkd", *teacher)
     named = " ".join(option)
-    assert f"teacher.onnx: {named}: expected weights for a torch network, got an ONNX" in told
+    assert f"teacher.onnx: {named}: expected weights for a torch network, got an ONNX" in stderr
 
 
 def test_running_out_of_memory_ends_in_one_message(
@@ -123,9 +123,9 @@ def test_running_out_of_memory_ends_in_one_message(
         RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 3 TiB"),
     ):
         monkeypatch.setattr("gkd.pipeline.run.cache_teacher", Mock(side_effect=error))
-        told = fails("cache-teacher", home / "faces", tmp_path / "c.gkd", *huge)
-        assert "out of memory" in told
-        assert "use a smaller batch (--batch-size" in told
+        stderr = fails("cache-teacher", home / "faces", tmp_path / "c.gkd", *huge)
+        assert "out of memory" in stderr
+        assert "use a smaller batch (--batch-size" in stderr
     monkeypatch.setattr("gkd.pipeline.run.cache_teacher", Mock(side_effect=RuntimeError("a bug")))
     assert isinstance(
         gkd("cache-teacher", home / "faces", tmp_path / "c.gkd", *huge).exception, RuntimeError
@@ -134,16 +134,16 @@ def test_running_out_of_memory_ends_in_one_message(
 
 def test_centres_are_class_means_or_files(home: Path) -> None:
     both = ("--centers", "class-mean", "--centers", "x.npy", "--teacher", home / "teacher.pt")
-    told = fails("cache-teacher", home / "faces", home / "out.gkd", *both)
-    assert "--centers: expected either class-mean alone or files, got class-mean x.npy" in told
+    stderr = fails("cache-teacher", home / "faces", home / "out.gkd", *both)
+    assert "--centers: expected either class-mean alone or files, got class-mean x.npy" in stderr
 
 
 def test_a_plot_that_cannot_be_drawn_is_refused_before_the_work(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    told = fails("evaluate", "no.pt", home / "others.bin", "--plot", tmp_path / "x.png")
-    assert "pip install '.[plot]'" in told
+    stderr = fails("evaluate", "no.pt", home / "others.bin", "--plot", tmp_path / "x.png")
+    assert "pip install '.[plot]'" in stderr
 
 
 def test_wrong_usage_is_exit_code_2(home: Path) -> None:

@@ -41,16 +41,16 @@ def test_a_plan_is_a_table_a_plot_and_json(home: Path, tmp_path: Path) -> None:
     assert not list(home.glob("*.centers.npy")), "nothing is kept"
 
     centers = ("--centers", home / "centers.npy", "--draws", "4", "--samples", "10")
-    told = json.loads(gkd(*plan, *centers, "--json").stdout)
-    assert (told["sampled"], told["embedded"], told["images"]) == (10, 10, 18)
-    grid = [(point["group_temperature"], point["threshold"]) for point in told["points"]]
+    result = json.loads(gkd(*plan, *centers, "--json").stdout)
+    assert (result["sampled"], result["embedded"], result["images"]) == (10, 10, 18)
+    grid = [(point["group_temperature"], point["threshold"]) for point in result["points"]]
     assert grid == [(1.0, 0.93), (4.0, 0.93)]
     known = ("--centers", home / "centers.npy", "--draws", "0")
     plain = json.loads(gkd(*plan, *known, "--json").stdout)
     # Four classes and their probabilities take six bytes each, in two views, packed.
-    for drawn, without in zip(told["points"], plain["points"], strict=True):
+    for drawn, without in zip(result["points"], plain["points"], strict=True):
         assert drawn["bytes"] > without["bytes"]
-    assert told["points"][0]["hours"]["1"] == pytest.approx(told["points"][0]["seconds"] / 3600)
+    assert result["points"][0]["hours"]["1"] == pytest.approx(result["points"][0]["seconds"] / 3600)
 
 
 def test_mistakes_are_one_message(home: Path, tmp_path: Path) -> None:

@@ -37,9 +37,9 @@ def test_published_forms_are_described_cached_and_trained_on(home: Path, tmp_pat
     works("records", "pack", parquet, tmp_path / "pack")
     for source in (tar, tmp_path / "pack"):
         works("train-student", source, out, tmp_path / f"run-{source.name}", *TINY)
-    told = gkd("train-student", parquet, out, tmp_path / "run", *TINY, "--dry-run")
-    assert told.exit_code == 0
-    assert "decodes up to 7 images beside its own; `gkd records pack" in told.stderr
+    result = gkd("train-student", parquet, out, tmp_path / "run", *TINY, "--dry-run")
+    assert result.exit_code == 0
+    assert "decodes up to 7 images; run `gkd records pack" in result.stderr
 
 
 def test_every_fault_of_records_is_listed(home: Path, tmp_path: Path) -> None:

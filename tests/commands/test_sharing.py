@@ -35,8 +35,8 @@ def test_a_cache_is_pushed_and_pulled(bucket: Bucket, cache: Cache, tmp_path: Pa
         works("targets", "push", cache.path, bucket.address, "--read-back", "--json")
     )
     assert (again["id"], again["copied_files"]) == (cache.id, 0)
-    told = works("targets", "pull", bucket.address, tmp_path / "back.gkd")
-    assert cache.id in told
+    stderr = works("targets", "pull", bucket.address, tmp_path / "back.gkd")
+    assert cache.id in stderr
     assert Cache.open(tmp_path / "back.gkd").id == cache.id
 
 
@@ -65,9 +65,9 @@ def test_a_cache_far_away_is_described(bucket: Bucket, cache: Cache, tmp_path: P
 
     figures = json.loads(works("targets", "stats", bucket.address, "--json"))
     assert [view["view"] for view in figures["views"]] == ["original", "flipped"]
-    told = works("targets", "stats", bucket.address)
-    assert "mean size" in told
-    assert "Quantiles and masses need the arrays: `gkd targets pull`" in told
+    stderr = works("targets", "stats", bucket.address)
+    assert "mean size" in stderr
+    assert "Quantiles and masses need the arrays: `gkd targets pull`" in stderr
     plot = ("--plot", tmp_path / "plot.png")
     assert "a plot needs the arrays" in fails("targets", "stats", bucket.address, *plot)
 
@@ -112,9 +112,9 @@ def test_a_mistake_ends_in_one_message(
     message: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    told = fails("targets", *arguments)
-    assert told.startswith("Error: ")
-    assert message in told
+    stderr = fails("targets", *arguments)
+    assert stderr.startswith("Error: ")
+    assert message in stderr
     assert not (tmp_path / "out").exists()
 
 

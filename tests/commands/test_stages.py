@@ -1,4 +1,4 @@
-"""The commands as a user types them, from faces to a student that is judged and exported."""
+"""The commands as a user types them, from faces to a student that is evaluated and exported."""
 
 import hashlib
 import json
@@ -69,17 +69,17 @@ def test_draws_are_cached_verified_and_cut(home: Path, tmp_path: Path) -> None:
     assert report["drawn"]["draws"] == 2 * 32 * 8
     works("targets", "retarget", out, tmp_path / "fewer.gkd", "--draws", "3")
     assert "0 faults" in works("targets", "verify", tmp_path / "fewer.gkd", "--deep")
-    told = fails(*making[:-6], "--draw-temperature", "3")
-    assert "--draw-temperature: expected one of --temperatures, which are 1,2,4, got 3;" in told
+    stderr = fails(*making[:-6], "--draw-temperature", "3")
+    assert "--draw-temperature: expected one of --temperatures, which are 1,2,4, got 3;" in stderr
 
 
 def test_centres_are_made_described_and_used(home: Path, tmp_path: Path) -> None:
     made, teacher = tmp_path / "made.safetensors", ("--teacher", home / "teacher.pt")
-    told = json.loads(
+    result = json.loads(
         works("centers", "build", home / "faces", made, *teacher, "--refine", 2, "--json")
     )
-    assert (told["kind"], told["centers"], told["images"]) == ("refined", 8, 32)
-    assert told["refined"]["loss"] < told["class_mean"]["loss"]
+    assert (result["kind"], result["centers"], result["images"]) == ("refined", 8, 32)
+    assert result["refined"]["loss"] < result["class_mean"]["loss"]
     described = works("centers", "info", made, "--records", home / "faces")
     assert re.search(r"kind +refined\n", described)
     assert re.search(r"orientation +C x D\n", described)
@@ -88,11 +88,11 @@ def test_centres_are_made_described_and_used(home: Path, tmp_path: Path) -> None
     assert "refined by a margin head" in (out / "README.md").read_text()
     against = ("--against", home / "faces", *teacher, "--centers", made, "--json")
     assert json.loads(works("targets", "verify", out, *against))["ok"]
-    told_wrong = fails(
+    wrong_preprocessing = fails(
         *("cache-teacher", home / "faces", tmp_path / "b.gkd", *teacher),
         *("--bgr", "--centers", made),
     )
-    assert "preprocess: of the centres" in told_wrong
+    assert "preprocess: of the centres" in wrong_preprocessing
     assert "exists already" in fails("centers", "build", home / "faces", made, *teacher)
     assert "8 centres, but the records have 6" in fails(
         "centers", "info", made, "--records", home / "others"
@@ -113,9 +113,9 @@ def test_a_cache_is_described_verified_and_drawn(targets: Path, tmp_path: Path) 
     assert info["centers"]["kind"] == "class-mean"
     assert targets.with_name("targets.centers.npy").exists()
     assert "group temperature  1" in works("targets", "info", targets)
-    told = works("targets", "verify", targets)
-    assert "bytes in shards" in told
-    assert ", 0 faults" in told
+    output = works("targets", "verify", targets)
+    assert "bytes in shards" in output
+    assert ", 0 faults" in output
     assert json.loads(works("targets", "verify", targets, "--json"))["ok"]
     figures = json.loads(works("targets", "stats", targets, "--json"))
     assert [view["view"] for view in figures["views"]] == ["original", "flipped"]
@@ -123,13 +123,13 @@ def test_a_cache_is_described_verified_and_drawn(targets: Path, tmp_path: Path) 
     assert (tmp_path / "s.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_check_is_quick_or_deep(targets: Path) -> None:
+def test_quick_and_deep_exclude_each_other(targets: Path) -> None:
     result = gkd("targets", "verify", targets, "--quick", "--deep")
     assert result.exit_code == 2
     assert "--quick and --deep exclude each other" in result.stderr
 
 
-def test_a_damaged_cache_is_told_by_file(home: Path, tmp_path: Path) -> None:
+def test_verify_names_the_damaged_file(home: Path, tmp_path: Path) -> None:
     out = tmp_path / "targets.gkd"
     teacher = ("--teacher", home / "teacher.pt", "--centers", "class-mean")
     works("cache-teacher", home / "faces", out, *teacher)
@@ -158,7 +158,7 @@ def test_a_cache_is_recomputed_by_its_teacher(home: Path, targets: Path, tmp_pat
 
 
 @pytest.mark.parametrize("level", ["--quick", "--deep"])
-def test_a_cache_is_looked_at_more_or_less_closely(targets: Path, level: str) -> None:
+def test_a_cache_is_verified_at_every_level(targets: Path, level: str) -> None:
     report = json.loads(works("targets", "verify", targets, level, "--json"))
     assert (report["level"], report["ok"]) == (level.removeprefix("--"), True)
     assert json.loads(works("targets", "verify", targets, "--json"))["level"] == "hashes"
@@ -190,7 +190,7 @@ def test_centres_come_from_files(home: Path, targets: Path, tmp_path: Path) -> N
     assert info["centers"]["name"] == "targets.centers.npy"
 
 
-def test_a_student_is_judged_exported_and_judged_again(
+def test_a_student_is_evaluated_exported_and_evaluated_again(
     home: Path, run: Path, tmp_path: Path
 ) -> None:
     (result,) = json.loads(works("evaluate", run, home / "others.bin", "--json"))
@@ -199,8 +199,8 @@ def test_a_student_is_judged_exported_and_judged_again(
     assert (tmp_path / "roc.png").read_bytes().startswith(b"\x89PNG")
     exported = json.loads(works("export", run, tmp_path / "student.onnx", "--json"))
     assert exported["bytes"] == (tmp_path / "student.onnx").stat().st_size
-    told = works("export", run, tmp_path / "student.safetensors", "--licence", "Ours.")
-    assert f"described in {tmp_path / 'student.safetensors.md'}" in told
+    output = works("export", run, tmp_path / "student.safetensors", "--licence", "Ours.")
+    assert f"model card {tmp_path / 'student.safetensors.md'}" in output
     for name in ("student.onnx", "student.safetensors"):
         (again,) = json.loads(works("evaluate", tmp_path / name, home / "others.bin", "--json"))
         assert again["auc"] == pytest.approx(result["auc"], abs=1e-6)
@@ -221,13 +221,13 @@ def test_a_finished_run_is_not_trained_again(home: Path, targets: Path, run: Pat
     assert (run / "checkpoints" / "last.pt").read_bytes() == weights
 
 
-def test_a_run_is_told_on_a_page_that_can_be_made_again(run: Path) -> None:
+def test_a_report_is_written_and_can_be_written_again(run: Path) -> None:
     page = (run / "report.html").read_bytes()
     assert b"others" in page
     (run / "report.html").unlink()
     assert works("report", run).strip() == str(run / "report.html")
     assert (run / "report.html").read_bytes() == page
-    assert "expected the folder of a run" in fails("report", run / "checkpoints")
+    assert "not a gkd run folder" in fails("report", run / "checkpoints")
 
 
 @pytest.mark.parametrize("flags", [(), ("--without-kd",)])
@@ -236,14 +236,14 @@ def test_a_dry_run_prints_the_cost_and_writes_nothing(
 ) -> None:
     before = sorted(cache_dir.rglob("*"))
     train = ("train-student", home / "faces", targets, tmp_path / "run", *TINY, *flags, "--dry-run")
-    told = json.loads(works(*train, "--json"))
-    assert told["total_steps"] == 8
-    assert told["parameters"]["head"] == 8 * 16
-    assert (told["targets_bytes"] > 0) == (not flags)
+    result = json.loads(works(*train, "--json"))
+    assert result["total_steps"] == 8
+    assert result["parameters"]["head"] == 8 * 16
+    assert (result["targets_bytes"] > 0) == (not flags)
     words = works(*train)
     assert "8: 2 epochs of 4" in words
-    assert f"{told['parameters']['backbone']:,}" in words
-    assert f"{told['memory_total'] / 2**20:,.1f} MiB" in words
+    assert f"{result['parameters']['backbone']:,}" in words
+    assert f"{result['memory_total'] / 2**20:,.1f} MiB" in words
     assert not (tmp_path / "run").exists()
     assert sorted(cache_dir.rglob("*")) == before
     wrong = fails(*train, "--set", "train.batch_size=64")
@@ -251,8 +251,8 @@ def test_a_dry_run_prints_the_cost_and_writes_nothing(
 
 
 def test_a_run_without_distillation_needs_no_targets(home: Path, tmp_path: Path) -> None:
-    works("train-student", home / "faces", "-", tmp_path / "run", *TINY, "--without-kd")
-    message = fails("train-student", home / "faces", "-", tmp_path / "other", *TINY)
+    works("train-student", home / "faces", tmp_path / "run", *TINY, "--without-kd")
+    message = fails("train-student", home / "faces", tmp_path / "other", *TINY, code=2)
     assert "--without-kd" in message
 
 
@@ -261,15 +261,15 @@ def test_weights_and_checkpoints_that_are_cut_off_are_named(
 ) -> None:
     cut = tmp_path / "teacher.pt"
     cut.write_bytes((home / "teacher.pt").read_bytes()[:5000])
-    told = fails("evaluate", cut, home / "others.bin")
-    assert "teacher.pt: cannot be read as weights" in told
-    assert "cut off after 5,000 bytes" in told
+    stderr = fails("evaluate", cut, home / "others.bin")
+    assert "teacher.pt: cannot be read as weights" in stderr
+    assert "cut off after 5,000 bytes" in stderr
     shutil.copytree(run, tmp_path / "run")
     last = tmp_path / "run" / "checkpoints" / "last.pt"
     last.write_bytes(last.read_bytes()[:5000])
     sets = ("--set", f"evaluation.sets=['{home / 'others.bin'}']")
-    told = fails("train-student", home / "faces", targets, tmp_path / "run", *TINY, *sets)
-    assert "last.pt: cannot be read as weights" in told
+    stderr = fails("train-student", home / "faces", targets, tmp_path / "run", *TINY, *sets)
+    assert "last.pt: cannot be read as weights" in stderr
 
 
 def test_code_that_a_cache_names_is_not_run(targets: Path, home: Path, tmp_path: Path) -> None:
@@ -279,10 +279,10 @@ def test_code_that_a_cache_names_is_not_run(targets: Path, home: Path, tmp_path:
     root["attributes"]["teacher"]["arch"] = "tests.commands.running:fails"
     rewrite(copy, root)
     against = ("--against", home / "faces", "--teacher", home / "teacher.pt")
-    told = fails("targets", "verify", copy, *against)
+    stderr = fails("targets", "verify", copy, *against)
     assert (
-        "names the code tests.commands.running:fails as its teacher's network, and no code is run"
-        in told
+        "names the code tests.commands.running:fails as its teacher's network, and code is never run"
+        in stderr
     )
     chosen = fails("targets", "verify", copy, *against, "--arch", "iresnet18")
     assert "names the code" not in chosen
@@ -303,7 +303,7 @@ def rewrite(cache: Path, root: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_training_goes_on(
+def test_an_interrupted_training_says_how_to_resume(
     home: Path, targets: Path, tmp_path: Path, sent: signal.Signals
 ) -> None:
     command = [sys.executable, "-m", "gkd.cli", "train-student", home / "faces", "-"]
@@ -318,7 +318,7 @@ def test_an_interrupted_training_goes_on(
     assert (tmp_path / "run" / "checkpoints" / "last.pt").exists()
 
 
-def test_names_of_strangers_do_not_steer_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+def test_control_characters_in_names_are_not_printed(capsys: pytest.CaptureFixture[str]) -> None:
     skipped = {"key\x1b[2J": "why\nnot"}
     emit({"teacher": "r50\x1b[2J\x07", "names": ["a\x1b]0;b"], "skipped": skipped}, False)
     printed = capsys.readouterr().out
@@ -327,12 +327,12 @@ def test_names_of_strangers_do_not_steer_the_terminal(capsys: pytest.CaptureFixt
     assert all(letter.isprintable() or letter == "\n" for letter in printed)
 
 
-def test_an_error_that_names_what_a_stranger_wrote_does_not_either(tmp_path: Path) -> None:
-    told = fails("targets", "info", tmp_path / "x\x1b[2J\x07.gkd")
-    assert "expected a cache of targets" in told
-    assert all(letter.isprintable() or letter == "\n" for letter in told)
+def test_control_characters_in_errors_are_not_printed(tmp_path: Path) -> None:
+    stderr = fails("targets", "info", tmp_path / "x\x1b[2J\x07.gkd")
+    assert "expected a cache of targets" in stderr
+    assert all(letter.isprintable() or letter == "\n" for letter in stderr)
 
 
-def test_json_is_json_where_a_number_is_not_finite(capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_is_valid_if_a_number_is_not_finite(capsys: pytest.CaptureFixture[str]) -> None:
     emit({"gap": math.inf, "of": [math.nan, 1.5]}, True)
     assert capsys.readouterr().out == '{"gap":null,"of":[null,1.5]}\n'

@@ -49,10 +49,10 @@ def test_a_retargeted_cache_is_that_of_a_fresh_run(home: Path, tmp_path: Path) -
     options = ("--threshold", 0.8, "--max-group", 3, "--temperatures", "4,2")
     terms = ("--licence", "As that of faces.", "--note", "For small students.")
     derived_path = tmp_path / "derived.gkd"
-    told = works("targets", "retarget", home / "targets.gkd", derived_path, *options, *terms)
+    output = works("targets", "retarget", home / "targets.gkd", derived_path, *options, *terms)
     fresh = Cache.open(cache_teacher(home, home / "faces", tmp_path / "fresh.gkd", *options))
     derived = Cache.open(derived_path)
-    assert derived.id in told
+    assert derived.id in output
     card = (derived_path / "README.md").read_text()
     assert "As that of faces." in card
     assert "For small students." in card
@@ -79,7 +79,7 @@ def test_a_retargeted_cache_is_that_of_a_fresh_run(home: Path, tmp_path: Path) -
     assert derived.manifest.truncated == fresh.manifest.truncated
 
 
-def test_what_a_cache_cannot_answer_is_told(home: Path, tmp_path: Path) -> None:
+def test_retargeting_that_is_not_exact_is_refused(home: Path, tmp_path: Path) -> None:
     retarget = ("targets", "retarget", home / "targets.gkd", tmp_path / "out.gkd")
     assert "--threshold 0.995: " in fails(*retarget, "--threshold", 0.995)
     assert "stored at 1, 2, 4 only" in fails(*retarget, "--temperatures", "3")
@@ -106,9 +106,9 @@ def test_caches_of_parts_are_merged_and_train(home: Path, tmp_path: Path) -> Non
         cache = tmp_path / f"{name}.gkd"
         terms = ("--licence", f"That of {name}.", "--note", "Some of eight people.")
         caches.append(cache_teacher(home, folder, cache, "--threshold", 0.99, *terms))
-    told = works("targets", "merge", tmp_path / "all.gkd", *caches)
+    output = works("targets", "merge", tmp_path / "all.gkd", *caches)
     merged = Cache.open(tmp_path / "all.gkd")
-    assert merged.id in told
+    assert merged.id in output
     assert merged.spec.num_samples == 32
     card = (merged.path / "README.md").read_text()
     assert "by merge, from" in card
@@ -126,7 +126,7 @@ def test_caches_of_parts_are_merged_and_train(home: Path, tmp_path: Path) -> Non
     assert "the same cache 2 times" in message
 
 
-def test_a_run_in_blocks_needs_no_disk_and_goes_on(
+def test_a_run_in_blocks_needs_no_disk_and_resumes(
     home: Path, tmp_path: Path, materialised: Path
 ) -> None:
     train = ("train-student", home / "faces", home / "targets.gkd")
@@ -185,14 +185,16 @@ def test_a_cache_that_lost_a_file_is_not_trained_on(
     file.unlink()
     if damage == "cut":
         file.write_bytes(content[:-1])
-    told = fails(*train)
-    assert f"{file}: {'missing' if damage == 'missing' else 'expected'}" in told
+    stderr = fails(*train)
+    assert f"{file}: {'missing' if damage == 'missing' else 'expected'}" in stderr
     file.unlink(missing_ok=True)
     file.write_bytes(content)
     works(*train)
 
 
-def test_a_damaged_store_is_made_again(home: Path, tmp_path: Path, materialised: Path) -> None:
+def test_a_damaged_store_is_materialised_again(
+    home: Path, tmp_path: Path, materialised: Path
+) -> None:
     train = ("train-student", home / "faces", home / "targets.gkd")
     works(*train, tmp_path / "run", *TINY)
     (indices,) = materialised.glob("*/original+flipped/indices.npy")
@@ -213,18 +215,18 @@ def test_nothing_is_made_inside_a_cache(home: Path, tmp_path: Path) -> None:
         ("targets", "push", home / "targets.gkd", inside),
         ("train-student", home / "faces", home / "targets.gkd", inside, *TINY),
     ):
-        told = fails(*command)
-        assert f"inside the cache {path}" in told or "the same cache 2 times" in told
+        stderr = fails(*command)
+        assert f"inside the cache {path}" in stderr or "the same cache 2 times" in stderr
     assert "0 faults" in works("targets", "verify", path)
 
 
-def test_a_run_folder_that_cannot_be_written_is_told(home: Path) -> None:
-    told = fails("train-student", home / "faces", home / "targets.gkd", "/sys/gkd-run", *TINY)
-    assert "/sys/gkd-run: cannot be written (" in told
-    assert "choose a folder that you may write to" in told
+def test_a_run_folder_that_cannot_be_written_is_an_error(home: Path) -> None:
+    stderr = fails("train-student", home / "faces", home / "targets.gkd", "/sys/gkd-run", *TINY)
+    assert "/sys/gkd-run: cannot be written (" in stderr
+    assert "choose a folder that you may write to" in stderr
 
 
-def test_what_training_left_is_collected(home: Path, tmp_path: Path, materialised: Path) -> None:
+def test_gc_deletes_what_training_left(home: Path, tmp_path: Path, materialised: Path) -> None:
     works("train-student", home / "faces", home / "targets.gkd", tmp_path / "run", *TINY)
     id = Cache.open(home / "targets.gkd").id
     store = materialised / id / "original+flipped"
