@@ -92,7 +92,7 @@ def test_centres_are_made_described_and_used(home: Path, tmp_path: Path) -> None
         *("cache-teacher", home / "faces", tmp_path / "b.gkd", *teacher),
         *("--bgr", "--centers", made),
     )
-    assert "preprocess: of the centres" in wrong_preprocessing
+    assert "preprocess.bgr: " in wrong_preprocessing
     assert "exists already" in fails("centers", "build", home / "faces", made, *teacher)
     assert "8 centres, but the records have 6" in fails(
         "centers", "info", made, "--records", home / "others"
@@ -281,8 +281,8 @@ def test_code_that_a_cache_names_is_not_run(targets: Path, home: Path, tmp_path:
     against = ("--against", home / "faces", "--teacher", home / "teacher.pt")
     stderr = fails("targets", "verify", copy, *against)
     assert (
-        "names the code tests.commands.running:fails as its teacher's network, and code is never run"
-        in stderr
+        "names the code tests.commands.running:fails as its teacher's network, and code is "
+        "never run" in stderr
     )
     chosen = fails("targets", "verify", copy, *against, "--arch", "iresnet18")
     assert "names the code" not in chosen
