@@ -110,10 +110,10 @@ def test_a_result_is_printed_if_embeddings_cannot_be_kept(
     output = works(*evaluate, "--no-cache").stdout
     monkeypatch.setenv("GKD_CACHE_DIR", "/proc/c")
     result = works(*evaluate)
-    assert result.stdout == told
+    assert result.stdout == expected
     assert "/proc/c/embeddings: the embeddings cannot be saved (" in result.stderr
     file = works(*evaluate, "--cache", home / "network.pt")
-    assert file.stdout == told
+    assert file.stdout == expected
     assert "network.pt: the embeddings cannot be saved (" in file.stderr
 
 

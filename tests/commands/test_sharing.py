@@ -35,8 +35,8 @@ def test_a_cache_is_pushed_and_pulled(bucket: Bucket, cache: Cache, tmp_path: Pa
         works("targets", "push", cache.path, bucket.address, "--read-back", "--json")
     )
     assert (again["id"], again["copied_files"]) == (cache.id, 0)
-    stderr = works("targets", "pull", bucket.address, tmp_path / "back.gkd")
-    assert cache.id in stderr
+    output = works("targets", "pull", bucket.address, tmp_path / "back.gkd")
+    assert cache.id in output
     assert Cache.open(tmp_path / "back.gkd").id == cache.id
 
 
@@ -65,9 +65,9 @@ def test_a_cache_far_away_is_described(bucket: Bucket, cache: Cache, tmp_path: P
 
     figures = json.loads(works("targets", "stats", bucket.address, "--json"))
     assert [view["view"] for view in figures["views"]] == ["original", "flipped"]
-    stderr = works("targets", "stats", bucket.address)
-    assert "mean size" in stderr
-    assert "Quantiles and masses need the arrays: `gkd targets pull`" in stderr
+    output = works("targets", "stats", bucket.address)
+    assert "mean size" in output
+    assert "Quantiles and masses need the arrays: `gkd targets pull`" in output
     plot = ("--plot", tmp_path / "plot.png")
     assert "a plot needs the arrays" in fails("targets", "stats", bucket.address, *plot)
 
@@ -168,8 +168,8 @@ def test_an_empty_path_is_a_mistake(
     make_cache(tmp_path / "here", num_samples=3)
     # Where a cache stands, the current folder would do.
     monkeypatch.chdir(tmp_path / "here")
-    told = fails(*arguments, code=2)
-    assert "expected a path, got an empty one" in told
+    stderr = fails(*arguments, code=2)
+    assert "expected a path, got an empty one" in stderr
     assert verify(tmp_path / "here").ok
 
 
