@@ -107,7 +107,7 @@ def test_a_result_is_printed_if_embeddings_cannot_be_kept(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     evaluate = ("evaluate", home / "network.pt", home / "tiny", "--json")
-    output = works(*evaluate, "--no-cache").stdout
+    expected = works(*evaluate, "--no-cache").stdout
     monkeypatch.setenv("GKD_CACHE_DIR", "/proc/c")
     result = works(*evaluate)
     assert result.stdout == expected
