@@ -12,8 +12,9 @@ if TYPE_CHECKING:
     from gkd.pipeline.centers.load import Centers
     from gkd.pipeline.settings import CacheSettings
     from gkd.pipeline.teacher.embedder import Embedder
-    from gkd.storage.cache.spec import Precision, Preprocess
+    from gkd.storage.cache.spec import Preprocess
     from gkd.storage.records.base import Records
+    from gkd.storage.util.torch_device import Precision
 
 
 def embedder_from_options(path: Path, options: Mapping[str, Any]) -> "Embedder":
@@ -44,7 +45,8 @@ def build_embedder(
     Raises:
         GkdError: if the file cannot be read, or an option does not apply to it.
     """
-    from gkd.pipeline.teacher.embedder import OnnxEmbedder, TorchEmbedder
+    from gkd.pipeline.teacher.onnx_embedder import OnnxEmbedder
+    from gkd.pipeline.teacher.torch_embedder import TorchEmbedder
     from gkd.storage.errors import ConfigError
     from gkd.storage.util.files import sha256_file
     from gkd.trainer.backbones import load_backbone

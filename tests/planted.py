@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from gkd.pipeline.teacher.embedder import OnnxEmbedder
+from gkd.pipeline.teacher.onnx_embedder import OnnxEmbedder
 from gkd.storage.analysis.confusions import Confusions
 from gkd.storage.cache.spec import preprocess_preset
 from gkd.storage.records.base import Records, Subset

@@ -1,43 +1,37 @@
-"""The device and precision that a network runs in, and what they ask of its input."""
+"""The device and precision that a student is trained in."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Literal
 
 import torch
-from torch import Tensor
 
-from gkd.storage.cache.spec import Preprocess
 from gkd.storage.errors import ConfigError
+from gkd.storage.util.torch_device import Precision, resolve_device, resolve_precision
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def choose_device(name: str) -> torch.device:
-    """The device for ``cpu``, ``cuda`` or ``auto``, which is a GPU if there is one.
+    """``cpu`` or ``cuda``, for ``auto`` a GPU if there is one; ranks each have their current GPU.
 
     Raises:
         ConfigError: if a GPU is requested and there is none.
     """
-    found = torch.cuda.is_available()
-    if name == "cuda" and not found:
-        raise ConfigError("train.device: torch finds no GPU; set train.device=cpu")
-    return torch.device("cuda" if name == "cuda" or (name == "auto" and found) else "cpu")
+    return torch.device(torch.device(resolve_device(name, option="train.device")).type)
 
 
-def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
+def choose_dtype(precision: Precision | Literal["auto"], device: torch.device) -> torch.dtype:
     """The dtype that the backbone computes in.
 
     Raises:
         ConfigError: if float16 is requested without a GPU.
     """
-    if precision == "auto":
-        low = device.type == "cuda" and torch.cuda.is_bf16_supported()
-        return torch.bfloat16 if low else torch.float32
     if precision == "float16" and device.type == "cpu":
         raise ConfigError(
             "train.precision: float16 needs a GPU; set train.precision=float32 or bfloat16"
         )
-    return DTYPES[precision]
+    return DTYPES[resolve_precision(precision, device.type, without_bfloat16="float32")]
 
 
 @contextmanager
@@ -50,23 +44,6 @@ def matmul_precision(dtype: torch.dtype, device: torch.device) -> Iterator[None]
         yield
     finally:
         torch.set_float32_matmul_precision(before)
-
-
-def network_input(preprocess: Preprocess, device: torch.device) -> Callable[[Tensor], Tensor]:
-    """A function that computes ``Preprocess.apply`` on ``device``, bit for bit.
-
-    It takes RGB images uint8 [B, H, W, 3] and returns float32 [B, 3, H, W], channels last in
-    memory.
-    """
-    # Created once: copying them to a GPU in each step would make the host wait.
-    scale = 1 / torch.tensor(preprocess.std, device=device)
-    shift = -torch.tensor(preprocess.mean, device=device) * scale
-
-    def apply(images: Tensor) -> Tensor:
-        images = images.flip(3) if preprocess.bgr else images
-        return images.mul(scale).add_(shift).permute(0, 3, 1, 2)
-
-    return apply
 
 
 def require_compiler(device: torch.device) -> None:

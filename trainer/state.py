@@ -25,7 +25,7 @@ from gkd.trainer.checkpoint import (
 from gkd.trainer.config import RunConfig
 from gkd.trainer.data.dataset import Batch, JoinedTargets
 from gkd.trainer.data.sampler import BatchSampler
-from gkd.trainer.device import choose_device, choose_dtype, network_input
+from gkd.trainer.device import choose_device, choose_dtype
 from gkd.trainer.distributed import ALONE, Ranks
 from gkd.trainer.guards import BufferSnapshot, Divergence, SkippedStep, gradient_norm
 from gkd.trainer.head.centers import ClassCenters
@@ -156,7 +156,7 @@ class RunState:
             dtype=dtype,
             model=model,
             forward=ranks.parallel(model, allreduce_dtype=config.train.allreduce_dtype),
-            pixels=network_input(preprocess_preset("arcface"), device),
+            pixels=preprocess_preset("arcface").on_device(device),
             head=head,
             head_spec=head_spec,
             optimizer=optimizer,

@@ -9,7 +9,6 @@ p < (1 - threshold) / C is never needed.
 """
 
 import math
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -44,6 +43,7 @@ from gkd.pipeline.groups.logits import (
 from gkd.pipeline.groups.tail import LEAST_TERM, Tail
 from gkd.pipeline.settings import PartitionSettings
 from gkd.storage.cache.targets import Draws, SparseTargets, encode_log_probs, offsets_from_sizes
+from gkd.storage.util.torch_device import map_single_threaded
 
 BLOCK_ROWS = 64
 
@@ -137,15 +137,7 @@ def _partition(
     def work(block: slice) -> Partition:
         return _partition_rows(logits.rows(block), settings, numbers[block], chunk)
 
-    threads = torch.get_num_threads()
-    # Even one block is a single thread's: products of several threads differ in the last bits.
-    if threads == 1:
-        return _join(list(map(work, blocks)))
-    try:
-        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            return _join(list(pool.map(work, blocks)))
-    finally:
-        torch.set_num_threads(threads)  # a part of this setting is the process's
+    return _join(map_single_threaded(work, blocks))
 
 
 def _whole_spans(class_chunk: int, settings: PartitionSettings) -> int:

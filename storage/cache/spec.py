@@ -1,9 +1,9 @@
 """What a cache is: every number and digest that decided its bytes."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 import numpy as np
@@ -11,6 +11,10 @@ import numpy.typing as npt
 
 from gkd.storage.errors import ConfigError
 from gkd.storage.records.labels import LabelOrder
+from gkd.storage.util.torch_device import Precision
+
+if TYPE_CHECKING:
+    import torch
 
 FORMAT = 1
 MAX_SCALE = 1024.0
@@ -40,6 +44,24 @@ class Preprocess(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         scale = 1.0 / np.asarray(self.std, np.float32)
         shift = -np.asarray(self.mean, np.float32) * scale
         return np.ascontiguousarray((images * scale + shift).transpose(0, 3, 1, 2), np.float32)
+
+    def on_device(self, device: "torch.device") -> "Callable[[torch.Tensor], torch.Tensor]":
+        """``apply`` as a function on tensors of a device, to the same bits.
+
+        It takes RGB images uint8 [B, H, W, 3] and returns float32 [B, 3, H, W], channels last in
+        memory.
+        """
+        import torch
+
+        # Created once: copying them to a GPU in each step would make the host wait.
+        scale = 1 / torch.tensor(self.std, device=device)
+        shift = -torch.tensor(self.mean, device=device) * scale
+
+        def apply(images: torch.Tensor) -> torch.Tensor:
+            images = images.flip(3) if self.bgr else images
+            return images.mul(scale).add_(shift).permute(0, 3, 1, 2)
+
+        return apply
 
 
 def preprocess_preset(name: str, *, bgr: bool = False) -> Preprocess:
@@ -77,8 +99,6 @@ class TeacherSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
     compiled: bool = False
 
 
-# Of a teacher's arithmetic; its centres have one of their own.
-Precision = Literal["float32", "float16", "bfloat16"]
 CenterPrecision = Precision
 
 

@@ -16,7 +16,7 @@ from gkd.pipeline.centers.load import CLASS_MEAN
 from gkd.pipeline.embed import CPU_BATCH, split_rows
 from gkd.pipeline.run import cache_teacher
 from gkd.pipeline.settings import DRAWS, CacheSettings, PartitionSettings
-from gkd.pipeline.teacher.embedder import OnnxEmbedder
+from gkd.pipeline.teacher.onnx_embedder import OnnxEmbedder
 from gkd.storage.cache.spec import preprocess_preset
 from gkd.storage.records.open import Records, open_records
 from gkd.storage.util.parallel import ordered_map

@@ -19,7 +19,7 @@ from gkd.pipeline.checks.calibration import (
     score,
 )
 from gkd.pipeline.embed import split_rows
-from gkd.pipeline.teacher.embedder import OnnxEmbedder
+from gkd.pipeline.teacher.onnx_embedder import OnnxEmbedder
 from gkd.storage.cache.spec import Preprocess, preprocess_preset
 from gkd.storage.records.open import open_records
 from tests.benchmarks.harness import Bar, report

@@ -26,7 +26,7 @@ from gkd.pipeline.embed import ACCELERATOR_BATCH
 from gkd.pipeline.groups.partition import partition, partition_logits
 from gkd.pipeline.run import cache_teacher
 from gkd.pipeline.settings import DRAWS, CacheSettings, PartitionSettings
-from gkd.pipeline.teacher.embedder import TorchEmbedder
+from gkd.pipeline.teacher.torch_embedder import TorchEmbedder
 from gkd.storage.cache.reader import Cache
 from gkd.storage.cache.spec import preprocess_preset
 from gkd.storage.records.base import Subset

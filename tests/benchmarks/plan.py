@@ -23,7 +23,7 @@ from gkd.pipeline.plan import sample as plan_sample
 from gkd.pipeline.plan.forecast import Plan, PlanSettings, plan
 from gkd.pipeline.run import cache_teacher
 from gkd.pipeline.settings import DRAWS, CacheSettings, PartitionSettings
-from gkd.pipeline.teacher.embedder import OnnxEmbedder
+from gkd.pipeline.teacher.onnx_embedder import OnnxEmbedder
 from gkd.storage.analysis.stats import stats
 from gkd.storage.cache.reader import Cache
 from gkd.storage.cache.spec import preprocess_preset

@@ -20,9 +20,10 @@ from gkd.pipeline.ranks import Ranks
 from gkd.pipeline.run import CacheSummary, cache_teacher
 from gkd.pipeline.settings import CacheSettings, PartitionSettings
 from gkd.pipeline.teacher.embedder import Embedder
-from gkd.storage.cache.spec import Precision, preprocess_preset
+from gkd.storage.cache.spec import preprocess_preset
 from gkd.storage.cache.writer import CacheWriter
 from gkd.storage.records.open import open_records
+from gkd.storage.util.torch_device import Precision
 
 EMBEDDING_DIM = 16
 SETTINGS = CacheSettings(

@@ -12,7 +12,7 @@ import torch
 
 from gkd.pipeline.groups.partition import partition
 from gkd.pipeline.settings import DRAWS, PartitionSettings
-from gkd.pipeline.teacher.embedder import TorchEmbedder
+from gkd.pipeline.teacher.torch_embedder import TorchEmbedder
 from gkd.storage.cache.spec import VIEWS, preprocess_preset
 from gkd.trainer.backbones import build_backbone
 

@@ -101,7 +101,7 @@ def test_a_rank_that_never_arrives_is_not_waited_for_for_long(
     monkeypatch.setattr(rendezvous, "ARRIVAL", timedelta(seconds=1))
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match="the ranks cannot meet .*; start them with torchrun"):
+    with pytest.raises(ConfigError, match=r"the ranks cannot meet .*; start them with torchrun"):
         joined_ranks().__enter__()
     monkeypatch.setenv("MASTER_ADDR", "localhost")
     closed = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)

@@ -15,7 +15,7 @@ from gkd.pipeline.embed import EmbeddedBatch, join_batches, split_batch
 from gkd.pipeline.embedding_store import work_path
 from gkd.pipeline.run import cache_teacher
 from gkd.pipeline.settings import CacheSettings, PartitionSettings
-from gkd.pipeline.teacher.embedder import OnnxEmbedder
+from gkd.pipeline.teacher.onnx_embedder import OnnxEmbedder
 from gkd.storage.cache.reader import Cache
 from gkd.storage.cache.spec import VIEWS, DrawsSpec, preprocess_preset
 from gkd.storage.cache.targets import decode_log_probs
@@ -169,7 +169,7 @@ def test_going_on_without_skip_corrupt_is_refused(tmp_path: Path) -> None:
         patch.setattr(CacheWriter, "write_shard", failing(0))
         with pytest.raises(OSError, match="the disk is gone"):
             make(folder, out, class_mean=True, settings=replace(SETTINGS, skip_corrupt=True))
-    message = r"000001\.npz: row 11 of the records: expected an enc.*with --skip-corrupt: give that option"
+    message = r"000001\.npz: row 11 of the records: expected an enc.*--skip-corrupt: give that opt"
     with pytest.raises(CorruptRecordError, match=message):
         make(folder, out, class_mean=True)
 

@@ -309,7 +309,10 @@ def test_sets_of_one_name_are_refused(faces: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("train.device=cuda", r"train\.device: torch finds no GPU; set train\.device=cpu"),
+        (
+            "train.device=cuda",
+            r"train\.device: expected auto, cpu or .*'cuda'.*; use auto or cpu",
+        ),
         ("train.precision=float16", r"train\.precision: float16 needs a GPU"),
     ],
 )

@@ -18,7 +18,7 @@ from gkd.storage.records.images import digest
 from gkd.storage.util.parallel import ordered_map
 from gkd.storage.util.progress import progress
 from gkd.storage.util.torchrun_env import usable_cores
-from gkd.trainer.device import DTYPES, network_input
+from gkd.trainer.device import DTYPES
 from gkd.trainer.evaluation.embedding_cache import EmbeddingCache
 from gkd.trainer.evaluation.results import Result
 
@@ -144,7 +144,7 @@ def module_embed(
     if precision not in DTYPES:
         raise ConfigError(f"precision: expected {', '.join(DTYPES)}, got {precision!r}")
     dtype = DTYPES[precision]
-    pixels = network_input(preprocess, device)
+    pixels = preprocess.on_device(device)
 
     def embed(images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
         moved = torch.from_numpy(images).to(device)

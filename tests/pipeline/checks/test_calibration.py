@@ -23,7 +23,7 @@ from gkd.pipeline.checks.calibration import (
 )
 from gkd.pipeline.run import cache_teacher
 from gkd.pipeline.settings import CacheSettings, PartitionSettings
-from gkd.pipeline.teacher.embedder import OnnxEmbedder
+from gkd.pipeline.teacher.onnx_embedder import OnnxEmbedder
 from gkd.storage.cache.spec import DrawsSpec, Preprocess, preprocess_preset
 from gkd.storage.errors import GkdError
 from gkd.storage.records.open import Records, open_records

@@ -24,7 +24,7 @@ from gkd.pipeline.plan.sample import (
 from gkd.pipeline.plan.synthetic_centers import synthetic_centers
 from gkd.pipeline.run import cache_teacher
 from gkd.pipeline.settings import CacheSettings, PartitionSettings
-from gkd.pipeline.teacher.embedder import OnnxEmbedder
+from gkd.pipeline.teacher.onnx_embedder import OnnxEmbedder
 from gkd.storage.cache.reader import Cache
 from gkd.storage.cache.spec import VIEWS, DrawsSpec, View, preprocess_preset
 from gkd.storage.cache.targets import decode_log_probs

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from gkd.demo.synthetic import draw_faces
-from gkd.pipeline.teacher.embedder import OnnxEmbedder
+from gkd.pipeline.teacher.onnx_embedder import OnnxEmbedder
 from gkd.storage.cache.spec import preprocess_preset
 from gkd.storage.errors import ConfigError, CorruptRecordError
 from gkd.trainer.evaluation.bin_file import load_verification_set

@@ -1,0 +1,231 @@
+"""Teachers that are ONNX files, run by onnxruntime."""
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from gkd.pipeline.teacher.embedder import (
+    FACE_SIZE,
+    IN_FLIGHT,
+    Embedder,
+    Embeddings,
+    check_embeddings,
+    probe_embedding_dim,
+)
+from gkd.storage.cache.spec import Preprocess, View
+from gkd.storage.errors import ConfigError
+from gkd.storage.util.extras import require
+from gkd.storage.util.files import sha256_file
+from gkd.storage.util.torch_device import Precision, own_cuda
+from gkd.storage.util.torchrun_env import usable_cores
+
+
+class OnnxEmbedder(Embedder):
+    """Any ONNX network with one image input [N, 3, 112, 112], run by onnxruntime.
+
+    Batches are padded to a fixed batch axis; of several outputs the first is the embedding.
+    ``threads`` are onnxruntime's own, by default one per core; the ranks of a node share them.
+
+    Raises:
+        ConfigError: if the file is missing, is no ONNX file or has another input, the device does
+            not exist, or onnxruntime is not installed.
+        GkdError: if the network's output is not [N, D].
+    """
+
+    arch = "onnx"
+    compiled = False
+
+    def __init__(
+        self,
+        path: Path,
+        preprocess: Preprocess,
+        *,
+        device: str = "auto",
+        threads: int | None = None,
+    ) -> None:
+        runtime = require("onnxruntime", "onnx")
+        if not path.is_file():
+            raise ConfigError(
+                f"{path}: expected a teacher's ONNX file, got nothing; check the path"
+            )
+        self.name = path.stem
+        self.sha256 = onnx_sha256(path)
+        self.preprocess = preprocess
+        self.precision: Precision = "float32"
+        self.device = _device(runtime, device)
+        self._session = _session(runtime, path, self.device, threads or usable_cores())
+        self._input, self._fixed_batch, self._dtype = _image_input(self._session, path)
+        self._output = self._session.get_outputs()[0].name
+        self._pool = ThreadPoolExecutor(IN_FLIGHT)
+        self.embedding_dim = probe_embedding_dim(self)
+
+    def __call__(self, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+        """Faces RGB uint8 [B, 112, 112, 3] to embeddings float32 [B, D]."""
+        pixels = self.preprocess.apply(images).astype(self._dtype, copy=False)
+        if self._fixed_batch is None:
+            return self._run(pixels)
+        batch = self._fixed_batch
+        return np.concatenate(
+            [
+                self._run_padded(pixels[start : start + batch], batch)
+                for start in range(0, len(pixels), batch)
+            ]
+        )
+
+    def start(
+        self, images: npt.NDArray[np.uint8], views: Sequence[View]
+    ) -> Callable[[], Embeddings]:
+        """Begin to embed faces in some views; the function returned waits for the embeddings."""
+        wait = super().start(images, views)
+        return wait if self.device == "cpu" else self._pool.submit(wait).result
+
+    def _run_padded(self, pixels: npt.NDArray[Any], batch: int) -> npt.NDArray[np.float32]:
+        padding = np.zeros((batch - len(pixels), *pixels.shape[1:]), pixels.dtype)
+        return self._run(np.concatenate([pixels, padding]))[: len(pixels)]
+
+    def _run(self, pixels: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+        (embeddings,) = self._session.run([self._output], {self._input: pixels})
+        return check_embeddings(np.asarray(embeddings), len(pixels), self.name)
+
+
+def _device(runtime: Any, device: str) -> str:
+    usable = "CUDAExecutionProvider" in runtime.get_available_providers()
+    if device == "auto":
+        device = "cuda" if usable else "cpu"
+    if device != "cpu" and not (usable and device.startswith("cuda")):
+        raise ConfigError(
+            f"device: expected auto or cpu, got {device!r}, which this onnxruntime cannot use "
+            f"(it has {', '.join(runtime.get_available_providers())}); install onnxruntime-gpu or "
+            "use --device cpu"
+        )
+    return own_cuda(device)
+
+
+def _session(runtime: Any, path: Path, device: str, threads: int) -> Any:
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    providers: list[Any] = ["CPUExecutionProvider"]
+    if device.startswith("cuda"):
+        index = int(device.partition(":")[2] or 0)
+        providers.insert(0, ("CUDAExecutionProvider", {"device_id": index}))
+    try:
+        return runtime.InferenceSession(str(path), options, providers=providers)
+    # onnxruntime's errors have no common base class.
+    except Exception as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            f"{path}: expected an ONNX network that onnxruntime can run, got {reason}"
+        ) from error
+
+
+def _image_input(session: Any, path: Path) -> tuple[str, int | None, npt.DTypeLike]:
+    """The input's name, its batch size if that is fixed, and its type."""
+    inputs = session.get_inputs()
+    if len(inputs) != 1:
+        names = ", ".join(repr(i.name) for i in inputs)
+        raise ConfigError(f"{path}: expected one image input, got {len(inputs)}: {names}")
+    (only,) = inputs
+    types: dict[str, npt.DTypeLike] = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+    if only.type not in types:
+        raise ConfigError(
+            f"{path}: input {only.name!r}: expected tensor(float) or tensor(float16), "
+            f"got {only.type}"
+        )
+    shape = list(only.shape)
+    wanted = [3, FACE_SIZE, FACE_SIZE]
+    fits = len(shape) == 4 and all(
+        want == got for want, got in zip(wanted, shape[1:], strict=True) if isinstance(got, int)
+    )
+    if not fits:
+        hint = ""
+        if len(shape) == 4 and shape[3] == 3:
+            hint = "; its channels come last: export it with channels first"
+        raise ConfigError(
+            f"{path}: input {only.name!r}: expected [N, 3, {FACE_SIZE}, {FACE_SIZE}], "
+            f"got {shape}{hint}"
+        )
+    fixed = shape[0] if isinstance(shape[0], int) and shape[0] > 0 else None
+    return only.name, fixed, types[only.type]
+
+
+def onnx_sha256(path: Path) -> str:
+    """Hex sha256 of a network: of its file, or of the hashes of all its files if it has several.
+
+    Raises:
+        ConfigError: if it is no ONNX file, or a file of weights is missing, truncated or in
+            another folder.
+    """
+    weights = [_weight_file(path, name, size) for name, size in weight_files(path).items()]
+    if not weights:
+        return sha256_file(path)
+    lines = [f"{sha256_file(file)}  {file.name}\n" for file in (path, *weights)]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def weight_files(path: Path) -> dict[str, int]:
+    """Names of the files that an ONNX file refers to for weights, and their least sizes.
+
+    Raises:
+        ConfigError: if it is no ONNX file.
+    """
+    onnx = require("onnx", "onnx")
+    try:
+        model = onnx.load(str(path), load_external_data=False)
+    # protobuf's own error, whose module differs between versions.
+    except Exception as error:
+        raise ConfigError(
+            f"{path}: expected an ONNX network, got a file that cannot be parsed: {error}; get it "
+            "again"
+        ) from error
+    tensors = [*_graph_tensors(model.graph)]
+    tensors += [t for function in model.functions for t in _node_tensors(function.node)]
+    sizes: dict[str, int] = {}
+    for tensor in tensors:
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            fields = {entry.key: entry.value for entry in tensor.external_data}
+            name = fields.get("location", "")
+            numbers = [fields.get(key, "0") for key in ("offset", "length")]
+            if not all(number.isdecimal() for number in numbers):
+                raise ConfigError(
+                    f"{path}: expected offset and length of weights in {name!r}, got {numbers}; "
+                    "export it again"
+                )
+            sizes[name] = max(sum(map(int, numbers)), sizes.get(name, 0))
+    return dict(sorted(sizes.items()))
+
+
+def _graph_tensors(graph: Any) -> Iterator[Any]:
+    yield from graph.initializer
+    yield from _node_tensors(graph.node)
+
+
+def _node_tensors(nodes: Any) -> Iterator[Any]:
+    for node in nodes:
+        for attribute in node.attribute:
+            yield attribute.t
+            yield from attribute.tensors
+            for graph in (attribute.g, *attribute.graphs):
+                yield from _graph_tensors(graph)
+
+
+def _weight_file(path: Path, name: str, size: int) -> Path:
+    """The file ``name`` beside a network, which must not leave its folder."""
+    file = path.parent / name
+    plain = len(PurePosixPath(name).parts) == 1 and name not in ("", "..")
+    if not plain or file.is_symlink() or not file.is_file():
+        raise ConfigError(
+            f"{path}: has weights in {name!r}, expected a file of that name beside it; get all of "
+            "the network's files into one folder"
+        )
+    if file.stat().st_size < size:
+        raise ConfigError(
+            f"{file}: expected {size:,} bytes of weights or more, got {file.stat().st_size:,}; get "
+            "it again"
+        )
+    return file

@@ -1,0 +1,112 @@
+"""What torch computes on and in: devices, precisions and threads.
+
+The rest of storage needs no torch, so it is imported where it is used.
+"""
+
+import os
+import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Literal, TypeVar
+
+from gkd.storage.errors import ConfigError
+from gkd.storage.util.torchrun_env import local_rank, own_gpu
+
+Precision = Literal["float32", "float16", "bfloat16"]
+T = TypeVar("T")
+R = TypeVar("R")
+
+_pools: dict[tuple[int, int], ThreadPoolExecutor] = {}
+_pools_lock = threading.Lock()
+
+
+def resolve_device(device: str, *, option: str = "--device") -> str:
+    """``auto`` is ``cuda`` if a GPU is usable, else ``cpu``; other names are torch's.
+
+    Under torchrun ``cuda`` is the GPU of this rank's number on its node. ``option`` is where the
+    name comes from.
+
+    Raises:
+        ConfigError: if there is no such device.
+    """
+    import torch
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = own_cuda(device)
+    try:
+        torch.empty(0, device=device)
+        if torch.device(device).type == "cpu":
+            return "cpu"
+        torch.get_device_module(device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            f"{option}: expected auto, cpu or a GPU of this machine such as cuda:0, got {device!r} "
+            f"({reason}); use auto or cpu"
+        ) from error
+    return device
+
+
+def own_cuda(device: str) -> str:
+    """Under torchrun ``cuda`` becomes the GPU of this rank; other devices stay as they are."""
+    import torch
+
+    gpus = torch.cuda.device_count()
+    if device != "cuda" or local_rank() is None or not gpus:
+        return device
+    return f"cuda:{own_gpu(gpus)}"
+
+
+def resolve_precision(
+    precision: Precision | Literal["auto"], device: str, *, without_bfloat16: Precision
+) -> Precision:
+    """``auto`` is float32 on a CPU, and on a GPU bfloat16 or, if it lacks that, another precision.
+
+    Inference takes float16 then. Training takes float32: gradients leave float16's range.
+    """
+    import torch
+
+    if precision != "auto":
+        return precision
+    if not device.startswith("cuda"):
+        return "float32"
+    return "bfloat16" if torch.cuda.is_bf16_supported() else without_bfloat16
+
+
+def map_single_threaded(function: Callable[[T], R], items: Iterable[T]) -> list[R]:
+    """``function`` of each item on as many threads as torch uses, each operation on one of them.
+
+    The number of threads that share a sum changes its last bits: here results do not depend on it.
+    """
+    import torch
+
+    threads = torch.get_num_threads()
+    if threads == 1:
+        return [function(item) for item in items]
+    return list(_single_threaded_pool(threads).map(function, items))
+
+
+def _single_threaded_pool(threads: int) -> ThreadPoolExecutor:
+    """This process's pool of threads whose torch operations use one thread each.
+
+    ``torch.set_num_threads`` acts on the calling thread, and on the process by being the default
+    of threads to come. So it is called once for each thread of a pool, which stays, and the
+    process's setting is restored at once.
+    """
+    import torch
+
+    def use_one_thread(_: int) -> None:
+        # The first question sets a new thread's number to the process's: ask before setting it.
+        torch.get_num_threads()
+        torch.set_num_threads(1)
+        all_started.wait()
+
+    key = os.getpid(), threads  # a forked process has none of its parent's threads
+    with _pools_lock:
+        if key not in _pools:
+            pool, all_started = ThreadPoolExecutor(threads), threading.Barrier(threads)
+            list(pool.map(use_one_thread, range(threads)))
+            torch.set_num_threads(threads)
+            _pools[key] = pool
+        return _pools[key]
