@@ -65,7 +65,7 @@ class _OutputPath(_LocalPath):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """Return the value as a Path."""
-        from gkd.storage.cache.places import require_outside_caches
+        from gkd.storage.cache.metadata import require_outside_caches
 
         path = super().convert(value, param, ctx)
         require_outside_caches(path)

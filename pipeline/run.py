@@ -38,8 +38,7 @@ from gkd.pipeline.shard import Shard, commit_shard, compute_shards
 from gkd.pipeline.teacher.embedder import Embedder
 from gkd.storage.cache import layout
 from gkd.storage.cache.card import write_card
-from gkd.storage.cache.metadata import committed_shards, read_spec
-from gkd.storage.cache.places import require_outside_caches
+from gkd.storage.cache.metadata import committed_shards, read_spec, require_outside_caches
 from gkd.storage.cache.reader import Cache, digests_of
 from gkd.storage.cache.spec import VIEWS, CacheSpec, CentersSpec, Sharding, View
 from gkd.storage.cache.writer import CacheWriter, delete_leftovers, require_writable
@@ -105,7 +104,7 @@ def cache_teacher(
     """
     began, out = time.monotonic(), out.absolute()
     check_labels(records)
-    require_outside_caches(out, may_be_one=True)
+    require_outside_caches(out, may_be_cache=True)
     with ranks or joined_ranks() as ranks, _locked(out, ranks) as guard:
         images = _Run(records, out, embedder, settings, ranks, guard).make(centers)
         return _summary(out, images, time.monotonic() - began)

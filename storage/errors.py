@@ -5,16 +5,50 @@
     ├── CorruptDataError              bytes that are not what they should be
     │   ├── CorruptRecordError        a record, an image, a verification set
     │   └── CorruptShardError         a file of a target cache
-    ├── SpecMismatchError             whole, but of another teacher, data set or class space
+    ├── SpecMismatchError             complete, but of another teacher, data set or class space
     └── IncompleteCacheError          not finished: run the same command again to resume
 
-A message says what, where, expected, got, and what to do next. The command line prints it as it
-is and exits with 1; nothing else of gkd's own making reaches a user.
+A message says what is wrong, where, what was expected, what was found, and what to do next. The
+command line prints it and exits with 1; no other error that gkd raises reaches a user.
 """
+
+from pathlib import Path
 
 
 class GkdError(Exception):
-    """Base of every error that is the input's or the environment's fault, never a bug's."""
+    """Base of every error that is the fault of the input or the environment, never of a bug.
+
+    The message is ``path: problem: expected ..., got ...; remedy``, of the parts that are given.
+
+    problem   what is wrong, without path and remedy
+    path      the file, folder or address
+    expected  what should be there
+    got       what is there instead
+    remedy    what to do next
+    """
+
+    def __init__(
+        self,
+        problem: str = "",
+        *,
+        path: Path | str | None = None,
+        expected: object = None,
+        got: object = None,
+        remedy: str | None = None,
+    ) -> None:
+        super().__init__(problem)
+        if expected is not None:
+            difference = f"expected {expected}, got {got}"
+            problem = f"{problem}: {difference}" if problem else difference
+        self.problem = problem
+        self.path = path
+        self.expected = expected
+        self.got = got
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        located = self.problem if self.path is None else f"{self.path}: {self.problem}"
+        return f"{located}; {self.remedy}" if self.remedy else located
 
 
 class ConfigError(GkdError, ValueError):
@@ -30,22 +64,11 @@ class CorruptRecordError(CorruptDataError):
 
 
 class CorruptShardError(CorruptDataError):
-    """A file of a target cache that is missing, damaged or lies about its content.
-
-    ``fault`` is the message without what to do next, for lists of many.
-    """
-
-    def __init__(self, fault: str, remedy: str = "") -> None:
-        super().__init__(fault, remedy)
-        self.fault = fault
-        self.remedy = remedy
-
-    def __str__(self) -> str:
-        return f"{self.fault}; {self.remedy}" if self.remedy else self.fault
+    """A file of a target cache that is missing, damaged or inconsistent with the others."""
 
 
 class SpecMismatchError(GkdError):
-    """A whole cache, but of another teacher, data set or class space."""
+    """A complete cache of another teacher, data set or class space."""
 
 
 class IncompleteCacheError(GkdError):

@@ -1,4 +1,4 @@
-"""What an attacker can do to a cache: change it and make all its hashes fit again."""
+"""Damages and forges caches, as an attacker may who also updates all hashes."""
 
 import json
 from collections.abc import Callable
@@ -30,26 +30,26 @@ def edit_json(path: Path, edit: Callable[[dict[str, Any]], None]) -> None:
 
 
 def rehash(path: Path) -> None:
-    """Make commit records and manifest vouch for the files as they are now."""
+    """Update commit records and manifest to the files as they are now."""
     spec = read_spec(path)
     commits = []
     for shard in range(spec.num_shards):
-        place = path / layout.commit_file(shard)
-        commit = msgspec.json.decode(place.read_bytes(), type=Commit)
-        files = {file: layout.file_record(path / file) for file in commit.files}
+        file = path / layout.commit_file(shard)
+        commit = msgspec.json.decode(file.read_bytes(), type=Commit)
+        files = {name: layout.file_record(path / name) for name in commit.files}
         commit = msgspec.structs.replace(commit, files=files)
-        place.write_bytes(layout.encode_json(commit))
-        commits.append((commit, layout.file_record(place)))
+        file.write_bytes(layout.encode_json(commit))
+        commits.append((commit, layout.file_record(file)))
     files = {file: layout.file_record(path / file) for file, _ in layout.metadata_files(spec)}
     (path / layout.MANIFEST).write_bytes(layout.manifest_content(spec, files, commits))
 
 
 def rewrite_row(cache: Cache, array: str, shard: int, values: Any) -> None:
-    """Write other values into an array, with all checksums right."""
+    """Write other values into an array and update all checksums."""
     view, name = array.split("/")
-    place = layout.arrays(cache.spec, view)[name]  # type: ignore[arg-type]
-    (cache.path / place.shard_file(shard)).unlink()
-    place.open(cache.path, writable=True)[shard, : len(values)] = values
+    array_layout = layout.arrays(cache.spec, view)[name]  # type: ignore[arg-type]
+    (cache.path / array_layout.shard_file(shard)).unlink()
+    array_layout.open(cache.path, writable=True)[shard, : len(values)] = values
     rehash(cache.path)
 
 
@@ -60,34 +60,34 @@ def _shift_sizes(targets: SparseTargets) -> np.ndarray:
     return sizes
 
 
-def _double_class(targets: SparseTargets) -> np.ndarray:
+def _repeat_class(targets: SparseTargets) -> np.ndarray:
     indices = targets.indices.copy()
     indices[1] = indices[0]
     return indices
 
 
 def _hide_label(targets: SparseTargets) -> np.ndarray:
-    # Every class one on: unique as before, and the first label is in its group no more.
+    # Each class plus one: still unique, but the first label is no longer in its group.
     return (targets.indices + 1) % 50
 
 
-def _go_beyond(targets: SparseTargets) -> np.ndarray:
+def _exceed_classes(targets: SparseTargets) -> np.ndarray:
     indices = targets.indices.copy()
     indices[0] = 50
     return indices
 
 
-def _rise(targets: SparseTargets) -> np.ndarray:
+def _ascend(targets: SparseTargets) -> np.ndarray:
     return targets.log2_probs[::-1]
 
 
-def _mass_above(targets: SparseTargets) -> np.ndarray:
+def _mass_above_1(targets: SparseTargets) -> np.ndarray:
     secondary = targets.secondary.copy()
     secondary[3, 0] = 0.1
     return secondary
 
 
-def _no_number(targets: SparseTargets) -> np.ndarray:
+def _not_a_number(targets: SparseTargets) -> np.ndarray:
     secondary = targets.secondary.copy()
     secondary[3, 2] = np.nan
     return secondary
@@ -97,21 +97,21 @@ def _swap_masses(targets: SparseTargets) -> np.ndarray:
     return targets.secondary[:, [1, 0, 2]]
 
 
-# What somebody may write into a cache of ``tests.caches.make_cache`` who makes all hashes fit:
-# the array that lies, and what it is made of the true targets of a shard.
-LIES: dict[str, tuple[str, Callable[[SparseTargets], np.ndarray]]] = {
+# Inconsistent content for a cache of ``tests.caches.make_cache``: the array, and its values made of
+# the correct targets of a shard.
+FORGERIES: dict[str, tuple[str, Callable[[SparseTargets], np.ndarray]]] = {
     "sizes shifted": ("sizes", _shift_sizes),
-    "a class twice": ("indices", _double_class),
+    "a repeated class": ("indices", _repeat_class),
     "labels missing": ("indices", _hide_label),
-    "a class beyond the last": ("indices", _go_beyond),
-    "order ascending": ("log2_probs", _rise),
-    "a mass above 1": ("secondary", _mass_above),
-    "a mass that is no number": ("secondary", _no_number),
+    "a class out of range": ("indices", _exceed_classes),
+    "order ascending": ("log2_probs", _ascend),
+    "a mass above 1": ("secondary", _mass_above_1),
+    "a mass that is not a number": ("secondary", _not_a_number),
     "temperatures swapped": ("secondary", _swap_masses),
 }
 
 
-def tell_lie(cache: Cache, lie: str, shard: int, view: Any) -> None:
-    """Write one of ``LIES`` into a cache, with all hashes right."""
-    array, made = LIES[lie]
+def forge(cache: Cache, forgery: str, shard: int, view: Any) -> None:
+    """Write one of ``FORGERIES`` into a cache and update all hashes."""
+    array, made = FORGERIES[forgery]
     rewrite_row(cache, f"{view}/{array}", shard, made(cache.read_shard(shard, view)))

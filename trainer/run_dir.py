@@ -9,7 +9,7 @@ from typing import Any
 import filelock
 import msgspec
 
-from gkd.storage.cache.places import require_outside_caches
+from gkd.storage.cache.metadata import require_outside_caches
 from gkd.storage.cache.spec import TeacherSpec
 from gkd.storage.errors import ConfigError
 from gkd.storage.util.files import disk_errors

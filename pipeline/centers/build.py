@@ -20,7 +20,7 @@ from gkd.pipeline.checks.calibration import check_preprocessing
 from gkd.pipeline.embed import check_labels
 from gkd.pipeline.embedding_store import EmbeddingStore, work_path
 from gkd.pipeline.teacher.embedder import Embedder
-from gkd.storage.cache.places import require_outside_caches
+from gkd.storage.cache.metadata import require_outside_caches
 from gkd.storage.cache.spec import VIEWS, CentersKind
 from gkd.storage.cache.writer import delete_leftovers
 from gkd.storage.errors import ConfigError

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from gkd.storage.analysis.confusions import confusions, keys_of
 from gkd.storage.analysis.thumbnails import thumbnails
-from gkd.storage.cache.places import require_outside_caches
+from gkd.storage.cache.metadata import require_outside_caches
 from gkd.storage.cache.reader import Cache
 from gkd.storage.errors import ConfigError
 from gkd.storage.records.base import Records

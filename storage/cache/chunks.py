@@ -1,4 +1,4 @@
-"""Looks at encoded chunks before any library decodes them, so that sizes cannot lie."""
+"""Checks the sizes of encoded chunks before any library decodes them."""
 
 import math
 from pathlib import Path
@@ -25,10 +25,10 @@ _BLOSC_HEADER = np.dtype(
 
 
 def check_chunks(path: Path, array: ArrayLayout, entries: int) -> None:
-    """Check that one row's file holds exactly the chunks of ``entries``, each of its true size.
+    """Check that one row's file holds exactly the chunks of ``entries``, with correct sizes.
 
-    Reads the shard index and 16 bytes a chunk. A chunk that claims to unpack to more than its
-    array's chunk, overlaps another or is absent would otherwise be memory, or zeros, for a reader.
+    Reads the shard index and 16 bytes per chunk. Otherwise a reader would allocate whatever size a
+    forged chunk claims, and read zeros for an absent one.
 
     Raises:
         CorruptShardError: naming the file.
@@ -53,7 +53,7 @@ def check_chunks(path: Path, array: ArrayLayout, entries: int) -> None:
         | (heads["encoded"] + np.uint64(_CRC_BYTES) != lengths)
     )
     if wrong.any():
-        _refuse(path, f"chunk {wrong.argmax()} with sizes that are not its own")
+        _refuse(path, f"chunk {wrong.argmax()} with forged sizes")
 
 
 def _index(

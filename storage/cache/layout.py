@@ -292,7 +292,7 @@ def manifest_content(
     )
 
 
-def is_whole_manifest(content: bytes, manifest: Manifest) -> bool:
+def has_its_own_sha256(content: bytes, manifest: Manifest) -> bool:
     """Whether a manifest's bytes have the sha256 that they name."""
     blank = content.replace(manifest.self_sha256.encode(), _NO_SHA256.encode())
     return hashlib.sha256(blank).hexdigest() == manifest.self_sha256

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from gkd.storage.cache.card import write_card
 from gkd.storage.cache.layout import METADATA
-from gkd.storage.cache.places import require_outside_caches
+from gkd.storage.cache.metadata import require_outside_caches
 from gkd.storage.cache.reader import Cache
 from gkd.storage.cache.retarget import shard_samples, software_versions
 from gkd.storage.cache.spec import CacheSpec, DatasetSpec, DerivedSpec, View, settings_of
@@ -51,7 +51,7 @@ def merge(
     out = out.absolute()
     if not (out / METADATA).exists():
         _require_disjoint(caches)
-    require_outside_caches(out, may_be_one=True)
+    require_outside_caches(out, may_be_cache=True)
     with WriteLock(out) as lock:
         delete_leftovers(out)
         writer = CacheWriter(out, spec, guard=lock.check)

@@ -1,4 +1,4 @@
-"""Reads what a cache says of itself, and believes none of it unseen: spec, manifest, commits."""
+"""Reads the metadata of a cache (spec, manifest, commit records) and verifies all of it."""
 
 import stat
 from pathlib import Path
@@ -9,18 +9,48 @@ import msgspec
 from gkd.storage.cache import layout
 from gkd.storage.cache.layout import Commit, Manifest
 from gkd.storage.cache.spec import FORMAT, CacheSpec, View
-from gkd.storage.errors import ConfigError, CorruptShardError
+from gkd.storage.errors import ConfigError, CorruptShardError, IncompleteCacheError
 
 MAX_METADATA_BYTES = 1 << 20
-# Where a file stands: of a cache on disk, or at an address (gkd.storage.sharing.remote).
-Place = Path | str
+# Of a file: its path in a cache on disk, or its address (gkd.storage.sharing.remote).
+Location = Path | str
+
+
+def require_outside_caches(path: Path, *, may_be_cache: bool = False) -> None:
+    """Refuse an output path inside a cache, which a foreign file would damage.
+
+    With ``may_be_cache`` the path itself may be a cache, for a command that resumes it.
+
+    Raises:
+        ConfigError: naming the cache.
+    """
+    resolved = path.absolute().resolve()
+    for folder in resolved.parents if may_be_cache else (resolved, *resolved.parents):
+        if _is_cache(folder):
+            raise ConfigError(
+                f"inside the cache {folder}, which it would damage",
+                path=path,
+                remedy="choose a path outside of it",
+            )
+
+
+def _is_cache(folder: Path) -> bool:
+    if not (folder / layout.METADATA).is_file():
+        return False
+    try:
+        read_spec(folder)
+    except CorruptShardError:
+        return True  # a damaged one
+    except ConfigError:
+        return False  # another Zarr store
+    return True
 
 
 def regular_file(root: Path, file: str) -> Path:
-    """Path of a file of the cache that is really there: no link on the way, nothing special.
+    """Path of a file of the cache ``root``, after checking that nothing on it is a link.
 
     Raises:
-        CorruptShardError: naming the path that is missing, a link or no file.
+        CorruptShardError: if the file is missing, special, or behind a symbolic link.
     """
     path, mode = root, 0
     for part in Path(file).parts:
@@ -30,7 +60,7 @@ def regular_file(root: Path, file: str) -> Path:
         except (FileNotFoundError, NotADirectoryError) as error:
             corrupt(path, "missing", error)
         if stat.S_ISLNK(mode):
-            corrupt(path, "a symbolic link, which a cache never has")
+            corrupt(path, "a symbolic link, which no cache contains")
     if not stat.S_ISREG(mode):
         corrupt(path, "not a file")
     return path
@@ -40,60 +70,65 @@ def read_spec(path: Path) -> CacheSpec:
     """The spec in a cache's root ``zarr.json``.
 
     Raises:
-        ConfigError: where ``path`` is no cache of a format that this version reads.
-        CorruptShardError: where it is one but its spec cannot be.
+        ConfigError: if ``path`` is not a cache of a format that this version reads.
+        CorruptShardError: if it is one with an invalid spec.
     """
     if not (path / layout.METADATA).is_file():
+        got = "another folder" if path.is_dir() else "a file" if path.exists() else "nothing"
         raise ConfigError(
-            f"{path}: expected a cache of targets (a folder with {layout.METADATA}), got "
-            + ("another folder" if path.is_dir() else "a file" if path.exists() else "nothing")
-            + "; check the path"
+            path=path,
+            expected=f"a cache of targets (a folder with {layout.METADATA})",
+            got=got,
+            remedy="check the path",
         )
     return parse_spec(_read_metadata(path, layout.METADATA), path / layout.METADATA)
 
 
-def parse_spec(content: bytes, place: Place) -> CacheSpec:
-    """The spec in the bytes of a root ``zarr.json``, which stands at ``place``.
+def parse_spec(content: bytes, location: Location) -> CacheSpec:
+    """The spec in the bytes of a root ``zarr.json`` at ``location``.
 
     Raises:
-        ConfigError: where it is no cache of a format that this version reads.
-        CorruptShardError: where it is one but its spec cannot be.
+        ConfigError: if it is not that of a cache of a format that this version reads.
+        CorruptShardError: if the spec is invalid.
     """
-    root = _decode(content, Any, place)
+    root = _decode(content, Any, location)
     attributes = root.get("attributes") if isinstance(root, dict) else None
-    cache = str(place).removesuffix(f"/{layout.METADATA}")
+    cache = str(location).removesuffix(f"/{layout.METADATA}")
     if not isinstance(attributes, dict) or "format" not in attributes:
-        raise ConfigError(f"{cache}: a Zarr store, but no cache of targets; check the path")
+        raise ConfigError(
+            "a Zarr store, but not a cache of targets", path=cache, remedy="check the path"
+        )
     if attributes["format"] != FORMAT:
         raise ConfigError(
-            f"{cache}: expected a cache of format {FORMAT}, got {attributes['format']!r}; "
-            "update gkd to read it"
+            path=cache,
+            expected=f"a cache of format {FORMAT}",
+            got=repr(attributes["format"]),
+            remedy="update gkd to read it",
         )
     try:
         return msgspec.convert(attributes, CacheSpec)
     except msgspec.ValidationError as error:
-        corrupt(place, f"its spec cannot be: {error}", error)
+        corrupt(location, f"an invalid spec: {error}", error)
 
 
-def parse_manifest(content: bytes, place: Place, spec: CacheSpec) -> Manifest:
+def parse_manifest(content: bytes, location: Location, spec: CacheSpec) -> Manifest:
     """A manifest from its bytes, checked against the spec.
 
     Raises:
-        CorruptShardError: where it is damaged or the manifest of another spec.
+        CorruptShardError: if it is damaged or the manifest of another spec.
     """
-    manifest: Manifest = _decode(content, Manifest, place)
-    if not layout.is_whole_manifest(content, manifest):
-        corrupt(place, "its sha256 is not the one that it names")
+    manifest: Manifest = _decode(content, Manifest, location)
+    if not layout.has_its_own_sha256(content, manifest):
+        corrupt(location, "damaged: its sha256 is not its self_sha256")
     if manifest.format != spec.format or manifest.spec != layout.spec_digest(spec):
-        corrupt(place, f"the manifest of another spec than the one in {layout.METADATA}")
-    expected = [spec.shard_rows(shard) for shard in range(len(manifest.shards))]
+        corrupt(location, f"the manifest of another spec than that in {layout.METADATA}")
+    expected = [spec.shard_rows(shard) for shard in range(spec.num_shards)]
     if (
-        len(manifest.shards) != spec.num_shards
+        [(rows.start, rows.stop) for rows in expected] != [s.rows for s in manifest.shards]
         or manifest.num_samples != spec.num_samples
-        or any((r.start, r.stop) != s.rows for r, s in zip(expected, manifest.shards, strict=True))
         or any(shard.entries.keys() != set(spec.views) for shard in manifest.shards)
     ):
-        corrupt(place, "its shards are not those of the spec")
+        corrupt(location, "its shards are not those of the spec")
     return manifest
 
 
@@ -103,58 +138,55 @@ def committed_shards(path: Path) -> list[int]:
 
 
 def read_commit(path: Path, spec: CacheSpec, shard: int) -> Commit:
-    """A commit record, checked against what the spec says the shard must have.
+    """A commit record, checked against the spec.
 
     Raises:
-        CorruptShardError: where it is missing or not the record of this shard.
+        CorruptShardError: if it is missing or not the record of this shard.
     """
-    place = regular_file(path, layout.commit_file(shard))
-    return parse_commit(place.read_bytes(), place, spec, shard)
+    location = regular_file(path, layout.commit_file(shard))
+    return parse_commit(location.read_bytes(), location, spec, shard)
 
 
-def parse_commit(content: bytes, place: Place, spec: CacheSpec, shard: int) -> Commit:
-    """A commit record from its bytes, checked against what the spec says the shard must have.
+def parse_commit(content: bytes, location: Location, spec: CacheSpec, shard: int) -> Commit:
+    """A commit record from its bytes, checked against the spec.
 
     Raises:
-        CorruptShardError: where it is not the record of this shard.
+        CorruptShardError: if it is not the record of this shard.
     """
-    commit: Commit = _decode(content, Commit, place)
+    commit: Commit = _decode(content, Commit, location)
     rows = spec.shard_rows(shard)
     if (commit.format, commit.shard, commit.rows) != (spec.format, shard, (rows.start, rows.stop)):
-        corrupt(place, f"not the record of shard {shard}, rows {rows.start} to {rows.stop - 1}")
+        corrupt(location, f"not the record of shard {shard}, rows {rows.start} to {rows.stop - 1}")
     if commit.views.keys() != set(spec.views):
-        corrupt(place, f"expected views {', '.join(spec.views)}, got {', '.join(commit.views)}")
+        corrupt(location, f"expected views {', '.join(spec.views)}, got {', '.join(commit.views)}")
     for view, record in commit.views.items():
         if record.entries > len(rows) * spec.max_group or record.truncated > len(rows):
-            corrupt(place, f"{view}: more entries or cut groups than {len(rows)} samples can have")
+            corrupt(
+                location, f"{view}: more entries or truncated groups than {len(rows)} samples allow"
+            )
     entries: dict[View, int] = {view: record.entries for view, record in commit.views.items()}
     if commit.files.keys() != set(layout.shard_files(spec, shard, entries)):
-        corrupt(place, "its list of files is not that of a shard of this cache")
+        corrupt(location, "its list of files is not that of a shard of this cache")
     if len(commit.skipped) > len(rows):
-        corrupt(place, f"{len(commit.skipped)} skipped samples of {len(rows)}")
+        corrupt(location, f"{len(commit.skipped)} skipped samples of {len(rows)}")
     return commit
 
 
 def check_metadata(path: Path, spec: CacheSpec) -> None:
-    """See that the metadata of groups and arrays is what the spec makes it.
+    """Check the metadata of all groups and arrays against the spec.
 
     Raises:
-        CorruptShardError: naming the file and key that is not.
+        CorruptShardError: naming the file and the key that differs.
     """
     for file, expected in layout.metadata_files(spec):
-        _require_metadata(
-            path / file, _decode(_read_metadata(path, file), Any, path / file), expected
-        )
-
-
-def _require_metadata(path: Path, found: Any, expected: dict[str, Any]) -> None:
-    if found == expected:
-        return
-    keys = found.keys() | expected.keys() if isinstance(found, dict) else []
-    for key in sorted(keys):
-        if found.get(key) != expected.get(key):
-            corrupt(path, f"{key}: expected {expected.get(key)!r}, got {found.get(key)!r}")
-    corrupt(path, f"expected an object, got {type(found).__name__}")
+        found = _decode(_read_metadata(path, file), Any, path / file)
+        if not isinstance(found, dict):
+            corrupt(path / file, f"expected an object, got {type(found).__name__}")
+        for key in sorted(found.keys() | expected.keys()):
+            if found.get(key) != expected.get(key):
+                corrupt(
+                    path / file, f"{key}: expected {expected.get(key)!r}, got {found.get(key)!r}"
+                )
 
 
 def _read_metadata(root: Path, file: str) -> bytes:
@@ -165,38 +197,39 @@ def _read_metadata(root: Path, file: str) -> bytes:
     return path.read_bytes()
 
 
-def _decode(content: bytes, kind: Any, place: Place) -> Any:
+def _decode(content: bytes, kind: Any, location: Location) -> Any:
     try:
         return msgspec.json.decode(content, type=kind)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
-        corrupt(place, f"no such JSON as format 1 has there: {error}", error)
+        corrupt(location, f"not the JSON that format 1 has there: {error}", error)
 
 
-def incomplete(path: Path, spec: CacheSpec) -> str:
-    """What to say of a cache that is not finished."""
+def incomplete(path: Path, spec: CacheSpec) -> IncompleteCacheError:
+    """The error for a cache that has no manifest."""
     written = len(committed_shards(path))
-    return (
-        f"{path}: {written} of {spec.num_shards} shards are written and {layout.MANIFEST} is not; "
-        "run the same `gkd cache-teacher` or `gkd targets pull` again to resume"
+    return IncompleteCacheError(
+        f"not finished: {written} of {spec.num_shards} shards are written, no {layout.MANIFEST}",
+        path=path,
+        remedy="run the same `gkd cache-teacher` or `gkd targets pull` again to resume",
     )
 
 
-def corrupt(place: Place, what: str, cause: BaseException | None = None) -> NoReturn:
-    """Say what is wrong with a file of a cache, and what mends it.
+def corrupt(location: Location, problem: str, cause: BaseException | None = None) -> NoReturn:
+    """Report a damaged file of a cache, with the way to repair it.
 
     Raises:
         CorruptShardError: always.
     """
-    raise CorruptShardError(f"{place}: {what}", _remedy(place)) from cause
+    raise CorruptShardError(problem, path=location, remedy=_remedy(location)) from cause
 
 
-def _remedy(place: Place) -> str:
-    if isinstance(place, str):
-        return "push the cache there again from a whole copy"
-    pull = "get it again into the same folder with `gkd targets pull`, which mends it, or "
-    if place.name == layout.METADATA:
+def _remedy(location: Location) -> str:
+    if isinstance(location, str):
+        return "push the cache there again from a complete copy"
+    pull = "repair it by `gkd targets pull` into the same folder, or "
+    if location.name == layout.METADATA:
         return pull + "make it again in another folder"
     records = f"this shard's commit record and {layout.MANIFEST}"
-    if place.name in (layout.MANIFEST, layout.CARD):
+    if location.name in (layout.MANIFEST, layout.CARD):
         records = layout.MANIFEST
     return pull + f"delete {records} and run the same `gkd cache-teacher` again"

@@ -1,5 +1,6 @@
-"""Reads a cache of targets, trusting nothing that its files say about themselves."""
+"""Reads a cache of targets and verifies everything that its files say about themselves."""
 
+import functools
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -27,14 +28,13 @@ from gkd.storage.cache.metadata import (
 )
 from gkd.storage.cache.spec import CacheSpec, View
 from gkd.storage.cache.targets import SparseTargets, offsets_from_sizes
-from gkd.storage.errors import IncompleteCacheError
 from gkd.storage.util.files import sha256_file
 
 DIGEST_BYTES = 16
-# Of a record's key: a path's length twice; of a sample's whole row, unpacked.
-_MOST_KEY_BYTES = 8192
-_MOST_ROW_BYTES = _MOST_KEY_BYTES + 1024
-_MOST_BATCH_BYTES = 1 << 28
+# Twice the longest path; a sample's complete row, unpacked.
+_MAX_KEY_BYTES = 8192
+_MAX_ROW_BYTES = _MAX_KEY_BYTES + 1024
+_MAX_BATCH_BYTES = 1 << 28
 _SAMPLES_SCHEMA = pa.schema(
     [
         ("row", pa.int64()),
@@ -47,11 +47,11 @@ _SAMPLES_SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class Samples:
-    """What the N samples of a cache are.
+    """The N samples of a cache.
 
     labels   int64 [N]
-    digests  uint8 [N, 16]  of the encoded images, zero where not present
-    present  bool  [N]      False where the sample was skipped and has no targets
+    digests  uint8 [N, 16]  of the encoded images, zero if not present
+    present  bool  [N]      False if the sample was skipped and has no targets
     """
 
     cache: "Cache"
@@ -63,23 +63,18 @@ class Samples:
         return len(self.labels)
 
     def keys(self, rows: Iterable[int]) -> list[str]:
-        """Record keys of some rows, read from the shards that hold them."""
-        tables: dict[int, pa.Table] = {}
-        keys = []
-        for row in rows:
-            shard, place = divmod(int(row), self.cache.spec.shard_samples)
-            if shard not in tables:
-                tables[shard] = self.cache.read_samples(shard)
-            keys.append(tables[shard]["key"][place].as_py())
-        return keys
+        """Record keys of ``rows``, read from their shards."""
+        read_samples = functools.cache(self.cache.read_samples)
+        places = (divmod(int(row), self.cache.spec.shard_samples) for row in rows)
+        return [read_samples(shard)["key"][sample].as_py() for shard, sample in places]
 
 
 class Cache:
     """A cache opened for reading; ``Cache.open`` makes one.
 
     path      absolute path
-    spec      what decided its bytes
-    manifest  None where it is not finished
+    spec      the settings that decided its bytes
+    manifest  None if it is not finished
     """
 
     def __init__(self, path: Path, spec: CacheSpec, manifest: Manifest | None, id: str) -> None:
@@ -90,21 +85,21 @@ class Cache:
 
     @classmethod
     def open(cls, path: str | Path, *, complete: bool = True) -> Self:
-        """Open a cache, checking all its metadata against format 1 before anything is used.
+        """Open a cache after checking all its metadata against format 1.
 
         With ``complete=False`` a cache that is still being written opens too.
 
         Raises:
-            ConfigError: where ``path`` is no cache.
-            IncompleteCacheError: where it is not finished.
-            CorruptShardError: where its metadata or manifest is not that of its spec.
+            ConfigError: if ``path`` is not a cache.
+            IncompleteCacheError: if it is not finished.
+            CorruptShardError: if its metadata or manifest is not that of its spec.
         """
         path = Path(path).absolute()
         spec = read_spec(path)
         check_metadata(path, spec)
         if not (path / layout.MANIFEST).is_symlink() and not (path / layout.MANIFEST).exists():
             if complete:
-                raise IncompleteCacheError(incomplete(path, spec))
+                raise incomplete(path, spec)
             return cls(path, spec, None, "")
         content = regular_file(path, layout.MANIFEST).read_bytes()
         manifest = parse_manifest(content, path / layout.MANIFEST, spec)
@@ -112,35 +107,35 @@ class Cache:
         files += [layout.CARD] if layout.CARD in manifest.files else []
         for file in files:
             if manifest.files.get(file) != file_record(regular_file(path, file)):
-                corrupt(path / file, f"its size or sha256 is not the one in {layout.MANIFEST}")
+                corrupt(path / file, f"its size or sha256 is not that in {layout.MANIFEST}")
         return cls(path, spec, manifest, hashlib.sha256(content).hexdigest())
 
     @property
     def id(self) -> str:
-        """Hex sha256 of the manifest, which vouches for every byte of the cache.
+        """Hex sha256 of the manifest, which covers every byte of the cache.
 
         Raises:
-            IncompleteCacheError: where the cache is not finished.
+            IncompleteCacheError: if the cache is not finished.
         """
         if self.manifest is None:
-            raise IncompleteCacheError(incomplete(self.path, self.spec))
+            raise incomplete(self.path, self.spec)
         return self._id
 
     def commit(self, shard: int) -> Commit:
         """The commit record of a shard.
 
         Raises:
-            CorruptShardError: where it is missing, damaged or not the one of the manifest.
+            CorruptShardError: if it is missing, damaged or not that of the manifest.
         """
         path = regular_file(self.path, layout.commit_file(shard))
         content = path.read_bytes()
         expected = None if self.manifest is None else self.manifest.shards[shard].commit
         if expected not in (None, hashlib.sha256(content).hexdigest()):
-            corrupt(path, f"its sha256 is not the one in {layout.MANIFEST}")
+            corrupt(path, f"its sha256 is not that in {layout.MANIFEST}")
         return parse_commit(content, path, self.spec, shard)
 
     def shard_file(self, shard: int, file: str, commit: Commit) -> Path:
-        """Path of a file of a shard, after its presence and size were checked."""
+        """Path of a file of a shard, after checking its presence and size."""
         path = regular_file(self.path, file)
         expected, size = commit.files[file].bytes, path.stat().st_size
         if size != expected:
@@ -148,11 +143,11 @@ class Cache:
         return path
 
     def require_files(self) -> None:
-        """See that every file of every shard is there and has its size, reading none of them.
+        """Check presence and size of every file of every shard, without reading them.
 
         Raises:
-            CorruptShardError: at the first that is missing, cut or a link; at a commit record that
-                is damaged.
+            CorruptShardError: at the first file that is missing, truncated or a link, or commit
+                record that is damaged.
         """
         for shard in range(self.spec.num_shards):
             commit = self.commit(shard)
@@ -163,7 +158,7 @@ class Cache:
         """Targets of all samples of a shard, in row order.
 
         Raises:
-            CorruptShardError: where a file is missing, damaged or says what cannot be.
+            CorruptShardError: if a file is missing, damaged or inconsistent.
         """
         commit = self.commit(shard)
         entries = commit.views[view].entries
@@ -179,7 +174,7 @@ class Cache:
             if rows[name].max(initial=0) >= self.spec.num_classes:
                 corrupt(
                     self.path / arrays[name].shard_file(shard),
-                    f"class {rows[name].max()} where there are {self.spec.num_classes}",
+                    f"class {rows[name].max()} of {self.spec.num_classes} classes",
                 )
         return SparseTargets.from_arrays(offsets_from_sizes(sizes), rows)
 
@@ -187,24 +182,24 @@ class Cache:
         """Group sizes of all samples of a shard, in row order; 0 for a skipped one.
 
         Raises:
-            CorruptShardError: where the file is missing, damaged or says what cannot be.
+            CorruptShardError: if the file is missing, damaged or inconsistent.
         """
         return self._sizes(shard, view, self.commit(shard))
 
     def read_verified(self, shard: int, view: View) -> SparseTargets:
-        """``read_shard``, with all files held against their hashes and their meaning checked.
+        """``read_shard`` with all files verified against their hashes and invariants checked.
 
-        What ``gkd targets verify --deep`` finds in a view of a shard is found here, but for masses
-        of different temperatures and draws that do not fit the groups.
+        It finds what ``gkd targets verify --deep`` finds in a view of a shard, apart from masses
+        of several temperatures and draws that are inconsistent with the groups.
 
         Raises:
-            CorruptShardError: where a file is missing, damaged or says what cannot be.
+            CorruptShardError: if a file is missing, damaged or inconsistent.
         """
         commit = self.commit(shard)
         for file in layout.view_files(self.spec, shard, view, commit.views[view].entries):
             path = self.shard_file(shard, file, commit)
             if sha256_file(path) != commit.files[file].sha256:
-                corrupt(path, "its sha256 is not the one in its commit record")
+                corrupt(path, "its sha256 is not that in its commit record")
         targets = self.read_shard(shard, view)
         table = self.read_samples(shard)
         labels, present = table["label"].to_numpy(), table["digest"].is_valid().to_numpy()
@@ -221,7 +216,7 @@ class Cache:
         if sizes.max(initial=0) > self.spec.max_group or sizes.sum(dtype=np.int64) != entries:
             corrupt(
                 self.path / array.shard_file(shard),
-                f"group sizes above {self.spec.max_group}, or not {entries} in all",
+                f"group sizes above {self.spec.max_group}, or a sum other than {entries}",
             )
         return sizes
 
@@ -242,24 +237,25 @@ class Cache:
         """Table of a shard's samples: row, key, label, digest (null where skipped).
 
         Raises:
-            CorruptShardError: where the file is missing, damaged or not that of the shard's rows.
+            CorruptShardError: if the file is missing, damaged or not that of the shard's rows.
         """
         commit = self.commit(shard)
         path = self.shard_file(shard, layout.samples_file(shard), commit)
         rows = self.spec.shard_rows(shard)
-        # In pyarrow's own memory: its threads may drop the file a little after the read, and one
-        # that drops Python's memory while the interpreter ends aborts it (apache/arrow#34314).
+        # Into pyarrow's own memory: its threads may release the file shortly after the read, and
+        # releasing Python's memory while the interpreter exits aborts it (apache/arrow#34314).
         with pa.OSFile(str(path)) as source:
             content = source.read_buffer()
         if hashlib.sha256(content).hexdigest() != commit.files[layout.samples_file(shard)].sha256:
-            corrupt(path, "its sha256 is not the one in its commit record")
+            corrupt(path, "its sha256 is not that in its commit record")
         try:
             with pq.ParquetFile(pa.BufferReader(content)) as file:
-                told = file.metadata
-                if told.num_rows != len(rows) or file.schema_arrow != _SAMPLES_SCHEMA:
+                metadata = file.metadata
+                if metadata.num_rows != len(rows) or file.schema_arrow != _SAMPLES_SCHEMA:
                     corrupt(path, f"expected {len(rows)} rows of {_SAMPLES_SCHEMA.names}")
-                size = sum(told.row_group(i).total_byte_size for i in range(told.num_row_groups))
-                if size > len(rows) * _MOST_ROW_BYTES:
+                groups = map(metadata.row_group, range(metadata.num_row_groups))
+                size = sum(group.total_byte_size for group in groups)
+                if size > len(rows) * _MAX_ROW_BYTES:
                     corrupt(path, f"{size:,} bytes unpacked for {len(rows):,} samples")
                 table = _unpack(path, file, size)
             table.validate(full=True)
@@ -269,9 +265,9 @@ class Cache:
             corrupt(path, f"its rows are not {rows.start} to {rows.stop - 1}")
         if table["key"].null_count or table["label"].null_count:
             corrupt(path, "a sample without key or label")
-        without = table["key"].filter(table["digest"].is_null()).to_pylist()
-        if sorted(without) != sorted(commit.skipped):
-            corrupt(path, "samples without digest are not those skipped by the commit record")
+        skipped = table["key"].filter(table["digest"].is_null()).to_pylist()
+        if sorted(skipped) != sorted(commit.skipped):
+            corrupt(path, "samples without digest are not those that the commit record skips")
         return table
 
     def samples(self) -> Samples:
@@ -282,16 +278,16 @@ class Cache:
         )
         for shard in range(self.spec.num_shards):
             rows = self.spec.shard_rows(shard)
-            place = slice(rows.start, rows.stop)
+            here = slice(rows.start, rows.stop)
             table = self.read_samples(shard)
-            samples.labels[place] = table["label"].to_numpy()
-            samples.present[place] = table["digest"].is_valid().to_numpy()
-            samples.digests[place] = digests_of(table)
+            samples.labels[here] = table["label"].to_numpy()
+            samples.present[here] = table["digest"].is_valid().to_numpy()
+            samples.digests[here] = digests_of(table)
         return samples
 
 
 def digests_of(table: pa.Table) -> npt.NDArray[np.uint8]:
-    """Digests uint8 [n, 16] of a table of samples, zero where there is none."""
+    """Digests uint8 [n, 16] of a table of samples, zero for a skipped one."""
     column = table["digest"].combine_chunks().fill_null(bytes(DIGEST_BYTES))
     raw = np.frombuffer(column.buffers()[1], np.uint8)
     start = column.offset * DIGEST_BYTES
@@ -299,17 +295,17 @@ def digests_of(table: pa.Table) -> npt.NDArray[np.uint8]:
 
 
 def _unpack(path: Path, file: pq.ParquetFile, size: int) -> pa.Table:
-    """A table of samples of ``size`` bytes, its keys looked at before many are written out.
+    """A table of samples of ``size`` bytes, with the length of its keys checked batch by batch.
 
-    Neighbouring keys share what they begin with, so few bytes may mean many; none is longer than
-    all bytes together.
+    Keys are stored without the prefix that they share with the previous one, so a small hostile
+    file may expand to many long ones; none is longer than all bytes together.
     """
-    rows = max(1, _MOST_BATCH_BYTES // max(size, 1))
+    rows = max(1, _MAX_BATCH_BYTES // max(size, 1))
     batches = []
     for batch in file.iter_batches(batch_size=rows):
         lengths = pc.call_function("binary_length", [batch["key"]])
         longest = pc.call_function("max", [lengths]).as_py() or 0
-        if longest > _MOST_KEY_BYTES:
+        if longest > _MAX_KEY_BYTES:
             corrupt(path, f"a record key of {longest:,} bytes")
         batches.append(batch)
     return pa.Table.from_batches(batches, _SAMPLES_SCHEMA)

@@ -25,7 +25,7 @@ import numpy.typing as npt
 
 from gkd.storage.cache.card import write_card
 from gkd.storage.cache.layout import Commit
-from gkd.storage.cache.places import require_outside_caches
+from gkd.storage.cache.metadata import require_outside_caches
 from gkd.storage.cache.reader import Cache, digests_of
 from gkd.storage.cache.spec import CacheSpec, DerivedSpec, DrawsSpec, View
 from gkd.storage.cache.targets import (
@@ -79,7 +79,7 @@ def retarget(
         draws=draws,
     )
     out = out.absolute()
-    require_outside_caches(out, may_be_one=True)
+    require_outside_caches(out, may_be_cache=True)
     with WriteLock(out) as lock:
         delete_leftovers(out)
         writer = CacheWriter(out, spec, guard=lock.check)

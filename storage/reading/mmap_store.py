@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gkd.storage.cache import layout
-from gkd.storage.cache.places import require_outside_caches
+from gkd.storage.cache.metadata import require_outside_caches
 from gkd.storage.cache.reader import Cache
 from gkd.storage.cache.spec import VIEWS, CacheSpec, View
 from gkd.storage.cache.targets import SparseTargets

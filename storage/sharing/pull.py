@@ -15,8 +15,8 @@ from gkd.storage.cache.metadata import (
     parse_manifest,
     parse_spec,
     regular_file,
+    require_outside_caches,
 )
-from gkd.storage.cache.places import require_outside_caches
 from gkd.storage.cache.reader import Cache
 from gkd.storage.cache.spec import VIEWS, CacheSpec, DerivedSpec, View
 from gkd.storage.errors import ConfigError, CorruptShardError, SpecMismatchError
@@ -65,7 +65,7 @@ def pull(
     commits = {shard: commits[shard] for shard in chosen}
     metadata = _metadata(source, spec)
     manifest = _manifest(source, spec, metadata, commits) if shards is None else None
-    require_outside_caches(path, may_be_one=True)
+    require_outside_caches(path, may_be_cache=True)
     _require_same_cache(path, spec, existing_commits, manifest)
     records = {layout.commit_file(k): layout.encode_json(c) for k, c in commits.items()}
     last = {} if manifest is None else {layout.MANIFEST: manifest}
@@ -227,7 +227,8 @@ def _fetch(remote: Remote, file: str, to: Path, record: FileRecord, advance: Adv
     remote.fetch(file, to, record.bytes, advance)
     if file_record(to) != record:
         raise CorruptShardError(
-            f"{remote.location(file)}: its size or sha256 is not the one in its commit record",
-            "run the same command again; if that does not help, ask the cache's owner to push it "
+            "its size or sha256 is not that in its commit record",
+            path=remote.location(file),
+            remedy="run the same command again; if that does not help, ask the cache's owner to push it "
             "again with --read-back",
         )

@@ -6,8 +6,7 @@ from typing import Any
 
 from gkd.storage.cache import layout
 from gkd.storage.cache.layout import file_record
-from gkd.storage.cache.metadata import regular_file
-from gkd.storage.cache.places import require_outside_caches
+from gkd.storage.cache.metadata import regular_file, require_outside_caches
 from gkd.storage.cache.reader import Cache
 from gkd.storage.errors import ConfigError, CorruptShardError, SpecMismatchError
 from gkd.storage.sharing.remote import Remote
@@ -61,8 +60,9 @@ def push(
         source = regular_file(cache.path, file)
         if file_record(source) != files[file]:
             raise CorruptShardError(
-                f"{source}: not sent, as its size or sha256 is not the one in this cache's records",
-                "`gkd targets verify` lists every fault, a pull into the folder repairs them",
+                "not sent, as its size or sha256 is not that in this cache's records",
+                path=source,
+                remedy="`gkd targets verify` lists every fault, a pull into the folder repairs them",
             )
         remote.send(source, file, copying.advance)
         if not has_arrived(file):
@@ -82,7 +82,7 @@ def push(
 def _claim(remote: Remote, cache_id: str) -> None:
     """Check that the address is empty or belongs to this cache, and claim it."""
     if remote.folder is not None:
-        require_outside_caches(remote.folder, may_be_one=True)
+        require_outside_caches(remote.folder, may_be_cache=True)
     elif (parent := remote.nearest_parent_with(CLAIM)) is not None:
         raise ConfigError(
             f"{remote.address}: inside the cache {parent}, which it would spoil; choose an "
@@ -115,6 +115,7 @@ def _not_free(remote: Remote, cache_id: str, found: str) -> SpecMismatchError:
 
 def _damaged_on_arrival(remote: Remote, file: str) -> CorruptShardError:
     return CorruptShardError(
-        f"{remote.location(file)}: differs from what was sent",
-        "run the same command again, which sends it again",
+        "differs from what was sent",
+        path=remote.location(file),
+        remedy="run the same command again, which sends it again",
     )

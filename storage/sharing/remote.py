@@ -113,8 +113,10 @@ class Remote:
             return None if size is None else b""
         if size > max_bytes:
             raise CorruptShardError(
-                f"{self.location(file)}: expected at most {max_bytes:,} bytes, got {size:,}",
-                "no cache has such a file, check the address",
+                path=self.location(file),
+                expected=f"at most {max_bytes:,} bytes",
+                got=f"{size:,}",
+                remedy="no cache has such a file, check the address",
             )
         with self._errors(self.location(file)):
             return bytes(self._call("cat_file", self._path(file), start=0, end=size, size=size))
@@ -210,8 +212,10 @@ class _ByteCount(Callback):  # type: ignore[misc]
         self._done += inc
         if self._done > self._size:
             raise CorruptShardError(
-                f"{self._location}: expected {self._size:,} bytes, got more",
-                "the cache there is damaged, ask its owner to push it again",
+                path=self._location,
+                expected=f"{self._size:,} bytes",
+                got="more",
+                remedy="the cache there is damaged, ask its owner to push it again",
             )
         self._advance(inc)
 

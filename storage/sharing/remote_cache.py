@@ -55,8 +55,9 @@ class RemoteCache:
         for file, metadata in layout.metadata_files(spec):
             if manifest.files.get(file) != record_of(layout.encode_json(metadata)):
                 raise CorruptShardError(
-                    f"{remote.location(layout.MANIFEST)}: {file} is not what the spec requires",
-                    _PUSH_AGAIN,
+                    f"{file} is not what the spec requires",
+                    path=remote.location(layout.MANIFEST),
+                    remedy=_PUSH_AGAIN,
                 )
         return cls(remote, spec, manifest, content)
 
@@ -69,7 +70,7 @@ class RemoteCache:
         """Commit records of ``shards``, by default of all, checked against the manifest.
 
         Raises:
-            CorruptShardError: if one is missing, or not the one in the manifest.
+            CorruptShardError: if one is missing, or not that in the manifest.
         """
         chosen = range(self.spec.num_shards) if shards is None else sorted(shards)
         found: dict[int, Commit] = {}
@@ -93,16 +94,17 @@ class RemoteCache:
         commit = parse_commit(content, self.remote.location(file), self.spec, shard)
         if layout.encode_json(commit) != content:
             raise CorruptShardError(
-                f"{self.remote.location(file)}: expected JSON exactly as format 1 writes it",
-                "ask the cache's owner to make it with gkd",
+                "expected JSON exactly as format 1 writes it",
+                path=self.remote.location(file),
+                remedy="ask the cache's owner to make it with gkd",
             )
         return commit
 
     def _read(self, file: str, sha256: str) -> bytes:
         content = self.remote.read(file, MAX_RECORD_BYTES)
         if content is None or hashlib.sha256(content).hexdigest() != sha256:
-            problem = "missing" if content is None else "its sha256 is not the one in manifest.json"
-            raise CorruptShardError(f"{self.remote.location(file)}: {problem}", _PUSH_AGAIN)
+            problem = "missing" if content is None else "its sha256 is not that in manifest.json"
+            raise CorruptShardError(problem, path=self.remote.location(file), remedy=_PUSH_AGAIN)
         return content
 
 

@@ -61,7 +61,7 @@ def test_a_mistake_ends_in_one_message(
 def test_nothing_is_written_inside_a_cache(tmp_path: Path, arguments: tuple[str, ...]) -> None:
     cache = make_cache(tmp_path / "c.gkd")
     stderr = fails(*(word.replace("CACHE", str(cache.path)) for word in arguments))
-    assert f"inside the cache {cache.path}, which would not be whole any more" in stderr
+    assert f"inside the cache {cache.path}, which it would damage" in stderr
     assert verify(cache.path).ok
 
 
@@ -71,7 +71,7 @@ def test_no_copies_of_targets_go_into_a_cache(
     cache = make_cache(tmp_path / "c.gkd")
     monkeypatch.setenv("GKD_CACHE_DIR", str(cache.path / "copies"))
     stderr = fails("train-student", home / "faces", cache.path, tmp_path / "run")
-    assert f"inside the cache {cache.path}, which would not be whole any more" in stderr
+    assert f"inside the cache {cache.path}, which it would damage" in stderr
     assert verify(cache.path).ok
 
 

@@ -1,4 +1,6 @@
+import pickle
 import re
+from pathlib import Path
 
 import pytest
 
@@ -25,7 +27,7 @@ def test_the_docstring_draws_the_tree() -> None:
             each.__bases__[1].__name__ if len(each.__bases__) > 1 else None,
         )
         for each in vars(errors).values()
-        if isinstance(each, type)
+        if isinstance(each, type) and issubclass(each, Exception)
     ]
     assert drawn == defined
     assert len(drawn) == 7
@@ -34,3 +36,20 @@ def test_the_docstring_draws_the_tree() -> None:
 def test_a_missing_extra_is_named() -> None:
     with pytest.raises(errors.ConfigError, match=r"no_such_module.*pip install '\.\[plot\]'"):
         extras.require("no_such_module.part", "plot")
+
+
+def test_a_message_is_made_of_the_fields_that_are_given() -> None:
+    error = errors.ConfigError(
+        "temperature", path=Path("run.toml"), expected="1, 2 or 4", got=3, remedy="choose one"
+    )
+    assert str(error) == "run.toml: temperature: expected 1, 2 or 4, got 3; choose one"
+    assert str(errors.GkdError(path="s3://faces", expected=1, got=0)) == (
+        "s3://faces: expected 1, got 0"
+    )
+    assert str(errors.SpecMismatchError("another teacher")) == "another teacher"
+
+
+def test_an_error_of_a_worker_process_keeps_its_fields() -> None:
+    error = errors.CorruptShardError("cut", path=Path("a"), expected=3, got=2, remedy="pull it")
+    copy = pickle.loads(pickle.dumps(error))
+    assert (str(copy), vars(copy)) == (str(error), vars(error))

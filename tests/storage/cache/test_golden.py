@@ -50,8 +50,8 @@ def test_it_is_whole_and_has_its_id(expected: dict[str, Any]) -> None:
     assert verify(PATH, level="hashes").faults == ()
     # Its numbers show the codes' ends; no teacher says these together, and nothing else is wrong.
     found = {fault.problem.partition(": ")[2] for fault in verify(PATH).faults}
-    tail = "a secondary mass at 1 that no tail of classes gives"
-    assert found == {"another probability than its entry's", tail}
+    tail = "a secondary mass at 1 that no tail of classes has"
+    assert found == {"not the probability of its entry", tail}
 
 
 def test_it_may_be_trained_from() -> None:

@@ -35,7 +35,7 @@ def cache(made: Cache, tmp_path: Path) -> Cache:
     return Cache.open(shutil.copytree(made.path, tmp_path / "faces.gkd"))
 
 
-def test_samples_say_what_the_rows_are(cache: Cache) -> None:
+def test_samples_have_label_digest_and_key_of_their_row(cache: Cache) -> None:
     samples = cache.samples()
     assert len(samples) == 100
     np.testing.assert_array_equal(samples.labels, labels_of(cache.spec))
@@ -87,7 +87,7 @@ def test_the_specification_names_every_field(cache: Cache) -> None:
         assert f"| `{name}` | {array.dtype} |" in text
 
 
-def test_what_is_no_cache_is_refused(tmp_path: Path) -> None:
+def test_another_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"nowhere: expected a cache of targets .* got nothing"):
         Cache.open(tmp_path / "nowhere")
     with pytest.raises(ConfigError, match="got another folder; check the path"):
@@ -97,7 +97,7 @@ def test_what_is_no_cache_is_refused(tmp_path: Path) -> None:
 def test_an_unfinished_cache_opens_only_on_request(tmp_path: Path) -> None:
     writer = CacheWriter(tmp_path / "c", make_spec())
     write_shard(writer, 1)
-    with pytest.raises(IncompleteCacheError, match=r"1 of 3 shards are written .* again to go on"):
+    with pytest.raises(IncompleteCacheError, match=r"1 of 3 shards are written.* again to resume"):
         Cache.open(writer.path)
     cache = Cache.open(writer.path, complete=False)
     assert len(cache.read_shard(1, "original")) == 40
@@ -119,18 +119,18 @@ def test_an_unfinished_cache_opens_only_on_request(tmp_path: Path) -> None:
         ("original/sizes/zarr.json", "or make it again in another folder"),
     ],
 )
-def test_damage_says_how_it_is_mended(cache: Cache, file: str, remedy: str) -> None:
+def test_a_damage_names_its_remedy(cache: Cache, file: str, remedy: str) -> None:
     (cache.path / file).write_bytes(b"{")
     with pytest.raises(CorruptShardError) as caught:
         Cache.open(cache.path).read_shard(0, "original")
     message = str(caught.value)
     assert message.startswith(f"{cache.path / file}: ")
-    assert "get it again into the same folder with `gkd targets pull`" in message
+    assert "repair it by `gkd targets pull` into the same folder" in message
     assert message.endswith(remedy)
     assert str(pickle.loads(pickle.dumps(caught.value))) == message
 
 
-def test_another_format_asks_for_another_version(cache: Cache) -> None:
+def test_another_format_is_refused(cache: Cache) -> None:
     edit_json(cache.path / "zarr.json", lambda root: root["attributes"].update(format=2))
     with pytest.raises(ConfigError, match="expected a cache of format 1, got 2; update gkd"):
         Cache.open(cache.path)
@@ -175,21 +175,21 @@ def test_hostile_metadata_is_refused_before_zarr_sees_it(
         Cache.open(cache.path)
 
 
-def test_metadata_that_is_no_json_is_refused(cache: Cache) -> None:
+def test_invalid_json_is_refused(cache: Cache) -> None:
     for content in (b"{", b"\xff", b"[" * 100_000, b"[]", b" " * (1 << 21)):
         (cache.path / "original" / "zarr.json").write_bytes(content)
         with pytest.raises(CorruptShardError, match=r"original/zarr\.json"):
             Cache.open(cache.path)
 
 
-def test_metadata_of_another_writing_is_refused(cache: Cache) -> None:
+def test_metadata_that_another_program_reformatted_is_refused(cache: Cache) -> None:
     with (cache.path / "zarr.json").open("a") as file:
         file.write(" ")
-    with pytest.raises(CorruptShardError, match=r"not the one in manifest\.json"):
+    with pytest.raises(CorruptShardError, match=r"not that in manifest\.json"):
         Cache.open(cache.path)
 
 
-def test_every_bit_of_the_manifest_counts(cache: Cache) -> None:
+def test_any_flipped_bit_of_the_manifest_is_an_error(cache: Cache) -> None:
     size = (cache.path / layout.MANIFEST).stat().st_size
     for bit in np.random.default_rng(0).integers(0, size * 8, 40).tolist():
         flip_bit(cache.path / layout.MANIFEST, bit)
@@ -201,10 +201,10 @@ def test_every_bit_of_the_manifest_counts(cache: Cache) -> None:
 
 @pytest.mark.parametrize("file", ["zarr.json", "original/indices/c/0/0", "commits/000000.json"])
 def test_links_are_refused(cache: Cache, file: str, tmp_path: Path) -> None:
-    place = cache.path / file
-    place.rename(tmp_path / "elsewhere")
-    place.symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(CorruptShardError, match=f"{place}: a symbolic link"):
+    path = cache.path / file
+    path.rename(tmp_path / "elsewhere")
+    path.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(CorruptShardError, match=f"{path}: a symbolic link"):
         Cache.open(cache.path).read_shard(0, "original")
 
 
@@ -224,7 +224,7 @@ def test_a_missing_file_is_an_error_and_never_zeros(cache: Cache, array: str) ->
 
 
 @pytest.mark.parametrize("array", ["indices", "log2_probs", "sizes", "secondary"])
-def test_a_cut_file_is_an_error(cache: Cache, array: str) -> None:
+def test_a_truncated_file_is_an_error(cache: Cache, array: str) -> None:
     path = cache.path / layout.arrays(cache.spec, "original")[array].shard_file(1)
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(CorruptShardError, match=r"expected \d+ bytes, got \d+"):
@@ -249,7 +249,7 @@ def test_a_commit_record_that_names_other_paths_is_refused(cache: Cache) -> None
     unfinished = Cache(cache.path, cache.spec, None, "")
     with pytest.raises(CorruptShardError, match="its list of files is not that of a shard"):
         unfinished.read_shard(0, "original")
-    with pytest.raises(CorruptShardError, match=r"not the one in manifest\.json"):
+    with pytest.raises(CorruptShardError, match=r"not that in manifest\.json"):
         cache.read_shard(0, "original")
 
 
@@ -259,23 +259,28 @@ def test_a_commit_record_that_names_other_paths_is_refused(cache: Cache) -> None
         (lambda c: c.update(shard=1), "not the record of shard 0, rows 0 to 39"),
         (lambda c: c.update(rows=[0, 1]), "not the record of shard 0"),
         (lambda c: c["views"].pop("flipped"), "expected views original, flipped, got original"),
-        (lambda c: c["views"]["flipped"].update(entries=10**12), "more entries or cut groups"),
-        (lambda c: c["views"]["flipped"].update(entries=-1), "no such JSON"),
+        (
+            lambda c: c["views"]["flipped"].update(entries=10**12),
+            "more entries or truncated groups",
+        ),
+        (lambda c: c["views"]["flipped"].update(entries=-1), "not the JSON"),
         (lambda c: c.update(extra=1), "unknown field `extra`"),
     ],
 )
-def test_commit_records_that_lie_are_refused(cache: Cache, edit: Edit, message: str) -> None:
+def test_inconsistent_commit_records_are_refused(cache: Cache, edit: Edit, message: str) -> None:
     edit_json(cache.path / layout.commit_file(0), edit)
     with pytest.raises(CorruptShardError, match=message):
         Cache(cache.path, cache.spec, None, "").read_shard(0, "original")
 
 
-def test_sizes_that_lie_are_refused(cache: Cache) -> None:
+def test_inconsistent_sizes_are_refused(cache: Cache) -> None:
     sizes = cache.read_shard(0, "original").sizes.astype(np.uint16)
     more = sizes.copy()
     more[0] += 1
     rewrite_row(cache, "original/sizes", 0, more)
-    with pytest.raises(CorruptShardError, match=r"original/sizes/c/0/0: group sizes .* in all"):
+    with pytest.raises(
+        CorruptShardError, match=r"original/sizes/c/0/0: group sizes .* a sum other than"
+    ):
         Cache.open(cache.path).read_shard(0, "original")
     large = np.zeros_like(sizes)
     large[0] = sizes.sum()
@@ -284,16 +289,16 @@ def test_sizes_that_lie_are_refused(cache: Cache) -> None:
         Cache.open(cache.path).read_shard(0, "original")
 
 
-def test_classes_that_are_not_there_are_refused(cache: Cache) -> None:
+def test_a_class_out_of_range_is_refused(cache: Cache) -> None:
     indices = cache.read_shard(0, "original").indices.copy()
     indices[7] = 50
     rewrite_row(cache, "original/indices", 0, indices)
-    with pytest.raises(CorruptShardError, match="indices/c/0/0: class 50 where there are 50"):
+    with pytest.raises(CorruptShardError, match="indices/c/0/0: class 50 of 50 classes"):
         Cache.open(cache.path).read_shard(0, "original")
 
 
 def forge_packed(path: Path, change: Callable[[bytearray, bytearray], None]) -> None:
-    """Change the first chunk and the index of a packed file, with both checksums right."""
+    """Change the first chunk and the index of a packed file, with correct checksums."""
     content = bytearray(path.read_bytes())
     index_bytes = 16 * 1 + 4
     chunk, index = content[: -index_bytes - 4], content[-index_bytes:-4]
@@ -307,7 +312,7 @@ def claim_gigabytes(chunk: bytearray, index: bytearray) -> None:
     chunk[4:8] = struct.pack("<I", 2**31 - 1)
 
 
-def be_absent(chunk: bytearray, index: bytearray) -> None:
+def mark_absent(chunk: bytearray, index: bytearray) -> None:
     index[:] = b"\xff" * 16
 
 
@@ -322,13 +327,13 @@ def start_late(chunk: bytearray, index: bytearray) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (claim_gigabytes, "chunk 0 with sizes that are not its own"),
-        (be_absent, "no chunk 0"),
+        (claim_gigabytes, "chunk 0 with forged sizes"),
+        (mark_absent, "no chunk 0"),
         (reach_outside, "chunks outside the file"),
         (start_late, "chunks that overlap or leave gaps"),
     ],
 )
-def test_chunks_whose_sizes_lie_are_refused_before_decoding(
+def test_chunks_with_forged_sizes_are_refused_before_decoding(
     cache: Cache, change: Callable[[bytearray, bytearray], None], message: str
 ) -> None:
     path = cache.path / "original/indices/c/0/0"
@@ -344,7 +349,7 @@ def test_a_bomb_in_a_plain_chunk_is_refused(cache: Cache) -> None:
     claim_gigabytes(chunk, bytearray())
     path.write_bytes(chunk + struct.pack("<I", google_crc32c.value(bytes(chunk))))
     rehash(cache.path)
-    with pytest.raises(CorruptShardError, match="chunk 0 with sizes that are not its own"):
+    with pytest.raises(CorruptShardError, match="chunk 0 with forged sizes"):
         Cache.open(cache.path).read_shard(0, "original")
 
 
@@ -360,7 +365,7 @@ def test_a_file_shorter_than_its_index_is_refused(cache: Cache) -> None:
     [(20_000_000, "bytes unpacked for 40 samples"), (200_000, "a record key of 200,000 bytes")],
 )
 def test_a_bomb_in_a_table_of_samples_is_refused(cache: Cache, length: int, message: str) -> None:
-    """Few bytes on disk, one entry of the dictionary, and each row would be a copy of it."""
+    """A few bytes on disk, one dictionary entry, of which each row would be a copy."""
     path = cache.path / "samples/000000.parquet"
     table = pq.read_table(path)
     table = table.set_column(1, table.schema.field("key"), pa.array(["k" * length] * 40))

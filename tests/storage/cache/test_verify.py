@@ -51,7 +51,7 @@ def test_any_flipped_bit_is_found_its_file_named_and_training_refused(
     assert unnoticed_flips(cache, tmp_path / "work", flips=flips, seed=0, level=level) == []
 
 
-def test_a_quick_look_reads_no_arrays(path: Path) -> None:
+def test_the_quick_level_reads_no_arrays(path: Path) -> None:
     flip_bit(path / "original/sizes/c/0/0", 99)
     flip_bit(path / "samples/000001.parquet", 99)
     assert verify(path, level="quick").ok
@@ -69,7 +69,7 @@ def test_any_missing_file_is_found_and_named(path: Path) -> None:
 
 
 @pytest.mark.parametrize("level", ["quick", "hashes"])
-def test_any_cut_file_is_found_and_named(path: Path, level: Level) -> None:
+def test_any_truncated_file_is_found_and_named(path: Path, level: Level) -> None:
     for file in every_file(path):
         content = (path / file).read_bytes()
         (path / file).write_bytes(content[: len(content) // 2])
@@ -113,25 +113,25 @@ def test_all_faults_are_listed_together(path: Path) -> None:
 
 
 def test_a_link_is_a_fault(path: Path, tmp_path: Path) -> None:
-    place = path / "original/sizes/c/0/0"
-    place.rename(tmp_path / "elsewhere")
-    place.symlink_to(tmp_path / "elsewhere")
+    file = path / "original/sizes/c/0/0"
+    file.rename(tmp_path / "elsewhere")
+    file.symlink_to(tmp_path / "elsewhere")
     (fault,) = verify(path).faults
     assert fault.file == "original/sizes/c/0/0"
     assert "a symbolic link" in fault.problem
 
 
-def test_a_file_that_is_no_part_of_the_cache_is_found(path: Path) -> None:
-    (path / ".DS_Store").write_bytes(b"nobody's data")
+def test_a_foreign_file_is_found(path: Path) -> None:
+    (path / ".DS_Store").write_bytes(b"of the desktop")
     assert verify(path).ok
-    # Where a Zarr reader would look for one more shard.
+    # A Zarr reader would take this for one more shard.
     shutil.copy(path / "original/sizes/c/0/0", path / "original/sizes/c/3")
     (fault,) = verify(path, level="quick").faults
     assert fault.file == "original/sizes/c/3"
-    assert "no part of the cache" in fault.problem
+    assert "not a part of the cache" in fault.problem
 
 
-def test_a_card_is_vouched_for(tmp_path: Path) -> None:
+def test_the_manifest_covers_the_card(tmp_path: Path) -> None:
     writer = CacheWriter(tmp_path / "c", make_spec(num_samples=3))
     (writer.path / layout.CARD).write_text("# Faces")
     write_shard(writer, 0)
@@ -141,13 +141,13 @@ def test_a_card_is_vouched_for(tmp_path: Path) -> None:
     assert [fault.file for fault in verify(writer.path).faults] == [layout.CARD]
 
 
-def test_an_unfinished_cache_says_how_far_it_is(tmp_path: Path) -> None:
+def test_an_unfinished_cache_reports_its_progress(tmp_path: Path) -> None:
     writer = CacheWriter(tmp_path / "c", make_spec())
     write_shard(writer, 2)
     (fault,) = verify(writer.path).faults
     assert fault.file == layout.MANIFEST
     assert fault.problem == (
-        "not finished: 1 of 3 shards are written; "
+        "not finished: 1 of 3 shards are written, no manifest.json; "
         "run the same `gkd cache-teacher` or `gkd targets pull` again to resume"
     )
 
@@ -165,12 +165,12 @@ def test_a_fault_names_its_file_once_and_no_remedy(path: Path, level: Level) -> 
         assert "again" not in str(fault)
 
 
-def test_what_is_no_cache_is_refused(tmp_path: Path) -> None:
+def test_another_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="expected a cache of targets"):
         verify(tmp_path)
 
 
-def test_a_spec_that_cannot_be_stops_the_search(path: Path) -> None:
+def test_an_invalid_spec_stops_the_check(path: Path) -> None:
     text = (path / "zarr.json").read_text()
     (path / "zarr.json").write_text(text.replace('"max_group": 20', '"max_group": 0'))
     (fault,) = verify(path).faults
@@ -179,7 +179,7 @@ def test_a_spec_that_cannot_be_stops_the_search(path: Path) -> None:
     assert "nothing else could be checked" in fault.problem
 
 
-def test_lies_with_true_hashes_are_found_in_the_content(path: Path) -> None:
+def test_forged_content_with_correct_hashes_is_found(path: Path) -> None:
     cache = Cache.open(path)
     targets = cache.read_shard(0, "original")
     indices = targets.indices.copy()
@@ -194,10 +194,10 @@ def test_lies_with_true_hashes_are_found_in_the_content(path: Path) -> None:
     assert found["flipped/secondary/c/1/0/0"] == "row 45: a log mass above 0 or not a number"
 
 
-def test_a_commit_that_skips_others_than_the_table_is_found(path: Path) -> None:
+def test_a_commit_that_skips_other_samples_than_the_table_is_found(path: Path) -> None:
     commit = path / layout.commit_file(1)
     commit.write_text(commit.read_text().replace('"42": "no image"', '"43": "no image"'))
     rehash(path)
     (fault,) = verify(path).faults
     assert fault.file == layout.samples_file(1)
-    assert "not those skipped by the commit" in fault.problem
+    assert "not those that the commit record skips" in fault.problem

@@ -175,7 +175,7 @@ def test_a_path_that_is_no_cache_is_refused(tmp_path: Path) -> None:
         CacheWriter(tmp_path / "file", make_spec())
     with pytest.raises(ConfigError, match=r"full: expected a cache .* got another folder"):
         CacheWriter(tmp_path / "full", make_spec())
-    with pytest.raises(ConfigError, match="zarr: a Zarr store, but no cache of targets"):
+    with pytest.raises(ConfigError, match="zarr: a Zarr store, but not a cache of targets"):
         CacheWriter(tmp_path / "zarr", make_spec())
     assert CacheWriter(tmp_path / "empty", make_spec()).pending() == [0, 1, 2]
     assert (tmp_path / "full" / "photo.jpg").read_text() == "x"

@@ -24,7 +24,7 @@ from gkd.storage.errors import (
 )
 from gkd.storage.reading.mmap_store import DAY, Collected, TargetStore, collect, materialise
 from tests.caches import make_cache, make_spec
-from tests.tampering import LIES, flip_bit, tell_lie
+from tests.tampering import FORGERIES, flip_bit, forge
 
 # Names as a killed process and the kept digests of a data set have them.
 HALF = f".original.{'0123' * 8}"
@@ -192,15 +192,17 @@ def test_a_folder_that_cannot_be_written_is_told(made: Cache) -> None:
         materialise(made, folder=Path("/sys/gkd"))
 
 
-@pytest.mark.parametrize("lie", LIES)
-def test_what_a_deep_verify_finds_is_refused(made: Cache, tmp_path: Path, lie: str) -> None:
+@pytest.mark.parametrize("forgery", FORGERIES)
+def test_what_a_deep_verify_finds_is_refused(made: Cache, tmp_path: Path, forgery: str) -> None:
     path = Path(shutil.copytree(made.path, tmp_path / "c"))
-    tell_lie(Cache.open(path), lie, 2, "flipped")
+    forge(Cache.open(path), forgery, 2, "flipped")
     assert verify(path, level="hashes").ok
     faults = verify(path).faults
     with pytest.raises(CorruptShardError) as refused:
         materialise(Cache.open(path), folder=tmp_path / "stores")
-    assert refused.value.fault in [f"{path}/{fault}" for fault in faults]
+    assert f"{refused.value.path}: {refused.value.problem}" in [
+        f"{path}/{fault}" for fault in faults
+    ]
     assert names(tmp_path / "stores" / Cache.open(path).id) == ["lock"]
 
 

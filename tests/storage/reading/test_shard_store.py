@@ -14,7 +14,7 @@ from gkd.storage.errors import CorruptShardError
 from gkd.storage.reading.mmap_store import materialise
 from gkd.storage.reading.shard_store import ShardStore
 from tests.caches import make_cache
-from tests.tampering import LIES, flip_bit, tell_lie
+from tests.tampering import FORGERIES, flip_bit, forge
 
 
 @pytest.fixture(scope="module")
@@ -59,12 +59,14 @@ def test_damage_is_found_before_use(made: Cache, tmp_path: Path) -> None:
         store.load([1, 2])
 
 
-@pytest.mark.parametrize("lie", LIES)
-def test_a_lie_is_refused_before_use(made: Cache, tmp_path: Path, lie: str) -> None:
+@pytest.mark.parametrize("forgery", FORGERIES)
+def test_a_lie_is_refused_before_use(made: Cache, tmp_path: Path, forgery: str) -> None:
     path = Path(shutil.copytree(made.path, tmp_path / "c"))
-    tell_lie(Cache.open(path), lie, 1, "original")
+    forge(Cache.open(path), forgery, 1, "original")
     store = ShardStore(Cache.open(path))
     store.load([0, 2])
     with pytest.raises(CorruptShardError) as refused:
         store.load([2, 1])
-    assert refused.value.fault in [f"{path}/{fault}" for fault in verify(path).faults]
+    assert f"{refused.value.path}: {refused.value.problem}" in [
+        f"{path}/{fault}" for fault in verify(path).faults
+    ]

@@ -84,7 +84,7 @@ def test_a_folder_without_a_readable_record_is_refused(folder: Path, tmp_path: P
 def test_damage_on_the_way_is_found(folder: Path, tmp_path: Path, file: str) -> None:
     flip_bit(folder / file, 40)
     back = tmp_path / "back.gkd"
-    with pytest.raises(CorruptShardError, match=rf"{file}: its size or sha256 is not the one"):
+    with pytest.raises(CorruptShardError, match=rf"{file}: its size or sha256 is not that"):
         pull(str(folder), back)
     assert not (back / file).exists()
     with pytest.raises(IncompleteCacheError, match="`gkd targets pull` again"):

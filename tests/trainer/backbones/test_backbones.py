@@ -238,7 +238,9 @@ def test_a_flipped_bit_is_found_where_there_are_checksums(checksums: bool, tmp_p
     whole[whole.index(mark.numpy().tobytes()) + 2000] ^= 1
     path.write_bytes(whole)
     if checksums:
-        message = r"w\.pt: its bytes are not .* checksum of \w+/data/\d+ does not match; get it again"
+        message = (
+            r"w\.pt: its bytes are not .* checksum of \w+/data/\d+ does not match; get it again"
+        )
         with pytest.raises(ConfigError, match=message):
             load_backbone("iresnet18", path)
     else:

@@ -1,4 +1,4 @@
-"""Draws of whole caches are right, and whatever they say that cannot be is found."""
+"""Draws of a correct cache pass the checks; each violated invariant is found."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 import pytest
 
-from gkd.storage.cache.draw_checks import check_draws
+from gkd.storage.cache.invariants import check_invariants
 from gkd.storage.cache.reader import Cache
 from gkd.storage.cache.spec import DrawsSpec
 from gkd.storage.cache.targets import SparseTargets
@@ -30,13 +30,19 @@ def made(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReques
     )
 
 
-def test_true_draws_have_no_fault(made: Cache) -> None:
+def problems(cache: Cache, targets: SparseTargets) -> list[tuple[str, int, str]]:
+    """Violated invariants of targets in the place of the second shard's."""
+    labels = cache.read_samples(1)["label"].to_numpy()
+    return list(check_invariants(cache.spec, targets, labels, PRESENT, deep=True))
+
+
+def test_correct_draws_pass(made: Cache) -> None:
     assert verify(made.path).ok
     targets = made.read_shard(1, "original")
     assert targets.draws is not None
     assert (targets.sizes < 49).any()
     assert not targets.draws.classes[1].any()
-    assert list(check_draws(made.spec, targets, PRESENT)) == []
+    assert problems(made, targets) == []
 
 
 def with_draws(targets: SparseTargets, **arrays: np.ndarray) -> SparseTargets:
@@ -51,7 +57,7 @@ def a_class_twice(targets: SparseTargets) -> SparseTargets:
     return with_draws(targets, classes=draws, log2_probs=codes)
 
 
-def too_much_mass(targets: SparseTargets) -> SparseTargets:
+def excessive_mass(targets: SparseTargets) -> SparseTargets:
     assert targets.draws is not None
     codes = targets.draws.log2_probs.copy()
     codes[7] = 0
@@ -68,7 +74,7 @@ def another_probability(targets: SparseTargets) -> SparseTargets:
     return with_draws(targets, classes=draws, log2_probs=codes)
 
 
-def draws_of_a_skipped(targets: SparseTargets) -> SparseTargets:
+def draws_of_a_skipped_sample(targets: SparseTargets) -> SparseTargets:
     assert targets.draws is not None
     draws = targets.draws.classes.copy()
     draws[1, 3] = 5
@@ -79,12 +85,12 @@ def draws_of_a_skipped(targets: SparseTargets) -> SparseTargets:
     ("change", "array", "sample", "problem"),
     [
         (a_class_twice, "draw_log2_probs", 7, "a class with two probabilities"),
-        (too_much_mass, "draw_log2_probs", 7, "distinct classes with more mass than there is"),
-        (another_probability, "draw_log2_probs", 7, "another probability than its entry's"),
-        (draws_of_a_skipped, "draws", 1, "draws of a sample that was skipped"),
+        (excessive_mass, "draw_log2_probs", 7, "distinct classes of more mass than there is"),
+        (another_probability, "draw_log2_probs", 7, "not the probability of its entry"),
+        (draws_of_a_skipped_sample, "draws", 1, "draws of a skipped sample"),
     ],
 )
-def test_what_cannot_be_is_told_with_its_place(
+def test_each_violation_is_reported_with_its_sample(
     made: Cache,
     change: Callable[[SparseTargets], SparseTargets],
     array: str,
@@ -92,18 +98,18 @@ def test_what_cannot_be_is_told_with_its_place(
     problem: str,
 ) -> None:
     wrong = change(made.read_shard(1, "original"))
-    assert (array, sample, problem) in list(check_draws(made.spec, wrong, PRESENT))
+    assert (array, sample, problem) in problems(made, wrong)
 
 
-def test_draws_from_a_group_are_in_it_and_its_mass_is_the_stored_one(made: Cache) -> None:
+def test_draws_from_a_group_are_in_it_and_have_its_mass(made: Cache) -> None:
     targets = made.read_shard(1, "original")
     assert targets.draws is not None
     sample = int(np.flatnonzero((targets.sizes > 0) & (targets.sizes < 49))[0])
     group = targets.indices[targets.offsets[sample] : targets.offsets[sample + 1]]
     draws = targets.draws.classes.copy()
     draws[sample, 0] = np.setdiff1d(np.arange(50), group)[0]
-    found = [p for *_, p in check_draws(made.spec, with_draws(targets, classes=draws), PRESENT)]
-    outside = "a class that is not in the group it was drawn from"
+    found = [p for *_, p in problems(made, with_draws(targets, classes=draws))]
+    outside = "a class outside the group that it was drawn from"
     assert (outside in found) == (made.spec.draws == DrawsSpec(12, 4.0, "primary"))
     if targets.draws.secondary is not None:
         for other in (
@@ -111,15 +117,15 @@ def test_draws_from_a_group_are_in_it_and_its_mass_is_the_stored_one(made: Cache
             np.zeros_like(PRESENT, np.float32),
         ):
             changed = with_draws(targets, secondary=np.where(PRESENT, other, np.float32(0)))
-            found = [p for *_, p in check_draws(made.spec, changed, PRESENT)]
-            assert "another mass than is outside its group" in found
+            found = [p for *_, p in problems(made, changed)]
+            assert "not the mass outside its group" in found
 
 
-def test_a_deep_look_names_the_file(tmp_path: Path) -> None:
+def test_deep_verify_names_the_file(tmp_path: Path) -> None:
     cache = make_cache(tmp_path / "c", draws=DrawsSpec(12, 4.0, "all"))
-    wrong = too_much_mass(cache.read_shard(2, "flipped"))
+    wrong = excessive_mass(cache.read_shard(2, "flipped"))
     rewrite_row(cache, "flipped/draw_log2_probs", 2, wrong.arrays()["draw_log2_probs"])
     assert verify(cache.path, level="hashes").ok
     fault = verify(cache.path).faults[0]
     assert fault.file == "flipped/draw_log2_probs/c/2/0/0"
-    assert fault.problem == "row 87: distinct classes with more mass than there is"
+    assert fault.problem == "row 87: distinct classes of more mass than there is"
