@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from gkd.storage.errors import ConfigError
 from gkd.storage.records.open import Records
+from gkd.storage.util.text import first_few
 
 # The mean that judges a divergence forgets over about this many steps.
 MEMORY = 100
@@ -40,11 +41,7 @@ class SkippedStep:
 
     def __str__(self) -> str:
         parts = ", ".join(f"{name} {value:g}" for name, value in self.parts.items())
-        keys = ", ".join(self.records[:SHOWN_KEYS])
-        more = len(self.records) - SHOWN_KEYS
-        return f"step {self.step} ({parts}) with records {keys}" + (
-            f" and {more} more" if more > 0 else ""
-        )
+        return f"step {self.step} ({parts}) with records {first_few(self.records, SHOWN_KEYS)}"
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
@@ -149,9 +146,9 @@ def check_classes(records: Records, *, keep_empty: bool) -> None:
         # Never as many numbers as there are classes: that count may be a stranger's.
         lowest = np.arange(min(records.num_classes, len(present) + SHOWN_CLASSES))
         without = np.setdiff1d(lowest, present)[:SHOWN_CLASSES]
-        shown = ", ".join(map(str, without)) + ", ..." * (empty > SHOWN_CLASSES)
         raise ConfigError(
             f"{records.path}: {empty:,} of {records.num_classes:,} classes have no image "
-            f"({shown}); where the records were filtered, or are a part of a data set, set "
-            "data.empty_classes=keep, else correct `property` or the labels"
+            f"({first_few(without.tolist(), SHOWN_CLASSES, count=empty)}); if the records were "
+            "filtered, or are a part of a data set, set data.empty_classes=keep, else correct "
+            "`property` or the labels"
         )

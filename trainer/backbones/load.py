@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gkd.storage.errors import ConfigError
+from gkd.storage.util.text import first_few
 from gkd.storage.util.torch_files import read_torch_file
 from gkd.trainer.backbones.build import BACKBONES, FAMILIES, build_backbone, family_of
 from gkd.trainer.backbones.factory import is_factory, make_network
@@ -209,8 +210,7 @@ def _require_fit(
         if key in state and state[key].shape != value.shape
     ]
     faults = [
-        f"{what}: {', '.join(keys[:SHOWN])}"
-        + (f" and {len(keys) - SHOWN} more") * (len(keys) > SHOWN)
+        f"{what}: {first_few(keys, SHOWN)}"
         for what, keys in (
             ("missing", missing),
             ("left over", unexpected),
