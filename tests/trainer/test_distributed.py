@@ -134,12 +134,11 @@ def free_port() -> int:
 
 def wait_for_checkpoint(
     process: "Process | subprocess.Popen[str]", out: Path, *, after: int = 0
-) -> int:
-    """The step of the last checkpoint, once it is higher than ``after``."""
+) -> None:
     deadline = time.monotonic() + 240
     while process.poll() is None and time.monotonic() < deadline:
-        if (out / LAST).exists() and (step := read_checkpoint(out / LAST)["step"]) > after:
-            return int(step)
+        if (out / LAST).exists() and read_checkpoint(out / LAST)["step"] > after:
+            return
         time.sleep(0.02)
     pytest.fail(f"no checkpoint after step {after}")
 
@@ -163,16 +162,16 @@ def test_killed_and_resumed_by_other_numbers_of_ranks(faces: Path, tmp_path: Pat
     out = tmp_path / "run"
     with ranks_training(faces, out, 2, "train.epochs=200") as ranks:
         wait_for_checkpoint(ranks[0], out)
-    step = read_checkpoint(out / LAST)["step"]
     for count in (1, 3):
+        step = read_checkpoint(out / LAST)["step"]
         with ranks_training(faces, out, count, "train.epochs=200") as ranks:
-            step = wait_for_checkpoint(ranks[0], out, after=step)
+            wait_for_checkpoint(ranks[0], out, after=step)
             for rank in ranks:
                 rank.send_signal(signal.SIGTERM)
             assert "run the same command again" in failed(ranks)
     steps = [line[0] for line in losses(out)]
     assert steps == list(range(1, len(steps) + 1))
-    assert len(steps) >= step
+    assert len(steps) > step
 
 
 def test_an_error_of_all_ranks_is_printed_once(faces: Path, tmp_path: Path) -> None:
