@@ -1,9 +1,5 @@
-"""Small records and a deterministic teacher for tests; run as a script, makes a cache with them.
+"""Small records, a deterministic teacher and caches of both."""
 
-python -m tests.pipeline.faces RECORDS OUT SECONDS_A_BATCH CENTERS
-"""
-
-import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -127,16 +123,6 @@ def failing(after: int) -> Callable[..., None]:
     return fail
 
 
-def main() -> None:
-    """Make a cache."""
-    folder, out, seconds, mode = sys.argv[1:]
-    make(
-        Path(folder),
-        Path(out),
-        class_mean=mode == CLASS_MEAN,
-        embedder=PixelEmbedder(float(seconds)),
-    )
-
-
-if __name__ == "__main__":
-    main()
+def make_slowly(folder: Path, out: Path, mode: str = CLASS_MEAN) -> None:
+    """A cache for which every batch takes a while."""
+    make(folder, out, class_mean=mode == CLASS_MEAN, embedder=PixelEmbedder(seconds=0.2))

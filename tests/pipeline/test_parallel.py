@@ -31,6 +31,7 @@ from gkd.trainer.backbones import build_backbone
 from tests.paths import ROOT
 from tests.pipeline.faces import PixelEmbedder, write_folder
 from tests.pipeline.rounds import MOST_RANKS, contents
+from tests.processes import Process, finished, run_command, running
 
 
 @pytest.fixture(scope="module")
@@ -58,13 +59,6 @@ def test_ten_rounds_of_kills_give_the_bytes_of_an_unbroken_run(
     assert tally["resumed"] >= 2
 
 
-def torchrun(*arguments: object, restarts: int = 0) -> list[str]:
-    """The command line of two ranks on this machine."""
-    ranks = ("--nproc-per-node", "2", "--standalone", "--max-restarts", str(restarts))
-    command = [sys.executable, "-m", "torch.distributed.run", *ranks]
-    return [*command, "-m", *map(str, arguments)]
-
-
 def rank_process(torchrun: "subprocess.Popen[str]", rank: int) -> psutil.Process:
     """The process of a rank that torchrun has started."""
     (found,) = (
@@ -79,9 +73,9 @@ def has_more_shards(out: Path, than: int) -> bool:
     return len(committed_shards(out)) > than
 
 
-def wait_for(done: Callable[[], object], process: subprocess.Popen[str]) -> None:
+def wait_for(done: Callable[[], object], process: "Process | subprocess.Popen[str]") -> None:
     while not done():
-        assert process.poll() is None, process.communicate()
+        assert process.poll() is None
         time.sleep(0.01)
 
 
@@ -95,29 +89,25 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> list[object]:
     torch.save(teacher.state_dict(), home / "teacher.pt")
     options = ("--teacher", home / "teacher.pt", "--centers", "class-mean", "--json")
     sizes = ("--shard-samples", 2, "--batch-size", 2, "--max-group", 8, "--workers", 1)
-    return ["gkd.cli", "cache-teacher", *options, *sizes, home / "faces"]
+    return ["cache-teacher", *options, *sizes, home / "faces"]
 
 
 @pytest.fixture(scope="module")
 def expected(command: list[object], tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     out = tmp_path_factory.mktemp("whole") / "faces.gkd"
-    run = [sys.executable, "-m", *map(str, command), str(out)]
-    subprocess.run(run, cwd=ROOT, env=environment(), check=True, capture_output=True)
+    with running(run_command, *command, out) as process:
+        finished([process])
     return contents(out)
-
-
-def environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def test_torchrun_starts_again_and_finishes_when_a_rank_is_killed(
     command: list[object], expected: dict[str, bytes], tmp_path: Path
 ) -> None:
     out = tmp_path / "faces.gkd"
+    ranks = ("--nproc-per-node=2", "--standalone", "--max-restarts=1", "-m", "gkd.cli")
     with subprocess.Popen(
-        torchrun(*command, out, restarts=1),
+        [sys.executable, "-m", "torch.distributed.run", *ranks, *map(str, command), str(out)],
         cwd=ROOT,
-        env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -136,31 +126,24 @@ def test_interrupts_leave_complete_shards_and_say_how_to_resume(
     command: list[object], expected: dict[str, bytes], tmp_path: Path
 ) -> None:
     out = tmp_path / "faces.gkd"
-    run = [sys.executable, "-m", *map(str, command), str(out)]
-
-    def again() -> subprocess.CompletedProcess[str]:
-        return subprocess.run(run, cwd=ROOT, env=environment(), capture_output=True, text=True)
-
     for sent in (signal.SIGTERM, signal.SIGINT):
         before = len(committed_shards(out))
-        with subprocess.Popen(
-            run, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True
-        ) as process:
+        with running(run_command, *command, out) as process:
             wait_for(partial(has_more_shards, out, before), process)
             if sent == signal.SIGTERM:
                 process.send_signal(signal.SIGSTOP)  # so that it cannot finish meanwhile
-                second = again()
-                assert second.returncode == 1
+                with running(run_command, *command, out) as second:
+                    assert second.wait() == 1
                 refused = f"{out}: another run is writing it: process {process.pid} on "
-                assert second.stderr.startswith(f"Error: {refused}")
+                assert second.err.startswith(f"Error: {refused}")
                 process.send_signal(signal.SIGCONT)
             process.send_signal(sent)
-            _, errors = process.communicate(timeout=60)
-        assert process.returncode == 1
-        assert "run the same command again to resume" in errors
+            assert process.wait() == 1
+        assert "run the same command again to resume" in process.err
         assert not WriteLock(out).path.exists()
         assert not (out / layout.MANIFEST).exists()
-    assert again().returncode == 0
+    with running(run_command, *command, out) as process:
+        finished([process])
     assert contents(out) == expected
 
 

@@ -2,8 +2,6 @@
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -14,7 +12,6 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from gkd.pipeline.centers.load import CLASS_MEAN
 from gkd.pipeline.centers.means import centers_path
 from gkd.pipeline.checks.calibration import MIN_IMAGES
 from gkd.pipeline.embedding_store import work_path
@@ -24,16 +21,17 @@ from gkd.storage.cache.verify import verify
 from gkd.storage.cache.writer import CacheWriter
 from gkd.storage.errors import ConfigError, SpecMismatchError
 from gkd.storage.util.lock import WriteLock
-from tests.paths import ROOT
 from tests.pipeline.faces import (
     SETTINGS,
     PixelEmbedder,
     failing,
     make,
     make_by_ranks,
+    make_slowly,
     ranks_of,
     write_folder,
 )
+from tests.processes import Process, running
 
 
 @pytest.fixture(scope="module")
@@ -65,17 +63,6 @@ def test_a_finished_cache_is_not_made_again(folder: Path, tmp_path: Path) -> Non
     assert embedder.images == 0
     assert again.cache_id == first.cache_id
     assert contents(out) == before
-
-
-def start(folder: Path, out: Path, mode: str = CLASS_MEAN) -> subprocess.Popen[bytes]:
-    """A process that makes a cache slowly."""
-    command = [sys.executable, "-m", "tests.pipeline.faces", str(folder), str(out)]
-    return subprocess.Popen(
-        [*command, "0.2", mode],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stderr=subprocess.PIPE,
-    )
 
 
 def test_three_ranks_write_what_one_process_writes(
@@ -155,11 +142,10 @@ def test_a_killed_teacher_pass_goes_on_to_the_same_bytes(
     folder: Path, tmp_path: Path, unbroken: dict[str, bytes], how: signal.Signals
 ) -> None:
     out = tmp_path / "cache.gkd"
-    process = start(folder, out)
-    wait_for(work_path(out) / "000000.npz")
-    process.send_signal(how)
-    process.communicate(timeout=60)
-    assert process.returncode != 0
+    with running(make_slowly, folder, out) as process:
+        wait_for(work_path(out) / "000000.npz", process)
+        process.send_signal(how)
+        assert process.wait() in (1, -how)
     assert not out.exists()
     embedder = PixelEmbedder()
     make(folder, out, class_mean=True, embedder=embedder)
@@ -169,10 +155,8 @@ def test_a_killed_teacher_pass_goes_on_to_the_same_bytes(
 
 def test_a_killed_run_goes_on_to_the_same_bytes(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "cache.gkd"
-    process = start(folder, out, "file")
-    wait_for(out / "commits" / "000000.json")
-    process.kill()
-    process.communicate(timeout=60)
+    with running(make_slowly, folder, out, "file") as process:
+        wait_for(out / "commits" / "000000.json", process)
     assert not (out / "manifest.json").exists()
     embedder = PixelEmbedder()
     make(folder, out, embedder=embedder)
@@ -220,10 +204,9 @@ def test_images_swapped_for_others_of_the_same_size_are_not_gone_on_with(
     assert not verify(out).faults
 
 
-def wait_for(path: Path) -> None:
-    deadline = time.monotonic() + 60
+def wait_for(path: Path, process: Process) -> None:
     while not path.exists():
-        assert time.monotonic() < deadline, f"{path} does not appear"
+        assert process.poll() is None, process.err
         time.sleep(0.02)
 
 

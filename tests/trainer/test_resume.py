@@ -47,7 +47,9 @@ def test_finishing_again_changes_nothing(faces: Path, tmp_path: Path, unbroken: 
     assert lines(tmp_path / "out") == lines(unbroken)
 
 
-@pytest.mark.parametrize("more", [(), ("head.sample_rate=0.4",)])
+@pytest.mark.parametrize(
+    "more", [("head.sample_rate=0.4",), pytest.param((), marks=pytest.mark.nightly)]
+)
 def test_killed_and_resumed_it_ends_in_the_same_bits(
     faces: Path, tmp_path: Path, more: tuple[str, ...]
 ) -> None:
