@@ -1,4 +1,5 @@
-"""Primary groups, secondary mass and draws of a prediction, from logits that are never all held.
+"""Primary groups, secondary mass and draws of predictions whose logits are never all held.
 
-May be imported by ``checks``, ``plan`` and the run.
+``primary_group`` cuts the group, ``partition`` drives it. May be imported by ``checks``, ``plan``
+and the run.
 """

@@ -1,14 +1,16 @@
-"""Primary groups and secondary mass of a teacher's prediction, exact, from chunked logits.
+"""Partition of a teacher's predictions into primary group and secondary mass, from chunked logits.
 
-Classes are visited in chunks. Of each chunk, logits at or above a floor become candidates and all
-others go into sums that never leave the log domain, so nothing wider than a chunk is held and only
-candidates are sorted. The first floor of a row is estimated from a sample of classes; a group that
-its candidates fill is exact, because everything dropped lies below all of them. The few rows that
-were estimated too high are done again with a floor that cannot be: a class with
-p < (1 - threshold) / C is never needed.
+Classes are visited in chunks. The logits of a chunk at or above a cutoff become candidates and all
+others are added to log-sums, so nothing wider than a chunk is held and only candidates are sorted.
+The first cutoff of a row is estimated from a sample of classes; a group that its candidates fill is
+exact, because everything dropped is below all of them. The few rows whose estimate was too high are
+repeated with a cutoff that is certain: a class with p < (1 - threshold) / C is never needed.
+
+``primary_group`` cuts the groups from the candidates.
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -18,31 +20,21 @@ from torch import Tensor
 from torch.nn import functional
 
 from gkd.pipeline.groups.candidates import (
-    VOID_KEY,
+    MAX_SAMPLED,
     Candidates,
-    Taken,
-    key_classes,
+    Extracted,
+    certain_cutoff,
+    estimate_cutoff,
+    initial_cutoff,
     key_logits,
     make_keys,
 )
-from gkd.pipeline.groups.draws import (
-    SPAN,
-    BlockSums,
-    draw_from_all,
-    draw_from_group,
-    replace_draws,
-)
-from gkd.pipeline.groups.floors import MOST_SAMPLED, better_floor, certain_floor, first_floor
-from gkd.pipeline.groups.logits import (
-    ACCELERATOR_LOGITS,
-    CPU_LOGITS,
-    CosineLogits,
-    GivenLogits,
-    Logits,
-)
-from gkd.pipeline.groups.tail import LEAST_TERM, Tail
+from gkd.pipeline.groups.draws import SPAN, BlockSums, draw_from_all
+from gkd.pipeline.groups.log_sums import RestLogSums
+from gkd.pipeline.groups.logits import ACCELERATOR_LOGITS, CPU_LOGITS, Logits
+from gkd.pipeline.groups.primary_group import PrimaryGroups, cut_primary_groups
 from gkd.pipeline.settings import PartitionSettings
-from gkd.storage.cache.targets import Draws, SparseTargets, encode_log_probs, offsets_from_sizes
+from gkd.storage.cache.targets import Draws, SparseTargets
 from gkd.storage.util.torch_device import map_single_threaded
 
 BLOCK_ROWS = 64
@@ -50,14 +42,23 @@ BLOCK_ROWS = 64
 
 @dataclass(frozen=True)
 class Partition:
-    """Groups of a batch; ``truncated`` bool [B] marks those that ``max_group`` cut."""
+    """Groups of a batch; ``truncated`` bool [B] marks those that ``max_group`` truncated."""
 
     targets: SparseTargets
     truncated: npt.NDArray[np.bool_]
 
     def of(self, rows: range) -> "Partition":
-        """Those of some consecutive rows."""
+        """The groups of consecutive rows."""
         return Partition(self.targets.slice(rows), self.truncated[rows.start : rows.stop])
+
+    @classmethod
+    def concat(cls, parts: Iterable["Partition"]) -> "Partition":
+        """The groups of one or more parts, one part after the other."""
+        parts = list(parts)
+        return cls(
+            SparseTargets.concat([part.targets for part in parts]),
+            np.concatenate([part.truncated for part in parts]),
+        )
 
 
 def partition(
@@ -69,286 +70,145 @@ def partition(
     uniforms: npt.NDArray[np.float64] | None = None,
     class_chunk: int | None = None,
 ) -> Partition:
-    """Primary groups of a batch from its embeddings, on the device that holds the centres.
+    """Primary groups of a batch from its embeddings, on the device of the centres.
 
     Args:
         embeddings: float [B, D], of any length: they are L2-normalised here.
         labels: int [B], the margin's class.
         centers: float32, float16 or bfloat16 [C, D], L2-normalised.
         settings: temperatures, threshold, cap, scale and margin.
-        uniforms: float64 [B, n] of [0, 1), one a draw; only where the settings have draws.
-        class_chunk: classes whose logits are held at once; by default what suits the device.
+        uniforms: float64 [B, n] in [0, 1), one for each draw; only if the settings have draws.
+        class_chunk: number of classes whose logits are held at once; by default as the device
+            needs.
     """
     unit = functional.normalize(embeddings.to(centers.device, torch.float32), dim=1)
     labels = labels.to(centers.device, torch.int64)
     label_margin = settings.scale * settings.margin
-    logits = CosineLogits(unit * settings.scale, labels, centers, label_margin)
-    return _partition(logits, settings, uniforms, class_chunk)
+    logits = Logits(unit * settings.scale, labels, centers, label_margin)
+    return partition_logits(logits, settings, uniforms, class_chunk)
 
 
 def partition_logits(
-    logits: Tensor,
-    labels: Tensor,
-    settings: PartitionSettings,
-    *,
-    uniforms: npt.NDArray[np.float64] | None = None,
-    class_chunk: int | None = None,
-) -> Partition:
-    """Primary groups of a batch from logits z float32 [B, C] with scale and margin applied."""
-    source = GivenLogits(logits, labels.to(logits.device, torch.int64))
-    return _partition(source, settings, uniforms, class_chunk)
-
-
-@dataclass(frozen=True)
-class _Groups:
-    """Groups of some rows on the host, entries flat, and what a second try needs to know."""
-
-    sizes: npt.NDArray[np.int64]
-    classes: npt.NDArray[np.int64]
-    log_probs: npt.NDArray[np.float64]
-    secondary: npt.NDArray[np.float32]
-    truncated: npt.NDArray[np.bool_]
-    proved: npt.NDArray[np.bool_]
-    log_total: Tensor  # [b], of all classes at the group temperature
-    drawn: Draws | None
-
-
-def _partition(
     logits: Logits,
     settings: PartitionSettings,
     uniforms: npt.NDArray[np.float64] | None,
     class_chunk: int | None,
 ) -> Partition:
+    """The same from ``Logits``, see ``partition``."""
     batch, device = len(logits.labels), logits.labels.device
     if not batch:
-        return _nothing(settings)
+        return _empty(settings)
     count = settings.draws.count if settings.draws else 0
     numbers = torch.from_numpy(np.empty((batch, 0)) if uniforms is None else uniforms).to(device)
     if numbers.shape != (batch, count):
         raise ValueError(f"uniforms: expected {(batch, count)}, got {tuple(numbers.shape)}")
-    if device.type != "cpu":
-        chunk = _whole_spans(class_chunk or ACCELERATOR_LOGITS // batch + 1, settings)
+    on_cpu = device.type == "cpu"
+    chunk = class_chunk or (CPU_LOGITS // BLOCK_ROWS if on_cpu else ACCELERATOR_LOGITS // batch + 1)
+    if settings.draws:
+        chunk = -(-chunk // SPAN) * SPAN  # block sums need chunks of complete spans
+    if not on_cpu:
         return _partition_rows(logits, settings, numbers, chunk)
-    # Work on a cache's worth of logits is too small to be shared, so threads take blocks of rows
-    # instead. The blocks do not depend on the number of threads, and so the bits do not either.
-    blocks = [slice(at, at + BLOCK_ROWS) for at in range(0, batch, BLOCK_ROWS)]
-    chunk = _whole_spans(class_chunk or CPU_LOGITS // BLOCK_ROWS, settings)
+    # A chunk that fits a core's cache is too little work to share, so each thread takes blocks of
+    # rows. The blocks, and so the bits, do not depend on the number of threads.
+    blocks = [slice(start, start + BLOCK_ROWS) for start in range(0, batch, BLOCK_ROWS)]
 
     def work(block: slice) -> Partition:
         return _partition_rows(logits.rows(block), settings, numbers[block], chunk)
 
-    return _join(map_single_threaded(work, blocks))
-
-
-def _whole_spans(class_chunk: int, settings: PartitionSettings) -> int:
-    """A chunk that no span of classes reaches out of, where sums of such are kept."""
-    return -(-class_chunk // SPAN) * SPAN if settings.draws else class_chunk
+    return Partition.concat(map_single_threaded(work, blocks))
 
 
 @torch.inference_mode()
 def _partition_rows(
     logits: Logits, settings: PartitionSettings, uniforms: Tensor, class_chunk: int
 ) -> Partition:
-    groups = _groups(logits, settings, uniforms, class_chunk, None)
-    again = np.flatnonzero(~groups.proved)
-    if len(again):
-        rows = torch.from_numpy(again).to(logits.labels.device)
-        floor = certain_floor(groups.log_total[rows], logits.num_classes, settings)
-        # Of all classes the draws are right already, whatever the group is.
+    groups = _scan_classes(logits, settings, uniforms, class_chunk, None)
+    targets, truncated = groups.targets, groups.truncated
+    repeated = np.flatnonzero(~groups.proved)
+    if len(repeated):
+        rows = torch.from_numpy(repeated).to(logits.labels.device)
+        cutoff = certain_cutoff(groups.log_total[rows], logits.num_classes, settings)
+        # Draws from all classes do not depend on the group and are right already.
         numbers = uniforms[rows] if settings.draws_from_group else None
-        sure = _groups(logits.rows(rows), settings, numbers, class_chunk, floor)
-        groups = _replace(groups, again, sure)
-    targets = SparseTargets(
-        offsets=offsets_from_sizes(groups.sizes),
-        indices=groups.classes.astype(np.uint32),
-        log2_probs=encode_log_probs(groups.log_probs),
-        secondary=groups.secondary,
-        draws=groups.drawn,
+        exact = _scan_classes(logits.rows(rows), settings, numbers, class_chunk, cutoff)
+        right = exact.targets
+        if settings.draws and numbers is None:
+            right = replace(right, draws=targets.take(repeated).draws)
+        order = np.arange(len(targets))
+        order[repeated] = len(targets) + np.arange(len(repeated))
+        targets = SparseTargets.concat([targets, right]).take(order)
+        truncated[repeated] = exact.truncated
+    return Partition(targets, truncated)
+
+
+def _empty(settings: PartitionSettings) -> Partition:
+    draws = settings.draws and Draws(
+        np.empty((0, settings.draws.count), np.uint32),
+        np.empty((0, settings.draws.count), np.uint16),
+        np.empty(0, np.float32) if settings.draws_from_group else None,
     )
-    return Partition(targets, groups.truncated)
-
-
-def _join(parts: list[Partition]) -> Partition:
+    secondary = np.empty((0, len(settings.temperatures)), np.float32)
+    entries = np.empty(0, np.uint32), np.empty(0, np.uint16)
     return Partition(
-        SparseTargets.concat([part.targets for part in parts]),
-        np.concatenate([part.truncated for part in parts]),
+        SparseTargets(np.zeros(1, np.int64), *entries, secondary, draws), np.empty(0, np.bool_)
     )
 
 
-def _nothing(settings: PartitionSettings) -> Partition:
-    draws = settings.draws
-    targets = SparseTargets(
-        offsets=np.zeros(1, np.int64),
-        indices=np.empty(0, np.uint32),
-        log2_probs=np.empty(0, np.uint16),
-        secondary=np.empty((0, len(settings.temperatures)), np.float32),
-        draws=draws
-        and Draws(
-            np.empty((0, draws.count), np.uint32),
-            np.empty((0, draws.count), np.uint16),
-            np.empty(0, np.float32) if draws.source == "primary" else None,
-        ),
-    )
-    return Partition(targets, np.empty(0, np.bool_))
-
-
-def _groups(
+def _scan_classes(
     logits: Logits,
     settings: PartitionSettings,
     uniforms: Tensor | None,
     class_chunk: int,
-    floor: Tensor | None,
-) -> _Groups:
-    """Groups by one pass over the classes; without a floor it is estimated from the first chunk."""
-    of_labels = logits.of_labels()
-    batch = len(of_labels)
-    draws = settings.draws
+    cutoff: Tensor | None,
+) -> PrimaryGroups:
+    """Groups by one pass over the classes; without a cutoff the first chunk gives an estimate."""
+    label_logits = logits.of_labels()
+    batch = len(label_logits)
     blocks = None
-    if draws and uniforms is not None and not settings.draws_from_group:
-        blocks = BlockSums(batch, logits.num_classes, draws.temperature, of_labels.device)
-    tail = Tail(of_labels, [*settings.temperatures, settings.group_temperature])
-    found = Candidates(batch, of_labels.device)
-    buffer = torch.empty(batch * min(class_chunk, logits.num_classes), device=of_labels.device)
-    certain = floor is not None or settings.threshold == 1
-    estimated = floor
+    if settings.draws and uniforms is not None and not settings.draws_from_group:
+        temperature = settings.draws.temperature
+        blocks = BlockSums(batch, logits.num_classes, temperature, label_logits.device)
+    rest = RestLogSums(label_logits, [*settings.temperatures, settings.group_temperature])
+    candidates = Candidates(batch, label_logits.device)
+    buffer = torch.empty(batch * min(class_chunk, logits.num_classes), device=label_logits.device)
+    certain = cutoff is not None or settings.threshold == 1
+    estimate = cutoff
     estimated_at = 0
     for start in range(0, logits.num_classes, class_chunk):
         width = min(class_chunk, logits.num_classes - start)
         chunk = buffer[: batch * width].view(batch, width)
         logits.fill(chunk, start)
-        label = _take_out(chunk, logits.labels - start, of_labels)
-        if floor is None or estimated is None:
-            floor = estimated = first_floor(chunk, of_labels, logits.num_classes, settings)
-        taken = found.take(chunk, start, floor)
-        tail.add(chunk, blocks, taken + label)
-        if found.width > 2 * settings.most_candidates:
-            # Later classes lose a tie, so from here on only a larger logit can enter.
-            least, dropped = found.keep_largest(settings.max_group)
-            tail.add(key_logits(dropped))
-            above = torch.nextafter(least, torch.full_like(least, math.inf))
-            floor = torch.maximum(floor, above)
+        label = _extract_labels(chunk, logits.labels - start, label_logits)
+        if cutoff is None or estimate is None:
+            cutoff = estimate = initial_cutoff(chunk, label_logits, logits.num_classes, settings)
+        extracted = candidates.extract_above(chunk, start, cutoff)
+        rest.add(chunk, blocks, extracted + label)
+        if candidates.width > 2 * settings.most_candidates:
+            # Later classes lose ties, so from here on only a larger logit can enter.
+            smallest, dropped = candidates.keep_largest(settings.max_group)
+            rest.add(key_logits(dropped))
+            above = torch.nextafter(smallest, torch.full_like(smallest, math.inf))
+            cutoff = torch.maximum(cutoff, above)
         seen = start + width
-        if not certain and seen >= 2 * estimated_at and 0 < found.width <= MOST_SAMPLED:
+        if not certain and seen >= 2 * estimated_at and 0 < candidates.width <= MAX_SAMPLED:
             share = seen / logits.num_classes
-            better = better_floor(found, tail, of_labels, share, settings)
-            estimated = torch.maximum(estimated, better)
-            floor = torch.maximum(floor, estimated)
+            log_rest = rest.at(settings.group_temperature)
+            sample = key_logits(candidates.keys)
+            refined = estimate_cutoff(sample, log_rest, label_logits, share, settings)
+            estimate = torch.maximum(estimate, refined)
+            cutoff = torch.maximum(cutoff, estimate)
             estimated_at = seen
-    label_keys = make_keys(of_labels, logits.labels)
-    keys = torch.cat([found.keys, label_keys[:, None]], 1)
-    drawn = None
+    label_keys = make_keys(label_logits, logits.labels)
+    keys = torch.cat([candidates.keys, label_keys[:, None]], 1)
+    draws = None
     if blocks is not None and uniforms is not None:
-        drawn = draw_from_all(blocks, logits, uniforms)
-    groups = _cut(keys, label_keys, tail, None if certain else estimated, settings, uniforms)
-    return replace(groups, drawn=drawn or groups.drawn)
+        draws = draw_from_all(blocks, logits, uniforms)
+    complete_above = None if certain else estimate
+    return cut_primary_groups(keys, label_keys, rest, complete_above, settings, uniforms, draws)
 
 
-def _take_out(chunk: Tensor, columns: Tensor, of_labels: Tensor) -> Taken:
-    """Take each row's label out, where the chunk holds it: no candidate and no mass of the tail."""
+def _extract_labels(chunk: Tensor, columns: Tensor, label_logits: Tensor) -> Extracted:
+    """Extract each row's label, if the chunk holds it: it is neither candidate nor rest."""
     rows = ((columns >= 0) & (columns < chunk.shape[1])).nonzero()[:, 0]
     chunk[rows, columns[rows]] = -math.inf
-    return Taken(rows, columns[rows], of_labels[rows])
-
-
-def _cut(
-    keys: Tensor,
-    label_keys: Tensor,
-    tail: Tail,
-    floor: Tensor | None,
-    settings: PartitionSettings,
-    uniforms: Tensor | None,
-) -> _Groups:
-    """Groups from candidates and labels [B, n] and the tail, which gets what is left over.
-
-    ``floor`` [B] tells above what the candidates are complete, as far as they can matter; without
-    one no class that a group needs is missing.
-    """
-    keys = keys.sort(1, descending=True).values
-    held = (keys > VOID_KEY).sum(1)
-    logits = key_logits(keys)
-    peak = logits[:, :1]
-    terms = ((logits - peak) / settings.group_temperature).clamp_(min=math.log(LEAST_TERM)).exp_()
-    mass = terms.cumsum(1, dtype=torch.float64)
-    scaled_peak = peak[:, 0].to(torch.float64) / settings.group_temperature
-    total = mass[:, -1] + torch.exp(tail.log_sum(settings.group_temperature) - scaled_peak)
-    missing = (mass < settings.threshold * total[:, None]).sum(1)
-    prefix = torch.minimum(missing + (settings.threshold > 0), held)
-    if settings.threshold == 1:
-        prefix = held
-    label_place = (keys == label_keys[:, None]).to(torch.uint8).argmax(1)
-    full_sizes = prefix + (label_place >= prefix)
-    sizes = full_sizes.clamp(max=settings.max_group)
-    proved = torch.ones_like(held, dtype=torch.bool)
-    if floor is not None:
-        # Below a floor that rose there may be candidates, but not all that there are.
-        proved = (logits >= floor[:, None]).sum(1) > settings.most_candidates
-        # The label may stand among the candidates although it lies below the floor.
-        ends = logits.gather(1, (prefix - 1).clamp(min=0)[:, None])[:, 0]
-        proved |= (missing < keys.shape[1]) & ((prefix == 0) | (ends >= floor))
-
-    drawn = None
-    draws = settings.draws
-    if draws and uniforms is not None and settings.draws_from_group:
-        columns = torch.arange(keys.shape[1], device=keys.device)
-        members = (columns < prefix[:, None]) | (columns == label_place[:, None])
-        log_rest = tail.log_sum(draws.temperature)
-        drawn = draw_from_group(keys, members, log_rest, draws.temperature, uniforms)
-
-    # The group's places: the first ones, or the label's instead of the last of them.
-    rows = torch.arange(len(keys), device=keys.device)
-    places = torch.arange(int(sizes.max()), device=keys.device).repeat(len(keys), 1)
-    taken = places < sizes[:, None]
-    places[rows, sizes - 1] = torch.maximum(label_place, sizes - 1)
-    chosen = keys.gather(1, places)
-    primary = key_logits(chosen).masked_fill_(~taken, -math.inf).to(torch.float64)
-    logits.scatter_(1, places.where(taken, label_place[:, None]), -math.inf)
-    tail.add(logits)
-    log_total = scaled_peak + total.log()
-    log_probs = primary[taken] / settings.group_temperature - log_total.repeat_interleave(sizes)
-    return _Groups(
-        sizes=sizes.cpu().numpy(),
-        classes=key_classes(chosen[taken]).cpu().numpy(),
-        log_probs=log_probs.cpu().numpy(),
-        secondary=_secondary(primary, tail, settings).cpu().numpy(),
-        truncated=(full_sizes > settings.max_group).cpu().numpy(),
-        proved=proved.cpu().numpy(),
-        log_total=log_total,
-        drawn=drawn,
-    )
-
-
-def _secondary(primary: Tensor, tail: Tail, settings: PartitionSettings) -> Tensor:
-    """Natural log of the mass outside the group, float32 [b, temperatures]."""
-    columns = []
-    for temperature in settings.temperatures:
-        outside = tail.log_sum(temperature)
-        inside = (primary / temperature).logsumexp(1)
-        # log(o / (o + i)) without the cancellation of a difference of logarithms.
-        columns.append(functional.logsigmoid(outside - inside))
-    return torch.stack(columns, 1).to(torch.float32)
-
-
-def _replace(groups: _Groups, rows: npt.NDArray[np.int64], others: _Groups) -> _Groups:
-    """The groups with those of ``rows`` exchanged for ``others``."""
-    starts = np.cumsum(groups.sizes) - groups.sizes
-    starts[rows] = len(groups.classes) + np.cumsum(others.sizes) - others.sizes
-    sizes = groups.sizes.copy()
-    sizes[rows] = others.sizes
-    within = np.arange(sizes.sum()) - (np.cumsum(sizes) - sizes).repeat(sizes)
-    entries = starts.repeat(sizes) + within
-    secondary = groups.secondary.copy()
-    secondary[rows] = others.secondary
-    truncated = groups.truncated.copy()
-    truncated[rows] = others.truncated
-    return replace(
-        groups,
-        sizes=sizes,
-        classes=np.concatenate([groups.classes, others.classes])[entries],
-        log_probs=np.concatenate([groups.log_probs, others.log_probs])[entries],
-        secondary=secondary,
-        truncated=truncated,
-        drawn=replace_draws(groups.drawn, rows, others.drawn)
-        if groups.drawn and others.drawn
-        else groups.drawn,
-        proved=np.ones(len(sizes), np.bool_),
-    )
+    return Extracted(rows, columns[rows], label_logits[rows])

@@ -1,25 +1,24 @@
-"""What a cache will cost and what its groups will be like, from a sample, before any long run.
+"""Forecast of a cache's groups, size and time from a sample, before any long run.
 
-Of each group temperature one pass gives the groups at the highest threshold; those at lower ones
-are cut from them as ``retarget`` does, exact to the stored precision. Only draws from a primary
-group are made for each threshold. Bytes are those of the sample's groups as the cache would write
-them.
+For each group temperature one pass computes the groups at the highest threshold; those at lower
+ones are cut from them as by ``retarget``, exact to the stored precision. Only draws from a primary
+group are computed for each threshold. Bytes are those of the sample's groups, written as a cache.
 """
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
-from torch import Tensor
 
 from gkd.pipeline.cache_spec import cache_spec, dataset_spec
 from gkd.pipeline.centers.load import CLASS_MEAN, Centers, on_device
 from gkd.pipeline.centers.means import require_all_classes
 from gkd.pipeline.checks.calibration import check_preprocessing
+from gkd.pipeline.checks.sample import random_rows
 from gkd.pipeline.embed import check_labels, default_batch_size, split_batch
 from gkd.pipeline.groups.partition import Partition
 from gkd.pipeline.plan.sample import (
@@ -27,11 +26,10 @@ from gkd.pipeline.plan.sample import (
     Clock,
     EmbeddedImages,
     Sample,
-    embed_rows,
+    embed_images,
     identities_rows,
     images_of_file,
     images_of_means,
-    random_rows,
 )
 from gkd.pipeline.plan.size_model import measure_bytes
 from gkd.pipeline.settings import CacheSettings, PartitionSettings
@@ -39,20 +37,21 @@ from gkd.pipeline.shard import partition_batch
 from gkd.pipeline.teacher.embedder import Embedder
 from gkd.storage.cache.retarget import cut_groups
 from gkd.storage.cache.spec import VIEWS, CacheSpec, CentersSpec, DrawsSpec, View
-from gkd.storage.cache.targets import SparseTargets, decode_log_probs
+from gkd.storage.cache.targets import decode_log_probs
 from gkd.storage.errors import ConfigError
 from gkd.storage.records.base import Records
 from gkd.storage.util.progress import progress
 
 DEVICES = (1, 8)
+Groups = Mapping[View, Partition]
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlanSettings:
-    """What to forecast: ``cache`` as it would be made, but for the grid's two settings.
+    """What to forecast: the settings of ``cache``, except the two that the grid varies.
 
     Raises:
-        ConfigError: for a value outside its range.
+        ConfigError: if a value is out of range.
     """
 
     cache: CacheSettings = field(default_factory=CacheSettings)
@@ -89,12 +88,12 @@ class PlanSettings:
 class PlanPoint:
     """The forecast for one group temperature and threshold; groups are those of all views.
 
-    mass       mean probability that a group captures, at the group temperature
-    truncated  share of the groups that ``max_group`` cuts
+    mass       mean probability inside a group, at the group temperature
+    truncated  share of the groups that ``max_group`` truncates
     bytes      of all files of the finished cache; ``bytes_per_sample`` in all views
-    error      standard error of ``bytes`` as a share, from how group sizes vary over the sample's
-               identities; what centres do that stand for unknown ones comes on top
-    seconds    that one process on this device takes; ``hours`` by number of such devices
+    error      standard error of ``bytes`` as a share, from the variation of group sizes between the
+               sample's identities; the error of synthetic centres is not included
+    seconds    for one process on this device; ``hours`` by the number of such devices
     """
 
     group_temperature: float
@@ -116,8 +115,8 @@ class PlanPoint:
 class Plan:
     """Forecasts for a grid of settings, and the sample that they are from.
 
-    ``sampled`` images had their groups made, ``embedded`` ones went through the teacher for that;
-    ``basis`` says in words what stands for what.
+    ``sampled`` images had their groups computed, ``embedded`` ones went through the teacher for
+    that; ``basis`` describes in words what the forecast is based on.
     """
 
     records: str
@@ -146,40 +145,34 @@ def plan(
     """Forecast the caches of a grid of group temperatures and thresholds from a sample.
 
     Raises:
-        ConfigError: where records and settings do not fit, or no image of the sample can be read.
-        GkdError: where the teacher's output is unusable.
+        ConfigError: if records and settings do not fit, or no image of the sample can be read.
+        GkdError: if the teacher's output is unusable.
     """
     check_labels(records)
     if centers == CLASS_MEAN:
         require_all_classes(records)
     config = settings.cache
-    views = VIEWS if centers == CLASS_MEAN else config.views
     began = time.perf_counter()
+    views = VIEWS if centers == CLASS_MEAN else config.views
     check_preprocessing(records, embedder, views, workers=config.workers)
     checking = time.perf_counter() - began
 
+    batch_size = config.batch_size or default_batch_size(embedder)
     if centers == CLASS_MEAN:
         rows = identities_rows(records, EMBEDDED_EACH * settings.samples)
     else:
         rows = random_rows(records, settings.samples)
-    embedding = Clock()
-    pool = embed_rows(
-        records,
-        rows,
-        embedder,
-        views,
-        embedding,
-        batch_size=config.batch_size or default_batch_size(embedder),
-        workers=config.workers,
+    teacher = Clock()
+    pool = embed_images(
+        records, rows, embedder, views, teacher, batch_size=batch_size, workers=config.workers
     )
     if centers == CLASS_MEAN:
         sample = images_of_means(pool, records.num_classes, settings.samples, config.views)
         named = CentersSpec(CLASS_MEAN, CLASS_MEAN, "0" * 64)
     else:
-        sample = images_of_file(pool, centers, config.views)
-        named = centers.spec
+        sample, named = images_of_file(pool, centers, config.views), centers.spec
 
-    found = _grid_groups(sample, settings, embedder)
+    grid = _GroupGrid(sample, settings, embedder, batch_size)
     spec = cache_spec(
         dataset_spec(records),
         embedder,
@@ -189,17 +182,18 @@ def plan(
         shard_samples=config.samples_per_shard(len(records)),
     )
     points = []
-    grid = [(t, p) for t in settings.group_temperatures for p in settings.thresholds]
-    with progress("weigh", len(grid), "settings") as advance:
-        for temperature, threshold in grid:
-            of_point = msgspec.structs.replace(
+    keys = [(t, p) for t in settings.group_temperatures for p in settings.thresholds]
+    with progress("measure size", len(keys), "settings") as advance:
+        for temperature, threshold in keys:
+            at_point = msgspec.structs.replace(
                 spec, group_temperature=temperature, threshold=threshold
             )
-            groups = found.at(of_point)
-            weighed = measure_bytes(of_point, records, groups, found.digests)
-            each = embedding.per_image + found.clocks[temperature].per_image + weighed.seconds
-            seconds = checking + each * len(records)
-            points.append(_point(of_point, groups, found.labels, weighed.whole(of_point), seconds))
+            groups = grid.at(at_point)
+            measured = measure_bytes(at_point, records, groups, grid.digests)
+            per_image = teacher.per_image + grid.clocks[temperature].per_image + measured.seconds
+            seconds = checking + per_image * len(records)
+            size = measured.total(at_point)
+            points.append(_point(at_point, groups, grid.labels, size, seconds))
             advance()
     return Plan(
         records=records.name,
@@ -212,137 +206,108 @@ def plan(
         centers=named.name,
         device=embedder.device,
         precision=embedder.precision,
-        sampled=len(found.labels),
+        sampled=len(grid.labels),
         embedded=sample.embedded,
-        teacher_images_per_second=1 / embedding.per_image,
+        teacher_images_per_second=1 / teacher.per_image,
         basis=(
             sample.basis,
             f"times are of one process on {embedder.device} that runs teacher, partition and "
-            "writing one after the other; more devices share the shards",
+            "writing in sequence; several devices share the shards",
         ),
         points=tuple(points),
     )
 
 
-@dataclass(frozen=True)
-class _GridGroups:
-    """Groups of a sample at each group temperature, and at the thresholds that were computed."""
+class _GroupGrid:
+    """Groups of a sample at all points of the grid, ``clocks`` by group temperature."""
 
-    made: Mapping[tuple[float, float], Mapping[View, Partition]]
-    clocks: Mapping[float, Clock]
-    highest: float
-    labels: npt.NDArray[np.int64]
-    digests: npt.NDArray[np.uint8]
+    def __init__(
+        self, sample: Sample, settings: PlanSettings, embedder: Embedder, batch_size: int
+    ) -> None:
+        self._highest = max(settings.thresholds)
+        from_group = settings.cache.partition.draws_from_group
+        thresholds = settings.thresholds if from_group else (self._highest,)
+        keys = [(t, p) for t in settings.group_temperatures for p in thresholds]
+        parts: dict[tuple[float, float], list[Groups]] = {key: [] for key in keys}
+        self.clocks = {t: Clock() for t in settings.group_temperatures}
+        images: list[EmbeddedImages] = []
+        for part, array in sample.parts:
+            centers = on_device(array, embedder, settings.cache.center_precision)
+            images.append(part)
+            with progress("partition", len(part) * len(keys), "images") as advance:
+                for temperature, threshold in keys:
+                    config = settings.partition(temperature, threshold)
+                    clock = self.clocks[temperature]
+                    clock.restart()
+                    for batch in split_batch(part.batch(), batch_size):
+                        labels = part.labels[batch.rows.start : batch.rows.stop]
+                        groups = partition_batch(
+                            batch, labels, centers, config, settings.cache.class_chunk
+                        )
+                        clock.stop(len(labels))
+                        parts[temperature, threshold].append(groups.views)
+                        advance(len(labels))
+        self._computed = {
+            key: {view: Partition.concat(part[view] for part in found) for view in found[0]}
+            for key, found in parts.items()
+        }
+        self.labels = np.concatenate([part.labels for part in images])
+        self.digests = np.concatenate([part.digests for part in images])
 
-    def at(self, spec: CacheSpec) -> Mapping[View, Partition]:
-        """Groups by the settings of ``spec``."""
-        made = self.made.get((spec.group_temperature, spec.threshold))
-        if made is not None:
-            return made
-        old = msgspec.structs.replace(spec, threshold=self.highest)
-        stricter = {}
-        for view, whole in self.made[spec.group_temperature, self.highest].items():
-            groups = cut_groups(whole.targets, self.labels, old, spec)
-            truncated = _still_truncated(whole, self.labels, spec.threshold)
-            stricter[view] = Partition(groups.targets, truncated)
-        return stricter
+    def at(self, spec: CacheSpec) -> Groups:
+        """Groups with the temperature and threshold of ``spec``."""
+        computed = self._computed.get((spec.group_temperature, spec.threshold))
+        if computed is not None:
+            return computed
+        old = msgspec.structs.replace(spec, threshold=self._highest)
+        return {
+            view: Partition(
+                cut_groups(groups.targets, self.labels, old, spec).targets,
+                _still_truncated(groups, self.labels, spec.threshold),
+            )
+            for view, groups in self._computed[spec.group_temperature, self._highest].items()
+        }
 
 
 def _still_truncated(
-    whole: Partition, labels: npt.NDArray[np.int64], threshold: float
+    groups: Partition, labels: npt.NDArray[np.int64], threshold: float
 ) -> npt.NDArray[np.bool_]:
-    """Which groups ``max_group`` cuts at a lower threshold, bool [n]."""
-    targets = whole.targets
+    """Which groups ``max_group`` truncates at a lower threshold, bool [n]."""
+    targets = groups.targets
     probs = np.exp(decode_log_probs(targets.log2_probs), dtype=np.float64)
     masses = np.add.reduceat(probs, targets.offsets[:-1])
-    # A label in the last place of a cut group stands where others were cut off.
+    # A label at the end of a truncated group may come after classes that were dropped.
     last = targets.offsets[1:] - 1
     masses -= np.where(targets.indices[last] == labels, probs[last], 0)
-    return np.asarray(whole.truncated & (masses < threshold))
-
-
-def _grid_groups(sample: Sample, settings: PlanSettings, embedder: Embedder) -> _GridGroups:
-    highest = max(settings.thresholds)
-    draws_from_group = settings.cache.partition.draws_from_group
-    thresholds = settings.thresholds if draws_from_group else (highest,)
-    keys = [(t, p) for t in settings.group_temperatures for p in thresholds]
-    parts: dict[tuple[float, float], list[Mapping[View, Partition]]] = {key: [] for key in keys}
-    clocks = {t: Clock() for t in settings.group_temperatures}
-    seen: list[EmbeddedImages] = []
-    size = settings.cache.batch_size or default_batch_size(embedder)
-    for images, array in sample.parts:
-        centers = on_device(array, embedder, settings.cache.center_precision)
-        seen.append(images)
-        with progress("partition", len(images) * len(keys), "images") as advance:
-            for key in keys:
-                for part in _partitioned(images, centers, settings, key, size, clocks[key[0]]):
-                    parts[key].append(part)
-                    advance(len(next(iter(part.values())).truncated))
-    return _GridGroups(
-        {key: _joined(found) for key, found in parts.items()},
-        clocks,
-        highest,
-        np.concatenate([images.labels for images in seen]),
-        np.concatenate([images.digests for images in seen]),
-    )
-
-
-def _partitioned(
-    images: EmbeddedImages,
-    centers: Tensor,
-    settings: PlanSettings,
-    key: tuple[float, float],
-    size: int,
-    clock: Clock,
-) -> Iterator[Mapping[View, Partition]]:
-    config = settings.partition(*key)
-    for batch in split_batch(images.batch(), size):
-        began = time.perf_counter()
-        labels = images.labels[batch.rows.start : batch.rows.stop]
-        part = partition_batch(batch, labels, centers, config, settings.cache.class_chunk)
-        clock.add(len(labels), time.perf_counter() - began)
-        yield part.views
-
-
-def _joined(parts: Sequence[Mapping[View, Partition]]) -> Mapping[View, Partition]:
-    return {
-        view: Partition(
-            SparseTargets.concat([part[view].targets for part in parts]),
-            np.concatenate([part[view].truncated for part in parts]),
-        )
-        for view in parts[0]
-    }
+    return np.asarray(groups.truncated & (masses < threshold))
 
 
 def sampling_error(
     sizes: npt.NDArray[np.number], labels: npt.NDArray[np.int64], population: int
 ) -> float | None:
-    """Standard error of the mean of ``sizes`` [n], as a share of it, as one of ``population``.
+    """Standard error of the mean of ``sizes`` [n], as a share of it, for a ``population``.
 
-    Images of one identity are alike, so their deviations count together; None of one identity.
+    Images of one identity are alike, so deviations are summed by identity; None for one identity.
     """
-    _, places, images = np.unique(labels, return_inverse=True, return_counts=True)
+    _, identities, images = np.unique(labels, return_inverse=True, return_counts=True)
     if len(images) < 2:
         return None
-    together = np.bincount(places, weights=sizes) - images * sizes.mean()
-    variance = len(images) / (len(images) - 1) * (together**2).sum() / len(sizes) ** 2
+    deviations = np.bincount(identities, weights=sizes) - images * sizes.mean()
+    variance = len(images) / (len(images) - 1) * (deviations**2).sum() / len(sizes) ** 2
     return float(np.sqrt(variance * (1 - len(sizes) / population)) / sizes.mean())
 
 
 def _point(
-    spec: CacheSpec,
-    groups: Mapping[View, Partition],
-    labels: npt.NDArray[np.int64],
-    size: int,
-    seconds: float,
+    spec: CacheSpec, groups: Groups, labels: npt.NDArray[np.int64], size: int, seconds: float
 ) -> PlanPoint:
-    sizes = np.concatenate([whole.targets.sizes for whole in groups.values()])
-    truncated = np.concatenate([whole.truncated for whole in groups.values()])
+    by_view = [view.targets.sizes for view in groups.values()]
+    sizes = np.concatenate(by_view)
     masses = [
-        np.exp(decode_log_probs(whole.targets.log2_probs), dtype=np.float64).sum()
-        for whole in groups.values()
+        np.exp(decode_log_probs(view.targets.log2_probs), dtype=np.float64).sum()
+        for view in groups.values()
     ]
-    most = {devices: -(-spec.num_shards // devices) / spec.num_shards for devices in DEVICES}
+    # The device with the most shards takes longest.
+    shares = {devices: -(-spec.num_shards // devices) / spec.num_shards for devices in DEVICES}
     return PlanPoint(
         group_temperature=spec.group_temperature,
         threshold=spec.threshold,
@@ -350,15 +315,11 @@ def _point(
         mean_size=float(sizes.mean()),
         p95_size=float(np.quantile(sizes, 0.95)),
         mass=float(sum(masses)) / len(sizes),
-        truncated=float(truncated.mean()),
+        truncated=float(np.concatenate([view.truncated for view in groups.values()]).mean()),
         bytes_per_sample=size / spec.num_samples,
         bytes=size,
-        error=sampling_error(
-            np.sum([whole.targets.sizes for whole in groups.values()], axis=0),
-            labels,
-            spec.num_samples,
-        ),
+        error=sampling_error(np.sum(by_view, axis=0), labels, spec.num_samples),
         seconds=seconds,
         images_per_second=spec.num_samples / seconds,
-        hours={devices: seconds * share / 3600 for devices, share in most.items()},
+        hours={devices: seconds * share / 3600 for devices, share in shares.items()},
     )

@@ -1,14 +1,13 @@
-"""Images of which a plan is made, and the centres that they are held against.
+"""The sample that a plan is made from, and the centres that its images are compared with.
 
-With centres from a file any random images do. Class means need all images of a class, so there the
-sample is of whole identities, and stand-ins take the place of the centres that it does not know. No
-stand-in is made of an image's own identity: the identities are halved, and the images of each half
-see stand-ins of the other.
+With centres from a file the sample is random images. Class means need all images of a class, so
+there it is complete identities, and synthetic centres replace those of the other identities. No
+synthetic centre must be derived from an image's own identity: the identities are halved, and the
+images of each half are compared with synthetic centres derived from the other.
 """
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,41 +15,50 @@ import numpy.typing as npt
 
 from gkd.pipeline.centers.load import Centers
 from gkd.pipeline.centers.means import class_means
-from gkd.pipeline.embed import EmbeddedBatch, embed, join_batches, split_rows
-from gkd.pipeline.plan.synthetic_centers import synthetic_centers
+from gkd.pipeline.checks.sample import SEED, embed_rows
+from gkd.pipeline.embed import EmbeddedBatch
 from gkd.pipeline.teacher.embedder import Embedder
 from gkd.storage.cache.spec import View
 from gkd.storage.errors import ConfigError
-from gkd.storage.records.base import Records, Subset
+from gkd.storage.records.base import Records
 from gkd.storage.util.progress import progress
 
-SEED = 0
-# For class means so many images are embedded for each whose groups are made ...
+# For class means, images embedded for each image whose groups are computed.
 EMBEDDED_EACH = 4
-# ... of each identity at most these, by which its mean has settled; and of at least so many.
-MOST_OF_IDENTITY, FEWEST_IDENTITIES = 32, 64
+# An identity's mean has settled after MAX_OF_IDENTITY images.
+MAX_OF_IDENTITY, MIN_IDENTITIES = 32, 64
+BLOCK = 2**16
+# Share of a synthetic centre's variance that comes from one known centre; the rest comes from a
+# normal distribution with the covariance of all. So look-alikes remain, and no centre is repeated.
+KNOWN_SHARE = 0.5
 
 
 class Clock:
-    """Seconds an image; the first batch warms up and counts only where there is no other."""
+    """Seconds for each image; the first batch warms up and counts only if it is the only one."""
 
     def __init__(self) -> None:
         self._batches: list[tuple[int, float]] = []
+        self.restart()
 
-    def add(self, images: int, seconds: float) -> None:
-        """Count a batch."""
-        self._batches.append((images, seconds))
+    def restart(self) -> None:
+        """Start to measure a batch."""
+        self._began = time.perf_counter()
+
+    def stop(self, images: int) -> None:
+        """Count a batch of ``images``; the next one starts now."""
+        self._batches.append((images, time.perf_counter() - self._began))
+        self.restart()
 
     @property
     def per_image(self) -> float:
-        """Mean of all batches."""
+        """Mean over all batches."""
         counted = self._batches[1:] or self._batches
         return sum(seconds for _, seconds in counted) / sum(images for images, _ in counted)
 
 
 @dataclass(frozen=True)
 class EmbeddedImages:
-    """Some images: embeddings view -> float32 [n, D], digests uint8 [n, 16], labels int64 [n]."""
+    """Embeddings view -> float32 [n, D], digests uint8 [n, 16] and labels int64 [n] of images."""
 
     embeddings: Mapping[View, npt.NDArray[np.float32]]
     digests: npt.NDArray[np.uint8]
@@ -59,25 +67,25 @@ class EmbeddedImages:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def take(self, places: npt.NDArray[np.int64], views: Sequence[View]) -> "EmbeddedImages":
-        """Some of them, in some views."""
+    def take(self, indices: npt.NDArray[np.int64], views: Sequence[View]) -> "EmbeddedImages":
+        """A selection of the images, in some of the views."""
         return EmbeddedImages(
-            {view: self.embeddings[view][places] for view in views},
-            self.digests[places],
-            self.labels[places],
+            {view: self.embeddings[view][indices] for view in views},
+            self.digests[indices],
+            self.labels[indices],
         )
 
     def batch(self) -> EmbeddedBatch:
-        """The images as a run's embeddings of so many rows."""
+        """The images as embeddings of n consecutive rows."""
         count = len(self)
         return EmbeddedBatch(range(count), np.arange(count), self.embeddings, self.digests, {})
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Images in parts, each with the centres float32 [C, D] that it sees.
+    """Images in parts, each with the centres float32 [C, D] that it is compared with.
 
-    ``embedded`` images went through the teacher; ``basis`` says in words what stands for what.
+    ``embedded`` images went through the teacher; ``basis`` describes the sample in words.
     """
 
     parts: Iterator[tuple[EmbeddedImages, npt.NDArray[np.float32]]]
@@ -85,7 +93,7 @@ class Sample:
     basis: str
 
 
-def embed_rows(
+def embed_images(
     records: Records,
     rows: npt.NDArray[np.int64],
     embedder: Embedder,
@@ -95,84 +103,82 @@ def embed_rows(
     batch_size: int,
     workers: int,
 ) -> EmbeddedImages:
-    """Those of ``rows`` [n] that can be read.
+    """The readable images of ``rows`` [n]; ``clock`` measures their batches.
 
     Raises:
-        ConfigError: where none can.
+        ConfigError: if none can be read.
+        GkdError: if the teacher's output is unusable.
     """
-    sample, spans = Subset(records, rows), split_rows(range(len(rows)), batch_size)
-    batches: list[EmbeddedBatch] = []
-    made = embed(sample, spans, embedder, views, workers=workers, skip_corrupt=True)
-    with progress("run teacher", len(rows), "images") as advance, closing(made) as embedded:
-        began = time.perf_counter()
-        for batch in embedded:
-            now = time.perf_counter()
-            clock.add(len(batch.rows), now - began)
-            began = now
-            batches.append(batch)
-            advance(len(batch.rows))
-    whole = join_batches(batches)
-    if not len(whole.kept):
+    with progress("run teacher", len(rows), "images") as advance:
+        clock.restart()
+
+        def count(images: int) -> None:
+            clock.stop(images)
+            advance(images)
+
+        batch = embed_rows(
+            records,
+            rows,
+            embedder,
+            views,
+            batch_size=batch_size,
+            workers=workers,
+            after_batch=count,
+        )
+    if not len(batch.kept):
         raise ConfigError(
             f"{records.path}: none of {len(rows):,} sampled records could be read; "
-            "`gkd records verify` says what is wrong with each"
+            "`gkd records verify` reports what is wrong with each"
         )
-    labels = records.labels[rows[whole.kept]]
-    return EmbeddedImages(whole.embeddings, whole.digests[whole.kept], labels)
-
-
-def random_rows(records: Records, count: int) -> npt.NDArray[np.int64]:
-    """``count`` random rows with a label, or all."""
-    known = np.flatnonzero(records.labels >= 0)
-    rng = np.random.default_rng(SEED)
-    return np.sort(rng.choice(known, min(count, len(known)), replace=False))
+    labels = records.labels[rows[batch.kept]]
+    return EmbeddedImages(batch.embeddings, batch.digests[batch.kept], labels)
 
 
 def identities_rows(records: Records, count: int) -> npt.NDArray[np.int64]:
-    """At least ``count`` rows: those of random identities, at most so many each; or all."""
+    """At least ``count`` rows, at most ``MAX_OF_IDENTITY`` of each of random identities; or all."""
     rng = np.random.default_rng(SEED)
-    known = np.flatnonzero(records.labels >= 0)
-    if count >= len(known):
-        return known
-    shuffled = rng.permutation(known)
+    labelled = np.flatnonzero(records.labels >= 0)
+    if count >= len(labelled):
+        return labelled
+    shuffled = rng.permutation(labelled)
     order = shuffled[np.argsort(records.labels[shuffled], kind="stable")]
-    images = np.bincount(records.labels[known], minlength=records.num_classes)
+    images = np.bincount(records.labels[labelled], minlength=records.num_classes)
     ranks = np.arange(len(order)) - np.repeat(np.cumsum(images) - images, images)
     classes = rng.permutation(records.num_classes)
-    taken = np.cumsum(np.minimum(images[classes], MOST_OF_IDENTITY))
-    enough = int(np.searchsorted(taken, count)) + 1
+    available = np.cumsum(np.minimum(images[classes], MAX_OF_IDENTITY))
+    enough = int(np.searchsorted(available, count)) + 1
     chosen = np.zeros(records.num_classes, bool)
-    chosen[classes[: max(enough, FEWEST_IDENTITIES)]] = True
-    return np.sort(order[(ranks < MOST_OF_IDENTITY) & chosen[records.labels[order]]])
+    chosen[classes[: max(enough, MIN_IDENTITIES)]] = True
+    return np.sort(order[(ranks < MAX_OF_IDENTITY) & chosen[records.labels[order]]])
 
 
 def images_of_file(pool: EmbeddedImages, centers: Centers, views: Sequence[View]) -> Sample:
-    """All images against centres that are known."""
-    whole = pool.take(np.arange(len(pool)), views)
-    basis = f"the groups of {len(pool):,} random images stand for those of all"
-    return Sample(iter([(whole, centers.array)]), len(pool), basis)
+    """All images with known centres."""
+    images = pool.take(np.arange(len(pool)), views)
+    basis = f"group sizes are estimated from {len(pool):,} random images"
+    return Sample(iter([(images, centers.array)]), len(pool), basis)
 
 
 def images_of_means(
     pool: EmbeddedImages, num_classes: int, samples: int, views: Sequence[View]
 ) -> Sample:
-    """Some of the images against the means of the pool's identities, and stand-ins for others.
+    """``samples`` images with the class means of the pool, and synthetic centres for the others.
 
     Raises:
-        ConfigError: where the embeddings of a class cancel.
+        ConfigError: if the embeddings of a class cancel.
     """
     rng = np.random.default_rng(SEED)
     classes, local = np.unique(pool.labels, return_inverse=True)
     known = class_means([pool.batch()], local, len(classes))
-    asked = np.sort(rng.choice(len(pool), min(samples, len(pool)), replace=False))
-    basis = f"the groups of {len(asked):,} random images stand for those of all; "
+    chosen = np.sort(rng.choice(len(pool), min(samples, len(pool)), replace=False))
+    basis = f"group sizes are estimated from {len(chosen):,} random images; centres are "
     missing = num_classes - len(classes)
     if not missing:
-        basis += f"class means of all {len(pool):,} images"
-        return Sample(iter([(pool.take(asked, views), known)]), len(pool), basis)
+        basis += f"the class means of all {len(pool):,} images"
+        return Sample(iter([(pool.take(chosen, views), known)]), len(pool), basis)
     basis += (
-        f"class means of {len(classes):,} of {num_classes:,} identities "
-        f"({len(pool):,} images), and centres spread like them in the place of the others"
+        f"the class means of {len(classes):,} of {num_classes:,} identities "
+        f"({len(pool):,} images), and synthetic centres with the same distribution for the others"
     )
     second = np.zeros(len(classes), bool)
     second[rng.permutation(len(classes))[: len(classes) // 2]] = True
@@ -183,6 +189,31 @@ def images_of_means(
             centers = np.empty((num_classes, known.shape[1]), np.float32)
             centers[classes] = known
             centers[unknown] = synthetic_centers(known[~half], missing, rng)
-            yield pool.take(asked[half[local[asked]]], views), centers
+            yield pool.take(chosen[half[local[chosen]]], views), centers
 
     return Sample(halves(), len(pool), basis)
+
+
+def synthetic_centers(
+    known: npt.NDArray[np.float32], count: int, rng: np.random.Generator
+) -> npt.NDArray[np.float32]:
+    """``count`` unit centres [count, D] with the distribution of the known ones [m, D].
+
+    Each is mean + sqrt(s) (a known one - mean) + sqrt(1 - s) normal(0, covariance), which has the
+    known centres' mean and covariance for any s; then normalised. Each known centre is used equally
+    often, as far as possible.
+    """
+    mean = known.mean(0, dtype=np.float64)
+    deviations = known - mean
+    values, vectors = np.linalg.eigh(deviations.T @ deviations / len(known))
+    root = (vectors * np.sqrt(np.maximum(values, 0))).T.astype(np.float32)
+    deviations = (np.sqrt(KNOWN_SHARE) * deviations).astype(np.float32)
+    order = np.resize(rng.permutation(len(known)), count)
+    made = np.empty((count, known.shape[1]), np.float32)
+    for start in range(0, count, BLOCK):
+        used = order[start : start + BLOCK]
+        noise = rng.standard_normal((len(used), len(root)), np.float32) @ root
+        block = mean.astype(np.float32) + deviations[used]
+        block = block + np.float32(np.sqrt(1 - KNOWN_SHARE)) * noise
+        made[start : start + len(used)] = block / np.linalg.norm(block, axis=1, keepdims=True)
+    return made

@@ -1,38 +1,57 @@
-"""A plan as a table and as a picture."""
+"""A plan as a table and as a plot."""
 
 from pathlib import Path
-from typing import Any
 
 from rich import box
 from rich.table import Table
 
 from gkd.pipeline.plan.forecast import DEVICES, Plan, PlanPoint
-from gkd.storage.util.extras import require
-from gkd.storage.util.plotting import write_png
+from gkd.storage.util.plotting import new_figure, write_png
+
+MAX_COLUMNS = 5  # thresholds side by side in 80 columns
 
 
 def plan_table(plan: Plan) -> Table:
-    """A row a group temperature and threshold."""
+    """A section for each group temperature, with a row for each quantity."""
     table = Table(
         title=f"{plan.records}: {plan.images:,} images of {plan.classes:,} identities, "
         f"{plan.shards:,} shards",
-        box=box.SIMPLE_HEAD,
+        box=box.SIMPLE,
         padding=0,
+        show_header=False,
     )
-    for name in ("T", "threshold", "median", "mean", "95 %", "mass", "cut", "bytes", "cache", "+-"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for devices in DEVICES:
-        table.add_column("time" if devices == 1 else f"on {devices}", justify="right", no_wrap=True)
-    for number, point in enumerate(plan.points):
-        last = number + 1 == len(plan.points)
-        ends = last or plan.points[number + 1].group_temperature != point.group_temperature
-        table.add_row(*_cells(point), end_section=ends)
+    for temperature in dict.fromkeys(point.group_temperature for point in plan.points):
+        points = [point for point in plan.points if point.group_temperature == temperature]
+        for start in range(0, len(points), MAX_COLUMNS):
+            columns = points[start : start + MAX_COLUMNS]
+            table.add_row(f"[bold]group temperature {temperature:g}[/bold]")
+            rows = list(zip(_LABELS, *map(_cells, columns), strict=True))
+            for row in rows:
+                table.add_row(*row, end_section=row is rows[-1])
+    for column in table.columns:
+        column.no_wrap = True
+    for column in table.columns[1:]:
+        column.justify = "right"
+        column.min_width = 8
     return table
+
+
+_LABELS = (
+    "threshold",
+    "median group size",
+    "mean group size",
+    "95th percentile of sizes",
+    "mass in group",
+    "truncated groups",
+    "bytes per image",
+    "cache size",
+    "standard error of size",
+    *("time" if devices == 1 else f"time on {devices} devices" for devices in DEVICES),
+)
 
 
 def _cells(point: PlanPoint) -> list[str]:
     return [
-        f"{point.group_temperature:g}",
         f"{point.threshold:g}",
         f"{point.median_size:,.0f}",
         f"{point.mean_size:,.{0 if point.mean_size >= 100 else 1}f}",
@@ -41,7 +60,7 @@ def _cells(point: PlanPoint) -> list[str]:
         f"{point.truncated:.1%}",
         f"{point.bytes_per_sample:,.0f}",
         _size(point.bytes),
-        "?" if point.error is None else f"{point.error:.0%}",
+        "unknown" if point.error is None else f"±{point.error:.0%}",
         *(_time(hours * 3600) for hours in point.hours.values()),
     ]
 
@@ -61,31 +80,28 @@ def _time(seconds: float) -> str:
 
 
 def plot_plan(plan: Plan, out: Path) -> None:
-    """Draw group sizes and cache sizes over the thresholds into a PNG.
+    """Plot group sizes and cache sizes by threshold into a PNG.
 
     Raises:
-        ConfigError: where matplotlib is not installed, or ``out`` cannot be written.
+        ConfigError: if matplotlib is not installed, or ``out`` cannot be written.
     """
-    figure = require("matplotlib.figure", "plot").Figure(figsize=(10, 4), layout="constrained")
-    groups, bytes_ = figure.subplots(1, 2)
-    temperatures = list(dict.fromkeys(point.group_temperature for point in plan.points))
+    figure = new_figure(10, 4)
+    sizes, caches = figure.subplots(1, 2)
+    temperatures = dict.fromkeys(point.group_temperature for point in plan.points)
     for number, temperature in enumerate(temperatures):
-        points = [each for each in plan.points if each.group_temperature == temperature]
-        points.sort(key=lambda each: each.threshold)
-        _draw(groups, bytes_, points, f"C{number}")
-    thresholds = sorted({point.threshold for point in plan.points})
-    for axes, what in ((groups, "classes in a group: median, 95 %"), (bytes_, "cache, GB")):
+        points = [point for point in plan.points if point.group_temperature == temperature]
+        points.sort(key=lambda point: point.threshold)
+        thresholds = [point.threshold for point in points]
+        colour, label = f"C{number}", f"{temperature:g}"
+        median = [point.median_size for point in points]
+        sizes.plot(thresholds, median, "o-", color=colour, label=label)
+        sizes.plot(thresholds, [point.p95_size for point in points], "--", color=colour)
+        caches.plot(thresholds, [point.bytes / 1e9 for point in points], "o-", color=colour)
+    ticks = sorted({point.threshold for point in plan.points})
+    for axes, what in ((sizes, "group size: median, 95th percentile"), (caches, "cache size, GB")):
         axes.set(yscale="log", xlabel="threshold", ylabel=what)
-        axes.set_xticks(thresholds, [f"{each:g}" for each in thresholds], rotation=45)
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks], rotation=45)
         axes.grid(alpha=0.3)
-    groups.legend(title="group temperature")
+    sizes.legend(title="group temperature")
     figure.suptitle(f"{plan.images:,} images of {plan.classes:,} identities")
     write_png(figure, out)
-
-
-def _draw(groups: Any, bytes_: Any, points: list[PlanPoint], colour: str) -> None:
-    thresholds = [each.threshold for each in points]
-    label = f"{points[0].group_temperature:g}"
-    groups.plot(thresholds, [each.median_size for each in points], "o-", color=colour, label=label)
-    groups.plot(thresholds, [each.p95_size for each in points], "--", color=colour)
-    bytes_.plot(thresholds, [each.bytes / 1e9 for each in points], "o-", color=colour)

@@ -23,7 +23,7 @@ from torch import nn
 
 from gkd.pipeline.centers.load import Centers
 from gkd.pipeline.embed import ACCELERATOR_BATCH
-from gkd.pipeline.groups.partition import partition, partition_logits
+from gkd.pipeline.groups.partition import partition
 from gkd.pipeline.run import cache_teacher
 from gkd.pipeline.settings import DRAWS, CacheSettings, PartitionSettings
 from gkd.pipeline.teacher.torch_embedder import TorchEmbedder
@@ -42,6 +42,7 @@ from tests.benchmarks.fused_head import NUM_CLASSES, WEBFACE42M, Layer, random_t
 from tests.benchmarks.harness import report
 from tests.benchmarks.partition import DRAWN, SHARP, sorted_softmax, teacher_like, teacher_logits
 from tests.paths import SHARED_DATA
+from tests.pipeline.given_logits import partition_logits
 
 ROUNDS = 20
 STEP_BATCH = 128

@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gkd.pipeline.groups.partition import partition, partition_logits
+from gkd.pipeline.groups.partition import partition
 from gkd.pipeline.settings import DRAWS, PartitionSettings
 from tests.benchmarks.harness import in_turns, report
+from tests.pipeline.given_logits import partition_logits
 from tests.reference import dense_group
 
 ROUNDS = 9

@@ -18,8 +18,9 @@ from gkd.pipeline.settings import CacheSettings, PartitionSettings
 from gkd.pipeline.teacher.embedder import Embedder
 from gkd.storage.cache.spec import preprocess_preset
 from gkd.storage.cache.writer import CacheWriter
-from gkd.storage.records.open import open_records
+from gkd.storage.records.open import Records, open_records
 from gkd.storage.util.torch_device import Precision
+from tests.storage.records.packs import payload, write_pack
 
 EMBEDDING_DIM = 16
 SETTINGS = CacheSettings(
@@ -64,6 +65,12 @@ def write_folder(folder: Path, identities: int = 7, images: int = 5, seed: int =
             face = Image.fromarray(pixels).resize((112, 112), Image.Resampling.NEAREST)
             face.save(folder / f"id{identity}" / f"{image}.png")
     return folder
+
+
+def records_of(labels: npt.NDArray[np.int64], path: Path) -> Records:
+    """Records with these labels and no readable image."""
+    blank = {key: payload(float(label), b"", key) for key, label in enumerate(labels, 1)}
+    return open_records(write_pack(path, blank, classes=int(labels.max()) + 1).parent)
 
 
 def centers(num_classes: int) -> Centers:

@@ -10,7 +10,6 @@ import numpy.typing as npt
 import simplejpeg
 import torch
 
-from gkd.pipeline.groups.partition import partition_logits
 from gkd.pipeline.settings import PartitionSettings
 from gkd.storage.cache.reader import Cache
 from gkd.storage.cache.spec import (
@@ -31,6 +30,7 @@ from gkd.trainer.data.dataset import JoinedTargets, join_targets
 from gkd.trainer.distributed import ALONE, Ranks, joined_ranks
 from gkd.trainer.evaluation.bin_file import write_verification_set
 from gkd.trainer.loop import Summary, train
+from tests.pipeline.given_logits import partition_logits
 from tests.reference import log_softmax
 
 IDENTITIES, IMAGES_EACH = 6, 7

@@ -1,4 +1,4 @@
-"""Draws from chunked logits against inverse cumulative sums of the dense softmax in float64."""
+"""Draws from chunked logits against the inverted cumulative sums of a dense float64 softmax."""
 
 import hashlib
 from collections.abc import Iterable
@@ -14,15 +14,16 @@ from hypothesis import strategies as st
 
 from gkd.pipeline.groups import logits as logits_module
 from gkd.pipeline.groups.draws import SPAN, uniform_numbers
-from gkd.pipeline.groups.logits import CosineLogits
-from gkd.pipeline.groups.partition import Partition, partition, partition_logits
+from gkd.pipeline.groups.logits import Logits
+from gkd.pipeline.groups.partition import Partition, partition
 from gkd.pipeline.settings import PartitionSettings
 from gkd.storage.cache.spec import DrawsSpec
 from gkd.storage.errors import ConfigError
+from tests.pipeline.given_logits import partition_logits
 from tests.reference import class_order, dense_group, dense_secondary, log_softmax
 
 Source = Literal["primary", "all"]
-# Where a number comes this close to a cumulative probability, rounding may decide for either side.
+# If a number is this close to a cumulative probability, rounding may select either side.
 NUMBER_TOLERANCE = 1e-5
 
 
@@ -65,7 +66,7 @@ def uncut_group(
 def in_order(
     logits: npt.NDArray[np.float32], label: int, config: PartitionSettings
 ) -> npt.NDArray[np.int64]:
-    """The classes that are drawn from, in the order in which their probabilities are added up."""
+    """The classes that are drawn from, in the order of their cumulative probabilities."""
     if config.draws_from_group:
         group = uncut_group(logits, label, config)
         order = class_order(logits)
@@ -81,7 +82,7 @@ def check(
     uniforms: npt.NDArray[np.float64],
     rows: Iterable[int] | None = None,
 ) -> None:
-    """Every draw, or that of ``rows``, is what its number chooses, with its probability's code."""
+    """Every draw, or those of ``rows``, is the one its number selects, with its probability."""
     targets, draws = result.targets, config.draws
     assert draws is not None
     assert targets.draws is not None
@@ -134,7 +135,7 @@ def cases(
         draw(st.sampled_from(["primary", "all"])),
         draw(st.integers(1, 30)),
         draw(st.sampled_from([1.0, 2.0, 4.0])),
-        # Away from what flat logits add up to, where rounding would decide the group.
+        # Not a sum of equal probabilities, where rounding would decide the group.
         threshold=draw(st.sampled_from([0.0, 1.0, 0.50317, 0.93071])),
         group_temperature=draw(st.sampled_from([1.0, 2.0, 3.3])),
         temperatures=draw(st.sampled_from([(1.0, 2.0, 4.0), (4.0, 1.0, 2.0, 3.0)])),
@@ -145,7 +146,7 @@ def cases(
 
 
 @given(cases(), st.integers(0, 2**32 - 1))
-def test_a_number_chooses_the_class_of_the_dense_reference(
+def test_a_number_selects_the_class_of_the_dense_reference(
     case: tuple[npt.NDArray[np.float32], npt.NDArray[np.int64], PartitionSettings, int], seed: int
 ) -> None:
     logits, labels, config, chunk = case
@@ -165,30 +166,26 @@ def like_a_teacher(batch: int, num_classes: int) -> Any:
 
 @pytest.mark.parametrize("source", ["primary", "all"])
 @pytest.mark.parametrize("group_temperature", [1.0, 4.0])
-def test_many_classes_in_any_chunks_give_the_same_draws(
-    source: Source, group_temperature: float
-) -> None:
+def test_draws_do_not_depend_on_the_chunk_size(source: Source, group_temperature: float) -> None:
     logits, labels, uniforms = like_a_teacher(70, 9000)
     config = settings_of(source, 64, group_temperature=group_temperature, max_group=300)
     whole = run(logits, labels, config, uniforms)
     check(whole, logits, labels, config, uniforms)
     for chunk in (SPAN, 1000, 9000):
         other = run(logits, labels, config, uniforms, chunk)
-        # A number may stand a rounding away from the next class, a probability from the next code:
-        # what is not the same to the bit is right all the same.
-        unlike = np.zeros(len(logits), bool)
+        # A number may be within rounding of the next class, and a probability of the next code:
+        # draws that differ must be right as well.
+        differs = np.zeros(len(logits), bool)
         for name in ("draws", "draw_log2_probs"):
             found, expected = (each.targets.arrays()[name] for each in (other, whole))
             assert (found != expected).mean() < 1e-3
-            unlike |= (found != expected).any(1)
-        check(other, logits, labels, config, uniforms, np.flatnonzero(unlike).tolist())
+            differs |= (found != expected).any(1)
+        check(other, logits, labels, config, uniforms, np.flatnonzero(differs).tolist())
 
 
 @pytest.mark.parametrize("source", ["primary", "all"])
 @pytest.mark.parametrize("shift", [30, 400])
-def test_candidates_that_are_dropped_and_rows_that_are_done_again_are_drawn_all_the_same(
-    source: Source, shift: float
-) -> None:
+def test_draws_include_dropped_candidates_and_repeated_rows(source: Source, shift: float) -> None:
     logits, labels, uniforms = like_a_teacher(6, 9000)
     logits[:3, :1000] += shift
     logits[3:, :1000] -= shift
@@ -197,7 +194,7 @@ def test_candidates_that_are_dropped_and_rows_that_are_done_again_are_drawn_all_
         check(run(logits, labels, config, uniforms, 1000), logits, labels, config, uniforms)
 
 
-def test_the_group_itself_is_the_same_with_draws() -> None:
+def test_draws_do_not_change_the_group() -> None:
     logits, labels, uniforms = like_a_teacher(70, 9000)
     for source in ("primary", "all"):
         config = settings_of(source, 64, group_temperature=2.0, max_group=100)
@@ -212,7 +209,7 @@ def test_the_group_itself_is_the_same_with_draws() -> None:
 
 
 @pytest.mark.parametrize("source", ["primary", "all"])
-def test_frequencies_are_the_probabilities(source: Source) -> None:
+def test_frequencies_match_the_probabilities(source: Source) -> None:
     # 20,000 numbers of the stream itself; a chi-square of 40 degrees is above 94 once in 250,000.
     logits = np.random.default_rng(1).normal(0, 4, (1, 300)).astype(np.float32)
     label = int(logits[0].argmin())
@@ -229,9 +226,9 @@ def test_frequencies_are_the_probabilities(source: Source) -> None:
     frequent = np.argsort(-probs)[:40]
     observed = np.append(counts[frequent], 20_000 - counts[frequent].sum())
     expected = 20_000 * np.append(probs[frequent], 1 - probs[frequent].sum())
-    some = expected > 5
-    assert some.sum() > 20
-    assert ((observed - expected)[some] ** 2 / expected[some]).sum() < 94
+    large = expected > 5
+    assert large.sum() > 20
+    assert ((observed - expected)[large] ** 2 / expected[large]).sum() < 94
 
 
 def test_embeddings_give_the_draws_of_their_logits() -> None:
@@ -254,12 +251,10 @@ def test_embeddings_give_the_draws_of_their_logits() -> None:
             uniforms=uniforms,
         )
         check(result, (64 * cosines).astype(np.float32), labels, config, uniforms)
-        assert np.any(result.targets.draws.classes == labels[:, None]), (
-            "the margin's class is drawn too"
-        )
+        assert np.any(result.targets.draws.classes == labels[:, None]), "labels are drawn too"
 
 
-def test_an_accelerator_computes_the_same_logits_of_classes(
+def test_batched_logits_of_classes_are_the_dense_ones(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(logits_module, "ACCELERATOR_LOGITS", 3 * 16 * 8)  # three lines at once
@@ -267,12 +262,12 @@ def test_an_accelerator_computes_the_same_logits_of_classes(
     scaled, centers = (rng.normal(size=(n, 8)).astype(np.float32) for n in (5, 400))
     rows = np.sort(rng.integers(0, 5, 20))
     classes = rng.integers(0, 400, (20, 16))
-    logits = CosineLogits(
+    logits = Logits(
         torch.from_numpy(scaled), torch.arange(5), torch.from_numpy(centers), label_margin=0.5
     )
     dense = scaled.astype(np.float64) @ centers.T.astype(np.float64)
     dense[np.arange(5), np.arange(5)] -= 0.5
-    monkeypatch.setattr(CosineLogits, "_row_by_row", CosineLogits._many)
+    monkeypatch.setattr(Logits, "_row_by_row", Logits._batched)
     found = logits.of(torch.from_numpy(rows), torch.from_numpy(classes))
     np.testing.assert_allclose(found, dense[rows[:, None], classes], rtol=1e-5, atol=1e-5)
 
@@ -287,7 +282,7 @@ def test_an_empty_batch_has_no_draws() -> None:
     assert targets.draws.secondary.shape == (0,)
 
 
-def test_numbers_that_do_not_fit_the_draws_are_a_bug() -> None:
+def test_uniforms_of_a_wrong_shape_raise_value_error() -> None:
     logits, labels, uniforms = like_a_teacher(2, 50)
     with pytest.raises(ValueError, match=r"uniforms: expected \(2, 5\), got \(2, 64\)"):
         run(logits, labels, settings_of("all", 5), uniforms)
@@ -295,7 +290,7 @@ def test_numbers_that_do_not_fit_the_draws_are_a_bug() -> None:
         run(logits, labels, PartitionSettings(), uniforms)
 
 
-def test_numbers_are_those_of_numpy_by_seed_view_and_digest() -> None:
+def test_uniforms_are_a_philox_stream_by_seed_view_and_digest() -> None:
     digests = np.random.default_rng(0).integers(0, 256, (4, 16), dtype=np.uint8)
     many = uniform_numbers(DrawsSpec(70, 4.0, "all", seed=5), "flipped", digests)
     for row, digest in enumerate(digests):

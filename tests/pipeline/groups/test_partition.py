@@ -10,15 +10,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gkd.pipeline.groups.partition import Partition, partition, partition_logits
+from gkd.pipeline.groups.partition import Partition, partition
 from gkd.pipeline.settings import PartitionSettings
 from gkd.storage.cache.spec import DrawsSpec
 from gkd.storage.cache.targets import decode_log_probs
 from gkd.storage.errors import ConfigError
+from tests.pipeline.given_logits import partition_logits
 from tests.reference import class_order, dense_group, dense_secondary, log_sum_exp
 
-# Where the cumulative mass comes this close to the threshold, rounding of float32 tail sums may
-# decide whether one more class belongs to the group; either group is then right.
+# If the cumulative mass is this close to the threshold, rounding of float32 sums may decide whether
+# one more class belongs to the group; either group is then right.
 MASS_TOLERANCE = 1e-5
 LOG_TOLERANCE = 1e-4
 CODE_TOLERANCE = 1e-3 * np.log(2)  # of ln p: the code's step and float rounding
@@ -69,7 +70,7 @@ def check_group(
     )
     if np.array_equal(group, expected) and truncated == cut:
         return
-    # The other side of a threshold that the cumulative mass all but touches.
+    # The group on the other side of a threshold that the cumulative mass almost equals.
     nearby = []
     for threshold in (config.threshold - MASS_TOLERANCE, config.threshold + MASS_TOLERANCE):
         other, other_cut = dense_group(
@@ -145,7 +146,7 @@ def test_groups_equal_the_dense_reference_at_any_chunk(
 def like_a_teacher(
     batch: int, num_classes: int, seed: int = 0
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
-    """Logits of impostors with a heavy right tail and of labels between clear and hopeless."""
+    """Logits of impostors with a heavy tail, and of labels from certain to misclassified."""
     rng = np.random.default_rng(seed)
     cosines = 0.09 * rng.standard_t(12, (batch, num_classes))
     labels = rng.integers(0, num_classes, batch)
@@ -155,7 +156,7 @@ def like_a_teacher(
 
 @pytest.mark.parametrize("group_temperature", [1.0, 2.0, 4.0])
 @pytest.mark.parametrize("class_chunk", [None, 1000])
-def test_many_classes_with_estimated_floors(
+def test_many_classes_with_estimated_cutoffs(
     group_temperature: float, class_chunk: int | None
 ) -> None:
     logits, labels = like_a_teacher(24, 12_000)
@@ -163,9 +164,9 @@ def test_many_classes_with_estimated_floors(
     check(run(logits, labels, config, class_chunk), logits, labels, config)
 
 
-def test_a_first_chunk_unlike_the_others_is_still_exact() -> None:
-    # The sample of the first chunk promises a floor far above what the group needs, so that the
-    # rows have to be done again; and far below, so that candidates overflow and are thinned out.
+def test_an_unrepresentative_first_chunk_is_still_exact() -> None:
+    # The sample of the first chunk gives a cutoff far too high, so the rows are repeated, or far
+    # too low, so candidates overflow and are dropped.
     logits, labels = like_a_teacher(6, 9000)
     logits[:3, :1000] += 30
     logits[3:, :1000] -= 30
@@ -174,8 +175,8 @@ def test_a_first_chunk_unlike_the_others_is_still_exact() -> None:
         check(run(logits, labels, config, 1000), logits, labels, config)
 
 
-def test_candidates_below_a_floor_that_rose_prove_nothing() -> None:
-    # More than max_group of them are held here, but of a smaller group not all.
+def test_candidates_below_a_raised_cutoff_are_not_taken_as_complete() -> None:
+    # More than max_group candidates are held here, but not all that a smaller group needs.
     logits, labels = like_a_teacher(70, 9000)
     config = PartitionSettings(max_group=100)
     check(run(logits, labels, config), logits, labels, config)
@@ -185,7 +186,7 @@ def test_candidates_below_a_floor_that_rose_prove_nothing() -> None:
     ("num_classes", "threshold", "max_group"),
     [(5000, 0.5, 300), (5000, 1.0, 300), (400, 1.0, 300), (700, 0.999, 65535)],
 )
-def test_a_flat_teacher_takes_the_lowest_classes(
+def test_ties_are_broken_by_the_lower_class(
     num_classes: int, threshold: float, max_group: int
 ) -> None:
     logits = np.zeros((2, num_classes), np.float32)
@@ -199,7 +200,7 @@ def test_a_flat_teacher_takes_the_lowest_classes(
 
 
 @pytest.mark.parametrize("gap", [30.0, 100.0, 400.0, 3000.0])
-def test_the_tail_of_a_one_hot_teacher_keeps_its_mass(gap: float) -> None:
+def test_a_tiny_secondary_mass_is_exact(gap: float) -> None:
     num_classes = 1000
     logits = np.full((1, num_classes), -gap, np.float32)
     logits[0, 7] = 0
@@ -211,7 +212,7 @@ def test_the_tail_of_a_one_hot_teacher_keeps_its_mass(gap: float) -> None:
     np.testing.assert_allclose(result.targets.secondary[0], expected, atol=1e-4, rtol=1e-6)
 
 
-def test_a_group_of_all_classes_leaves_nothing() -> None:
+def test_a_group_of_all_classes_has_no_secondary_mass() -> None:
     logits = np.array([[3.0, 1.0, 2.0]], np.float32)
     result = run(logits, np.array([1]), PartitionSettings(threshold=1.0))
     np.testing.assert_array_equal(result.targets.indices, [0, 2, 1])
@@ -225,14 +226,14 @@ def test_threshold_zero_is_the_label_alone() -> None:
     np.testing.assert_array_equal(result.targets.indices, labels)
 
 
-def test_a_cut_group_ends_with_the_label() -> None:
+def test_a_truncated_group_ends_with_the_label() -> None:
     logits = (np.arange(50) / 50).astype(np.float32)[None]
     result = run(logits, np.array([3]), PartitionSettings(max_group=5))
     np.testing.assert_array_equal(result.targets.indices, [49, 48, 47, 46, 3])
     assert result.truncated[0]
 
 
-def test_embeddings_are_normalised_and_the_margin_taken_from_the_label() -> None:
+def test_embeddings_are_normalised_and_the_margin_is_subtracted_at_the_label() -> None:
     rng = np.random.default_rng(3)
     centers = rng.normal(size=(700, 16)).astype(np.float32)
     centers /= np.linalg.norm(centers, axis=1, keepdims=True)
@@ -252,7 +253,7 @@ def test_embeddings_are_normalised_and_the_margin_taken_from_the_label() -> None
     check(result, (config.scale * cosines).astype(np.float32), labels, config)
 
 
-def test_the_logits_given_are_left_as_they_are() -> None:
+def test_given_logits_are_not_modified() -> None:
     logits, labels = like_a_teacher(4, 200)
     tensor = torch.from_numpy(logits)
     before = tensor.clone()
@@ -260,19 +261,19 @@ def test_the_logits_given_are_left_as_they_are() -> None:
     assert torch.equal(tensor, before)
 
 
-def test_chunk_size_does_not_decide_the_groups() -> None:
+def test_groups_do_not_depend_on_the_chunk_size() -> None:
     logits, labels = like_a_teacher(16, 3000)
     config = PartitionSettings(group_temperature=1.0)
     whole = run(logits, labels, config, 3000)
-    for chunk in (1, 77, 1024, 2999):
+    for chunk in (7, 77, 1024, 2999):
         other = run(logits, labels, config, chunk)
         np.testing.assert_array_equal(other.targets.indices, whole.targets.indices)
         np.testing.assert_array_equal(other.targets.offsets, whole.targets.offsets)
 
 
 @pytest.mark.parametrize("batch", [5, 11, 200])
-def test_the_number_of_threads_does_not_decide_a_bit(batch: int) -> None:
-    """Of one block of rows neither."""
+def test_bits_do_not_depend_on_the_number_of_threads(batch: int) -> None:
+    """Neither for one block of rows nor for several."""
     rng = np.random.default_rng(5)
     centers = rng.normal(size=(6000, 32)).astype(np.float32)
     centers /= np.linalg.norm(centers, axis=1, keepdims=True)
