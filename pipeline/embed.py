@@ -154,11 +154,13 @@ def _decode(records: Records, skip_corrupt: bool, rows: range) -> DecodedBatch:
         except CorruptRecordError as error:
             if not skip_corrupt:
                 raise CorruptRecordError(
-                    f"{error}; `gkd records verify` lists all such records, and --skip-corrupt "
-                    "leaves them out"
+                    error.problem,
+                    path=error.path,
+                    remedy="`gkd records verify` lists all such records, and --skip-corrupt leaves "
+                    "them out",
                 ) from error
             # Without the path: the cache's bytes must not depend on the folder of the records.
-            skipped[position] = str(error).removeprefix(f"{records.where(row)}: ")
+            skipped[position] = error.problem
         else:
             digests[position] = np.frombuffer(digest(encoded), np.uint8)
     kept = np.setdiff1d(np.arange(len(rows)), list(skipped))

@@ -62,13 +62,13 @@ class Records(ABC):
         """The encoded image, if possible a view of the file without a copy.
 
         Raises:
-            CorruptRecordError: if it cannot be read or its label names no class; the message
-                starts with ``where`` and a colon, then says what was expected and what was found.
+            CorruptRecordError: if it cannot be read or its label names no class; ``path`` is the
+                record's location, ``problem`` what is wrong with it.
         """
         try:
             return self._read(row)
         except CorruptRecordError as error:
-            raise CorruptRecordError(f"{self.where(row)}: {error}") from error
+            raise CorruptRecordError(str(error), path=self.where(row)) from error
 
     def image(self, row: int) -> npt.NDArray[np.uint8]:
         """The decoded face, RGB uint8 [112, 112, 3].
@@ -81,8 +81,10 @@ class Records(ABC):
             return decode_face(self.encoded(row), self.where(row))
         except CorruptRecordError as error:
             raise CorruptRecordError(
-                f"{error}; write this record again or leave it out: `gkd records verify` lists all "
-                "such records"
+                error.problem,
+                path=error.path,
+                remedy="write this record again or leave it out: `gkd records verify` lists all "
+                "such records",
             ) from error
 
     def stamps(self) -> Iterator[tuple[str, os.stat_result]]:

@@ -52,17 +52,17 @@ def decode_face(encoded: bytes | memoryview, where: str) -> npt.NDArray[np.uint8
     """Pixels of an aligned face at the location ``where``, RGB uint8 [112, 112, 3].
 
     Raises:
-        CorruptRecordError: if the image cannot be decoded or has another size; the message starts
-            with ``where`` and leaves it to the caller to add what to do.
+        CorruptRecordError: if the image cannot be decoded or has another size; the caller may add
+            a remedy.
     """
     try:
         pixels = decode(encoded)
     except CorruptRecordError as error:
-        raise CorruptRecordError(f"{where}: {error}") from error
+        raise CorruptRecordError(str(error), path=where) from error
     if pixels.shape != FACE_SHAPE:
         height, width, _ = pixels.shape
         raise CorruptRecordError(
-            f"{where}: expected an aligned face of 112x112 pixels, got {width}x{height}"
+            path=where, expected="an aligned face of 112x112 pixels", got=f"{width}x{height}"
         )
     return pixels
 

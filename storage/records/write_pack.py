@@ -81,7 +81,9 @@ def _write_records(records: Records, writer: RecordWriter, workers: int) -> None
                 decode_face(encoded, records.where(row))
             except CorruptRecordError as error:
                 raise CorruptRecordError(
-                    f"{error}; align or write this image again, or leave it out"
+                    error.problem,
+                    path=error.path,
+                    remedy="align or write this image again, or leave it out",
                 ) from error
         return images
 
