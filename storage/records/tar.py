@@ -27,7 +27,7 @@ _WITHOUT_DATA = frozenset(b"%d" % kind for kind in range(1, 7))  # links, device
 _PAX, _PAX_GLOBAL = frozenset((b"x", b"X")), b"g"
 _LONG_NAME, _LONG_LINK, _SPARSE = b"L", b"K", b"S"
 _PAX_FIELD = re.compile(rb"(\d{1,9}) ([^=]+)=")
-# Names and pax headers are far smaller; a damaged size could claim the whole file.
+# Names and pax headers are far smaller; a damaged size could include the whole file.
 _MAX_EXTENDED = 1 << 20
 
 

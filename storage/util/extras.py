@@ -1,4 +1,4 @@
-"""Optional packages: asked for by name where they are needed."""
+"""Optional packages, imported when they are needed."""
 
 import importlib
 from typing import Any
@@ -10,7 +10,7 @@ def require(module: str, extra: str) -> Any:
     """Import an optional package.
 
     Raises:
-        ConfigError: where it is not installed, naming the extra of gkd that brings it.
+        ConfigError: if it is not installed, naming the extra of gkd that installs it.
     """
     try:
         return importlib.import_module(module)

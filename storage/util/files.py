@@ -1,7 +1,7 @@
 """Files and folders that are complete or absent, whatever interrupts the writer.
 
-Both are written under a temporary name beside their place (``.NAME.`` and 32 hex digits), made
-durable, and renamed into place.
+Both are written beside their final path under a temporary name (``.NAME.`` and 32 hex digits),
+made durable and renamed.
 """
 
 import errno

@@ -1,4 +1,4 @@
-"""Threads for work that lets go of the interpreter's lock: decoding, hashing, reading files."""
+"""Threads for work that releases the interpreter's lock: decoding, hashing, reading files."""
 
 import queue
 import threading
@@ -17,8 +17,8 @@ def ordered_map(
 ) -> Generator[R, None, None]:
     """``map`` over ``workers`` threads: results in the order of ``items``, few of them in memory.
 
-    At most ``AHEAD * workers`` items are taken ahead of the consumer, so a slow consumer holds no
-    more than their results. An exception of ``function`` is raised at its place.
+    At most ``AHEAD * workers`` items are processed ahead of the consumer, so a slow consumer holds
+    no more than their results. An exception of ``function`` is raised in place of its result.
     """
     with ThreadPoolExecutor(workers) as pool:
         waiting: deque[Future[R]] = deque()
@@ -61,14 +61,14 @@ def for_each(function: Callable[[T], object], items: Iterable[T], *, workers: in
     """Call ``function`` on all items, in any order, in ``workers`` threads.
 
     The first exception is raised at once, and so is an interrupt: nothing waits for calls that
-    hang on a network. They end by themselves or with the process; no other call begins.
+    hang on a network. They end by themselves or with the process; no further call starts.
     """
     todo = deque(items)
-    ends: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
-    leave = threading.Event()
+    results: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
+    stop = threading.Event()
 
     def work() -> None:
-        while not leave.is_set():
+        while not stop.is_set():
             try:
                 item = todo.popleft()
             except IndexError:
@@ -76,20 +76,20 @@ def for_each(function: Callable[[T], object], items: Iterable[T], *, workers: in
             try:
                 function(item)
             except BaseException as error:
-                ends.put(error)
+                results.put(error)
                 return
-            ends.put(None)
+            results.put(None)
 
     calls = len(todo)
     try:
         for _ in range(min(workers, calls)):
             threading.Thread(target=work, daemon=True).start()
         for _ in range(calls):
-            error = ends.get()
+            error = results.get()
             if error is not None:
                 raise error
     finally:
-        leave.set()
+        stop.set()
 
 
 def row_blocks(count: int, size: int = 256) -> Iterator[range]:
