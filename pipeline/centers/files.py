@@ -5,6 +5,7 @@ face.evoLVe, and the files that ``gkd centers build`` writes.
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -145,39 +146,29 @@ def _expand(path: Path) -> list[Path]:
 
 def _sort_parts(files: Sequence[Path]) -> list[Path]:
     """Parts by rank, after a check that each rank of one checkpoint is there exactly once."""
-    spans = {file: span for file in files if (span := _rank_span(file))}
-    if not spans:
+    spans = [_rank_span(file) for file in files]
+    ranked = [(file, *span) for file, span in zip(files, spans, strict=True) if span]
+    if not ranked:
         return list(files)
-    unranked = [file for file in files if file not in spans]
-    if unranked:
-        raise ConfigError(
-            f"{unranked[0]}: expected a part of class centres with a rank in its name, like "
-            f"{next(iter(spans)).name}; give either the parts of one checkpoint, or only files "
-            "without ranks, in the order in which they are to be joined"
-        )
-    names = {f"{file.name[:start]}*{file.name[end:]}" for file, (start, end) in spans.items()}
-    if len(names) > 1:
-        raise ConfigError(
-            f"{files[0].parent}: got parts of {len(names)} checkpoints, "
-            f"{', '.join(sorted(names))}; give the parts of one"
-        )
-    by_rank: dict[int, Path] = {}
-    for file in files:
-        start, end = spans[file]
-        other = by_rank.setdefault(int(file.name[start:end]), file)
-        if other is not file:
-            raise ConfigError(
-                f"{file} and {other}: both are the part of rank {file.name[start:end]}; give each "
-                "part once"
-            )
-    missing = sorted(set(range(max(by_rank) + 1)) - set(by_rank))
-    if missing:
-        raise ConfigError(
-            f"{files[0].parent}: expected parts of class centres of {max(by_rank) + 1} or more "
-            f"ranks, got {len(by_rank)}: rank {first_few(missing, 5)} is missing; give the "
-            "files of all ranks"
-        )
-    return [by_rank[rank] for rank in sorted(by_rank)]
+    ranks = [int(file.name[start:end]) for file, start, end in ranked]
+    names = sorted({f"{file.name[:start]}*{file.name[end:]}" for file, start, end in ranked})
+    repeated = [rank for rank, count in Counter(ranks).items() if count > 1]
+    missing = sorted(set(range(max(ranks) + 1)) - set(ranks))
+    if None in spans:
+        fault = f"{files[spans.index(None)].name}, which has no rank in its name"
+    elif len(names) > 1:
+        fault = f"those of {len(names)} checkpoints: {first_few(names)}"
+    elif repeated:
+        fault = f"several of rank {first_few(repeated, 5)}"
+    elif missing:
+        fault = f"{len(ranks)} of {max(ranks) + 1} or more: rank {first_few(missing, 5)} is missing"
+    else:
+        return [ranked[ranks.index(rank)][0] for rank in range(len(ranks))]
+    raise ConfigError(
+        f"{files[0].parent}: expected parts of class centres, one for each rank of one checkpoint, "
+        f"got {fault}; give all parts of one checkpoint, or only files without ranks, in the order "
+        "in which they are to be joined"
+    )
 
 
 def _read_file(path: Path, embedding_dim: int | None) -> CenterFile:
@@ -220,20 +211,16 @@ def _find_centers(
                 f"{path}: expected class centres at {wanted}, where {layout.source} stores them, "
                 f"got {len(keys)} matrices there; the file contains {_describe(tensors)}"
             )
-    if any(tensor.dim() > 2 for tensor in tensors.values()):
-        raise ConfigError(
-            f"{path}: contains a network, but no class centres under a key of a known training "
-            f"code ({', '.join(layout.source for layout in LAYOUTS[1:])}); it contains "
-            f"{_describe(tensors)}. Save the centres alone, as .npy [C, D], or use --centers "
-            "class-mean"
-        )
+    is_network = any(tensor.dim() > 2 for tensor in tensors.values())
     fitting = [key for key in matrices if embedding_dim in (None, *matrices[key].shape)]
-    if len(fitting) != 1:
+    if is_network or len(fitting) != 1:
         length = "D" if embedding_dim is None else embedding_dim
+        got = "a network" if is_network else f"{len(fitting)} such matrices"
+        sources = ", ".join(dict.fromkeys(layout.source for layout in LAYOUTS[1:]))
         raise ConfigError(
-            f"{path}: expected exactly one matrix of centres [C, {length}] for the teacher's "
-            f"embeddings of length {length}, got {len(fitting)}: "
-            f"{_describe({key: tensors[key] for key in fitting} or tensors)}"
+            f"{path}: expected class centres under a key of {sources}, or exactly one matrix [C, "
+            f"{length}], got {got}: {_describe(tensors)}; save the centres alone, as .npy [C, "
+            f"{length}], or use --centers class-mean"
         )
     return PLAIN, fitting[0]
 

@@ -121,19 +121,6 @@ def check_preprocessing(
     return check
 
 
-def report_group_sizes(
-    embeddings: npt.NDArray[np.float32],
-    labels: npt.NDArray[np.int64],
-    centers: Tensor,
-    settings: PartitionSettings,
-    *,
-    own_means: bool,
-) -> None:
-    """Log cosines and group sizes of a sample, see ``describe_groups``."""
-    for line in describe_groups(embeddings, labels, centers, settings, own_means=own_means):
-        log_rank0(line)
-
-
 def sample_images(
     records: Records, embedder: Embedder, views: Sequence[View], *, workers: int
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
@@ -292,15 +279,15 @@ def describe_preset(check: PresetCheck) -> list[str]:
     return lines
 
 
-def describe_groups(
+def report_group_sizes(
     embeddings: npt.NDArray[np.float32],
     labels: npt.NDArray[np.int64],
     centers: Tensor,
     settings: PartitionSettings,
     *,
     own_means: bool,
-) -> list[str]:
-    """Cosines and primary groups of embeddings [n, D] of classes ``labels`` [n], as lines.
+) -> None:
+    """Log cosines and primary groups of embeddings [n, D] of classes ``labels`` [n].
 
     Warnings follow if centres do not fit or groups hardly teach. ``own_means`` are centres that
     these images are part of.
@@ -348,4 +335,5 @@ def describe_groups(
             f"{settings.group_temperature:g}) or --threshold (now {settings.threshold:g})"
             + ("; or use --draws 64 instead" if settings.draws is None else "")
         )
-    return lines
+    for line in lines:
+        log_rank0(line)

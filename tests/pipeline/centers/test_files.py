@@ -180,10 +180,12 @@ def test_published_shards_with_another_number_of_classes_are_refused(tmp_path: P
 @pytest.mark.parametrize("kind", ["now", "mid", "2021", "cvlface", "tface"])
 def test_missing_and_repeated_parts_are_named(tmp_path: Path, kind: str) -> None:
     paths = write(tmp_path / "a", kind)
-    with pytest.raises(ConfigError, match=r"of 12 or more ranks, got 10: rank 2, 7 is missing"):
+    with pytest.raises(
+        ConfigError, match=r"got 10 of 12 or more: rank 2, 7 is missing; give all parts"
+    ):
         load_centers([p for i, p in enumerate(paths) if i not in (2, 7)], C, D)
     twin = write(tmp_path / "b", kind)[3]
-    with pytest.raises(ConfigError, match=r"both are the part of rank 3; give each part once"):
+    with pytest.raises(ConfigError, match=r"got several of rank 3; give all parts"):
         load_centers([*paths, twin], C, D)
     # Only the number of classes shows that the last parts are missing.
     with pytest.raises(SpecMismatchError, match="a shard of another rank may be missing"):
@@ -192,11 +194,11 @@ def test_missing_and_repeated_parts_are_named(tmp_path: Path, kind: str) -> None
 
 def test_parts_of_several_checkpoints_are_not_joined(tmp_path: Path) -> None:
     mixed = [*write(tmp_path, "tface")[:6], tmp_path / "HEAD_Epoch_17_Split_6_checkpoint.pth"]
-    message = r"parts of 2 checkpoints, HEAD_Epoch_17_Split_\*_check.*, HEAD_Epoch_18_Split_\*_"
+    message = r"got those of 2 checkpoints: HEAD_Epoch_17_Split_\*_check.*, HEAD_Epoch_18_Split_\*_"
     with pytest.raises(ConfigError, match=message):
         load_centers(mixed, C, D)
     np.save(tmp_path / "more.npy", RAW)
-    with pytest.raises(ConfigError, match=r"more\.npy: expected a part .*like HEAD_Epoch_18_Split"):
+    with pytest.raises(ConfigError, match=r"got more\.npy, which has no rank in its name"):
         load_centers([*mixed[:6], tmp_path / "more.npy"], C, D)
 
 
@@ -219,21 +221,21 @@ def without(content: Any, dotted: str) -> Any:
         (
             "cvlface",
             "partial_fc.weight",
-            r"exactly one matrix .*got 0: partial_fc.batch_mean \[1\]",
+            r"exactly one matrix .*got 0 such matrices: partial_fc.batch_mean \[1\]",
         ),
         ("tface", "MS1MV2.weight", r"where TFace stores them, got 0 matrices there"),
         (
             "adaface",
             "state_dict.head.kernel",
-            r"contains a network, but no class centres under a key",
+            r"expected class centres under a key of .*AdaFace, .*got a network: ",
         ),
         (
             "facex",
             "state_dict.head.weight",
-            r"contains a network, but no class centres under a key",
+            r"expected class centres under a key of .*AdaFace, .*got a network: ",
         ),
-        ("adadistill", "kernel", r"exactly one matrix .*got 0: no array"),
-        ("evolve", "weight", r"exactly one matrix .*got 0: no array"),
+        ("adadistill", "kernel", r"exactly one matrix .*got 0 such matrices: no array"),
+        ("evolve", "weight", r"exactly one matrix .*got 0 such matrices: no array"),
     ],
 )
 def test_a_file_without_its_key_is_refused(

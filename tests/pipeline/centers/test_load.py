@@ -91,7 +91,7 @@ def test_too_many_centres_are_refused_with_padding_as_a_reason(tmp_path: Path) -
         ("c.npy", b"x", r"c\.npy: expected a \.npy array of numbers, got"),
         ("c.npy", np.arange(9), r"c\.npy: expected a \.npy array of floats, got int64"),
         ("c.npy", np.array([{}]), r"c\.npy: expected a \.npy array of numbers, got .*allow_pickle"),
-        ("c.npy", RAW[:, :5], r"one matrix of centres \[C, 8\] .* got 0: an array \[12, 5\]"),
+        ("c.npy", RAW[:, :5], r"one matrix \[C, 8\], got 0 such matrices: an array \[12, 5\]"),
         (
             "c.pt",
             b"x",
@@ -110,9 +110,9 @@ def test_too_many_centres_are_refused_with_padding_as_a_reason(tmp_path: Path) -
         (
             "c.pt",
             {"a": torch.ones(3, D), "b": torch.ones(D, 5)},
-            r"exactly one matrix .*, got 2: a \[3, 8\], b \[8, 5\]",
+            r"exactly one matrix .*, got 2 such matrices: a \[3, 8\], b \[8, 5\]",
         ),
-        ("c.pt", {"epoch": 3}, r"got 0: no array"),
+        ("c.pt", {"epoch": 3}, r"got 0 such matrices: no array"),
         ("c.safetensors", b"x", r"c\.safetensors: expected a safetensors file, got"),
     ],
 )

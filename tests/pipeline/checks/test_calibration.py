@@ -15,9 +15,9 @@ from gkd.pipeline.checks import calibration
 from gkd.pipeline.checks.calibration import (
     PRESETS,
     check_presets,
-    describe_groups,
     describe_preset,
     pairs_to_score,
+    report_group_sizes,
     sample_images,
     score,
 )
@@ -52,7 +52,7 @@ class ToneEmbedder(PixelEmbedder):
 
 @pytest.fixture(scope="module")
 def people(tmp_path_factory: pytest.TempPathFactory) -> Records:
-    return open_records(write_folder(tmp_path_factory.mktemp("people") / "set", 40, 4))
+    return open_records(write_folder(tmp_path_factory.mktemp("people") / "set", 40, 2))
 
 
 def test_pairs_are_two_images_of_different_identities() -> None:
@@ -152,16 +152,17 @@ def test_unreadable_images_are_skipped(tmp_path: Path) -> None:
     assert check_presets(records, PixelEmbedder(), pairs, workers=1) is None
 
 
-def test_cosines_and_groups_are_those_of_dense_logits() -> None:
+def test_cosines_and_groups_are_those_of_dense_logits(capsys: pytest.CaptureFixture[str]) -> None:
     rng = np.random.default_rng(0)
     embeddings, labels = rng.normal(size=(30, EMBEDDING_DIM)), rng.integers(0, 20, 30)
     array = centers(20).array
     embeddings += 3 * array[labels]
     draws = DrawsSpec(4, 1.0, "all")
     settings = PartitionSettings(group_temperature=8.0, max_group=11, draws=draws)
-    (line,) = describe_groups(
+    report_group_sizes(
         embeddings.astype(np.float32), labels, torch.from_numpy(array), settings, own_means=False
     )
+    (line,) = capsys.readouterr().err.splitlines()
     unit = embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True)
     cosines = unit @ array.T
     own = np.arange(20) == labels[:, None]
@@ -184,13 +185,14 @@ def test_cosines_and_groups_are_those_of_dense_logits() -> None:
     )
 
 
-def test_groups_that_hardly_teach_are_reported() -> None:
+def test_groups_that_hardly_teach_are_reported(capsys: pytest.CaptureFixture[str]) -> None:
     array = torch.from_numpy(centers(20).array)
     labels = np.arange(20)
 
     def lines(settings: PartitionSettings, *, shift: int = 0, own_means: bool = False) -> list[str]:
         own = np.roll(labels, shift)
-        return describe_groups(array.numpy(), own, array, settings, own_means=own_means)
+        report_group_sizes(array.numpy(), own, array, settings, own_means=own_means)
+        return capsys.readouterr().err.splitlines()
 
     sharp = PartitionSettings(group_temperature=0.01, margin=0.0)
     found = lines(sharp, own_means=True)
@@ -220,11 +222,11 @@ def test_a_run_logs_its_checks_once_and_its_bytes_do_not_change(
     for kind in (CLASS_MEAN, centers(40)):
         cache_teacher(people, tmp_path / f"{kind == CLASS_MEAN}", ToneEmbedder(), kind, settings)
         logged = capsys.readouterr().err
-        assert "calibration: the preprocessing was not checked" in logged, "160 images are too few"
+        assert "calibration: the preprocessing was not checked" in logged, "80 images are too few"
         assert logged.count("images: cosine to the own centre") == 1
     silent = contents(tmp_path / "True")
 
-    monkeypatch.setattr(calibration, "MIN_PASSES", 320)
+    monkeypatch.setattr(calibration, "MIN_PASSES", 160)
     embedder = ToneEmbedder()
     embedder.preprocess = preprocess_preset("imagenet", bgr=True)
     cache_teacher(people, tmp_path / "bgr", embedder, CLASS_MEAN, settings)
