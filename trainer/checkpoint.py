@@ -1,10 +1,10 @@
-"""Checkpoints: written whole or not at all, read without running their code."""
+"""Checkpoints of a run: complete or absent, and read without running code from them."""
 
 import os
-import re
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,10 +22,11 @@ from torch.distributed.tensor import DTensor
 
 from gkd.storage.errors import ConfigError, SpecMismatchError
 from gkd.storage.util.files import publish_file, sha256_file, sync_file, sync_folder
+from gkd.storage.util.text import describe_differences
 from gkd.storage.util.torch_files import read_torch_file
 from gkd.trainer.backbones import build_backbone
 from gkd.trainer.config import RunConfig, StudentConfig
-from gkd.trainer.config_file import differences, stored_config
+from gkd.trainer.config_file import FREE_KEYS, stored_config
 from gkd.trainer.distributed import Ranks
 
 FORMAT = 1
@@ -35,7 +36,7 @@ CENTERS = "centers"
 
 
 class RunData(NamedTuple):
-    """What a run may not change on its way: its data, and the cache that teaches it."""
+    """What a run must not change when it is resumed: its data, and the cache of its targets."""
 
     num_images: int
     num_classes: int
@@ -44,12 +45,12 @@ class RunData(NamedTuple):
 
 
 class Student(NamedTuple):
-    """A trained backbone in eval mode, float [B, 3, 112, 112] to [B, D], and what became of it.
+    """A trained backbone in eval mode, float [B, 3, 112, 112] to [B, D], and its history.
 
     config    settings of its run
     data      what it was trained on
-    step      steps that were taken
-    accuracy  of the evaluation then, by verification set
+    step      number of steps trained
+    accuracy  of the evaluation at that step, by verification set
     """
 
     backbone: nn.Module
@@ -70,10 +71,10 @@ def student_backbone(config: StudentConfig) -> nn.Module:
 
 
 def load_student(path: Path) -> Student:
-    """The student of a run folder (its best checkpoint, else its last) or of a ``.pt`` of one.
+    """The student of a run folder (its best checkpoint, else its last) or of one of its ``.pt``.
 
     Raises:
-        ConfigError: where there is no checkpoint, or the file is none of gkd's.
+        ConfigError: if there is no checkpoint, or the file is not one of gkd's.
     """
     path = Path(path)
     if path.is_dir():
@@ -81,10 +82,10 @@ def load_student(path: Path) -> Student:
     content = read_checkpoint(path)
     config = _config_of(content, path)
     backbone = student_backbone(config.student)
-    lacking = [name for name in ("model", "data", "step", "accuracy") if name not in content]
-    if lacking:
+    missing = [name for name in ("model", "data", "step", "accuracy") if name not in content]
+    if missing:
         raise ConfigError(
-            f"{path}: expected a checkpoint of a run, it lacks {', '.join(lacking)}; give the "
+            f"{path}: expected a checkpoint of a run, it lacks {', '.join(missing)}; give the "
             "folder of a run of `gkd train-student`, or a file in its checkpoints/"
         )
     try:
@@ -96,25 +97,25 @@ def load_student(path: Path) -> Student:
 
 
 def chosen_checkpoint(run: Path) -> Path:
-    """The checkpoint that stands for a run folder: its best, else its last.
+    """The best checkpoint of a run folder, or its last if there is no best.
 
     Raises:
-        ConfigError: where the folder has neither.
+        ConfigError: if the folder has neither.
     """
     for name in (BEST, LAST):
         if (run / FOLDER / name).exists():
             return run / FOLDER / name
     raise ConfigError(
-        f"{run}: expected the folder of a run of `gkd train-student`, found no {FOLDER}/{LAST} in "
-        "it; give such a folder, or the weights file itself"
+        f"{run}: not a gkd run folder: found no {FOLDER}/{LAST} in it; give the folder of a run of "
+        "`gkd train-student`, or the weights file itself"
     )
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """What ``write_checkpoint`` was given, on the CPU.
+    """The content given to ``write_checkpoint``, on the CPU.
 
     Raises:
-        ConfigError: for a file that is absent, damaged or not a checkpoint of gkd.
+        ConfigError: if the file is absent, damaged or not a checkpoint of gkd.
     """
     if not path.is_file():
         raise ConfigError(
@@ -122,13 +123,12 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             "`gkd train-student`, or one of the .pt files in its checkpoints/"
         )
     try:
-        return _whole(path)
+        return _read(path)
     except ConfigError as error:
-        raise ConfigError(f"{error}; {_ways_on(path)}") from error
+        raise ConfigError(f"{error}; {_alternatives(path)}") from error
 
 
-def _whole(path: Path) -> dict[str, Any]:
-    """A checkpoint's content; raises ConfigError where it is damaged or none, with no remedy."""
+def _read(path: Path) -> dict[str, Any]:
     content = read_torch_file(path, remedy="")
     if not isinstance(content, Mapping) or content.get("format") != FORMAT:
         raise ConfigError(
@@ -138,32 +138,32 @@ def _whole(path: Path) -> dict[str, Any]:
     return dict(content)
 
 
-def _ways_on(damaged: Path) -> str:
-    """What to do in place of a checkpoint, or a folder of class centres, that is ``damaged``."""
-    whole: dict[str, int] = {}
+def _alternatives(damaged: Path) -> str:
+    """What to do if a checkpoint, or a folder of class centres, is ``damaged``."""
+    intact: dict[str, int] = {}
     for path in damaged.parent.glob("*.pt"):
         try:
-            content = _whole(path)
+            content = _read(path)
             folder, digests = centers_of(content, path)
             if folder != damaged and not _fault(folder, digests):
-                whole[path.name] = content["step"]
+                intact[path.name] = content["step"]
         except (ConfigError, OSError, KeyError):
             continue
-    newest = sorted(whole, key=lambda name: -whole[name])
-    told = ", ".join(f"{name} (step {whole[name]})" for name in newest)
-    if not told:
-        return "no whole checkpoint stands beside it: train into another folder"
+    newest = sorted(intact, key=lambda name: -intact[name])
+    names = ", ".join(f"{name} (step {intact[name]})" for name in newest)
+    if not names:
+        return "no intact checkpoint is beside it: train into another folder"
     if damaged.suffix == ".pt" and damaged.name != LAST:
-        return f"give a whole one that stands beside it: {told}"
+        return f"give an intact one beside it: {names}"
     return (
-        f"to go on from a whole one that stands beside it, {told}, remove {LAST}, copy that one to "
-        f"{LAST} and run the same command again"
+        f"to resume from an intact one beside it, {names}, remove {LAST}, copy that one to {LAST} "
+        "and run the same command again"
     )
 
 
 def write_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
-    """Publish a checkpoint: written aside, synced, renamed. ``content`` is builtins and tensors."""
-    with publish_file(path) as aside, aside.open("wb") as file:
+    """Publish a checkpoint atomically. ``content`` is builtins and tensors."""
+    with publish_file(path) as temporary, temporary.open("wb") as file:
         torch.save({"format": FORMAT, **content}, file)
 
 
@@ -180,71 +180,55 @@ def publish(
 ) -> None:
     """Write ``last.pt``; at ``best_step``, ``best.pt`` too; keep the ``keep`` newest before it.
 
-    Each rank writes its class centres into a folder of their own first, so that what stands is
-    whole at any instant; ``written`` says that those of this ``step`` stand already. Centres of
-    older checkpoints that are not kept, nor the best, are deleted. All ranks call it.
+    First each rank writes its class centres into a new folder, so that there is a complete
+    checkpoint at any instant; ``written`` means that those of this ``step`` exist already. Centres
+    of older checkpoints that are neither kept nor the best are deleted. All ranks call it.
 
     Raises:
-        ConfigError: where the disk is full or closed.
+        ConfigError: if the disk is full or read-only.
     """
-    where = folder / f"{CENTERS}_{step:09d}"
-    failed: BaseException | None = None
+    home = folder / f"{CENTERS}_{step:09d}"
+    failed: OSError | None = None
     try:
         if not written:
-            _write_centers(where, centers, ranks)
+            _write_centers(home, centers, ranks)
         if ranks.first:
-            digests = {file.name: sha256_file(file) for file in sorted(where.iterdir())}
-            named = {"folder": where.name, "tensors": list(centers), "sha256": digests}
+            digests = {file.name: sha256_file(file) for file in sorted(home.iterdir())}
+            named = {"folder": home.name, "tensors": list(centers), "sha256": digests}
             write_checkpoint(folder / LAST, {**content, "centers": named})
             settle(folder, step=step, best_step=best_step, keep=keep)
     except (OSError, RuntimeError, CheckpointException) as error:
-        # No fault of the disk: a death that was met here by chance, or a GPU that is full.
-        if worker_death(error) or isinstance(error, torch.OutOfMemoryError):
+        failed = _disk_error(error)
+        if failed is None:  # a full GPU, or a data worker that just died
             raise
-        failed = error
     if ranks.all_reduce_max(int(failed is not None)):
-        reason = _reason(failed) if failed else "another rank's disk"
+        reason = (failed.strerror or failed) if failed else "another rank's disk"
         raise ConfigError(
             f"{folder}: the checkpoint of step {step} could not be written ({reason}); make "
-            "room on the disk, or open the folder to this user"
+            "room on the disk, or allow this user to write to the folder"
         ) from failed
 
 
-def worker_death(error: BaseException) -> str:
-    """What torch says of a killed data worker, wherever it raised it; empty for another error.
-
-    One that is killed while it hands a batch over leaves a connection that is cut, and no word.
-    """
-    if isinstance(error, ConnectionResetError):
-        return str(error)
-    told = (re.search(r"DataLoader worker.*", str(each)) for each in _chain(error))
-    return next((found[0] for found in told if found), "")
-
-
-def _reason(error: BaseException) -> str:
-    """What the system said, where torch's own words hide it; else the last line."""
-    for each in _chain(error):
-        if isinstance(each, OSError) and each.strerror:
-            return each.strerror
-    return str(error).strip().splitlines()[-1]
-
-
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
+def _disk_error(error: BaseException | None) -> OSError | None:
+    """The system's error behind one of torch's."""
+    while error is not None and not isinstance(error, OSError):
+        if isinstance(error, CheckpointException):
+            found = (_disk_error(failure) for failure, _ in error.failures.values())
+            return next(filter(None, found), None)
         error = error.__cause__ or error.__context__
+    return error
 
 
 def settle(folder: Path, *, step: int, best_step: int, keep: int) -> None:
-    """Make the rest fit ``last.pt``, which is of ``step``: its other names, and what is too old.
+    """Give ``last.pt``, which is of ``step``, its other names, and delete what is too old.
 
-    A resumed run calls it too, for one that was killed after it wrote ``last.pt``.
+    A resumed run calls it too, in case it was killed after it wrote ``last.pt``.
     """
     names = [BEST] if step == best_step else []
     names += [f"step_{step:09d}.pt"] if keep else []
     for name in names:
-        if not _same_file(folder / LAST, folder / name):
-            _duplicate(folder / LAST, folder / name)
+        if not ((folder / name).exists() and (folder / name).samefile(folder / LAST)):
+            _link(folder / LAST, folder / name)
     if keep:
         for old in sorted(folder.glob("step_*.pt"))[: -(keep + 1)]:
             old.unlink()
@@ -256,20 +240,27 @@ def settle(folder: Path, *, step: int, best_step: int, keep: int) -> None:
     sync_folder(folder)
 
 
+def _link(path: Path, name: Path) -> None:
+    """A second name for a file: a link, or a copy if the file system has no links."""
+    with publish_file(name) as temporary:
+        try:
+            os.link(path, temporary)
+        except OSError:
+            shutil.copyfile(path, temporary)
+
+
 def _write_centers(folder: Path, centers: Mapping[str, Tensor], ranks: Ranks) -> None:
     failed: OSError | None = None
     if ranks.first:
         try:
-            if folder.exists():  # of a run that was killed before it named them
+            if folder.exists():  # of a run that was killed before a checkpoint named them
                 shutil.rmtree(folder)
             folder.mkdir()
         except OSError as error:
             failed = error
     if ranks.all_reduce_max(int(failed is not None)):
         raise failed or OSError("another rank's disk")
-    with warnings.catch_warnings():
-        # torch tells a process that is alone that it is.
-        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+    with _undistributed():
         state_dict_saver.save(
             dict(centers),
             storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True),
@@ -281,11 +272,19 @@ def _write_centers(folder: Path, centers: Mapping[str, Tensor], ranks: Ranks) ->
         sync_folder(folder)
 
 
+@contextmanager
+def _undistributed() -> Iterator[None]:
+    """Silence torch's warning that a single process is not distributed."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+        yield
+
+
 def centers_of(content: Mapping[str, Any], path: Path) -> tuple[Path, dict[str, str]]:
     """Folder of the class centres of the checkpoint ``path``, and the sha256 of each file in it.
 
     Raises:
-        ConfigError: where it names none, or files that are not beside it.
+        ConfigError: if it names none, or files outside the checkpoint's folder.
     """
     try:
         folder, digests = content["centers"]["folder"], dict(content["centers"]["sha256"])
@@ -294,52 +293,46 @@ def centers_of(content: Mapping[str, Any], path: Path) -> tuple[Path, dict[str, 
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(
             f"{path}: expected the name of a folder beside it with its class centres, got "
-            f"{content.get('centers')!r:.200}; go on from a checkpoint that gkd wrote"
+            f"{content.get('centers')!r:.200}; resume from a checkpoint that gkd wrote"
         ) from error
     return path.parent / folder, digests
 
 
 def read_centers(
-    folder: Path,
-    centers: Mapping[str, Tensor],
-    ranks: Ranks,
-    *,
-    sha256: Mapping[str, str],
+    folder: Path, centers: Mapping[str, Tensor], ranks: Ranks, *, sha256: Mapping[str, str]
 ) -> None:
-    """Fill class centres, and what belongs to them, from whatever number of ranks wrote them.
+    """Fill class centres and their optimizer state, written by any number of ranks.
 
     ``sha256`` is the hex digest of each file. All ranks call it.
 
     Raises:
-        ConfigError: where they are missing, damaged or of another shape.
+        ConfigError: if files are missing, damaged or of another shape.
     """
-    if not folder.is_dir():
-        raise ConfigError(
-            f"{folder}: expected the class centres of the checkpoint beside it, got nothing; copy "
-            f"the whole folder of checkpoints, not one file; {_ways_on(folder)}"
-        )
     fault = _fault(folder, sha256) if ranks.first else ""
     if ranks.all_reduce_max(int(bool(fault))):
-        ranks.fail(f"{fault}; {_ways_on(folder)}")
-    alone = not any(isinstance(tensor, DTensor) for tensor in centers.values())
+        ranks.fail(f"{fault}; {_alternatives(folder)}")
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+        with _undistributed():
             state_dict_loader.load(
                 dict(centers),
                 storage_reader=HuggingFaceStorageReader(str(folder)),
-                no_dist=alone,
+                no_dist=not any(isinstance(tensor, DTensor) for tensor in centers.values()),
             )
     except (CheckpointException, SafetensorError, OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[-1]
         raise ConfigError(
             f"{folder}: expected the class centres of the checkpoint, got {reason}; "
-            f"{_ways_on(folder)}"
+            f"{_alternatives(folder)}"
         ) from error
 
 
 def _fault(folder: Path, sha256: Mapping[str, str]) -> str:
-    """What is wrong with the files of class centres; empty where they are as they were written."""
+    """What is wrong with the files of class centres; empty if they are as they were written."""
+    if not folder.is_dir():
+        return (
+            f"{folder}: expected the class centres of the checkpoint beside it, got nothing; copy "
+            "the complete folder of checkpoints, not one file"
+        )
     for name, expected in sha256.items():
         file = folder / name
         found = sha256_file(file) if file.is_file() else "no file"
@@ -348,48 +341,36 @@ def _fault(folder: Path, sha256: Mapping[str, str]) -> str:
                 f"{file}: expected the class centres of the checkpoint as they were written "
                 f"(sha256 {expected[:12]}), got {found[:12]}"
             )
-    return "" if folder.is_dir() else f"{folder}: expected class centres, got nothing"
-
-
-def _same_file(path: Path, name: Path) -> bool:
-    return name.exists() and name.samefile(path)
-
-
-def _duplicate(path: Path, name: Path) -> None:
-    """A second name for a whole file: a link, or a copy where the disk knows no links."""
-    with publish_file(name) as aside:
-        try:
-            os.link(path, aside)
-        except OSError:
-            shutil.copyfile(path, aside)
+    return ""
 
 
 def require_same_run(
     content: Mapping[str, Any], config: RunConfig, data: RunData, path: Path
 ) -> None:
-    """Refuse to go on with another configuration, other data or another cache.
+    """Refuse to resume with another configuration, other data or another cache.
 
     Raises:
         ConfigError: naming each key that differs.
-        SpecMismatchError: where data or cache differ.
+        SpecMismatchError: if data or cache differ.
     """
-    changed = differences(_config_of(content, path), config)
+    changed = describe_differences(
+        _config_of(content, path), config, old_name="was", new_name="now", ignore=FREE_KEYS
+    )
     if changed:
         raise ConfigError(
-            f"{path}: the run was begun with another configuration ({'; '.join(changed)}); set "
-            "these back to go on, or train into another folder"
+            f"{path}: the run was started with another configuration ({'; '.join(changed)}); set "
+            "these back to resume, or train into another folder"
         )
-    begun = RunData(*content["data"])
-    if begun != data:
-        names = ("number of images", "number of classes", "records (fingerprint)", "cache (id)")
-        faults = [
-            f"{name}: {old or 'none'}, now {new or 'none'}"
-            for name, old, new in zip(names, begun, data, strict=True)
-            if old != new
-        ]
+    names = ("number of images", "number of classes", "records (fingerprint)", "cache (id)")
+    old, new = (
+        {name: value or "none" for name, value in zip(names, values, strict=True)}
+        for values in (content["data"], data)
+    )
+    if old != new:
+        faults = describe_differences(old, new, old_name="was", new_name="now")
         raise SpecMismatchError(
-            f"{path}: the run was begun with other data ({'; '.join(faults)}); give the same "
-            "records and targets to go on, or train into another folder"
+            f"{path}: the run was started with other data ({'; '.join(faults)}); give the same "
+            "records and targets to resume, or train into another folder"
         )
 
 
@@ -397,4 +378,4 @@ def _config_of(content: Mapping[str, Any], path: Path) -> RunConfig:
     try:
         return stored_config(content["config"])
     except (KeyError, AttributeError, msgspec.ValidationError) as error:
-        raise ConfigError(f"{path}: its configuration cannot be: {error}") from error
+        raise ConfigError(f"{path}: its configuration is invalid: {error}") from error

@@ -25,7 +25,7 @@ KEYS: dict[str, Any] = {
 # Former names, which are still accepted.
 RENAMED = {"train.gradient_hook": "train.allreduce_dtype"}
 # Keys that may change when a run is resumed: they change no weight.
-FREE_KEYS = ("data.workers", "train.log_every", "train.max_skipped", "evaluation.", "checkpoint.")
+FREE_KEYS = ("data.workers", "train.log_every", "train.max_skipped", "evaluation", "checkpoint")
 
 
 def load_config(path: Path | None = None, overrides: Iterable[str] = ()) -> RunConfig:
@@ -72,16 +72,6 @@ def to_toml(config: RunConfig) -> str:
         lines += ["", f"[{section}]"]
         lines += [f"{key} = {_toml(value)}" for key, value in keys.items() if value is not None]
     return "\n".join(lines[1:]) + "\n"
-
-
-def differences(ours: RunConfig, theirs: RunConfig) -> list[str]:
-    """``key: ours, now theirs`` for every key that would change the weights."""
-    old, new = (_flat(msgspec.to_builtins(config)) for config in (ours, theirs))
-    return [
-        f"{key}: {old[key]!r}, now {new[key]!r}"
-        for key in old
-        if old[key] != new[key] and not key.startswith(FREE_KEYS)
-    ]
 
 
 def _flat(content: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""How well images fit their own identity: cosines to the class centre, gathered on the way."""
+"""Per-identity cosine statistics: how close images are to their class centres while training."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from gkd.storage.records.open import Records
 from gkd.trainer.distributed import ALONE, Ranks
 
-# Cosines that wait on the device, in steps: few enough to be small, enough to seldom wait.
+# Steps whose cosines stay on the device: few enough for its memory, enough to fetch seldom.
 PENDING = 64
 WORST, WORST_IMAGES = 30, 3
 # Below any cosine.
@@ -29,11 +29,12 @@ class IdentityCosine:
 
 @dataclass(frozen=True)
 class CosineSummary:
-    """What ``IdentityCosineStatistics`` gathered.
+    """The result of ``IdentityCosineStatistics``.
 
-    images, of  that were measured, and that there are
-    mean        cosine over these images
-    worst       identities of the least mean cosine, ascending
+    images  number of images measured
+    of      number of all images
+    mean    cosine over the measured images
+    worst   the identities with the lowest mean cosine, ascending
     """
 
     images: int
@@ -43,10 +44,10 @@ class CosineSummary:
 
 
 class IdentityCosineStatistics:
-    """Each image's cosine to its own class centre, as the last epoch's steps saw it.
+    """Each image's cosine to its class centre, as the steps of the last epoch computed it.
 
-    The class layer has it anyway; nothing is embedded again. So the image is as augmented, the
-    network in training mode, and weights move between one image and the next.
+    The class layer computes it anyway; nothing is embedded again. So images are augmented, the
+    network is in training mode, and weights change from one image to the next.
     """
 
     def __init__(self, num_images: int, ranks: Ranks = ALONE) -> None:
@@ -55,25 +56,25 @@ class IdentityCosineStatistics:
         self._pending: list[tuple[Tensor, Tensor]] = []
 
     def add(self, rows: Tensor, cosines: Tensor) -> None:
-        """Take the cosines [B] of this rank's images at ``rows`` int64 [B] of the records."""
+        """Add the cosines [B] of this rank's images at ``rows`` int64 [B] of the records."""
         self._pending.append((rows, cosines))
         if len(self._pending) >= PENDING:
             self._fetch()
 
     def state(self) -> Tensor | None:
-        """Each image's cosine float32 [N] on the CPU, for a checkpoint; None before any was seen.
+        """Each image's cosine float32 [N] on the CPU, for a checkpoint; None if none was added.
 
-        All ranks call it, and all of them have seen some or none.
+        All ranks call it, and either all or none of them have added some.
         """
         self._fetch()
         return None if self._cosines is None else self.ranks.elementwise_max(self._cosines)
 
     def restore(self, state: Tensor | None) -> None:
-        """Go on from what ``state`` gave."""
+        """Continue from the result of ``state``."""
         self._cosines = state
 
     def summary(self, records: Records) -> CosineSummary | None:
-        """The identities that fit worst; None where no image was measured. All ranks call it."""
+        """The identities with the lowest cosines; None without measurements. All ranks call it."""
         state = self.state()
         if state is None:
             return None
@@ -94,7 +95,7 @@ class IdentityCosineStatistics:
 def summarise(
     rows: npt.NDArray[np.int64], cosines: npt.NDArray[np.float32], records: Records
 ) -> CosineSummary:
-    """The worst identities by the mean of their images' ``cosines`` [M], of ``rows`` [M]."""
+    """The identities with the lowest mean of their images' ``cosines`` [M], of ``rows`` [M]."""
     labels = records.labels[rows]
     counts = np.bincount(labels, minlength=records.num_classes)
     sums = np.bincount(labels, cosines, minlength=records.num_classes)
@@ -102,9 +103,9 @@ def summarise(
     worst = np.argsort(means, kind="stable")[: min(WORST, int((counts > 0).sum()))]
 
     def identity(number: int) -> IdentityCosine:
-        places = np.flatnonzero(labels == number)
-        places = places[np.argsort(cosines[places], kind="stable")][:WORST_IMAGES]
-        images = tuple((records.key(int(rows[p])), float(cosines[p])) for p in places)
+        own = np.flatnonzero(labels == number)
+        own = own[np.argsort(cosines[own], kind="stable")][:WORST_IMAGES]
+        images = tuple((records.key(int(rows[i])), float(cosines[i])) for i in own)
         return IdentityCosine(number, int(counts[number]), float(means[number]), images)
 
     return CosineSummary(

@@ -1,4 +1,4 @@
-"""Trains a student: any interruption, and the same command goes on from there."""
+"""The training loop. After an interruption the same command resumes the run."""
 
 import platform
 import time
@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -17,23 +17,18 @@ import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
 from gkd.storage.cache.spec import preprocess_preset
-from gkd.storage.errors import ConfigError, GkdError, SpecMismatchError
+from gkd.storage.errors import ConfigError, GkdError
 from gkd.storage.reading.shard_store import ShardStore
 from gkd.storage.records.open import Records
 from gkd.storage.util.files import delete_temporaries, disk_errors, write_file
 from gkd.storage.util.progress import progress
-from gkd.trainer.checkpoint import (
-    FOLDER,
-    LAST,
-    publish,
-    read_checkpoint,
-    settle,
-    worker_death,
-)
+from gkd.storage.util.torchrun_env import log_rank0
+from gkd.trainer.checkpoint import FOLDER, LAST, publish, read_checkpoint, settle
 from gkd.trainer.config import RunConfig
 from gkd.trainer.config_file import to_toml
-from gkd.trainer.data.dataset import Batch, FaceBatches, JoinedTargets, check_data
-from gkd.trainer.data.loader import load_batches
+from gkd.trainer.data.checks import check_data
+from gkd.trainer.data.dataset import Batch, FaceBatches, JoinedTargets
+from gkd.trainer.data.loader import BatchLoader
 from gkd.trainer.device import matmul_precision
 from gkd.trainer.distributed import ALONE, Ranks
 from gkd.trainer.evaluation.bin_file import VerificationSet, load_verification_set
@@ -47,15 +42,15 @@ from gkd.trainer.run_dir import CONFIG, RUN, Dataset, RunInfo, locked
 from gkd.trainer.signals import Stop, stop_signals
 from gkd.trainer.state import RunState
 
-# What a rank tells the others before a step.
-_ASKED, _FAILED = 1, 2
+# What a rank reports to the others before a step; the highest counts.
+_CONTINUE, _STOP, _FAILED = 0, 1, 2
 
 
 @dataclass(frozen=True)
 class Summary:
-    """How a training ended.
+    """The result of a training.
 
-    steps     taken in all
+    steps     number of all steps
     accuracy  of the last evaluation, by verification set
     best      highest mean accuracy over the sets, None without sets
     """
@@ -74,34 +69,39 @@ def train(
     command: Sequence[str] = (),
     ranks: Ranks = ALONE,
 ) -> Summary:
-    """Train a student into the folder ``out``, or go on with the training that stands there.
+    """Train a student into the folder ``out``, or resume the training that is there.
 
-    With several ``ranks`` each of them calls this; the run is the same for any number of them but
-    for the statistics of BatchNorm, which are each rank's own, and may go on with another number.
+    With several ``ranks`` each of them calls this. The run is the same for any number of them,
+    except that each rank has its own statistics of BatchNorm, and may be resumed with another
+    number.
 
     ``out`` holds config.toml, run.json (``command``, versions, data, sizes), metrics.jsonl,
     tensorboard/ and checkpoints/, and at the end report.json and report.html. SIGTERM and SIGINT
     end the training after a checkpoint.
 
     Raises:
-        ConfigError: for settings or data that cannot be trained on, or an ``out`` of another run.
-        SpecMismatchError: for another data set or cache than the run began with.
+        ConfigError: if settings or data cannot be trained on, or ``out`` is another run's.
+        SpecMismatchError: if the run was started with another data set or cache.
         CorruptRecordError: naming file, key and offset of an image that cannot be read.
-        GkdError: where the training diverged, or a signal ended it.
+        GkdError: if the training diverged, or a signal ended it.
     """
 
-    def checked() -> tuple[JoinedTargets | None, Sequence[VerificationSet]]:
-        used = targets_in_use(config, records, targets)
-        _check(config, records, used, ranks.world_size)
+    def check() -> tuple[JoinedTargets | None, list[VerificationSet]]:
+        used = check_data(config, records, targets, world_size=ranks.world_size)
+        if used and isinstance(used.store, ShardStore) and config.data.order != "blocks":
+            raise ConfigError(
+                "data.order: the targets were joined for reading in blocks; set data.order=blocks, "
+                "or join them for reading in full"
+            )
         return used, _load_sets(config.evaluation.sets)
 
-    targets, sets = ranks.run_all_or_abort(checked)
+    targets, sets = ranks.run_all_or_abort(check)
     run = RunState.build(config, records, targets, ranks)
 
-    def opened() -> AbstractContextManager[RunLog | None]:
+    def open_log() -> AbstractContextManager[RunLog | None]:
         if not ranks.first:
             return nullcontext()
-        _describe_folder(out, run, _describe(run, records, targets, command))
+        _prepare_folder(out, run, _describe(run, records, targets, command))
         return RunLog(out, step=run.step)
 
     with locked(out, ranks):
@@ -109,18 +109,11 @@ def train(
         if checkpoint.exists():
             run.restore(ranks.run_all_or_abort(lambda: read_checkpoint(checkpoint)), checkpoint)
         with (
-            ranks.run_all_or_abort(opened) as log,
+            ranks.run_all_or_abort(open_log) as log,
             stop_signals() as stop,
             matmul_precision(run.dtype, run.device),
         ):
-            _Training(run, records, sets, out, log, stop).go(
-                FaceBatches(
-                    records,
-                    targets,
-                    temperature=config.kd.temperature,
-                    signal=config.kd.signal,
-                )
-            )
+            _Training(run, records, targets, sets, out, log, stop).run_to_end()
         if ranks.first:
             write_report(out)
     return Summary(run.step, run.accuracy, run.best)
@@ -128,107 +121,120 @@ def train(
 
 @dataclass(frozen=True)
 class _Training:
-    """One go at a training, to its end or to a signal."""
+    """A training in this process, to its end or to a signal."""
 
     run: RunState
     records: Records
+    targets: JoinedTargets | None
     sets: Sequence[VerificationSet]
     out: Path
     log: RunLog | None
     stop: Stop
     results: dict[str, VerificationResult] = field(default_factory=dict)
 
-    def go(self, dataset: FaceBatches) -> None:
-        """Train on, evaluate and write checkpoints as they fall due."""
-        run = self.run
-        batches = load_batches(
-            dataset,
-            run.plans.starting_at(run.step),
+    def run_to_end(self) -> None:
+        """Train, evaluate and write checkpoints when they are due."""
+        run, kd = self.run, self.run.config.kd
+        loader = BatchLoader(
+            FaceBatches(self.records, self.targets, temperature=kd.temperature, signal=kd.signal),
+            run.sampler.starting_at(run.step),
             workers=run.config.data.workers,
             pin=run.device.type == "cuda",
         )
-        # Closed here and now: workers that live on into the interpreter's end would block it.
-        with self._worker_deaths(), closing(batches):
-            while run.step < run.plans.total_steps or self._evaluation_due():
+        with self._report_killed_workers(loader), closing(loader):
+            while run.step < run.sampler.total_steps or self._evaluation_due():
                 if not self._evaluation_due():
-                    self._rest_of_epoch(batches)
-                    self._find(dataset.targets)
+                    self._train_epoch(loader)
+                    self._write_final_metrics()
                     if self._checkpoint_due():
                         self._save()
-                # After the checkpoint: whoever is killed here goes on with the evaluation.
+                # After the checkpoint: if killed here, the run resumes with the evaluation.
                 if self._evaluation_due():
                     improved = self._evaluate()
-                    self._find(dataset.targets)
+                    self._write_final_metrics()
                     if improved or run.saved == run.step:
                         self._save(again=True)
                 if self.stop.agreed:
-                    self._leave()
+                    self._save()
+                    run.ranks.fail(
+                        f"stopped by {self.stop.received or 'another rank'} after step {run.step} "
+                        f"of {run.sampler.total_steps}; there is a checkpoint in "
+                        f"{self.out / FOLDER}: run the same command again to resume"
+                    )
 
     @contextmanager
-    def _worker_deaths(self) -> Iterator[None]:
-        """Name a worker's death, which torch raises wherever the training stands just then."""
+    def _report_killed_workers(self, loader: BatchLoader) -> Iterator[None]:
+        """Report data workers that were killed; torch raises an error anywhere in this process."""
         try:
             yield
-        except (RuntimeError, CheckpointException, ConnectionResetError) as error:
-            reason = worker_death(error)
-            if not reason:
+        except (RuntimeError, CheckpointException, OSError) as error:
+            killed = loader.killed_workers()
+            if not killed:
                 raise
             raise GkdError(
-                f"a process that prepares data died ({reason}); often memory ran out: set fewer "
-                "data.workers or give more memory, and run the same command again; "
-                f"{self.run.standing}"
+                f"processes that prepare data were killed: {', '.join(killed)}; often memory ran "
+                "out: set fewer data.workers or provide more memory, and run the same command "
+                f"again; {self.run.last_checkpoint}"
             ) from error
 
-    def _find(self, targets: JoinedTargets | None) -> None:
-        """Write the findings where the training has ended, before its last checkpoint does."""
-        run = self.run
-        if run.step < run.plans.total_steps or self._evaluation_due():
-            return
-        fit = run.fit.summary(self.records)
-
-        def write() -> None:
-            results = list(self.results.values())
-            with disk_errors(self.out):
-                write_final_metrics(self.out, collect(run.step, results, targets, fit))
-
-        run.ranks.run_all_or_abort(lambda: write() if run.ranks.first else None)
-
-    def _rest_of_epoch(self, batches: Iterator[Batch]) -> None:
-        """Steps up to the next epoch or a signal, with the checkpoints that fall between."""
+    def _train_epoch(self, loader: BatchLoader) -> None:
+        """Train to the end of the epoch or to a signal, with the checkpoints due before."""
         run, config = self.run, self.run.config
-        size, steps = config.train.batch_size, run.plans.steps_per_epoch
+        size, steps = config.train.batch_size, run.sampler.steps_per_epoch
         epoch, done = divmod(run.step, steps)
-        what = f"epoch {epoch + 1}/{config.train.epochs}"
         run.model.train()
         total = steps * size
-        quiet = 0 if run.ranks.first else total + 1
-        with progress(what, total, "images", done * size, quiet_below=quiet) as advance:
+        with progress(
+            f"epoch {epoch + 1}/{config.train.epochs}",
+            total,
+            "images",
+            done * size,
+            quiet_below=0 if run.ranks.first else total + 1,
+        ) as advance:
             while run.step < (epoch + 1) * steps:
-                asked = time.perf_counter()
-                batch = self._next(batches)
+                started = time.perf_counter()
+                batch = self._next(loader)
                 if batch is None:
                     break
-                waited = time.perf_counter() - asked
+                waited = time.perf_counter() - started
                 lr = run.optimizer.param_groups[0]["lr"]
                 loss = run.take_step(batch, self.records)
                 skipped = run.skipped_in_a_row > 0
-                seconds = time.perf_counter() - asked
+                seconds = time.perf_counter() - started
                 run.window.add(loss, seconds=seconds, waited=waited, skipped=skipped)
                 if skipped and run.last_skipped is not None:
                     self._write_log(run.last_skipped.to_log())
                 run.require_sound(self.records)
-                note = ""
-                # At each epoch's end too, so that every step is in a line of its epoch.
-                if run.step % config.train.log_every == 0 or run.step % steps == 0:
-                    means = run.window.means(size)
-                    values = {"epoch": run.epoch, **means, "lr": lr, "skipped": run.skipped}
-                    self._write_log(values)
-                    left = (run.plans.total_steps - run.step) * size / means["images_per_second"]
-                    note = _note(values, left)
-                    run.window = Window()
-                advance(size, note)
+                # At the end of an epoch too, so that each line is about one epoch.
+                log_due = run.step % config.train.log_every == 0 or run.step % steps == 0
+                advance(size, self._log_window(lr) if log_due else "")
                 if run.step % steps and self._checkpoint_due():
                     self._save()
+
+    def _next(self, loader: BatchLoader) -> Batch | None:
+        """The next batch; None if any rank received a signal to stop."""
+        error: Exception | None = None
+        batch: Batch | None = None
+        if not self.stop.received:
+            try:
+                batch = next(loader)
+            except (GkdError, OSError, RuntimeError) as met:  # torch's RuntimeError: a dead worker
+                error = met
+        status = _FAILED if error else _STOP if self.stop.received else _CONTINUE
+        worst = self.run.ranks.all_reduce_max(status)
+        if worst == _FAILED:
+            raise error or SystemExit(1)  # the rank that failed gives the reason
+        self.stop.agreed = worst == _STOP
+        return None if batch is None or self.stop.agreed else batch.to(self.run.device)
+
+    def _log_window(self, lr: float) -> str:
+        """Log the steps since the last line, and return them as words."""
+        run, size = self.run, self.run.config.train.batch_size
+        means = run.window.means(size)
+        run.window = Window()
+        self._write_log({"epoch": run.epoch, **means, "lr": lr, "skipped": run.skipped})
+        left = (run.sampler.total_steps - run.step) * size / means["images_per_second"]
+        return describe_window(means, lr=lr, skipped=run.skipped, seconds_left=left)
 
     def _write_log(self, values: dict[str, Any]) -> None:
         log, step = self.log, self.run.step
@@ -236,26 +242,10 @@ class _Training:
             lambda: log.write(step, values, group="train") if log else None
         )
 
-    def _next(self, batches: Iterator[Batch]) -> Batch | None:
-        """The next batch; None where any rank was asked to end."""
-        error: Exception | None = None
-        batch: Batch | None = None
-        if not self.stop.received:
-            try:
-                batch = next(batches)
-            except (GkdError, OSError, RuntimeError) as met:
-                error = met  # torch tells of a worker's death by a RuntimeError
-        told = _FAILED if error else _ASKED if self.stop.received else 0
-        worst = self.run.ranks.all_reduce_max(told)
-        if worst == _FAILED:
-            raise error or SystemExit(1)  # the rank that failed says why
-        self.stop.agreed = worst == _ASKED
-        return None if batch is None or self.stop.agreed else batch.to(self.run.device)
-
     def _evaluation_due(self) -> bool:
         run = self.run
-        epoch, rest = divmod(run.step, run.plans.steps_per_epoch)
-        last = run.step == run.plans.total_steps
+        epoch, rest = divmod(run.step, run.sampler.steps_per_epoch)
+        last = run.step == run.sampler.total_steps
         return (
             not rest
             and run.evaluated < run.step
@@ -265,11 +255,11 @@ class _Training:
 
     def _checkpoint_due(self) -> bool:
         run = self.run
-        every = max(1, round(run.config.checkpoint.every_epochs * run.plans.steps_per_epoch))
-        return run.step % every == 0 or run.step == run.plans.total_steps
+        every = max(1, round(run.config.checkpoint.every_epochs * run.sampler.steps_per_epoch))
+        return run.step % every == 0 or run.step == run.sampler.total_steps
 
     def _evaluate(self) -> bool:
-        """Log the accuracy on every set; whether their mean is the best so far."""
+        """Evaluate all sets on the first rank; returns whether their mean is the best so far."""
         run = self.run
         improved = run.ranks.run_all_or_abort(lambda: run.ranks.first and self._evaluate_here())
         improved, run.accuracy, run.best = run.ranks.broadcast((improved, run.accuracy, run.best))
@@ -284,23 +274,42 @@ class _Training:
         embed = module_embed(run.model, preprocess_preset("arcface"), run.device)
         self.results.update({pairs.name: evaluate(embed, pairs) for pairs in self.sets})
         run.accuracy = {name: result.accuracy for name, result in self.results.items()}
-        values = {"epoch": run.epoch, "accuracy": run.accuracy}
         if self.log:
+            values = {"epoch": run.epoch, "accuracy": run.accuracy}
             self.log.write(run.step, values, group="evaluation")
         mean = sum(run.accuracy.values()) / len(run.accuracy)
         improved = run.best is None or mean > run.best
         run.best = mean if improved else run.best
+        shown = ", ".join(f"{name} {value:.2%}" for name, value in run.accuracy.items())
+        best = " (the best so far)" if improved else f" (best mean {run.best:.2%})"
+        log_rank0(f"accuracy after epoch {run.epoch:g}: {shown}{best}")
         return improved
 
+    def _write_final_metrics(self) -> None:
+        """Write report.json once the training has ended, before its last checkpoint."""
+        run = self.run
+        if run.step < run.sampler.total_steps or self._evaluation_due():
+            return
+        cosines = run.identity_cosines.summary(self.records)
+
+        def write() -> None:
+            if run.ranks.first:
+                results = list(self.results.values())
+                with disk_errors(self.out):
+                    metrics = collect(run.step, results, self.targets, cosines)
+                    write_final_metrics(self.out, metrics)
+
+        run.ranks.run_all_or_abort(write)
+
     def _save(self, *, again: bool = False) -> None:
-        """Write a checkpoint where none stands of this step, or ``again`` with the evaluation."""
+        """Write a checkpoint if this step has none, or ``again`` with the evaluation's result."""
         run = self.run
         if run.saved == run.step and not again:
             return
         if run.ranks.all_reduce_max(int(not finite_weights((run.model, run.head)))):
             run.ranks.fail(
                 f"after step {run.step} the weights are not finite, so no checkpoint of them "
-                f"was written to {self.out / FOLDER}; {run.standing}: begin again in "
+                f"was written to {self.out / FOLDER}; {run.last_checkpoint}: start again in "
                 "another folder with a lower optimizer.lr or more schedule.warmup_epochs"
             )
         try:
@@ -315,83 +324,28 @@ class _Training:
                 written=run.saved == run.step,
             )
         except ConfigError as error:
-            run.ranks.fail(f"{error}, and run the same command again; {run.standing}")
+            run.ranks.fail(f"{error}, and run the same command again; {run.last_checkpoint}")
         run.saved = run.step
 
-    def _leave(self) -> NoReturn:
-        """Write a checkpoint, and say how to go on."""
-        self._save()
-        self.run.ranks.fail(
-            f"stopped by {self.stop.received or 'another rank'} after step {self.run.step} of "
-            f"{self.run.plans.total_steps}; a checkpoint stands in {self.out / FOLDER}: run the "
-            "same command again to go on"
-        )
 
+def describe_window(means: dict[str, Any], *, lr: float, skipped: int, seconds_left: float) -> str:
+    """The means of a ``Window`` in words; ``seconds_left`` of the training, not of its epoch.
 
-def _note(values: dict[str, Any], seconds_left: float) -> str:
-    """One window of the log in words; ``seconds_left`` of the whole training, not of its epoch."""
-
-    def loss(name: str, digits: int) -> str:
-        return f"{name} -" if values[name] is None else f"{name} {values[name]:.{digits}f}"
-
+    A loss of exactly 0 is not part of the training, and is left out.
+    """
+    digits = {"loss": 3, "ce": 3, "primary": 4, "binary": 4}
     parts = [
-        loss("loss", 3),
-        loss("ce", 3),
-        loss("primary", 4),
-        loss("binary", 4),
-        f"lr {values['lr']:.2g}",
-        f"data wait {values['data_wait']:.0%}",
+        f"{name} -" if means[name] is None else f"{name} {means[name]:.{places}f}"
+        for name, places in digits.items()
+        if means[name] != 0
+    ]
+    parts += [
+        f"lr {lr:.2g}",
+        f"data wait {means['data_wait']:.0%}",
         f"ends in {timedelta(seconds=round(seconds_left))}",
     ]
-    parts += [f"skipped {values['skipped']}"] if values["skipped"] else []
+    parts += [f"skipped {skipped}"] if skipped else []
     return "  ".join(parts)
-
-
-def _check(
-    config: RunConfig, records: Records, targets: JoinedTargets | None, world_size: int
-) -> None:
-    if targets and isinstance(targets.store, ShardStore) and config.data.order != "blocks":
-        raise ConfigError(
-            "data.order: the targets were joined to be read in blocks; set data.order=blocks, or "
-            "join them to be read in full"
-        )
-    check_data(config, records, targets, world_size=world_size)
-
-
-def _describe_folder(out: Path, run: RunState, described: RunInfo) -> None:
-    """Write what the run is, and make the rest of the folder fit its last checkpoint."""
-    write_file(out / RUN, msgspec.json.format(msgspec.json.encode(described)))
-    write_file(out / CONFIG, to_toml(run.config).encode())
-    folder, keep = out / FOLDER, run.config.checkpoint.keep
-    folder.mkdir(exist_ok=True)
-    delete_temporaries(folder)
-    if run.saved >= 0:
-        settle(folder, step=run.saved, best_step=run.best_step, keep=keep)
-
-
-def targets_in_use(
-    config: RunConfig, records: Records, targets: JoinedTargets | None
-) -> JoinedTargets | None:
-    """The targets that a training would take; None without distillation.
-
-    Raises:
-        ConfigError: where there must be some, and are not.
-        SpecMismatchError: where they are joined for other records.
-    """
-    if not config.kd.enabled:
-        return None
-    if targets is None:
-        raise ConfigError(
-            "kd.enabled: no targets were given; name a cache of targets, or train without "
-            "distillation (--without-kd)"
-        )
-    if len(targets.rows) != len(records) or targets.num_classes != records.num_classes:
-        raise SpecMismatchError(
-            f"{records.path} has {len(records)} images of {records.num_classes} classes, the "
-            f"targets are joined for {len(targets.rows)} images of {targets.num_classes}; "
-            "join the records with the cache that was made from them"
-        )
-    return targets
 
 
 def _load_sets(paths: Sequence[str]) -> list[VerificationSet]:
@@ -399,16 +353,27 @@ def _load_sets(paths: Sequence[str]) -> list[VerificationSet]:
     for name, count in Counter(pairs.name for pairs in sets).items():
         if count > 1:
             raise ConfigError(
-                f"evaluation.sets: {count} files are named {name}, which the log cannot tell "
-                "apart; rename all but one"
+                f"evaluation.sets: {count} files are named {name}, and the log cannot distinguish "
+                "them; rename all but one"
             )
     return sets
+
+
+def _prepare_folder(out: Path, run: RunState, info: RunInfo) -> None:
+    """Write what the run is, and make the rest of the folder fit its last checkpoint."""
+    write_file(out / RUN, msgspec.json.format(msgspec.json.encode(info)))
+    write_file(out / CONFIG, to_toml(run.config).encode())
+    folder = out / FOLDER
+    folder.mkdir(exist_ok=True)
+    delete_temporaries(folder)
+    if run.saved >= 0:
+        keep = run.config.checkpoint.keep
+        settle(folder, step=run.saved, best_step=run.best_step, keep=keep)
 
 
 def _describe(
     run: RunState, records: Records, targets: JoinedTargets | None, command: Sequence[str]
 ) -> RunInfo:
-    """What ran, on what."""
     backbone = sum(parameter.numel() for parameter in run.model.parameters())
     centers = run.data.num_classes * run.config.student.embedding_dim
     return RunInfo(
@@ -425,5 +390,5 @@ def _describe(
         dataset=Dataset(records.name, str(records.path), **run.data._asdict()),
         teacher=targets.spec.teacher if targets else None,
         parameters={"backbone": backbone, "head": centers},
-        total_steps=run.plans.total_steps,
+        total_steps=run.sampler.total_steps,
     )

@@ -1,8 +1,9 @@
-"""Learning rate and distillation weight, step by step."""
+"""The optimizer, and its learning rate and the weight of distillation in each step."""
 
 import bisect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
@@ -13,9 +14,9 @@ from gkd.trainer.config import OptimizerConfig, ScheduleConfig
 def lr_factor(
     schedule: ScheduleConfig, *, lr: float, steps_per_epoch: int, total_steps: int
 ) -> Callable[[int], float]:
-    """A function of the step: the share of ``lr`` at which that step trains, in [0, 1].
+    """A function of the step: the fraction of ``lr`` that the step trains with, in [0, 1].
 
-    Warm-up rises linearly over ``warmup_epochs`` and reaches 1 at its end; then
+    The warm-up rises linearly over ``warmup_epochs`` and reaches 1 at its end. Then
     cosine: falls to ``final_lr`` along half a cosine; poly: falls to ``final_lr`` as
     (remaining share)^power; step: times ``gamma`` at each milestone, counted from the start.
     """
@@ -40,14 +41,14 @@ def lr_factor(
 
 
 def kd_ramp(step: int, *, ramp: float, total_steps: int) -> float:
-    """Weight of distillation at a step: from 0, linearly, to 1 after ``ramp`` of all steps."""
+    """Weight of distillation in a step: from 0, linearly, to 1 after ``ramp`` of all steps."""
     return min(1.0, step / (ramp * total_steps)) if ramp else 1.0
 
 
 def make_optimizer(
-    config: OptimizerConfig, parameters: list[torch.nn.Parameter]
+    config: OptimizerConfig, parameters: Sequence[torch.nn.Parameter] | list[dict[str, Any]]
 ) -> torch.optim.Optimizer:
-    """The optimizer over all parameters that learn, backbone and class centres alike."""
+    """The optimizer of parameters or of parameter groups."""
     if config.kind == "adamw":
         return torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
     return torch.optim.SGD(
@@ -67,6 +68,6 @@ def make_scheduler(
     steps_per_epoch: int,
     total_steps: int,
 ) -> LRScheduler:
-    """Sets the learning rate before each step; see ``lr_factor``."""
+    """Sets the learning rate of each step; see ``lr_factor``."""
     factor = lr_factor(schedule, lr=lr, steps_per_epoch=steps_per_epoch, total_steps=total_steps)
     return LambdaLR(optimizer, factor)

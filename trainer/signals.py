@@ -1,4 +1,4 @@
-"""Signals that ask a training to end."""
+"""Signals that request the end of a training."""
 
 import math
 import signal
@@ -14,7 +14,7 @@ ECHO_SECONDS = 1.0
 
 @dataclass
 class Stop:
-    """The signal that asked this rank to end, and whether all ranks know that one was asked."""
+    """The signal that this rank received, and whether all ranks know that one did."""
 
     received: str = ""
     agreed: bool = False
@@ -22,10 +22,10 @@ class Stop:
 
 @contextmanager
 def stop_signals() -> Iterator[Stop]:
-    """Let SIGTERM and SIGINT end the training at a step's end; a repeated one ends it at once.
+    """Let SIGTERM and SIGINT end the training after a step; a second one ends it at once.
 
-    A scheduler signals every process, and torchrun its ranks once more: what comes within
-    ``ECHO_SECONDS`` is no other signal.
+    A scheduler signals every process, and torchrun signals its ranks again: a repetition within
+    ``ECHO_SECONDS`` is no second signal.
     """
     stop, first = Stop(), math.inf
     if threading.current_thread() is not threading.main_thread():
@@ -42,12 +42,9 @@ def stop_signals() -> Iterator[Stop]:
             signal.signal(number, previous[number])
             signal.raise_signal(signal.Signals(number))
 
-    numbers = (signal.SIGTERM, signal.SIGINT)
-    previous = {int(number): signal.getsignal(number) for number in numbers}
-    for number in numbers:
-        signal.signal(number, handle)
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield stop
     finally:
-        for number in numbers:
-            signal.signal(number, previous[number])
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,4 +1,4 @@
-"""The state that training changes: networks, optimiser, and the place in the data."""
+"""The state that training changes: networks, optimizer, and the position in the data."""
 
 import math
 import warnings
@@ -38,27 +38,31 @@ from gkd.trainer.identity_cosines import IdentityCosineStatistics
 from gkd.trainer.logging import Window
 from gkd.trainer.schedules import kd_ramp, make_optimizer, make_scheduler
 
+# Plain values that a checkpoint holds under their names.
+_PLAIN = ("step", "best", "best_step", "evaluated", "highest_lr", "accuracy")
+
 
 @dataclass
 class RunState:
-    """One rank's part of a training, wherever it stands.
+    """One rank's part of a training.
 
-    step              number of steps done, the skipped ones too
+    step              steps done, including skipped ones
     skipped           steps that were not finite and changed no weight
-    skipped_in_a_row  how many of these were the last ones
+    skipped_in_a_row  how many of these were the last steps
     last_skipped      the last of them
-    saved             the step of the last checkpoint
-    evaluated         the step of the last evaluation, and ``best_step`` that of the best
-    highest_lr        learning rate so far
+    saved             step of the last checkpoint, -1 before the first
+    evaluated         step of the last evaluation
+    best, best_step   highest mean accuracy and its step; None and -1 before an evaluation
+    highest_lr        highest learning rate so far
     window            the steps that are in no line of the log yet
 
-    ``forward`` is ``model`` as all ranks run it, on what ``pixels`` makes of images; ``head`` holds
-    this rank's class centres.
+    ``forward`` is ``model`` as all ranks run it, on the result of ``pixels`` for images; ``head``
+    holds this rank's class centres. The optimizer has two groups, named backbone and centers.
     """
 
     config: RunConfig
     data: RunData
-    plans: BatchSampler
+    sampler: BatchSampler
     device: torch.device
     dtype: torch.dtype
     model: nn.Module
@@ -70,8 +74,8 @@ class RunState:
     scheduler: torch.optim.lr_scheduler.LRScheduler
     scaler: torch.amp.GradScaler
     ranks: Ranks
-    kept: BufferSnapshot
-    fit: IdentityCosineStatistics
+    buffers: BufferSnapshot
+    identity_cosines: IdentityCosineStatistics
     step: int = 0
     saved: int = -1
     skipped: int = 0
@@ -96,132 +100,123 @@ class RunState:
         """The state at the beginning, from the configuration and its seed.
 
         Raises:
-            ConfigError: for a student or a device that cannot be.
+            ConfigError: if the student or the device is impossible.
         """
-        device = choose_device(config.train.device)
-        dtype = choose_dtype(config.train.precision, device)
-        torch.manual_seed(config.train.seed)
+        train, in_blocks = config.train, targets and config.data.order == "blocks"
+        device = choose_device(train.device)
+        dtype = choose_dtype(train.precision, device)
+        torch.manual_seed(train.seed)
         model = student_backbone(config.student).to(device)
-        if config.train.channels_last:
+        if train.channels_last:
             model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         head = ClassCenters(
             records.num_classes,
             config.student.embedding_dim,
             rows=ranks.rows(records.num_classes),
         ).to(device)
-        head_spec = HeadSpec(
-            margin=config.head.margins,
-            scale=config.head.scale,
-            temperature=config.kd.temperature,
-            w_binary=config.kd.w_binary,
-            w_primary=config.kd.w_primary,
-            compiled=config.train.compile,
-            ranks=ranks,
-            first_class=head.rows.start,
-        )
-        plans = BatchSampler(
+        sampler = BatchSampler(
             len(records),
-            config.train.batch_size,
-            config.train.epochs,
-            config.train.seed,
+            train.batch_size,
+            train.epochs,
+            train.seed,
             config.data.flip,
-            blocks=(
-                targets.blocks(config.data.block_shards)
-                if targets and config.data.order == "blocks"
-                else None
-            ),
+            blocks=targets.blocks(config.data.block_shards) if targets and in_blocks else None,
             rank=ranks.rank,
             world_size=ranks.world_size,
         )
-        parameters = [p for p in (*model.parameters(), *head.parameters()) if p.requires_grad]
-        optimizer = make_optimizer(config.optimizer, parameters)
-        scheduler = make_scheduler(
-            optimizer,
-            config.schedule,
-            lr=config.optimizer.lr,
-            steps_per_epoch=plans.steps_per_epoch,
-            total_steps=plans.total_steps,
-        )
-        data = RunData(
-            len(records),
-            records.num_classes,
-            records.fingerprint,
-            targets.store.cache_id if targets else "",
+        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        optimizer = make_optimizer(
+            config.optimizer,
+            [
+                {"name": "backbone", "params": trainable},
+                {"name": "centers", "params": [head.weight]},
+            ],
         )
         return cls(
             config=config,
-            data=data,
-            plans=plans,
+            data=RunData(
+                len(records),
+                records.num_classes,
+                records.fingerprint,
+                targets.store.cache_id if targets else "",
+            ),
+            sampler=sampler,
             device=device,
             dtype=dtype,
             model=model,
-            forward=ranks.parallel(model, allreduce_dtype=config.train.allreduce_dtype),
+            forward=ranks.parallel(model, allreduce_dtype=train.allreduce_dtype),
             pixels=preprocess_preset("arcface").on_device(device),
             head=head,
-            head_spec=head_spec,
+            head_spec=HeadSpec(
+                margin=config.head.margins,
+                scale=config.head.scale,
+                temperature=config.kd.temperature,
+                w_binary=config.kd.w_binary,
+                w_primary=config.kd.w_primary,
+                compiled=train.compile,
+                ranks=ranks,
+                first_class=head.rows.start,
+            ),
             optimizer=optimizer,
-            scheduler=scheduler,
+            scheduler=make_scheduler(
+                optimizer,
+                config.schedule,
+                lr=config.optimizer.lr,
+                steps_per_epoch=sampler.steps_per_epoch,
+                total_steps=sampler.total_steps,
+            ),
             scaler=ranks.scaler(device, enabled=dtype == torch.float16),
             ranks=ranks,
-            kept=BufferSnapshot(model),
-            fit=IdentityCosineStatistics(len(records), ranks),
+            buffers=BufferSnapshot(model),
+            identity_cosines=IdentityCosineStatistics(len(records), ranks),
         )
 
     def state(self) -> dict[str, Any]:
-        """Everything that the rest of the training depends on but the class centres.
+        """Everything that the rest of the training depends on, except the class centres.
 
-        Builtins and tensors, the same on all ranks but for the statistics of BatchNorm: those of
-        the first are kept.
+        Builtins and tensors, equal on all ranks except for the statistics of BatchNorm, of which
+        the first rank's are saved.
         """
         cuda = self.device.type == "cuda"
         optimizer = self.optimizer.state_dict()
-        centers = optimizer["state"].pop(self._centers_place, {})
+        (centers_index,) = optimizer["param_groups"][-1]["params"]
+        centers = optimizer["state"].pop(centers_index, {})
         return {
             "config": msgspec.to_builtins(self.config),
             "data": list(self.data),
-            "step": self.step,
+            **{name: getattr(self, name) for name in _PLAIN},
             "skipped": [self.skipped, self.skipped_in_a_row],
             "divergence": [self.divergence.first, self.divergence.mean, self.divergence.above],
-            "best": self.best,
-            "best_step": self.best_step,
-            "evaluated": self.evaluated,
-            "highest_lr": self.highest_lr,
             "window": self.window.state(),
-            "fit": self.fit.state(),
-            "accuracy": self.accuracy,
+            "fit": self.identity_cosines.state(),
             "rng": {
                 "cpu": torch.get_rng_state(),
                 "cuda": torch.cuda.get_rng_state(self.device) if cuda else None,
             },
             "model": self.model.state_dict(),
             "optimizer": optimizer,
-            "centers_optimizer": {n: v for n, v in centers.items() if not self._of_centers(v)},
+            "centers_optimizer": {n: v for n, v in centers.items() if not self._per_center(v)},
             "scheduler": self.scheduler.state_dict(),
             "scaler": self.scaler.state_dict(),
         }
 
     def centers(self) -> dict[str, Tensor]:
-        """The class centres and what the optimizer keeps for each, sharded over the ranks."""
+        """The class centres and the optimizer's state of each, sharded over the ranks."""
         kept = self.optimizer.state.get(self.head.weight, {})
         tensors = {"weight": self.head.weight.detach()}
-        tensors |= {name: value for name, value in kept.items() if self._of_centers(value)}
+        tensors |= {name: value for name, value in kept.items() if self._per_center(value)}
         count = self.data.num_classes
         return {name: self.ranks.sharded(tensor, count) for name, tensor in tensors.items()}
 
-    @property
-    def _centers_place(self) -> int:
-        """Number of the class centres among the optimizer's parameters: they are the last."""
-        return len(self.optimizer.param_groups[0]["params"]) - 1
-
-    def _of_centers(self, value: object) -> bool:
+    def _per_center(self, value: object) -> bool:
         return isinstance(value, Tensor) and value.shape == self.head.weight.shape
 
     def restore(self, state: dict[str, Any], path: Path) -> None:
-        """Go on from a checkpoint of this very run, of any number of ranks.
+        """Continue from a checkpoint of this run, written by any number of ranks.
 
         Raises:
-            ConfigError: for another configuration, or weights of other shapes than it says.
-            SpecMismatchError: where data or cache differ.
+            ConfigError: if its configuration is another, or its weights do not fit it.
+            SpecMismatchError: if data or cache differ.
         """
         self.ranks.run_all_or_abort(lambda: require_same_run(state, self.config, self.data, path))
         try:
@@ -229,10 +224,11 @@ class RunState:
         except RuntimeError as error:
             raise ConfigError(
                 f"{path}: its weights do not fit its own configuration (student "
-                f"{self.config.student.name} of {self.config.student.embedding_dim} numbers an "
-                f"embedding, {self.data.num_classes} classes): {error}; go on from another "
+                f"{self.config.student.name} of {self.config.student.embedding_dim} numbers per "
+                f"embedding, {self.data.num_classes} classes): {error}; resume from another "
                 "checkpoint, or train into another folder"
             ) from error
+        split_groups(state)
         self.optimizer.load_state_dict(state["optimizer"])
         kept = dict(state["centers_optimizer"])
         kept |= {
@@ -249,62 +245,57 @@ class RunState:
         torch.set_rng_state(state["rng"]["cpu"])
         if self.device.type == "cuda" and state["rng"]["cuda"] is not None:
             torch.cuda.set_rng_state(state["rng"]["cuda"], self.device)
-        self.step, self.best, self.accuracy = state["step"], state["best"], state["accuracy"]
-        self.best_step, self.evaluated = state["best_step"], state["evaluated"]
+        for name in _PLAIN:
+            setattr(self, name, state[name])
         self.saved = self.step
         self.skipped, self.skipped_in_a_row = state["skipped"]
         self.divergence = Divergence(*state["divergence"])
-        self.highest_lr = state["highest_lr"]
         self.window = Window(state["window"])
-        self.fit.restore(state["fit"])
+        self.identity_cosines.restore(state["fit"])
 
     @property
     def epoch(self) -> float:
         """Epochs done."""
-        return self.step / self.plans.steps_per_epoch
+        return self.step / self.sampler.steps_per_epoch
 
     def take_step(self, batch: Batch, records: Records) -> GkdLoss:
-        """One step on a batch.
+        """Train on a batch.
 
-        Where its loss or its gradients are not finite, it changes no weight and is counted in
-        ``skipped``; float16 leaves that to the gradient scaler, which takes a smaller scale next.
-
+        If its loss or its gradients are not finite, no weight changes and the step counts as
+        skipped; in float16 the gradient scaler decides, and chooses a smaller scale for the next.
         """
-        self.kept.keep()
+        self.buffers.keep()
         self.highest_lr = max(self.highest_lr, float(self.optimizer.param_groups[0]["lr"]))
         with self._sampled(batch) as sampled:
             loss = self._loss(batch, sampled)
             self.optimizer.zero_grad(set_to_none=True)
             self.scaler.scale(loss.total).backward()
             norm = self._clip()
-            # The host waits for the device here, and where it looks classes up.
+            # The host waits for the device here, and where classes are looked up.
             *parts, norm_value = torch.stack([*map(torch.detach, loss.means), norm]).tolist()
             finite = math.isfinite(parts[0]) and math.isfinite(norm_value)
             if finite or self.scaler.is_enabled():
                 self.scaler.step(self.optimizer)
             self.scaler.update()
         with warnings.catch_warnings():
-            # Where the first steps are skipped the schedule goes on; torch takes it for a slip.
+            # If the first steps are skipped the schedule advances still; torch warns of that.
             warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
             self.scheduler.step()
         self.step += 1
         if not finite:
-            self._skip(
-                {**dict(zip(loss.means._fields, parts, strict=True)), "gradient_norm": norm_value},
-                batch,
-                records,
-            )
+            named = dict(zip(loss.means._fields, parts, strict=True))
+            self._skip({**named, "gradient_norm": norm_value}, batch, records)
             return loss.means
         self.skipped_in_a_row = 0
-        warmup = self.config.schedule.warmup_epochs * self.plans.steps_per_epoch
+        warmup = self.config.schedule.warmup_epochs * self.sampler.steps_per_epoch
         self.divergence.add(parts[1], settled=self.step > warmup)
-        if self.step > self.plans.total_steps - self.plans.steps_per_epoch:
-            self.fit.add(batch.rows, loss.label_cosines)
+        if self.step > self.sampler.total_steps - self.sampler.steps_per_epoch:
+            self.identity_cosines.add(batch.rows, loss.label_cosines)
         return loss.means
 
     @contextmanager
     def _sampled(self, batch: Batch) -> Iterator[SampledCenters | None]:
-        """The centres that learn in a step, in the optimizer's hands; None for all of them."""
+        """The centres that a step trains, known to the optimizer; None for all of them."""
         rate = self.config.head.sample_rate
         if rate == 1.0:
             yield None
@@ -316,72 +307,88 @@ class RunState:
             yield SampledCenters(sample, centers)
 
     def _loss(self, batch: Batch, sampled: SampledCenters | None) -> LayerLoss:
-        kd, weight, labels, targets = self.config.kd, self.head.weight, batch.labels, batch.targets
-        # The host waits for the device here, so it comes before the backbone's work.
+        weight, labels, targets = self.head.weight, batch.labels, batch.targets
+        # The host waits for the device here, so this comes before the backbone's work.
         lookup = look_up_classes(labels, targets, weight, self.head_spec, sampled=sampled)
         images = self.pixels(batch.images)
         if not self.config.train.channels_last:
             images = images.contiguous()
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             embeddings = self.forward(images)
+        ramp, total = self.config.kd.ramp, self.sampler.total_steps
         return grouped_margin_loss(
             embeddings,
             weight,
             labels,
             targets,
             self.head_spec,
-            ramp=kd_ramp(self.step, ramp=kd.ramp, total_steps=self.plans.total_steps),
+            ramp=kd_ramp(self.step, ramp=ramp, total_steps=total),
             sampled=sampled,
             lookup=lookup,
         )
 
     def _clip(self) -> Tensor:
-        """Clip the backbone's gradients; the norm of all gradients before that."""
+        """Clip the backbone's gradients; returns the norm of all gradients before that."""
         limit = self.config.optimizer.clip_norm
         self.scaler.unscale_(self.optimizer)
         norm = gradient_norm(self.model.parameters())
         if limit:
             nn.utils.clip_grads_with_norm_(self.model.parameters(), limit, norm)
-        of_centers = gradient_norm(self.optimizer.param_groups[0]["params"][-1:])
+        of_centers = gradient_norm(self.optimizer.param_groups[-1]["params"])
         return torch.hypot(norm, self.ranks.sum(of_centers.square()).sqrt())
 
     def _skip(self, parts: dict[str, float], batch: Batch, records: Records) -> None:
-        """Put the running statistics back, and count."""
-        self.kept.restore()
+        self.buffers.restore()
         self.skipped += 1
         self.skipped_in_a_row += 1
         rows = self.ranks.gather(batch.rows.to(self.device)).tolist()
-        keys = tuple(records.key(row) for row in rows)
-        self.last_skipped = SkippedStep(self.step, parts, keys)
+        self.last_skipped = SkippedStep(self.step, parts, tuple(map(records.key, rows)))
 
     def require_sound(self, records: Records) -> None:
-        """Stop a training that the last step shows to be lost.
+        """Stop a training that cannot succeed any more.
 
         Raises:
-            GkdError: after ``train.max_skipped`` skipped steps in a row, or where the cross-entropy
-                has been far above its beginning for long.
+            GkdError: after ``train.max_skipped`` skipped steps in a row, or if the cross-entropy
+                has long been far above its first value.
         """
         remedy = (
-            "begin again in another folder with a lower optimizer.lr or more schedule.warmup_epochs"
+            "start again in another folder with a lower optimizer.lr or more schedule.warmup_epochs"
         )
         if self.skipped_in_a_row >= self.config.train.max_skipped:
             self.ranks.fail(
                 "the loss or the gradients were not finite in "
                 f"{self.skipped_in_a_row} steps in a row (train.max_skipped), the highest learning "
                 f"rate so far was {self.highest_lr:g}; the last was {self.last_skipped} of "
-                f"{records.path}; {self.standing}: {remedy}, or look at these images"
+                f"{records.path}; {self.last_checkpoint}: {remedy}, or check these images"
             )
         if self.divergence.found:
             self.ranks.fail(
-                f"the training diverges: at step {self.step} of {self.plans.total_steps} the "
-                f"cross-entropy's running mean is {self.divergence.mean:.4g}, it began at "
+                f"the training diverges: at step {self.step} of {self.sampler.total_steps} the "
+                f"running mean of the cross-entropy is {self.divergence.mean:.4g}, it began at "
                 f"{self.divergence.first:.4g}; the highest learning rate so far was "
                 f"{self.highest_lr:g}: {remedy}"
             )
 
     @property
-    def standing(self) -> str:
-        """The last checkpoint, in words."""
+    def last_checkpoint(self) -> str:
+        """Which checkpoint there is, for messages."""
         if self.saved < 0:
             return "no checkpoint was written before"
-        return f"the checkpoint of step {self.saved} stands as it was"
+        return f"the checkpoint of step {self.saved} is unchanged"
+
+
+def split_groups(state: dict[str, Any]) -> None:
+    """Bring an older checkpoint's optimizer state into two groups, as of today.
+
+    Formerly the class centres were the last parameter of the only group.
+    """
+    groups, scheduler = state["optimizer"]["param_groups"], state["scheduler"]
+    if len(groups) > 1:
+        return
+    (group,) = groups
+    state["optimizer"]["param_groups"] = [
+        {**group, "name": "backbone", "params": group["params"][:-1]},
+        {**group, "name": "centers", "params": group["params"][-1:]},
+    ]
+    for name in ("base_lrs", "lr_lambdas", "_last_lr"):
+        scheduler[name] = scheduler[name] * 2

@@ -25,7 +25,7 @@ from gkd.storage.reading.shard_store import ShardStore
 from gkd.storage.records.base import Subset
 from gkd.storage.records.open import Records, open_records
 from gkd.trainer.data.dataset import FaceBatches, JoinedTargets
-from gkd.trainer.data.loader import load_batches
+from gkd.trainer.data.loader import BatchLoader
 from gkd.trainer.data.sampler import BatchSampler
 from tests.benchmarks.harness import Bar, in_turns, report
 from tests.benchmarks.synthetic_cache import make_cache
@@ -92,7 +92,7 @@ def bytes_per_sample(cache: Cache) -> tuple[float, float, float]:
 
 
 def epoch(dataset: FaceBatches, plans: BatchSampler, workers: int) -> None:
-    for _ in load_batches(dataset, plans, workers=workers, pin=False):
+    for _ in BatchLoader(dataset, plans, workers=workers, pin=False):
         pass
 
 

@@ -13,7 +13,6 @@ from gkd.trainer.config import RunConfig
 from gkd.trainer.config_file import (
     KEYS,
     describe_type,
-    differences,
     load_config,
     stored_config,
     to_toml,
@@ -204,9 +203,3 @@ def test_torch_and_numpy_accept_the_largest_seed() -> None:
     seed = load_config(None, ["train.seed=9223372036854775807"]).train.seed
     assert torch.Generator().manual_seed(seed).initial_seed() == seed
     np.random.default_rng([seed, 0])
-
-
-def test_differences_list_the_keys_that_change_weights() -> None:
-    ours = load_config(None, ["train.epochs=30"])
-    theirs = load_config(None, ["train.epochs=40", "data.workers=0", "checkpoint.keep=3"])
-    assert differences(ours, theirs) == ["train.epochs: 30, now 40"]

@@ -23,7 +23,7 @@ from gkd.storage.errors import ConfigError
 from gkd.storage.records.open import open_records
 from gkd.trainer import distributed
 from gkd.trainer.checkpoint import read_checkpoint
-from gkd.trainer.data.dataset import check_data
+from gkd.trainer.data.checks import check_data
 from gkd.trainer.distributed import Ranks, joined_ranks
 from gkd.trainer.dry_run import dry_run
 from tests.paths import ROOT
@@ -257,7 +257,7 @@ def test_a_dry_run_of_ranks_prints_once_what_one_of_them_needs(faces: Path, tmp_
     assert cost["memory"]["class_centers"] == 3 * 8 * 4
     for part in ("activations", "images"):
         assert cost["memory"][part] == half.memory[part] < both.memory[part]
-    learning = both.parameters["learning"] - 6 * 8
+    learning = both.parameters["trainable"] - 6 * 8
     assert cost["memory"]["gradients_sent"] == 4 * learning
     assert cost["memory"]["gradients"] == cost["memory"]["optimizer_state"] == 4 * (learning + 24)
     for name in ("parameters", "flops_per_step", "total_steps"):

@@ -17,7 +17,7 @@ from gkd.storage.records.open import open_records
 from gkd.trainer.checkpoint import student_backbone
 from gkd.trainer.config_file import load_config
 from gkd.trainer.data.dataset import FaceBatches, join_targets
-from gkd.trainer.data.loader import load_batches
+from gkd.trainer.data.loader import BatchLoader
 from gkd.trainer.dry_run import (
     PeakBytes,
     activation_bytes,
@@ -35,7 +35,7 @@ def test_parameters_and_steps_by_hand(faces: Path) -> None:
     told = dry_run(load_config(None, ["train.batch_size=8", "kd.enabled=false"]), records, None)
     # MobileFaceNet of arcface_torch at scale 2 and 512 numbers has 2,059,520; its last
     # BatchNorm's 512 weights stay at one.
-    assert told.parameters == {"backbone": 2059520, "head": 6 * 512, "learning": 2059520 + 2560}
+    assert told.parameters == {"backbone": 2059520, "head": 6 * 512, "trainable": 2059520 + 2560}
     assert (told.images, told.classes) == (42, 6)
     assert (told.steps_per_epoch, told.epochs, told.total_steps) == (5, 20, 100)
     assert told.memory["class_centers"] == 6 * 512 * 4
@@ -130,8 +130,8 @@ def test_a_real_step_takes_the_memory_that_was_told(faces: Path, settings: tuple
     )
     told = dry_run(config, records, None)
     state = RunState.build(config, records, None)
-    batches = load_batches(
-        FaceBatches(records, None, temperature=4.0), state.plans, workers=0, pin=False
+    batches = BatchLoader(
+        FaceBatches(records, None, temperature=4.0), state.sampler, workers=0, pin=False
     )
     first, second = next(batches), next(batches)
     with PeakBytes() as peak:

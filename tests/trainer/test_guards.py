@@ -1,8 +1,10 @@
-"""What training refuses, skips and stops at: each fault is provoked, not pretended."""
+"""What training refuses, skips and stops at: each fault is provoked, none is simulated."""
 
 import copy
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +15,15 @@ from safetensors.torch import load_file, save_file
 
 from gkd.storage.errors import ConfigError, GkdError
 from gkd.storage.records.base import Subset
-from gkd.storage.records.open import open_records
+from gkd.storage.records.open import Records, open_records
 from gkd.storage.util.files import sha256_file
 from gkd.trainer.checkpoint import publish, read_checkpoint, write_checkpoint
 from gkd.trainer.data.dataset import Batch, FaceBatches
-from gkd.trainer.data.loader import load_batches
+from gkd.trainer.data.loader import BatchLoader
 from gkd.trainer.distributed import ALONE
 from gkd.trainer.guards import DIVERGED, LONG, Divergence, finite_weights
+from gkd.trainer.head.loss import GkdLoss
+from gkd.trainer.head.margin import Margin
 from gkd.trainer.loop import train
 from gkd.trainer.state import RunState
 from tests.trainer.faces import load, run, small_config
@@ -27,16 +31,16 @@ from tests.trainer.faces import load, run, small_config
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def started(faces: Path, *overrides: str) -> tuple[RunState, Iterator[Batch]]:
+def start(faces: Path, *overrides: str) -> tuple[RunState, Iterator[Batch]]:
     records, targets = load(faces)
     config = small_config(*overrides)
     state = RunState.build(config, records, targets)
     dataset = FaceBatches(records, targets, temperature=config.kd.temperature)
-    return state, load_batches(dataset, state.plans, workers=0, pin=False)
+    return state, BatchLoader(dataset, state.sampler, workers=0, pin=False)
 
 
 def learned(state: RunState) -> dict[str, torch.Tensor]:
-    """Everything that a step changes in the networks and the optimiser, by value."""
+    """Copies of everything that a step changes in the networks and the optimizer."""
     content = {**state.model.state_dict(), **state.head.state_dict(prefix="head.")}
     for number, kept in state.optimizer.state_dict()["state"].items():
         content |= {f"{number}.{name}": value for name, value in kept.items()}
@@ -48,13 +52,13 @@ def spoil(gradient: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("clip", ["0", "5"])
-@pytest.mark.parametrize("where", ["model", "head"])
-def test_a_gradient_that_is_not_finite_changes_nothing(faces: Path, where: str, clip: str) -> None:
-    state, batches = started(faces, f"optimizer.clip_norm={clip}")
+@pytest.mark.parametrize("part", ["model", "head"])
+def test_a_gradient_that_is_not_finite_changes_nothing(faces: Path, part: str, clip: str) -> None:
+    state, batches = start(faces, f"optimizer.clip_norm={clip}")
     records = open_records(faces / "faces")
     state.take_step(next(batches), records)
     before, rate = learned(state), state.optimizer.param_groups[0]["lr"]
-    parameter = next(getattr(state, where).parameters())
+    parameter = next(getattr(state, part).parameters())
     hook = parameter.register_hook(spoil)
     batch = next(batches)
     state.take_step(batch, records)
@@ -73,8 +77,8 @@ def test_a_gradient_that_is_not_finite_changes_nothing(faces: Path, where: str, 
     assert not torch.equal(before["head.weight"], learned(state)["head.weight"])
 
 
-def test_a_loss_that_is_not_finite_leaves_running_statistics_alone(faces: Path) -> None:
-    state, batches = started(faces)
+def test_a_loss_that_is_not_finite_leaves_running_statistics_unchanged(faces: Path) -> None:
+    state, batches = start(faces)
     records = open_records(faces / "faces")
     state.take_step(next(batches), records)
     before = learned(state)
@@ -87,8 +91,8 @@ def test_a_loss_that_is_not_finite_leaves_running_statistics_alone(faces: Path) 
 
 
 def test_a_gradient_scaler_finds_its_scale(faces: Path) -> None:
-    """Gradients overflow at the first scales: skipped, halved, and trained on, as float16 does."""
-    state, batches = started(faces, "optimizer.clip_norm=5", "train.max_skipped=40")
+    """At the first scales the loss overflows: steps are skipped and the scale halved, until not."""
+    state, batches = start(faces, "optimizer.clip_norm=5", "train.max_skipped=40")
     records = open_records(faces / "faces")
     state.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**125)
     before = learned(state)
@@ -102,59 +106,80 @@ def test_a_gradient_scaler_finds_its_scale(faces: Path) -> None:
     assert finite_weights((state.model, state.head))
 
 
-def test_after_so_many_in_a_row_it_stops_by_name(faces: Path, tmp_path: Path) -> None:
-    """A rate that overflows the weights: the log names each step, no checkpoint is spoilt."""
+@contextmanager
+def fault_at(step: int, cause: Callable[[RunState], object]) -> Iterator[None]:
+    """Call ``cause`` on the state of a run before it takes the step after ``step``."""
+    take_step = RunState.take_step
+
+    def faulty(state: RunState, batch: Batch, records: Records) -> GkdLoss:
+        if state.step == step:
+            cause(state)
+        return take_step(state, batch, records)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RunState, "take_step", faulty)
+        yield
+
+
+# A checkpoint after every step; weights change so little that each step's loss is about the first.
+CALM = ("optimizer.lr=1e-6", "train.epochs=9", "checkpoint.every_epochs=0.2")
+
+
+def test_after_max_skipped_steps_in_a_row_it_stops(faces: Path, tmp_path: Path) -> None:
+    """The log names each skipped step and its records, and no checkpoint is damaged."""
     out = tmp_path / "out"
-    with pytest.raises(GkdError) as error:
-        run(
-            *(faces, out, "optimizer.lr=1e5", "train.epochs=9", "train.max_skipped=4"),
-            *("train.log_every=2", "checkpoint.every_epochs=0.2"),
-        )
+    spoiled = fault_at(5, lambda state: state.head.weight.register_hook(spoil))
+    with spoiled, pytest.raises(GkdError) as error:
+        run(faces, out, *CALM, "train.max_skipped=4", "train.log_every=2")
     message = str(error.value)
     assert "were not finite in 4 steps in a row (train.max_skipped)" in message
+    assert "the last was step 9 (" in message
     assert "gradient_norm nan) with records person_" in message
     assert "lower optimizer.lr or more schedule.warmup_epochs" in message
     assert message.count(".jpg") == 8
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     skipped = [line for line in lines if "not_finite" in line]
-    assert [len(line["records"]) for line in skipped] == [8] * len(skipped)
-    fatal = int(message.partition("the last was step ")[2].split()[0])
-    assert [line["step"] for line in skipped[-4:]] == list(range(fatal - 3, fatal + 1))
+    assert [line["step"] for line in skipped] == [6, 7, 8, 9]
+    assert [len(line["records"]) for line in skipped] == [8] * 4
     assert skipped[-1]["not_finite"]["gradient_norm"] == "nan"
     kept = read_checkpoint(out / "checkpoints/last.pt")
-    assert kept["step"] < fatal
-    assert f"the checkpoint of step {kept['step']} stands as it was" in message
+    assert kept["step"] == 8
+    assert "the checkpoint of step 8 is unchanged" in message
     assert all(torch.isfinite(value).all() for value in kept["model"].values())
 
 
 def test_weights_that_are_not_finite_are_not_saved(faces: Path, tmp_path: Path) -> None:
-    """One update of 1e38 overflows the next; the checkpoint before it stays."""
-    out = tmp_path / "out"
-    with pytest.raises(GkdError, match=r"weights are not finite, so no checkpoint of them"):
-        run(
-            *(faces, out, "optimizer.lr=1e38", "optimizer.weight_decay=1", "train.max_skipped=40"),
-            *("checkpoint.every_epochs=0.2", "train.epochs=9", "schedule.kind=step"),
-        )
-    kept = out / "checkpoints/last.pt"
-    if kept.exists():
-        assert all(torch.isfinite(v).all() for v in read_checkpoint(kept)["model"].values())
+    def overflow(state: RunState) -> None:
+        state.head.weight.data[1, 2] = torch.inf
+
+    message = r"after step 4 the weights are not finite, so no checkpoint of them .* of step 3 is"
+    with fault_at(3, overflow), pytest.raises(GkdError, match=message):
+        run(faces, tmp_path / "out", *CALM)
+    assert read_checkpoint(tmp_path / "out/checkpoints/last.pt")["step"] == 3
 
 
-def test_a_rate_too_high_is_called_divergence(faces: Path, tmp_path: Path) -> None:
-    with pytest.raises(GkdError) as error:
-        run(
-            *(faces, tmp_path / "out", "optimizer.lr=1000", "optimizer.weight_decay=0"),
-            *("schedule.kind=step", "student.embedding_dim=64", "train.epochs=40"),
-            "schedule.milestones=[2, 4]",
-        )
-    message = str(error.value)
-    assert "the training diverges: at step" in message
-    assert "the highest learning rate so far was 1000" in message
-    assert "lower optimizer.lr or more schedule.warmup_epochs" in message
+def test_a_loss_far_above_its_beginning_is_called_divergence(faces: Path, tmp_path: Path) -> None:
+    """A margin of 3 from the second step on raises every cross-entropy by 2.6 * 64."""
+
+    def raise_margin(state: RunState) -> None:
+        state.head_spec = replace(state.head_spec, margin=Margin(m3=3.0))
+
+    with fault_at(1, raise_margin), pytest.raises(GkdError) as error:
+        run(faces, tmp_path / "out", *CALM)
     lines = (tmp_path / "out/metrics.jsonl").read_text().splitlines()
     entropies = [json.loads(line)["ce"] for line in lines]
-    assert f"it began at {entropies[0]:.4g}" in message
-    assert np.mean(entropies[-30:]) > DIVERGED * entropies[0]
+    expected = Divergence()
+    for ce in entropies:
+        assert not expected.found
+        expected.add(ce, settled=True)
+    assert not expected.found
+    message = str(error.value)
+    assert f"the training diverges: at step {len(entropies) + 1} of 45" in message
+    assert f"it began at {entropies[0]:.4g};" in message
+    mean = float(message.partition("cross-entropy is ")[2].partition(",")[0])
+    assert DIVERGED * entropies[0] < mean < expected.mean + max(entropies) / 100
+    assert "the highest learning rate so far was 1e-06" in message
+    assert "lower optimizer.lr or more schedule.warmup_epochs" in message
 
 
 def test_a_short_peak_is_no_divergence() -> None:
@@ -162,7 +187,7 @@ def test_a_short_peak_is_no_divergence() -> None:
     for ce in [40.0, *([100.0] * 20), *([35.0] * 500)]:
         watch.add(ce, settled=False)
         assert not watch.found
-    # Mean m after n more steps at 90 from 35: 90 - 55 * 0.99^n > 60 first at n = 61.
+    # From 35 the mean after n steps at 90 is 90 - 55 * 0.99^n, above 60 from n = 61 on.
     steps = 0
     while not watch.found:
         watch.add(90.0, settled=False)
@@ -171,7 +196,7 @@ def test_a_short_peak_is_no_divergence() -> None:
 
 
 def test_a_loss_that_stays_above_its_beginning_is_a_divergence() -> None:
-    """Cosines bound the cross-entropy of a lost run; a warm-up may lift it for a while."""
+    """Cosines bound the cross-entropy of a failed run; a warm-up may raise it for a while."""
     watch = Divergence()
     for _ in range(1000):
         watch.add(45.0 if watch.first is None else 55.0, settled=False)
@@ -185,8 +210,8 @@ def test_a_loss_that_stays_above_its_beginning_is_a_divergence() -> None:
     assert not watch.found
 
 
-def test_counts_outlive_an_interruption(faces: Path, tmp_path: Path) -> None:
-    state, batches = started(faces)
+def test_counts_survive_an_interruption(faces: Path, tmp_path: Path) -> None:
+    state, batches = start(faces)
     records, targets = load(faces)
     state.head.weight.register_hook(spoil)
     for _ in range(3):
@@ -234,15 +259,15 @@ def test_labels_outside_the_classes_are_refused(faces: Path, tmp_path: Path) -> 
 
 def test_one_identity_is_refused(faces: Path, tmp_path: Path) -> None:
     records = Subset(open_records(faces / "faces"), np.repeat(np.arange(7, 14), 2))
-    with pytest.raises(ConfigError, match=r"two identities at least, got those of class 1 alone"):
+    with pytest.raises(ConfigError, match=r"at least two identities, got only class 1"):
         train(small_config("kd.enabled=false"), records, None, tmp_path / "out")
 
 
 def test_classes_without_an_image_are_refused_unless_kept(faces: Path, tmp_path: Path) -> None:
     records = Subset(open_records(faces / "faces"), np.arange(7, 42), 9)
     settings = ("kd.enabled=false", "train.epochs=1")
-    told = r"faces: 4 of 9 classes have no image \(0, 6, 7, 8\); .* set data.empty_classes=keep"
-    with pytest.raises(ConfigError, match=told):
+    message = r"faces: 4 of 9 classes have no image \(0, 6, 7, 8\); .* set data.empty_classes=keep"
+    with pytest.raises(ConfigError, match=message):
         train(small_config(*settings), records, None, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     huge = Subset(records, np.arange(35), 2**40)

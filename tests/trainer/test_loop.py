@@ -23,7 +23,7 @@ from gkd.trainer import loop
 from gkd.trainer.checkpoint import load_student, read_checkpoint
 from gkd.trainer.config_file import load_config
 from gkd.trainer.data.dataset import FaceBatches
-from gkd.trainer.data.loader import load_batches
+from gkd.trainer.data.loader import BatchLoader
 from gkd.trainer.data.sampler import BatchIndices
 from gkd.trainer.head.targets import GroupTargets
 from gkd.trainer.loop import train
@@ -148,8 +148,8 @@ def test_a_student_sees_images_as_the_preset_says(faces: Path, last: str) -> Non
     """To the bit, as ``gkd evaluate`` shows them to it."""
     records, targets = load(faces)
     state = RunState.build(small_config(f"train.channels_last={last}"), records, targets)
-    batches = load_batches(
-        FaceBatches(records, targets, temperature=4.0), state.plans, workers=0, pin=False
+    batches = BatchLoader(
+        FaceBatches(records, targets, temperature=4.0), state.sampler, workers=0, pin=False
     )
     seen: list[torch.Tensor] = []
     state.model.register_forward_pre_hook(lambda _, given: seen.append(given[0].clone()))
@@ -253,8 +253,8 @@ def test_gradients_of_the_backbone_are_clipped(faces: Path) -> None:
     records, targets = load(faces)
     config = small_config("optimizer.clip_norm=0.25", "train.epochs=1")
     state = RunState.build(config, records, targets)
-    batches = load_batches(
-        FaceBatches(records, targets, temperature=4.0), state.plans, workers=0, pin=False
+    batches = BatchLoader(
+        FaceBatches(records, targets, temperature=4.0), state.sampler, workers=0, pin=False
     )
     state.take_step(next(batches), records)
     squares = [

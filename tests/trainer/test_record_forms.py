@@ -8,7 +8,7 @@ import torch
 from gkd.storage.cache.reader import Cache
 from gkd.storage.records.open import Records, open_records
 from gkd.trainer.data.dataset import Batch, FaceBatches, join_targets
-from gkd.trainer.data.loader import load_batches
+from gkd.trainer.data.loader import BatchLoader
 from gkd.trainer.data.sampler import BatchSampler
 from tests.storage.records.test_forms import FORMS, write_form
 from tests.trainer.faces import write_cache
@@ -20,7 +20,7 @@ def batches(records: Records, cache: Path, folder: Path, workers: int) -> list[B
     kept, targets = join_targets(records, Cache.open(cache), workers=1, folder=folder)
     assert len(kept) == 42
     dataset = FaceBatches(kept, targets, temperature=4.0)
-    return list(load_batches(dataset, PLANS, workers=workers, pin=False))
+    return list(BatchLoader(dataset, PLANS, workers=workers, pin=False))
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")

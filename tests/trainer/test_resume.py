@@ -267,7 +267,7 @@ def test_a_signal_that_comes_twice_at_once_is_one(faces: Path, tmp_path: Path) -
 
 def test_another_configuration_does_not_go_on(faces: Path, tmp_path: Path, unbroken: Path) -> None:
     shutil.copytree(unbroken, tmp_path / "out")
-    with pytest.raises(ConfigError, match=r"another configuration \(train\.epochs: 3, now 4\)"):
+    with pytest.raises(ConfigError, match=r"another configuration \(train\.epochs: was 3, now 4\)"):
         run(faces, tmp_path / "out", "train.epochs=4")
     assert load_config(tmp_path / "out/config.toml").train.epochs == 3
 
@@ -276,5 +276,5 @@ def test_another_cache_does_not_go_on(faces: Path, tmp_path: Path, unbroken: Pat
     shutil.copytree(unbroken, tmp_path / "out")
     records, targets = load(faces)
     targets.store.cache_id = "f" * 64
-    with pytest.raises(SpecMismatchError, match=r"cache \(id\): [0-9a-f]{64}, now f{64}"):
+    with pytest.raises(SpecMismatchError, match=r"cache \(id\): was [0-9a-f]{64}, now f{64}"):
         train(small_config(), records, targets, tmp_path / "out")

@@ -1,4 +1,4 @@
 """Batches of face images with labels and targets, from records and a joined cache.
 
-May be imported by ``head`` users, the loop and the dry run.
+May be imported by the training loop, the dry run and the commands.
 """

@@ -1,19 +1,19 @@
-"""Batches one after the other, made ahead of the training by processes of their own.
+"""Batches in order, made ahead of the training by worker processes.
 
-The training process plans batches; workers decode, mirror and look targets up a whole batch at a
-time. A plan depends on seed, epoch and place alone, so any number of workers gives the same
-batches, and a resumed run plans on from its step.
+The training process draws the indices of batches; workers decode, mirror and look up targets, a
+complete batch at a time. Indices depend only on seed, epoch and step, so any number of workers
+gives the same batches, and a resumed run continues from its step.
 
-Where targets come from the cache's shards, an epoch goes through blocks of shards in random order
-and through the images of a block in random order, and the training process looks targets up, so
-that each shard is read once an epoch and a few are in memory.
+If targets come from the cache's shards, an epoch visits blocks of shards in random order and the
+images of a block in random order, and the training process looks up targets, so that each shard is
+read once per epoch and few are in memory.
 """
 
 import signal
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -33,55 +33,66 @@ from gkd.trainer.head.targets import GroupTargets
 PREFETCH = 4
 
 
-def load_batches(
-    dataset: FaceBatches, plans: BatchSampler, *, workers: int, pin: bool
-) -> Generator[Batch, None, None]:
-    """Batches by their plans, in order, made ahead by ``workers`` processes (0: here, when asked).
+class BatchLoader(Iterator[Batch]):
+    """The batches of ``sampler``, made ahead by ``workers`` processes (0: here, when requested).
 
-    There is at most one worker a core of this rank's. Closing the generator ends them.
-
-    Raises:
-        GkdError: what a worker met, as it was raised there.
+    There is at most one worker per core of this rank. ``close`` ends them. ``next`` raises what a
+    worker raised, as a GkdError or OSError.
     """
-    workers = min(workers, usable_cores())
-    sampler: Sampler[Any] = plans
-    if dataset.targets is not None and isinstance(dataset.targets.store, ShardStore):
-        sampler = _WithTargets(plans, dataset.targets.store, dataset.targets.rows)
-    loader: DataLoader[_Made] = DataLoader(
-        _Carrying(dataset, pack=workers > 0),
-        batch_size=None,
-        sampler=sampler,
-        num_workers=workers,
-        pin_memory=pin,
-        prefetch_factor=PREFETCH if workers else None,
-        worker_init_fn=_ignore_interrupts,
-        # Without its own, the loader draws a number from the generator that resuming restores.
-        generator=torch.Generator(),
-    )
-    made = iter(loader)
-    try:
-        for item in made:
-            match item:
-                case Batch():
-                    yield item
-                case _Packed():
-                    yield item.batch()
-                case error:
-                    raise error
-    finally:
-        # Not left to the garbage collector: a traceback may hold the loader, and workers that live
-        # on, deaf to SIGTERM as they are, would block the interpreter's end.
-        if isinstance(made, _MultiProcessingDataLoaderIter):
-            made._shutdown_workers()
+
+    def __init__(
+        self, dataset: FaceBatches, sampler: BatchSampler, *, workers: int, pin: bool
+    ) -> None:
+        workers = min(workers, usable_cores())
+        indices: Sampler[Any] = sampler
+        if dataset.targets is not None and isinstance(dataset.targets.store, ShardStore):
+            indices = _WithTargets(sampler, dataset.targets.store, dataset.targets.rows)
+        loader: DataLoader[_Item] = DataLoader(
+            _ErrorsAsItems(dataset, pack=workers > 0),
+            batch_size=None,
+            sampler=indices,
+            num_workers=workers,
+            pin_memory=pin,
+            prefetch_factor=PREFETCH if workers else None,
+            worker_init_fn=_ignore_interrupts,
+            # Without its own generator the loader would draw from the one that a resume restores.
+            generator=torch.Generator(),
+        )
+        self._items = iter(loader)
+
+    def __next__(self) -> Batch:
+        try:
+            item = next(self._items)
+            if isinstance(item, Exception):
+                raise item
+        except BaseException:
+            self.close()
+            raise
+        return item.batch() if isinstance(item, _Packed) else item
+
+    def close(self) -> None:
+        """End the workers."""
+        # Not left to the garbage collector: a traceback may hold the loader, and living workers,
+        # which ignore SIGTERM, would block the interpreter's exit.
+        if isinstance(self._items, _MultiProcessingDataLoaderIter):
+            self._items._shutdown_workers()
+
+    def killed_workers(self) -> list[str]:
+        """``process P (signal S)`` for each worker that a signal ended; call it once closed."""
+        return [
+            f"process {worker.pid} (signal {-worker.exitcode})"
+            for worker in getattr(self._items, "_workers", [])
+            if worker.exitcode is not None and worker.exitcode < 0
+        ]
 
 
 @dataclass(frozen=True)
 class _Packed:
-    """A batch on its way out of a worker, in two tensors.
+    """A batch as two tensors, as a worker sends it.
 
-    Each tensor that goes to another process costs a file in shared memory, which for small ones is
-    far more than their bytes. ``rest`` holds all but the images, ``fields`` says what: a name, and
-    type and length of its tensor.
+    Each tensor that is sent to another process costs a file in shared memory, for small ones far
+    more than their bytes. ``rest`` holds everything but the images, ``fields`` describe it: name,
+    dtype and length of each tensor.
     """
 
     images: Tensor
@@ -89,12 +100,11 @@ class _Packed:
     fields: tuple[tuple[str, torch.dtype, int], ...]
 
     @classmethod
-    def of(cls, batch: Batch) -> "_Packed":
-        """Labels, rows and targets in one tensor."""
+    def pack(cls, batch: Batch) -> Self:
         named = {"labels": batch.labels, "rows": batch.rows}
         if batch.targets is not None:
             named |= {f"targets.{name}": value for name, value in batch.targets.tensors().items()}
-        # The longest type first, so that each stands where its type may stand.
+        # The widest dtype first, so that each is aligned.
         fields = sorted(named.items(), key=lambda field: -field[1].itemsize)
         return cls(
             batch.images,
@@ -103,91 +113,85 @@ class _Packed:
         )
 
     def pin_memory(self) -> "_Packed":
-        """The same in pinned memory; the name is the data loader's."""
-        return _Packed(self.images.pin_memory(), self.rest.pin_memory(), self.fields)
+        return replace(self, images=self.images.pin_memory(), rest=self.rest.pin_memory())
 
     def batch(self) -> Batch:
         """The batch, over the same memory."""
-        values: dict[str, Tensor] = {}
-        targets: dict[str, Tensor] = {}
-        begin = 0
-        for name, dtype, length in self.fields:
-            end = begin + length * dtype.itemsize
-            inside = name.removeprefix("targets.")
-            (values if inside == name else targets)[inside] = self.rest[begin:end].view(dtype)
-            begin = end
-        return Batch(self.images, **values, targets=GroupTargets(**targets) if targets else None)
+        sizes = [length * dtype.itemsize for _, dtype, length in self.fields]
+        values = {
+            name: part.view(dtype)
+            for (name, dtype, _), part in zip(self.fields, self.rest.split(sizes), strict=True)
+        }
+        labels, rows = values.pop("labels"), values.pop("rows")
+        targets = {name.removeprefix("targets."): value for name, value in values.items()}
+        return Batch(self.images, labels, rows, GroupTargets(**targets) if targets else None)
 
 
-_Made = Batch | _Packed | GkdError | OSError
+_Item = Batch | _Packed | GkdError | OSError
 
 
-class _Carrying(Dataset[_Made]):
-    """Hands errors over as values: the loader's own way wraps them in the worker's traceback."""
+class _ErrorsAsItems(Dataset[_Item]):
+    """Returns errors as items: the loader itself would wrap them in the worker's traceback."""
 
     def __init__(self, dataset: FaceBatches, *, pack: bool) -> None:
         self.dataset, self.pack = dataset, pack
 
-    def __getitem__(self, plan: BatchIndices | GkdError | OSError) -> _Made:
-        if not isinstance(plan, BatchIndices):
-            return plan
+    def __getitem__(self, indices: BatchIndices | GkdError | OSError) -> _Item:
+        if not isinstance(indices, BatchIndices):
+            return indices
         try:
-            batch = self.dataset[plan]
+            batch = self.dataset[indices]
         except (GkdError, OSError) as error:
             return error
-        return _Packed.of(batch) if self.pack else batch
+        return _Packed.pack(batch) if self.pack else batch
 
 
 def _ignore_interrupts(_worker: int) -> None:
-    # A Ctrl-C or a scheduler's SIGTERM reaches the whole process group: the training process
-    # finishes its step and stops the workers itself.
+    # Ctrl-C or a scheduler's SIGTERM reaches the whole process group: the training process finishes
+    # its step and stops the workers itself.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 @dataclass(frozen=True)
 class _WithTargets(Sampler[BatchIndices | GkdError | OSError]):
-    """BatchSampler with their targets, read block by block by a thread that is one block ahead.
+    """A sampler's indices with their targets, read by a thread that is one block ahead.
 
-    Hands an error over as its last value: raised inside the loader, it would keep the loader alive,
-    and that its workers.
+    An error is the last item: raised inside the loader, it would keep the loader and its workers
+    alive.
     """
 
-    plans: BatchSampler
+    sampler: BatchSampler
     store: ShardStore
     rows: npt.NDArray[np.int64]
 
     def __len__(self) -> int:
-        return len(self.plans)
+        return len(self.sampler)
 
     def __iter__(self) -> Iterator[BatchIndices | GkdError | OSError]:
         try:
-            yield from self._plans()
+            yield from self._look_up()
         except (GkdError, OSError) as error:
             yield error
 
-    def _plans(self) -> Iterator[BatchIndices]:
+    def _look_up(self) -> Iterator[BatchIndices]:
         loaded: dict[int, Future[Block]] = {}
         with ThreadPoolExecutor(1, "read blocks") as pool:
             try:
-                for plan in self.plans:
-                    assert plan.blocks is not None
-                    first, last = int(plan.blocks[0]), int(plan.blocks[-1])
+                for indices in self.sampler:
+                    assert indices.blocks is not None
+                    first, last = int(indices.blocks[0]), int(indices.blocks[-1])
                     for number in [number for number in loaded if number < first]:
                         del loaded[number]
                     for number in range(first, max(first + 1, last) + 1):
-                        shards = self.plans.block_shards(number) if number not in loaded else None
+                        shards = self.sampler.block_shards(number) if number not in loaded else None
                         if shards is not None:
                             loaded[number] = pool.submit(self.store.load, shards)
-                    yield replace(plan, targets=self._lookup(plan, plan.blocks, loaded))
+                    parts = []
+                    for number in np.unique(indices.blocks).tolist():
+                        of_block = indices.blocks == number
+                        rows, flipped = indices.rows[of_block], indices.flipped[of_block]
+                        parts.append(loaded[number].result().lookup(self.rows[rows], flipped))
+                    yield replace(indices, targets=SparseTargets.concat(parts))
             finally:
                 pool.shutdown(cancel_futures=True)
-
-    def _lookup(
-        self, plan: BatchIndices, blocks: npt.NDArray[np.int64], loaded: dict[int, Future[Block]]
-    ) -> SparseTargets:
-        parts = []
-        for number in np.unique(blocks).tolist():
-            rows, flipped = plan.rows[blocks == number], plan.flipped[blocks == number]
-            parts.append(loaded[number].result().lookup(self.rows[rows], flipped))
-        return SparseTargets.concat(parts)

@@ -1,4 +1,4 @@
-"""What a training takes of a cache with drawn classes: its groups, the draws, or both."""
+"""What a training uses of a cache with drawn classes: its groups, the draws, or both."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from gkd.storage.errors import ConfigError
 from gkd.storage.records.open import Records, open_records
 from gkd.trainer.config import Signal
 from gkd.trainer.data.dataset import FaceBatches, JoinedTargets, join_targets
-from gkd.trainer.data.loader import load_batches
+from gkd.trainer.data.loader import BatchLoader
 from gkd.trainer.data.sampler import BatchSampler
 from gkd.trainer.loop import train
 from tests.reference import log_softmax
@@ -43,33 +43,35 @@ def test_each_signal_teaches(
     first, last = (np.mean([line[3] for line in part]) for part in (steps[:10], steps[-10:]))
     assert last < first * 0.7
     binary = {line[4] for line in steps}
-    assert (binary == {0.0}) == (signal != "group")  # drawn from all classes, nothing is outside
+    assert (binary == {0.0}) == (
+        signal != "group"
+    )  # with draws from all classes, no class is outside
 
 
-def test_the_taught_distribution_is_the_counts_of_the_draws(
+def test_draws_give_the_distribution_of_their_counts(
     drawn: tuple[Records, JoinedTargets],
 ) -> None:
-    """r_j p_j of the entries: of draws c_j / n, of a hybrid the stored ones and the rest's mass."""
+    """r_j p_j of the entries: draws c_j / n; hybrid the stored ones and the mass of the rest."""
     records, targets = drawn
-    plan = next(iter(BatchSampler(42, 8, 1, 0, flip=True)))
+    indices = next(iter(BatchSampler(42, 8, 1, 0, flip=True)))
     logits = [teacher_logits(records, view) for view in ("original", "flipped")]
-    stored = targets.lookup(plan)
+    stored = targets.lookup(indices)
     assert stored.draws is not None
     for signal in ("draws", "hybrid"):
-        given = FaceBatches(records, targets, temperature=4.0, signal=signal)[plan].targets
+        given = FaceBatches(records, targets, temperature=4.0, signal=signal)[indices].targets
         assert given is not None
         assert given.log_weights is not None
         shares = (given.log_probs + given.log_weights).exp().numpy()
-        for place, (row, flipped) in enumerate(zip(plan.rows, plan.flipped, strict=True)):
-            here = slice(int(given.offsets[place]), int(given.offsets[place + 1]))
+        for i, (row, flipped) in enumerate(zip(indices.rows, indices.flipped, strict=True)):
+            here = slice(int(given.offsets[i]), int(given.offsets[i + 1]))
             classes, share = given.indices[here].numpy(), shares[here]
             if signal == "draws":
-                counts = np.bincount(stored.draws.classes[place], minlength=6)
+                counts = np.bincount(stored.draws.classes[i], minlength=6)
                 assert sorted(classes) == list(np.flatnonzero(counts))
                 np.testing.assert_allclose(share, counts[classes] / 3, rtol=1e-5)
                 continue
             p = np.exp(log_softmax(logits[int(flipped)][row].astype(np.float64) / 4))
-            group = stored.indices[stored.offsets[place] : stored.offsets[place + 1]]
+            group = stored.indices[stored.offsets[i] : stored.offsets[i + 1]]
             exact = np.isin(classes, group)
             np.testing.assert_allclose(share[exact], p[classes[exact]], rtol=1e-3)
             rest = 1 - p[group].sum()
@@ -78,12 +80,12 @@ def test_the_taught_distribution_is_the_counts_of_the_draws(
                 assert share[~exact].sum() == pytest.approx(rest / chance, rel=5e-3, abs=1e-4)
 
 
-def test_workers_hand_over_what_the_entries_stand_for(drawn: tuple[Records, JoinedTargets]) -> None:
+def test_workers_send_the_weights_of_the_entries(drawn: tuple[Records, JoinedTargets]) -> None:
     records, targets = drawn
     dataset = FaceBatches(records, targets, temperature=4.0)
     assert dataset.signal == "draws"  # auto
     plans = BatchSampler(42, 8, 1, 0, flip=True)
-    made = [list(load_batches(dataset, plans, workers=n, pin=False)) for n in (0, 2)]
+    made = [list(BatchLoader(dataset, plans, workers=n, pin=False)) for n in (0, 2)]
     assert made[0][0].targets is not None
     assert isinstance(made[0][0].targets.log_weights, torch.Tensor)
     assert_same_batches(made[1], made[0])
@@ -99,7 +101,7 @@ def test_workers_hand_over_what_the_entries_stand_for(drawn: tuple[Records, Join
         ("kd.temperature=3", r"kd\.temperature: .* drawn at 4, got 3; set kd\.temperature=4$"),
     ],
 )
-def test_another_temperature_than_that_of_the_draws_is_refused(
+def test_draws_are_used_at_their_temperature_alone(
     drawn: tuple[Records, JoinedTargets], tmp_path: Path, override: str, message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
@@ -107,6 +109,8 @@ def test_another_temperature_than_that_of_the_draws_is_refused(
 
 
 @pytest.mark.parametrize("signal", ["draws", "hybrid"])
-def test_a_cache_without_draws_has_none_to_teach(faces: Path, tmp_path: Path, signal: str) -> None:
+def test_draws_of_a_cache_without_draws_are_refused(
+    faces: Path, tmp_path: Path, signal: str
+) -> None:
     with pytest.raises(ConfigError, match=rf"kd\.signal: {signal} needs drawn classes, .*--draws"):
         train(small_config(f"kd.signal={signal}"), *load(faces), tmp_path / "run")
