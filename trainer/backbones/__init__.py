@@ -1,4 +1,7 @@
-"""Student and teacher networks by name: built, or loaded from the files that people hold."""
+"""Student and teacher networks by name: built, or loaded from published and own weights.
+
+May be imported by all of the trainer and by the commands.
+"""
 
 from gkd.trainer.backbones.build import BACKBONES, build_backbone, default_width
 from gkd.trainer.backbones.load import LoadedBackbone, load_backbone, read_state_dict

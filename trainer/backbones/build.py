@@ -43,10 +43,10 @@ FAMILIES = (iresnet.FAMILY, mobilefacenet.FAMILY, vit.FAMILY, ir.FAMILY)
 
 
 def family_of(name: str) -> Family:
-    """The family that a backbone is of.
+    """The family of a backbone.
 
     Raises:
-        ConfigError: for a name that is none, naming the ones that are.
+        ConfigError: if the name is unknown; lists the known ones.
     """
     for family in FAMILIES:
         if name in family.widths:
@@ -57,7 +57,7 @@ def family_of(name: str) -> Family:
 
 
 def default_width(name: str) -> float:
-    """Width that was published: 2 for ``mobilefacenet`` and 4 for ``mbf_large``, else 1."""
+    """The published width: 2 for ``mobilefacenet`` and 4 for ``mbf_large``, else 1."""
     return family_of(name).widths[name]
 
 
@@ -70,7 +70,7 @@ def build_backbone(
     or 28 the network average-pools its 112x112 images first.
 
     Raises:
-        ConfigError: for an unknown name, or a width or input size that cannot be.
+        ConfigError: if the name is unknown, or the width or input size is impossible.
     """
     width = default_width(name) if width is None else width
     return family_of(name).build(name, Sizes(embedding_dim, width, input_size))

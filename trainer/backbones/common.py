@@ -1,4 +1,4 @@
-"""What the backbone families share: how one is described, input pooling, sizes of feature maps."""
+"""What the backbone families share: their description, input pooling, sizes of feature maps."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -17,7 +17,7 @@ INPUT_SIZES = (112, 56, 28)
 
 
 class Sizes(NamedTuple):
-    """What the shapes of a state dict tell: all that ``Family.build`` takes beside a name."""
+    """What is read from the shapes of a state dict: the arguments of ``Family.build``."""
 
     embedding_dim: int
     width: float
@@ -26,14 +26,14 @@ class Sizes(NamedTuple):
 
 @dataclass(frozen=True)
 class Family:
-    """Networks of one kind, and how their state dicts are known.
+    """Networks of one kind, and how their state dicts are recognised.
 
-    widths      name -> the width that was published
+    widths      name -> the published width
     build       (name, sizes) -> a freshly initialised network
-    recognise   state dict -> the name whose blocks these keys have, or None
-    size_keys   keys whose shapes tell the sizes, and how many dimensions each has
+    recognise   state dict -> the name of the network with these blocks, or None
+    size_keys   keys whose shapes determine the sizes, and their numbers of dimensions
     sizes       (name, state dict with these keys) -> sizes
-    optional    endings of keys that a file may lack: nothing that is computed needs them
+    optional    suffixes of keys that a file may lack: the embeddings do not depend on them
     """
 
     widths: Mapping[str, float]
@@ -45,26 +45,39 @@ class Family:
 
 
 def numbered(keys: Iterable[str], prefix: str, suffix: str) -> int:
-    """How many numbers stand between ``prefix`` and ``suffix``, which has no dot at its start."""
+    """How many different numbers follow ``prefix`` in keys that end in ``suffix``."""
     found = {
         key.removeprefix(prefix).partition(".")[0]
         for key in keys
         if key.startswith(prefix) and key.endswith(suffix)
     }
-    return sum(each.isdecimal() for each in found)
+    return sum(part.isdecimal() for part in found)
 
 
 def input_size_of(inputs: int, channels: float) -> int:
-    """Input size of a network whose last map of ``channels`` has ``inputs`` numbers in all."""
+    """Input size of a network whose last feature map of ``channels`` has ``inputs`` values."""
     sides = {halved(size, times=4): size for size in INPUT_SIZES}
-    # Another side fits none of the networks: the comparison of shapes says so.
+    # Any other side fits no network; the comparison of shapes reports it.
     return sides.get(math.isqrt(int(inputs / channels)), INPUT_SIZES[0])
+
+
+class Layers(nn.Module):
+    """Modules in a row, whose keys begin with ``layers.``."""
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the modules one after the other."""
+        y: Tensor = self.layers(x)
+        return y
 
 
 class InputPool(nn.Module):
     """Average-pools 112x112 images to the network's own input size; no parameters.
 
-    Smaller networks work on smaller images, yet everything outside keeps one interface.
+    So networks of smaller images have the same interface.
     """
 
     def __init__(self, input_size: int) -> None:
@@ -72,7 +85,7 @@ class InputPool(nn.Module):
         if input_size not in INPUT_SIZES:
             raise ConfigError(
                 f"student.input_size: expected one of {', '.join(map(str, INPUT_SIZES))}, got "
-                f"{input_size}: {FACE_SIZE}x{FACE_SIZE} images are pooled by a whole factor"
+                f"{input_size}: {FACE_SIZE}x{FACE_SIZE} images are pooled by an integer factor"
             )
         self.factor = FACE_SIZE // input_size
 
@@ -92,7 +105,7 @@ def scaled(channels: int, width: float) -> int:
     """Channels at a width multiplier.
 
     Raises:
-        ConfigError: where the width leaves no whole number of channels.
+        ConfigError: if that is no whole number.
     """
     result = channels * width
     if result < 1 or result != int(result):
@@ -105,6 +118,6 @@ def scaled(channels: int, width: float) -> int:
 
 @torch.no_grad()
 def freeze_at_one(norm: nn.BatchNorm1d) -> None:
-    """Fix the weight of the embedding's BatchNorm at 1, as the field does: only its bias learns."""
+    """Fix the weight of the embedding's BatchNorm at 1: only its bias is trained."""
     norm.weight.fill_(1.0)
     norm.weight.requires_grad_(False)

@@ -1,11 +1,11 @@
 """The IR family: residual networks with an input layer, a body and an output layer.
 
-In the two forms that people hold, whose state-dict key names these modules carry:
+In the two published forms, with their state-dict keys:
 
 - ``ir_*`` and ``ir_se_*``: AdaFace's ``net.py`` (mk-minchul/AdaFace; TFace and CVLface have the
   same), with a BatchNorm between the convolutions of a unit, bottlenecks in the 152 and 200, and a
-  last BatchNorm that has no weights. There the network also returns the embedding's length;
-  here the embedding has it.
+  last BatchNorm without weights. There the network returns a normalised embedding and its
+  length; here an un-normalised one.
 - ``evolve_ir_*`` and ``evolve_ir_se_*``: face.evoLVe's ``model_irse.py`` (ZhaoJ9014/face.evoLVe),
   without that BatchNorm and without bottlenecks, and with weights in the last.
 """
@@ -42,7 +42,7 @@ BLOCKS: dict[int, tuple[int, int, int, int]] = {
 
 
 class Form(NamedTuple):
-    """What tells one network of the family from another."""
+    """What distinguishes the networks of the family."""
 
     blocks: tuple[int, int, int, int]
     bottleneck: bool
@@ -59,7 +59,7 @@ FORMS: dict[str, Form] = {
 
 
 class SqueezeExcitation(nn.Module):
-    """Weighs each channel by what all channels' means say (Hu et al., 2018)."""
+    """Weights each channel by a function of all channels' means (Hu et al., 2018)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -75,7 +75,7 @@ class SqueezeExcitation(nn.Module):
 
 
 class Unit(nn.Module):
-    """A residual unit: its ``res_layer``, plus the input, projected where the channels change."""
+    """A residual unit: its ``res_layer``, plus the input, projected if the channels change."""
 
     def __init__(self, inputs: int, outputs: int, stride: int, form: Form) -> None:
         super().__init__()
@@ -155,25 +155,16 @@ class IR(nn.Module):
         return embeddings
 
 
-def _build(name: str, sizes: Sizes) -> nn.Module:
-    return IR(
-        FORMS[name],
-        embedding_dim=sizes.embedding_dim,
-        width=sizes.width,
-        input_size=sizes.input_size,
-    )
-
-
 def _recognise(state: Mapping[str, Tensor]) -> str | None:
-    """By the number of units and the layers of the first."""
+    """By the number of units and the layers of the first one."""
     units = numbered(state, "body.", ".res_layer.0.weight")
     first = "body.0.res_layer."
     layers = {key.removeprefix(first).partition(".")[0] for key in state if key.startswith(first)}
-    evolve = not any(f"{first}{place}.running_mean" in state for place in (2, 5))
+    evolve = not any(f"{first}{index}.running_mean" in state for index in (2, 5))
     squeeze = ("5" if evolve else "se_block") in layers
     for name, form in FORMS.items():
-        told = (sum(form.blocks), form.bottleneck, form.squeeze, form.evolve)
-        if told == (units, "8" in layers, squeeze, evolve):
+        expected = (sum(form.blocks), form.bottleneck, form.squeeze, form.evolve)
+        if expected == (units, "8" in layers, squeeze, evolve):
             return name
     return None
 
@@ -187,7 +178,7 @@ def _sizes(name: str, state: Mapping[str, Tensor]) -> Sizes:
 
 FAMILY = Family(
     widths=dict.fromkeys(FORMS, 1.0),
-    build=_build,
+    build=lambda name, sizes: IR(FORMS[name], **sizes._asdict()),
     recognise=_recognise,
     size_keys={"input_layer.0.weight": 4, "output_layer.3.weight": 2},
     sizes=_sizes,

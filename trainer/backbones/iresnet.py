@@ -1,7 +1,7 @@
 """IResNet: pre-activation residual networks of face recognition.
 
 Duta et al., Improved Residual Networks for Image and Video Recognition, 2020, in the form of
-arcface_torch (deepinsight/insightface), whose state-dict key names these modules carry.
+arcface_torch (deepinsight/insightface), with its state-dict keys.
 """
 
 from collections.abc import Mapping
@@ -34,7 +34,7 @@ def _conv3x3(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
 
 
 class IBasicBlock(nn.Module):
-    """BN - conv - BN - PReLU - conv - BN, plus the input (projected where the shape changes)."""
+    """BN - conv - BN - PReLU - conv - BN, plus the input (projected if the shape changes)."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
@@ -105,15 +105,6 @@ class IResNet(nn.Module):
         return embeddings
 
 
-def _build(name: str, sizes: Sizes) -> nn.Module:
-    return IResNet(
-        BLOCKS[name],
-        embedding_dim=sizes.embedding_dim,
-        width=sizes.width,
-        input_size=sizes.input_size,
-    )
-
-
 def _recognise(state: Mapping[str, Tensor]) -> str | None:
     blocks = tuple(numbered(state, f"layer{stage}.", ".conv1.weight") for stage in (1, 2, 3, 4))
     return next((name for name, expected in BLOCKS.items() if blocks == expected), None)
@@ -127,7 +118,7 @@ def _sizes(name: str, state: Mapping[str, Tensor]) -> Sizes:
 
 FAMILY = Family(
     widths=dict.fromkeys(BLOCKS, 1.0),
-    build=_build,
+    build=lambda name, sizes: IResNet(BLOCKS[name], **sizes._asdict()),
     recognise=_recognise,
     size_keys={"conv1.weight": 4, "fc.weight": 2},
     sizes=_sizes,

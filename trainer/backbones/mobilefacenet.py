@@ -2,7 +2,7 @@
 
 Chen et al., MobileFaceNets: Efficient CNNs for Accurate Real-Time Face Verification on Mobile
 Devices, 2018, in the form of arcface_torch's ``mbf`` and ``mbf_large`` (deepinsight/insightface),
-whose state-dict key names these modules carry.
+with its state-dict keys.
 """
 
 import math
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from gkd.trainer.backbones.common import (
     Family,
     InputPool,
+    Layers,
     Sizes,
     freeze_at_one,
     halved,
@@ -29,7 +30,7 @@ BLOCKS: dict[str, tuple[int, int, int, int]] = {
 HEAD_CHANNELS = 512
 
 
-class ConvBlock(nn.Module):
+class ConvBlock(Layers):
     """Convolution, BatchNorm and, unless ``linear``, PReLU."""
 
     def __init__(
@@ -43,78 +44,59 @@ class ConvBlock(nn.Module):
         groups: int = 1,
         linear: bool = False,
     ) -> None:
-        super().__init__()
         convolution = nn.Conv2d(inputs, outputs, kernel, stride, padding, groups=groups, bias=False)
         activation = [] if linear else [nn.PReLU(outputs)]
-        self.layers = nn.Sequential(convolution, nn.BatchNorm2d(outputs), *activation)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Float [B, inputs, H, W] to [B, outputs, H', W']."""
-        y: Tensor = self.layers(x)
-        return y
+        super().__init__(convolution, nn.BatchNorm2d(outputs), *activation)
 
 
-class Bottleneck(nn.Module):
+class Bottleneck(Layers):
     """Expansion to ``hidden`` channels, depthwise 3x3, linear projection."""
 
     def __init__(
         self, inputs: int, outputs: int, hidden: int, *, stride: int = 1, residual: bool = False
     ) -> None:
-        super().__init__()
-        self.residual = residual
-        self.layers = nn.Sequential(
+        super().__init__(
             ConvBlock(inputs, hidden),
             ConvBlock(hidden, hidden, 3, stride=stride, padding=1, groups=hidden),
             ConvBlock(hidden, outputs, linear=True),
         )
+        self.residual = residual
 
     def forward(self, x: Tensor) -> Tensor:
         """Float [B, inputs, H, W] to [B, outputs, H / stride, W / stride]."""
-        y: Tensor = self.layers(x)
+        y = super().forward(x)
         return x + y if self.residual else y
 
 
-class Residuals(nn.Module):
-    """Bottlenecks in a row, each added to its input."""
+class Residuals(Layers):
+    """Bottlenecks, each added to its input."""
 
     def __init__(self, channels: int, hidden: int, blocks: int) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(
+        super().__init__(
             *(Bottleneck(channels, channels, hidden, residual=True) for _ in range(blocks))
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Float [B, channels, H, W], the same shape out."""
-        y: Tensor = self.layers(x)
-        return y
 
-
-class GlobalDepthwise(nn.Module):
-    """A depthwise convolution over the whole map, then the embedding."""
+class GlobalDepthwise(Layers):
+    """A depthwise convolution over the full feature map, then the embedding."""
 
     def __init__(self, side: int, embedding_dim: int) -> None:
-        super().__init__()
         norm = nn.BatchNorm1d(embedding_dim)
         freeze_at_one(norm)
-        self.layers = nn.Sequential(
+        super().__init__(
             ConvBlock(HEAD_CHANNELS, HEAD_CHANNELS, side, groups=HEAD_CHANNELS, linear=True),
             nn.Flatten(),
             nn.Linear(HEAD_CHANNELS, embedding_dim, bias=False),
             norm,
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Float [B, 512, side, side] to [B, embedding_dim]."""
-        y: Tensor = self.layers(x)
-        return y
-
 
 class MobileFaceNet(nn.Module):
     """Float images [B, 3, 112, 112] to un-normalised embeddings [B, embedding_dim].
 
     ``width`` is the published ``scale``: 64 x width channels at first, 128 x width later.
-    ``input_size`` 56 or 28 pools the images first. A first one of ``blocks`` is a convolution in
-    the place of bottlenecks.
+    ``input_size`` 56 or 28 pools the images first. If the first of ``blocks`` is 1, a convolution
+    replaces the first bottlenecks.
     """
 
     def __init__(
@@ -127,7 +109,7 @@ class MobileFaceNet(nn.Module):
     ) -> None:
         super().__init__()
         narrow, wide = scaled(64, width), scaled(128, width)
-        # 64 groups at 128 channels too: not depthwise there, but so published.
+        # 64 groups at 128 channels too: not depthwise, but as published.
         second = ConvBlock(narrow, narrow, 3, padding=1, groups=math.gcd(64, narrow))
         self.pool = InputPool(input_size)
         self.layers = nn.ModuleList(
@@ -157,34 +139,25 @@ class MobileFaceNet(nn.Module):
         return embeddings
 
 
-def _build(name: str, sizes: Sizes) -> nn.Module:
-    return MobileFaceNet(
-        BLOCKS[name],
-        embedding_dim=sizes.embedding_dim,
-        width=sizes.width,
-        input_size=sizes.input_size,
-    )
-
-
 def _recognise(state: Mapping[str, Tensor]) -> str | None:
     last = ".layers.0.layers.0.weight"
-    blocks = tuple(numbered(state, f"layers.{place}.layers.", last) for place in (1, 3, 5, 7))
-    # The convolution in the place of the first bottlenecks has no number.
+    blocks = tuple(numbered(state, f"layers.{stage}.layers.", last) for stage in (1, 3, 5, 7))
+    # The convolution that replaces the first bottlenecks has no number.
     blocks = (blocks[0] or 1, *blocks[1:])
     return next((name for name, expected in BLOCKS.items() if blocks == expected), None)
 
 
 def _sizes(name: str, state: Mapping[str, Tensor]) -> Sizes:
     width = state["layers.0.layers.0.weight"].shape[0] / 64
-    whole = state["features.layers.0.layers.0.weight"]
+    last_map = state["features.layers.0.layers.0.weight"]
     return Sizes(
-        state["features.layers.2.weight"].shape[0], width, input_size_of(whole[0].numel(), 1)
+        state["features.layers.2.weight"].shape[0], width, input_size_of(last_map[0].numel(), 1)
     )
 
 
 FAMILY = Family(
     widths={"mobilefacenet": 2.0, "mbf_large": 4.0},
-    build=_build,
+    build=lambda name, sizes: MobileFaceNet(BLOCKS[name], **sizes._asdict()),
     recognise=_recognise,
     size_keys={
         "layers.0.layers.0.weight": 4,

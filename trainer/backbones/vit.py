@@ -1,8 +1,7 @@
 """ViT: transformers over patches of 9x9 pixels, without a class token.
 
-In the form of arcface_torch (deepinsight/insightface: ``backbones/vit.py``), whose state-dict key
-names these modules carry. What is trained here sees every patch in every step: neither masked
-patches nor stochastic depth.
+In the form of arcface_torch (deepinsight/insightface: ``backbones/vit.py``), with its state-dict
+keys. Training sees every patch in every step: neither masked patches nor stochastic depth.
 """
 
 import math
@@ -27,7 +26,7 @@ FEATURE_EPS = 2e-5
 
 
 class Attention(nn.Module):
-    """Softmax attention of ``HEADS`` heads among all patches."""
+    """Softmax attention among all patches, with ``HEADS`` heads."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -39,7 +38,7 @@ class Attention(nn.Module):
         batch, patches, channels = x.shape
         heads = self.qkv(x).reshape(batch, patches, 3, HEADS, channels // HEADS)
         query, key, value = heads.permute(2, 0, 3, 1, 4)
-        # Spelt out: fused attention is not counted among a network's operations.
+        # Not the fused function: torch does not count its operations.
         scores = (query @ key.transpose(-2, -1)) / math.sqrt(channels // HEADS)
         mixed = scores.softmax(dim=-1) @ value
         y: Tensor = self.proj(mixed.transpose(1, 2).reshape(batch, patches, channels))
@@ -79,7 +78,7 @@ class Block(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """A linear map of each patch; pixels at the right and lower edge that fill none are left."""
+    """A linear map of each patch; incomplete patches at the right and lower edge are ignored."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -108,7 +107,7 @@ class VisionTransformer(nn.Module):
         input_size: int = 112,
     ) -> None:
         super().__init__()
-        # Every head has a whole number of channels.
+        # A whole number of channels per head.
         channels = HEADS * scaled(channels // HEADS, width)
         patches = (input_size // PATCH) ** 2
         self.pool = InputPool(input_size)
@@ -122,7 +121,7 @@ class VisionTransformer(nn.Module):
             nn.Linear(channels, embedding_dim, bias=False),
             nn.BatchNorm1d(embedding_dim, eps=FEATURE_EPS),
         )
-        # Stands for masked patches, of which there are none here; published files have it.
+        # For masked patches, which are not used here; published files have it.
         self.mask_token = nn.Parameter(torch.zeros(1, 1, channels), requires_grad=False)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         for module in self.modules():
@@ -140,17 +139,8 @@ class VisionTransformer(nn.Module):
         return embeddings
 
 
-def _build(name: str, sizes: Sizes) -> nn.Module:
-    return VisionTransformer(
-        *SHAPES[name],
-        embedding_dim=sizes.embedding_dim,
-        width=sizes.width,
-        input_size=sizes.input_size,
-    )
-
-
 def _recognise(state: Mapping[str, Tensor]) -> str | None:
-    """By depth, and of two that are as deep, the one whose width is nearest."""
+    """By depth, and among those of equal depth by the closest width."""
     if "pos_embed" not in state or state["pos_embed"].dim() != 3:
         return None
     depth, channels = numbered(state, "blocks.", ".attn.qkv.weight"), state["pos_embed"].shape[2]
@@ -167,7 +157,7 @@ def _sizes(name: str, state: Mapping[str, Tensor]) -> Sizes:
 
 FAMILY = Family(
     widths=dict.fromkeys(SHAPES, 1.0),
-    build=_build,
+    build=lambda name, sizes: VisionTransformer(*SHAPES[name], **sizes._asdict()),
     recognise=_recognise,
     size_keys={"pos_embed": 3, "feature.2.weight": 2},
     sizes=_sizes,

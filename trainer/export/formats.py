@@ -1,4 +1,4 @@
-"""Trained networks to take away: ONNX for any batch size, checked against torch, and weights."""
+"""Export of trained networks: ONNX for any batch size, checked against torch, and weights."""
 
 import json
 import logging
@@ -30,11 +30,11 @@ TOLERANCE = 1e-4
 def export_onnx(model: nn.Module, out: Path, *, preprocess: Preprocess, name: str) -> None:
     """Write ``model`` to ``out``: ``input`` float32 [batch, 3, 112, 112] to ``embedding``.
 
-    The file is one piece and carries as metadata what ``metadata`` says. It appears only once
-    onnxruntime has given torch's embeddings for batches of 1, 2 and 5.
+    The file is self-contained and carries ``metadata``. It is written only after onnxruntime has
+    reproduced torch's embeddings for batches of 1, 2 and 5.
 
     Raises:
-        ConfigError: where the extra is not installed, ``model`` cannot be exported, or the export
+        ConfigError: if the extra is not installed, ``model`` cannot be exported, or the export
             disagrees with it.
     """
     onnx = require("onnx", "onnx")
@@ -73,7 +73,7 @@ def export_safetensors(model: nn.Module, out: Path, *, preprocess: Preprocess, n
 
 
 def metadata(preprocess: Preprocess, name: str, embedding_dim: int) -> dict[str, str]:
-    """What a program must know to feed a network; text, lists as JSON.
+    """What a program needs to know to use a network; text, lists as JSON.
 
     ``input = (pixels - preprocess_mean) / preprocess_std`` for pixels 0 to 255 of an aligned face
     of ``input_shape`` [3, height, width], channels in ``channel_order``, mean and deviation in
@@ -93,7 +93,7 @@ def metadata(preprocess: Preprocess, name: str, embedding_dim: int) -> dict[str,
 
 def _exported(model: nn.Module, out: Path) -> Any:
     """Trace ``model`` into an onnx ModelProto with its weights inside."""
-    # Two images: torch.export takes a batch of one for a constant.
+    # Two images: torch.export would treat a batch of one as a constant.
     example = torch.zeros(2, 3, 112, 112)
     with _quiet_exporter():
         try:
@@ -119,7 +119,7 @@ def _exported(model: nn.Module, out: Path) -> Any:
 
 @contextmanager
 def _quiet_exporter() -> Iterator[None]:
-    """Keep the exporter's talk about its own parts (deprecations, torchvision) from the user."""
+    """Silence the exporter's messages about itself (deprecations, torchvision)."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)

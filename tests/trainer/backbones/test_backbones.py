@@ -1,4 +1,4 @@
-"""Backbones: published key names and sizes, files of every kind, messages."""
+"""Backbones: sizes, files of every kind, messages."""
 
 import errno
 import pickle
@@ -15,88 +15,19 @@ from gkd.storage.util.torch_files import read_torch_file
 from gkd.trainer.backbones import build_backbone, load_backbone
 
 EXPECTED = "expected a file that torch.save wrote, of tensors only"
-NORM = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
-
-
-def keyed(prefix: str, *names: str) -> set[str]:
-    return {f"{prefix}.{name}" for name in names}
-
-
-def published_iresnet_keys(blocks: tuple[int, ...]) -> set[str]:
-    keys = {"conv1.weight", "prelu.weight", "fc.weight", "fc.bias"}
-    keys |= keyed("bn1", *NORM) | keyed("bn2", *NORM) | keyed("features", *NORM)
-    for stage, count in enumerate(blocks, 1):
-        for i in range(count):
-            block = f"layer{stage}.{i}"
-            keys |= keyed(block, "conv1.weight", "conv2.weight", "prelu.weight")
-            for norm in ("bn1", "bn2", "bn3"):
-                keys |= keyed(f"{block}.{norm}", *NORM)
-        first = f"layer{stage}.0.downsample"
-        keys |= keyed(f"{first}.0", "weight") | keyed(f"{first}.1", *NORM)
-    return keys
-
-
-def published_mobilefacenet_keys() -> set[str]:
-    def block(prefix: str, *, linear: bool = False) -> set[str]:
-        keys = keyed(f"{prefix}.layers.0", "weight") | keyed(f"{prefix}.layers.1", *NORM)
-        return keys if linear else keys | keyed(f"{prefix}.layers.2", "weight")
-
-    def bottleneck(prefix: str) -> set[str]:
-        return (
-            block(f"{prefix}.layers.0")
-            | block(f"{prefix}.layers.1")
-            | block(f"{prefix}.layers.2", linear=True)
-        )
-
-    keys = block("layers.0") | block("layers.1") | block("conv_sep")
-    for layer in (2, 4, 6):
-        keys |= bottleneck(f"layers.{layer}")
-    for layer, count in ((3, 4), (5, 6), (7, 2)):
-        for i in range(count):
-            keys |= bottleneck(f"layers.{layer}.layers.{i}")
-    keys |= block("features.layers.0", linear=True)
-    return keys | keyed("features.layers.2", "weight") | keyed("features.layers.3", *NORM)
-
-
-@pytest.mark.parametrize(
-    ("name", "blocks"),
-    [
-        ("iresnet18", (2, 2, 2, 2)),
-        ("iresnet34", (3, 4, 6, 3)),
-        ("iresnet50", (3, 4, 14, 3)),
-        ("iresnet100", (3, 13, 30, 3)),
-    ],
-)
-def test_iresnet_keys_are_the_published_ones(name: str, blocks: tuple[int, ...]) -> None:
-    assert set(build_backbone(name, width=1 / 16).state_dict()) == published_iresnet_keys(blocks)
-
-
-def test_mobilefacenet_keys_are_the_published_ones() -> None:
-    assert set(build_backbone("mobilefacenet").state_dict()) == published_mobilefacenet_keys()
-
-
-@pytest.mark.parametrize(
-    ("name", "key", "shape"),
-    [
-        ("iresnet50", "fc.weight", [512, 25088]),
-        ("iresnet50", "conv1.weight", [64, 3, 3, 3]),
-        ("mobilefacenet", "layers.1.layers.0.weight", [128, 2, 3, 3]),
-        ("mobilefacenet", "features.layers.0.layers.0.weight", [512, 1, 7, 7]),
-        ("mobilefacenet", "features.layers.2.weight", [512, 512]),
-    ],
-)
-def test_shapes_are_the_published_ones(name: str, key: str, shape: list[int]) -> None:
-    assert list(build_backbone(name).state_dict()[key].shape) == shape
 
 
 def test_mobilefacenet_has_the_published_number_of_parameters() -> None:
-    count = sum(p.numel() for p in build_backbone("mobilefacenet").parameters())
+    with torch.device("meta"):
+        count = sum(p.numel() for p in build_backbone("mobilefacenet").parameters())
     assert round(count / 1e6, 2) == 2.06
 
 
 @pytest.mark.parametrize("input_size", [112, 56, 28])
 @pytest.mark.parametrize(("name", "width"), [("iresnet18", 0.125), ("mobilefacenet", 0.25)])
-def test_every_input_size_takes_112_pixel_images(name: str, width: float, input_size: int) -> None:
+def test_every_input_size_accepts_112_pixel_images(
+    name: str, width: float, input_size: int
+) -> None:
     backbone = build_backbone(name, width=width, input_size=input_size, embedding_dim=24).eval()
     with torch.no_grad():
         assert backbone(torch.zeros(2, 3, 112, 112)).shape == (2, 24)
@@ -122,18 +53,17 @@ def save_nested(state: dict[str, torch.Tensor], path: Path) -> None:
     torch.save({"epoch": 3, "state_dict": {f"module.{k}": v for k, v in state.items()}}, path)
 
 
-@pytest.mark.parametrize("how", ["bare", "nested", "safetensors"])
-@pytest.mark.parametrize("asked", ["auto", "given"])
 @pytest.mark.parametrize(
-    ("name", "options"),
+    ("name", "options", "how", "asked"),
     [
-        ("iresnet18", {"width": 0.25, "input_size": 56, "embedding_dim": 64}),
-        ("mobilefacenet", {"width": 1.0, "embedding_dim": 128}),
-        ("mobilefacenet", {"width": 0.5, "input_size": 28}),
+        ("iresnet18", {"width": 0.25, "input_size": 56, "embedding_dim": 64}, "bare", "auto"),
+        ("iresnet18", {"width": 0.125, "input_size": 28}, "nested", "given"),
+        ("mobilefacenet", {"width": 1.0, "embedding_dim": 128}, "safetensors", "auto"),
+        ("mobilefacenet", {"width": 0.5, "input_size": 28}, "nested", "auto"),
     ],
 )
-def test_saved_weights_load_whatever_their_size(
-    name: str, options: dict[str, float], asked: str, how: str, tmp_path: Path
+def test_saved_weights_of_any_size_load(
+    name: str, options: dict[str, float], how: str, asked: str, tmp_path: Path
 ) -> None:
     backbone = randomised(name, **options)
     path = tmp_path / ("weights.safetensors" if how == "safetensors" else "weights.pth")
@@ -151,7 +81,7 @@ def test_saved_weights_load_whatever_their_size(
         torch.testing.assert_close(loaded.module(images), backbone(images), rtol=0, atol=0)
 
 
-def test_missing_counters_are_no_fault(tmp_path: Path) -> None:
+def test_missing_batch_counters_are_accepted(tmp_path: Path) -> None:
     state = build_backbone("mobilefacenet", width=0.25).state_dict()
     torch.save({k: v for k, v in state.items() if "num_batches" not in k}, tmp_path / "w.pt")
     load_backbone("mobilefacenet", tmp_path / "w.pt")
@@ -167,7 +97,7 @@ def test_message_names_every_key_that_does_not_fit(tmp_path: Path) -> None:
         load_backbone("iresnet18", tmp_path / "w.pt")
     assert "w.pt: its keys do not fit iresnet18" in str(error.value)
     assert "missing: bn2.bias" in str(error.value)
-    assert "left over: head.kernel" in str(error.value)
+    assert "unexpected: head.kernel" in str(error.value)
     assert "layer1.0.prelu.weight (expected [16], got [3])" in str(error.value)
 
 
@@ -179,11 +109,13 @@ def test_message_names_what_the_file_looks_like(tmp_path: Path) -> None:
         load_backbone("mobilefacenet", tmp_path / "w.pt")
 
 
-def test_strange_keys_are_of_no_backbone(tmp_path: Path) -> None:
+def test_unknown_keys_are_refused(tmp_path: Path) -> None:
     torch.save({"input_layer.0.weight": torch.zeros(1)}, tmp_path / "w.pt")
-    with pytest.raises(ConfigError, match=r"of no backbone of gkd .*begin: input_layer\.0\.weight"):
+    with pytest.raises(
+        ConfigError, match=r"match no backbone of gkd .*begin: input_layer\.0\.weight"
+    ):
         load_backbone("auto", tmp_path / "w.pt")
-    with pytest.raises(ConfigError, match="fits no backbone of gkd"):
+    with pytest.raises(ConfigError, match="matches no backbone of gkd"):
         load_backbone("iresnet18", tmp_path / "w.pt")
 
 
@@ -204,14 +136,14 @@ def test_no_code_of_a_file_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert not Path("ran").exists()
 
 
-def test_what_a_refused_file_names_is_told(tmp_path: Path) -> None:
-    torch.save(build_backbone("iresnet18", width=1 / 16, embedding_dim=8), tmp_path / "whole.pt")
+def test_a_refused_global_is_named(tmp_path: Path) -> None:
+    torch.save(build_backbone("iresnet18", width=1 / 16, embedding_dim=8), tmp_path / "pickled.pt")
     with pytest.raises(ConfigError, match=r"one that names gkd\.trainer.*\.IResNet; .*state_dict"):
-        load_backbone("auto", tmp_path / "whole.pt")
+        load_backbone("auto", tmp_path / "pickled.pt")
 
 
-@pytest.mark.parametrize("share", [0.01, 0.2, 0.5, 0.9, 0.99])
-def test_weights_that_are_cut_off_are_named(share: float, tmp_path: Path) -> None:
+@pytest.mark.parametrize("share", [0.01, 0.5, 0.99])
+def test_truncated_weights_are_named(share: float, tmp_path: Path) -> None:
     path = tmp_path / "w.pt"
     state = build_backbone("iresnet18", width=1 / 16, embedding_dim=8).state_dict()
     torch.save(state, path)
@@ -224,7 +156,7 @@ def test_weights_that_are_cut_off_are_named(share: float, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("checksums", [True, False])
-def test_a_flipped_bit_is_found_where_there_are_checksums(checksums: bool, tmp_path: Path) -> None:
+def test_a_flipped_bit_is_found_if_there_are_checksums(checksums: bool, tmp_path: Path) -> None:
     path, mark = tmp_path / "w.pt", torch.arange(7.0, 1007.0)
     state = build_backbone("iresnet18", width=1 / 16, embedding_dim=8).state_dict()
     before = torch.serialization.get_crc32_options()
@@ -234,9 +166,9 @@ def test_a_flipped_bit_is_found_where_there_are_checksums(checksums: bool, tmp_p
     finally:
         torch.serialization.set_crc32_options(before)
     load_backbone("iresnet18", path)
-    whole = bytearray(path.read_bytes())
-    whole[whole.index(mark.numpy().tobytes()) + 2000] ^= 1
-    path.write_bytes(whole)
+    content = bytearray(path.read_bytes())
+    content[content.index(mark.numpy().tobytes()) + 2000] ^= 1
+    path.write_bytes(content)
     if checksums:
         message = (
             r"w\.pt: its bytes are not .* checksum of \w+/data/\d+ does not match; get it again"
@@ -269,7 +201,7 @@ def test_a_file_that_may_not_be_read_is_not_called_damaged(
 @pytest.mark.parametrize("content", [b"", b"\x80\x02", b"not weights at all"])
 def test_damaged_files_are_named(name: str, content: bytes, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(ConfigError, match=rf"{name}: (cannot be read as weights|not a whole)"):
+    with pytest.raises(ConfigError, match=rf"{name}: (cannot be read as weights|not a complete)"):
         load_backbone("auto", tmp_path / name)
 
 
@@ -286,7 +218,7 @@ def test_files_of_something_else_are_named(content: object, message: str, tmp_pa
         load_backbone("auto", tmp_path / "w.pt")
 
 
-def test_absent_file_is_named(tmp_path: Path) -> None:
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"gone\.pt: no such weights file"):
         load_backbone("auto", tmp_path / "gone.pt")
 

@@ -1,4 +1,4 @@
-"""Published checkpoints: each family from files with the source's own names, and what it computes.
+"""Published checkpoints: each family loads files with the names of its source, and its results.
 
 Key names, shapes and the expected embeddings come from ``published_layouts`` and
 ``published_networks``, which know nothing of gkd.
@@ -53,7 +53,7 @@ def arcface_torch(state: State) -> Any:
 
 
 def checkpoint_gpu(state: State) -> Any:
-    """What arcface_torch's training leaves: DDP's backbone, a class layer, an optimiser."""
+    """A checkpoint of arcface_torch: the DDP backbone, a class layer, an optimizer."""
     return {
         "epoch": 19,
         "global_step": 90_000,
@@ -64,7 +64,7 @@ def checkpoint_gpu(state: State) -> Any:
 
 
 def lightning(state: State) -> Any:
-    """AdaFace's: the class layer stands beside the network."""
+    """A checkpoint of AdaFace, with the class layer beside the network."""
     head = {"kernel": torch.zeros(DIM, 9), "t": torch.zeros(1), "batch_mean": torch.ones(1)}
     return {
         "epoch": 25,
@@ -94,44 +94,42 @@ def compiled(state: State) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("name", "told", "wrapped"),
+    ("name", "wrapped"),
     [
-        ("iresnet50", "iresnet50", arcface_torch),
-        ("iresnet200", "iresnet200", checkpoint_gpu),
-        ("mobilefacenet", "mobilefacenet", checkpoint_gpu),
-        ("mbf_large", "mbf_large", arcface_torch),
-        ("vit_t", "vit_t", checkpoint_gpu),
-        ("vit_b", "vit_b", cvlface),
-        ("ir_18", "ir_18", cvlface_hub),
-        ("ir_50", "ir_50", lightning),
-        ("ir_101", "ir_101", lightning),
-        ("ir_152", "ir_152", cvlface),
-        ("ir_se_50", "ir_se_50", facex_zoo),
-        ("ir_se_200", "ir_se_200", lightning),
-        ("evolve_ir_50", "evolve_ir_50", arcface_torch),
-        ("evolve_ir_152", "evolve_ir_152", compiled),
-        ("evolve_ir_se_50", "evolve_ir_se_50", arcface_torch),
-        ("evolve_ir_se_101", "evolve_ir_se_101", facex_zoo),
+        ("iresnet50", arcface_torch),
+        ("iresnet200", checkpoint_gpu),
+        ("mobilefacenet", checkpoint_gpu),
+        ("mbf_large", arcface_torch),
+        ("vit_t", checkpoint_gpu),
+        ("vit_b", cvlface),
+        ("ir_18", cvlface_hub),
+        ("ir_50", lightning),
+        ("ir_101", lightning),
+        ("ir_152", cvlface),
+        ("ir_se_50", facex_zoo),
+        ("ir_se_200", lightning),
+        ("evolve_ir_50", arcface_torch),
+        ("evolve_ir_152", compiled),
+        ("evolve_ir_se_50", arcface_torch),
+        ("evolve_ir_se_101", facex_zoo),
     ],
 )
-def test_a_published_file_loads_as_it_is(
-    tmp_path: Path, name: str, told: str, wrapped: Any
-) -> None:
+def test_a_published_file_loads_as_it_is(tmp_path: Path, name: str, wrapped: Any) -> None:
     state = filled(published(name, small=True))
     torch.save(wrapped(state), tmp_path / "w.ckpt")
     loaded = load_backbone("auto", tmp_path / "w.ckpt")
-    assert loaded.name == told
+    assert loaded.name == name
     assert not loaded.module.training
-    held = loaded.module.state_dict()
-    assert set(held) == set(state)
-    assert all(torch.equal(held[key], value) for key, value in state.items())
+    loaded_state = loaded.module.state_dict()
+    assert set(loaded_state) == set(state)
+    assert all(torch.equal(loaded_state[key], value) for key, value in state.items())
 
 
-def test_widths_tell_transformers_of_one_depth_apart() -> None:
-    for channels, depth, told in ((512, 12, "vit_s"), (768, 24, "vit_l"), (128, 12, "vit_t")):
+def test_transformers_of_one_depth_are_recognised_by_width() -> None:
+    for channels, depth, name in ((512, 12, "vit_s"), (768, 24, "vit_l"), (128, 12, "vit_t")):
         shapes = layouts.vit_shapes(channels, depth, 8, patches=9)
         state = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
-        assert vit.FAMILY.recognise(state) == told
+        assert vit.FAMILY.recognise(state) == name
 
 
 def test_a_transformer_without_a_mask_token_loads(tmp_path: Path) -> None:
@@ -142,7 +140,7 @@ def test_a_transformer_without_a_mask_token_loads(tmp_path: Path) -> None:
 
 
 def by_modules(name: str, **options: Any) -> Forward:
-    """The network of ``published_networks`` with these weights."""
+    """The network of ``published_networks`` with the weights."""
 
     def forward(state: State, images: Tensor) -> Tensor:
         network = published_networks.get_model(name, num_features=DIM, **options).double().eval()
@@ -184,7 +182,7 @@ def test_embeddings_are_those_of_an_independent_forward(
     double = {k: v.double() if v.is_floating_point() else v for k, v in state.items()}
     expected = forward(double, IMAGES.double())
     assert ours.shape == (2, DIM)
-    assert expected.std(dim=0).min() > 1e-4  # images are told apart, so that parity says something
+    assert expected.std(dim=0).min() > 1e-4  # images differ, so that parity is meaningful
     torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-9 * float(expected.abs().max()))
 
 
@@ -193,14 +191,13 @@ def test_embeddings_are_those_of_an_independent_forward(
     [
         ("vit_t", layouts.vit_shapes(16, 12, DIM, patches=9)),
         ("ir_18", layouts.ir_shapes(IRS["ir_18"][0], 1 / 8, DIM, side=2)),
-        ("evolve_ir_50", layouts.ir_shapes(IRS["evolve_ir_50"][0], 1 / 16, DIM, 2, evolve=True)),
     ],
 )
 @torch.no_grad()
 def test_onnxruntime_gives_the_independent_embeddings(
     tmp_path: Path, name: str, shapes: Shapes
 ) -> None:
-    """Of networks for 28x28 pixels, which pool their images first."""
+    """For networks of 28x28 pixels, which pool their images first."""
     onnxruntime: Any = pytest.importorskip("onnxruntime")
     state = filled(shapes, seed=2)
     torch.save(state, tmp_path / "w.pt")
@@ -219,7 +216,7 @@ class Payload:
         return (Path.touch, (Path("ran"),))
 
 
-FAMILIES = {  # a key that is away, and one of another shape
+FAMILIES = {  # a missing key, and one of another shape
     "iresnet18": ("layer3.1.bn2.bias", "layer2.0.conv1.weight"),
     "mobilefacenet": ("layers.3.layers.1.layers.0.layers.1.bias", "conv_sep.layers.0.weight"),
     "vit_t": ("blocks.7.mlp.fc1.bias", "blocks.3.attn.qkv.weight"),
@@ -229,7 +226,7 @@ FAMILIES = {  # a key that is away, and one of another shape
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_damaged_files_of_each_family_are_refused_by_their_fault(
+def test_damaged_files_of_each_family_are_refused_with_the_reason(
     tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -239,57 +236,61 @@ def test_damaged_files_of_each_family_are_refused_by_their_fault(
 
     def refused(content: Any) -> str:
         torch.save(content, path)
-        with pytest.raises(ConfigError) as told:
+        with pytest.raises(ConfigError) as error:
             load_backbone("auto", path)
-        return str(told.value)
+        return str(error.value)
 
     without = {key: value for key, value in state.items() if key != missing}
     assert f"do not fit {name}; missing: {missing}" in refused(without)
     shape = list(state[misshapen].shape)
     wrong = [shape[0] + 1, *shape[1:]]
-    told = refused({**state, misshapen: torch.zeros(wrong)})
-    assert f"of another shape: {misshapen} (expected {shape}, got {wrong})" in told
-    told = refused({**state, missing: Payload()})
-    assert "none that would run code, got one that names " in told
+    message = refused({**state, misshapen: torch.zeros(wrong)})
+    assert f"wrong shape: {misshapen} (expected {shape}, got {wrong})" in message
+    message = refused({**state, missing: Payload()})
+    assert "none that would run code, got one that names " in message
     assert not Path("ran").exists()
 
 
-def test_a_file_that_lacks_a_block_comes_closest_to_its_network(tmp_path: Path) -> None:
+def test_a_file_without_one_block_is_closest_to_its_network(tmp_path: Path) -> None:
     state = filled(published("ir_50", small=True))
     less = {k: v for k, v in state.items() if not k.startswith("body.9.")}
     torch.save(less, tmp_path / "w.pt")
     with pytest.raises(ConfigError, match=r"do not fit ir_50; missing: body\.9\..* and 1\d more"):
         load_backbone("auto", tmp_path / "w.pt")
-    with pytest.raises(ConfigError, match=r"do not fit ir_34; .*comes closest to ir_50"):
+    with pytest.raises(ConfigError, match=r"do not fit ir_34; .*is closest to ir_50"):
         load_backbone("ir_34", tmp_path / "w.pt")
 
 
-def test_strangers_are_told_what_comes_closest(tmp_path: Path) -> None:
+def test_the_closest_network_of_unknown_keys_is_named(tmp_path: Path) -> None:
     keys = ["conv1.weight", "bn1.weight", "bn1.bias", "inception.weight", "dense.weight"]
     torch.save({key: torch.zeros(1) for key in keys}, tmp_path / "w.pt")
-    message = r"of no backbone of gkd .*closest is iresnet18, with 3 of these 5 keys\. For another"
+    message = (
+        r"match no backbone of gkd .*closest is iresnet18, with 3 of these 5 keys\. For another"
+    )
     with pytest.raises(ConfigError, match=message):
         load_backbone("auto", tmp_path / "w.pt")
 
 
-def test_a_width_that_cannot_be_is_told(tmp_path: Path) -> None:
+def test_an_impossible_width_is_named(tmp_path: Path) -> None:
     shapes = layouts.vit_shapes(20, 12, 8)
     torch.save({k: torch.zeros(s) for k, s in shapes.items()}, tmp_path / "w.pt")
-    with pytest.raises(ConfigError, match=r"w\.pt: not vit_t: a width of 0\.078125, as its shapes"):
+    with pytest.raises(
+        ConfigError, match=r"w\.pt: not vit_t: a width of 0\.078125, from its shapes"
+    ):
         load_backbone("auto", tmp_path / "w.pt")
 
 
-def test_settings_beside_the_weights_are_read_as_inert(
+def test_settings_beside_the_weights_are_inert(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Options of argparse, and Lightning's callbacks, whose package is not there."""
+    """Options of argparse, and callbacks of Lightning, which is not installed."""
     state = filled(published("ir_18", small=True))
-    place = "pytorch_lightning.callbacks.model_checkpoint"
+    module_name = "pytorch_lightning.callbacks.model_checkpoint"
     with monkeypatch.context() as patch:
-        module = types.ModuleType(place)
-        callback = type("ModelCheckpoint", (), {"__module__": place})
+        module = types.ModuleType(module_name)
+        callback = type("ModelCheckpoint", (), {"__module__": module_name})
         module.ModelCheckpoint = callback  # type: ignore[attr-defined]
-        for part in (place, "pytorch_lightning", "pytorch_lightning.callbacks"):
+        for part in (module_name, "pytorch_lightning", "pytorch_lightning.callbacks"):
             patch.setitem(sys.modules, part, module)
         content = lightning(state)
         content["callbacks"] = {callback: {"best_model_score": torch.tensor(0.9)}}
@@ -305,23 +306,25 @@ def test_settings_beside_the_weights_are_read_as_inert(
         load_backbone("auto", tmp_path / "w.ckpt")
 
 
-@pytest.mark.parametrize("name", ["vit_t", "mbf_large", "ir_18", "evolve_ir_50"])
-def test_students_of_every_family_train_and_export(faces: Path, tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("name", ["vit_t", "ir_18"])  # other families: tests of the trainer
+def test_students_train_and_export(faces: Path, tmp_path: Path, name: str) -> None:
     settings = (f"student.name={name}", "train.epochs=1", "train.batch_size=20")
-    told = dry_run(small_config("kd.enabled=false", *settings), open_records(faces / "faces"), None)
+    expected = dry_run(
+        small_config("kd.enabled=false", *settings), open_records(faces / "faces"), None
+    )
     summary = run(faces, tmp_path / "run", *settings)
-    assert summary.steps == told.total_steps == 2
+    assert summary.steps == expected.total_steps == 2
     exported = export_student(tmp_path / "run", tmp_path / "student.safetensors")
     assert load_backbone("auto", exported.path).name == name
 
 
-def test_lightnings_settings_that_are_filled_like_a_dict_are_passed_over(tmp_path: Path) -> None:
-    place = "pytorch_lightning.utilities.parsing"
-    kind = type("AttributeDict", (dict,), {"__module__": place})
-    module = types.ModuleType(place)
+def test_dict_like_settings_of_lightning_are_skipped(tmp_path: Path) -> None:
+    module_name = "pytorch_lightning.utilities.parsing"
+    kind = type("AttributeDict", (dict,), {"__module__": module_name})
+    module = types.ModuleType(module_name)
     module.AttributeDict = kind  # type: ignore[attr-defined]
     parts = ("pytorch_lightning", "pytorch_lightning.utilities")
-    modules = {part: types.ModuleType(part) for part in parts} | {place: module}
+    modules = {part: types.ModuleType(part) for part in parts} | {module_name: module}
     with pytest.MonkeyPatch.context() as patch:
         for part, made in modules.items():
             patch.setitem(sys.modules, part, made)

@@ -1,4 +1,4 @@
-"""Networks of a user's own code: they load by name, or their fault is told."""
+"""Networks made by the user's code: they load by name, or the error says why not."""
 
 import sys
 from collections.abc import Iterator
@@ -99,7 +99,9 @@ def test_a_network_of_the_users_own_code_loads(nets: Path) -> None:
         ("own_nets.nets:Map", r"w: expected embeddings \[1, D\] .*got shape \[1, 4, 27, 27\]"),
     ],
 )
-def test_code_that_makes_no_embedder_is_refused(nets: Path, arch: str, message: str) -> None:
+def test_code_that_does_not_make_an_embedder_is_refused(
+    nets: Path, arch: str, message: str
+) -> None:
     with pytest.raises(GkdError, match=message):
         build_embedder(
             nets / "w.pt",
@@ -110,7 +112,7 @@ def test_code_that_makes_no_embedder_is_refused(nets: Path, arch: str, message: 
         )
 
 
-def test_weights_of_another_network_do_not_fit_the_users(nets: Path) -> None:
+def test_weights_of_another_network_do_not_fit(nets: Path) -> None:
     torch.save(filled(published("ir_18", small=True)), nets / "other.pt")
     with pytest.raises(
         ConfigError, match=r"do not fit own_nets.*missing: backbone\.0\.w.*like ir_18"

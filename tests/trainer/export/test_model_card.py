@@ -1,4 +1,4 @@
-"""Exported students: their cards' own lines, run where gkd cannot be imported."""
+"""Exported students: the code in their cards, run in a process that cannot import gkd."""
 
 import json
 import os
@@ -30,8 +30,9 @@ from gkd.trainer.checkpoint import (
 from gkd.trainer.config_file import load_config
 from gkd.trainer.evaluation.embed import module_embed
 from gkd.trainer.export.model_card import card_text, export_student
+from tests.trainer.backbones import published_networks
 
-HERE = Path(__file__).parent
+NETWORKS = Path(published_networks.__file__)
 FINGERPRINT, CACHE, TEACHER = "fa" * 32, "ca" * 32, "7e" * 32
 SMALL = ("student.name=iresnet18", "student.width=0.125", "student.input_size=28")
 RUN_JSON = {
@@ -55,7 +56,7 @@ RUN_JSON = {
 
 
 def write_run(folder: Path, *settings: str, **more: object) -> Path:
-    """A run folder whose student has weights and statistics as if it had been trained."""
+    """A run folder with a student whose weights and statistics look trained."""
     config = load_config(None, ["student.embedding_dim=24", *settings])
     torch.manual_seed(0)
     model = student_backbone(config.student)
@@ -81,7 +82,7 @@ def write_run(folder: Path, *settings: str, **more: object) -> Path:
 
 
 def code_of(card: Path) -> list[str]:
-    """Lines of the card's one block of Python."""
+    """The lines of the only Python block of a card."""
     (block,) = re.findall(r"```python\n(.*?)```", card.read_text(), re.DOTALL)
     return str(block).splitlines()
 
@@ -92,10 +93,10 @@ def face() -> npt.NDArray[np.uint8]:
 
 
 def embedding_without_gkd(folder: Path, lines: list[str]) -> npt.NDArray[Any]:
-    """What the lines leave in ``embeddings``, in a process that cannot import gkd."""
+    """The value of ``embeddings`` after the lines, in a process that cannot import gkd."""
     networks = folder / "published/backbones"
     networks.mkdir(parents=True)
-    (networks / "__init__.py").write_text((HERE / "published_networks.py").read_text())
+    (networks / "__init__.py").write_text(NETWORKS.read_text())
     (networks / "mobilefacenet.py").write_text("from backbones import MobileFaceNet\n")
     Image.fromarray(face()).save(folder / "face.png")
     script = [
@@ -106,7 +107,7 @@ def embedding_without_gkd(folder: Path, lines: list[str]) -> npt.NDArray[Any]:
         "except ImportError:",
         "    pass",
         "else:",
-        "    raise SystemExit('gkd is there')",
+        "    raise SystemExit('gkd was imported')",
         *lines,
         "import numpy",
         "numpy.save('embeddings.npy', embeddings)",
@@ -123,7 +124,7 @@ def embedding_without_gkd(folder: Path, lines: list[str]) -> npt.NDArray[Any]:
 
 
 def embedding_here(run: Path) -> npt.NDArray[np.float32]:
-    """What gkd itself evaluates."""
+    """The embedding that gkd itself computes."""
     student = load_student(run)
     embed = module_embed(student.backbone, preprocess_preset("arcface"), torch.device("cpu"))
     return embed(face()[None])
@@ -137,7 +138,6 @@ def embedding_here(run: Path) -> npt.NDArray[np.float32]:
             ("student.name=mobilefacenet", "student.width=1"),
             "MobileFaceNet(num_features=24, scale=1)",
         ),
-        (("student.name=iresnet18",), 'get_model("r18", fp16=False, num_features=24)'),
     ],
 )
 def test_five_lines_load_the_weights_without_gkd(
@@ -163,6 +163,7 @@ def test_five_lines_load_the_weights_without_gkd(
 @pytest.mark.parametrize(
     ("settings", "built"),
     [
+        (("student.name=iresnet18",), 'get_model("r18", fp16=False, num_features=512)'),
         (("student.name=vit_t", "student.embedding_dim=24"), 'get_model("vit_t", fp16=False, num_'),
         (
             ("student.name=vit_l",),
@@ -174,12 +175,12 @@ def test_five_lines_load_the_weights_without_gkd(
         (("student.name=mbf_large", "student.width=2"), "load_backbone("),
     ],
 )
-def test_the_card_builds_each_network_where_it_was_published(
+def test_the_card_builds_each_network_in_its_codebase(
     settings: tuple[str, ...], built: str
 ) -> None:
     config = load_config(None, settings)
     student = Student(torch.nn.Linear(1, 1), config, RunData(9, 3, FINGERPRINT, ""), 1, {})
-    text = card_text(student, None, preprocess_preset("arcface"), file="s.safetensors", sha256="0")
+    text = card_text(student, None, file="s.safetensors", sha256="0")
     assert built in text
 
 
@@ -193,24 +194,24 @@ def exported_onnx(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_the_cards_lines_run_the_onnx_file_without_gkd(exported_onnx: Path) -> None:
+def test_the_code_of_the_card_runs_the_onnx_file_without_gkd(exported_onnx: Path) -> None:
     got = embedding_without_gkd(exported_onnx, code_of(exported_onnx / "student.onnx.md"))
     expected = embedding_here(exported_onnx / "run")
     np.testing.assert_allclose(got, expected, atol=1e-4 * float(np.linalg.norm(expected)))
 
 
-def test_metadata_alone_tells_how_to_feed_an_onnx_file(exported_onnx: Path) -> None:
+def test_the_metadata_suffices_to_run_an_onnx_file(exported_onnx: Path) -> None:
     onnxruntime: Any = pytest.importorskip("onnxruntime")
     run, out = exported_onnx / "run", exported_onnx / "student.onnx"
     session = onnxruntime.InferenceSession(str(out), providers=["CPUExecutionProvider"])
-    told = session.get_modelmeta().custom_metadata_map
-    channels, height, width = json.loads(told["input_shape"])
+    metadata = session.get_modelmeta().custom_metadata_map
+    channels, height, width = json.loads(metadata["input_shape"])
     assert (channels, height, width) == face().transpose(2, 0, 1).shape
-    assert told["channel_order"] == "RGB"
-    mean, std = (np.array(json.loads(told[f"preprocess_{each}"])) for each in ("mean", "std"))
+    assert metadata["channel_order"] == "RGB"
+    mean, std = (np.array(json.loads(metadata[f"preprocess_{k}"])) for k in ("mean", "std"))
     images = ((face() - mean) / std).transpose(2, 0, 1)[None].astype(np.float32)
     (got,) = session.run(["embedding"], {"input": images})
-    assert got.shape == (1, int(told["embedding_dim"]))
+    assert got.shape == (1, int(metadata["embedding_dim"]))
     expected = embedding_here(run)
     np.testing.assert_allclose(got, expected, atol=1e-4 * float(np.linalg.norm(expected)))
 
@@ -219,24 +220,24 @@ def test_weights_carry_the_metadata_and_load_into_gkd(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", *SMALL)
     exported = export_student(run, tmp_path / "student.safetensors")
     with safetensors.safe_open(exported.path, framework="pt") as file:
-        told = file.metadata()
-    assert (told["embedding_dim"], told["channel_order"], told["name"]) == (
+        metadata = file.metadata()
+    assert (metadata["embedding_dim"], metadata["channel_order"], metadata["name"]) == (
         *("24", "RGB"),
         "iresnet18",
     )
-    assert json.loads(told["input_shape"]) == [3, 112, 112]
+    assert json.loads(metadata["input_shape"]) == [3, 112, 112]
     loaded = load_backbone("auto", exported.path).module
     embed = module_embed(loaded, preprocess_preset("arcface"), torch.device("cpu"))
     np.testing.assert_array_equal(embed(face()[None]), embedding_here(run))
     lines = code_of(exported.card)
     assert (
-        "No published network is of this width, input size or embedding"
+        "No published network has this width, input size or embedding length"
         in exported.card.read_text()
     )
     assert 'load_backbone("auto", Path("student.safetensors"))' in lines[-1]
 
 
-def test_the_card_says_what_the_student_is_and_no_ones_paths(tmp_path: Path) -> None:
+def test_the_card_describes_the_student_and_contains_no_paths(tmp_path: Path) -> None:
     sets = "evaluation.sets=['/home/alice/sets/lfw.bin', '/home/alice/sets/cfp_fp.bin']"
     run = write_run(tmp_path / "run", *SMALL, sets)
     exported = export_student(
@@ -246,7 +247,7 @@ def test_the_card_says_what_the_student_is_and_no_ones_paths(tmp_path: Path) -> 
     )
     assert exported.card == tmp_path / "deep/student.safetensors.md"
     text = exported.card.read_text()
-    for words in (
+    for text_part in (
         "# `student.safetensors`",
         "The small one.",
         "`iresnet18` of width 0.125, ",
@@ -264,7 +265,7 @@ def test_the_card_says_what_the_student_is_and_no_ones_paths(tmp_path: Path) -> 
         "(x - 127.5) / 127.5",
         "For research.",
     ):
-        assert words in text
+        assert text_part in text
     parameters = sum(p.numel() for p in load_student(run).backbone.parameters())
     assert f"{parameters:,} parameters" in text
     assert "alice" not in text
@@ -273,7 +274,7 @@ def test_the_card_says_what_the_student_is_and_no_ones_paths(tmp_path: Path) -> 
     assert exported.to_builtins()["sha256"] == sha256_file(exported.path)
 
 
-def test_a_card_of_a_checkpoint_alone_says_what_it_knows(tmp_path: Path) -> None:
+def test_the_card_of_a_checkpoint_without_its_run_omits_what_is_unknown(tmp_path: Path) -> None:
     data = [10, 3, FINGERPRINT, ""]
     run = write_run(tmp_path / "run", *SMALL, "kd.enabled=false", data=data, accuracy={})
     checkpoint = run / "checkpoints/best.pt"
