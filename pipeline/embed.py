@@ -5,7 +5,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -24,46 +24,37 @@ CPU_BATCH, ACCELERATOR_BATCH = 128, 1024
 ACCELERATOR_DECODERS = 4
 
 
-class RowBatch(Protocol):
-    """A batch of consecutive rows; ``skipped`` is position in ``rows`` -> why it has no data."""
-
-    @property
-    def rows(self) -> range: ...  # noqa: D102
-
-    @property
-    def skipped(self) -> Mapping[int, str]: ...  # noqa: D102
-
-
-Batch = TypeVar("Batch", bound=RowBatch)
-
-
 @dataclass(frozen=True)
-class DecodedBatch:
-    """Images of consecutive rows, n of them, m that could be read.
+class RowBatch:
+    """Consecutive rows of records, n of them, of which m have an image that could be read.
 
     rows     rows of the records
     kept     int64 [m]  positions in ``rows`` of those that have an image
-    images   uint8 [m, 112, 112, 3], RGB
     digests  uint8 [n, 16]  of the encoded images, zeros where skipped
     skipped  position in ``rows`` -> why there is no image, without file and key
     """
 
     rows: range
     kept: npt.NDArray[np.int64]
-    images: npt.NDArray[np.uint8]
     digests: npt.NDArray[np.uint8]
     skipped: Mapping[int, str]
 
 
 @dataclass(frozen=True)
-class EmbeddedBatch:
-    """A ``DecodedBatch`` with embeddings in place of images: view -> float32 [m, D], any length."""
+class DecodedBatch(RowBatch):
+    """A batch with ``images`` RGB uint8 [m, 112, 112, 3]."""
 
-    rows: range
-    kept: npt.NDArray[np.int64]
-    embeddings: Mapping[View, npt.NDArray[np.float32]]
-    digests: npt.NDArray[np.uint8]
-    skipped: Mapping[int, str]
+    images: npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class EmbeddedBatch(RowBatch):
+    """A batch with ``embeddings`` float32 [m, D] in each view, of any length."""
+
+    embeddings: Embeddings
+
+
+Batch = TypeVar("Batch", bound=RowBatch)
 
 
 def check_labels(records: Records) -> None:
@@ -97,18 +88,21 @@ def split_rows(rows: range, size: int) -> list[range]:
     return [rows[start : start + size] for start in range(0, len(rows), size)]
 
 
-def whole_shards(
-    batches: Iterable[Batch], sharding: Sharding, advance: Callable[[int], object]
-) -> Iterator[list[Batch]]:
-    """Consecutive batches, collected by shard; ``advance`` is called with the rows of each."""
-    parts: list[Batch] = []
-    for batch in batches:
-        parts.append(batch)
-        advance(len(batch.rows))
-        shard = sharding.shard_of(batch.rows.start)
-        if batch.rows.stop == sharding.rows(shard).stop:
-            yield parts
-            parts = []
+def embed_shards(
+    records: Records,
+    shards: Iterable[int],
+    sharding: Sharding,
+    embedder: Embedder,
+    views: Sequence[View],
+    *,
+    batch_size: int | None,
+    workers: int,
+    skip_corrupt: bool,
+) -> Generator[EmbeddedBatch, None, None]:
+    """``embed`` all rows of some shards, in batches from the start of each shard."""
+    size = batch_size or default_batch_size(embedder)
+    spans = [rows for shard in shards for rows in split_rows(sharding.rows(shard), size)]
+    return embed(records, spans, embedder, views, workers=workers, skip_corrupt=skip_corrupt)
 
 
 def embed(
@@ -129,14 +123,16 @@ def embed(
         CorruptRecordError: at the first unreadable record, unless ``skip_corrupt``.
         GkdError: if the teacher's output has no direction, naming the record.
     """
-    decode_batch = partial(_decode, records, skip_corrupt)
     ahead = 0
     if embedder.device != "cpu":
         ahead, workers = IN_FLIGHT, min(workers, ACCELERATOR_DECODERS)
+    nothing = {view: np.empty((0, embedder.embedding_dim), np.float32) for view in views}
     started: deque[tuple[DecodedBatch, Callable[[], Embeddings]]] = deque()
-    with closing(ordered_map(decode_batch, batches, workers=workers)) as decoded:
+    decode = partial(_decode, records, skip_corrupt)
+    with closing(ordered_map(decode, batches, workers=workers)) as decoded:
         for batch in decoded:
-            started.append((batch, _start(batch, embedder, views)))
+            wait = embedder.start(batch.images, views) if len(batch.kept) else lambda: nothing
+            started.append((batch, wait))
             if len(started) > ahead:
                 yield _finish(records, embedder, *started.popleft())
         for batch, wait in started:
@@ -164,57 +160,62 @@ def _decode(records: Records, skip_corrupt: bool, rows: range) -> DecodedBatch:
         else:
             digests[position] = np.frombuffer(digest(encoded), np.uint8)
     kept = np.setdiff1d(np.arange(len(rows)), list(skipped))
-    return DecodedBatch(rows, kept, images[kept] if skipped else images, digests, skipped)
-
-
-def _start(
-    batch: DecodedBatch, embedder: Embedder, views: Sequence[View]
-) -> Callable[[], Embeddings]:
-    if not len(batch.kept):
-        return lambda: {view: np.empty((0, embedder.embedding_dim), np.float32) for view in views}
-    return embedder.start(batch.images, views)
+    return DecodedBatch(rows, kept, digests, skipped, images[kept] if skipped else images)
 
 
 def _finish(
     records: Records, embedder: Embedder, batch: DecodedBatch, wait: Callable[[], Embeddings]
 ) -> EmbeddedBatch:
-    found = wait()
-    for view, embeddings in found.items():
-        faulty = faulty_rows(embeddings)
+    embeddings = wait()
+    for view, of_view in embeddings.items():
+        faulty = faulty_rows(of_view)
         if len(faulty):
             first = batch.rows[batch.kept[faulty[0]]]
             raise GkdError(
                 f"{embedder.name}: NaN, infinite or zero embeddings of {len(faulty)} of "
-                f"{len(embeddings)} images ({view} view), the first of {records.where(first)}; "
+                f"{len(of_view)} images ({view} view), the first of {records.where(first)}; "
                 f"computed in {embedder.precision}: try --precision float32, and check the weights "
                 "and the preprocessing"
             )
-    return EmbeddedBatch(batch.rows, batch.kept, found, batch.digests, batch.skipped)
+    return EmbeddedBatch(batch.rows, batch.kept, batch.digests, batch.skipped, embeddings)
+
+
+def whole_shards(
+    batches: Iterable[Batch], sharding: Sharding, advance: Callable[[int], object]
+) -> Iterator[list[Batch]]:
+    """Consecutive batches, collected by shard; ``advance`` is called with the rows of each."""
+    parts: list[Batch] = []
+    for batch in batches:
+        parts.append(batch)
+        advance(len(batch.rows))
+        shard = sharding.shard_of(batch.rows.start)
+        if batch.rows.stop == sharding.rows(shard).stop:
+            yield parts
+            parts = []
+
+
+def join_rows(batches: Sequence[RowBatch]) -> RowBatch:
+    """The rows of consecutive batches as one batch."""
+    start = batches[0].rows.start
+    return RowBatch(
+        range(start, batches[-1].rows.stop),
+        np.concatenate([batch.kept + (batch.rows.start - start) for batch in batches]),
+        np.concatenate([batch.digests for batch in batches]),
+        {
+            position + batch.rows.start - start: reason
+            for batch in batches
+            for position, reason in batch.skipped.items()
+        },
+    )
 
 
 def join_batches(batches: Sequence[EmbeddedBatch]) -> EmbeddedBatch:
     """Consecutive batches as one."""
-    start = batches[0].rows.start
-    return EmbeddedBatch(
-        rows=range(start, batches[-1].rows.stop),
-        kept=np.concatenate([b.kept + (b.rows.start - start) for b in batches]),
-        embeddings={
-            view: np.concatenate([b.embeddings[view] for b in batches])
-            for view in batches[0].embeddings
-        },
-        digests=np.concatenate([b.digests for b in batches]),
-        skipped=join_skipped(batches),
-    )
-
-
-def join_skipped(batches: Sequence[RowBatch]) -> dict[int, str]:
-    """``skipped`` of consecutive batches as one."""
-    start = batches[0].rows.start
-    return {
-        position + batch.rows.start - start: reason
-        for batch in batches
-        for position, reason in batch.skipped.items()
+    embeddings: Embeddings = {
+        view: np.concatenate([batch.embeddings[view] for batch in batches])
+        for view in batches[0].embeddings
     }
+    return EmbeddedBatch(**vars(join_rows(batches)), embeddings=embeddings)
 
 
 def split_batch(batch: EmbeddedBatch, size: int) -> Iterator[EmbeddedBatch]:
@@ -225,7 +226,7 @@ def split_batch(batch: EmbeddedBatch, size: int) -> Iterator[EmbeddedBatch]:
         yield EmbeddedBatch(
             rows=rows,
             kept=batch.kept[first:last] - start,
-            embeddings={view: e[first:last] for view, e in batch.embeddings.items()},
             digests=batch.digests[start:stop],
             skipped={p - start: r for p, r in batch.skipped.items() if start <= p < stop},
+            embeddings={view: e[first:last] for view, e in batch.embeddings.items()},
         )

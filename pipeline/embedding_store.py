@@ -10,14 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gkd.pipeline.cache_spec import dataset_spec, teacher_spec
-from gkd.pipeline.embed import (
-    EmbeddedBatch,
-    default_batch_size,
-    embed,
-    join_batches,
-    split_rows,
-    whole_shards,
-)
+from gkd.pipeline.embed import EmbeddedBatch, embed_shards, join_batches, whole_shards
 from gkd.pipeline.resume_check import ImageDigests, require_same_images
 from gkd.pipeline.teacher.embedder import Embedder
 from gkd.storage.cache.spec import VIEWS, DatasetSpec, Preprocess, Sharding, TeacherSpec, View
@@ -119,13 +112,13 @@ class EmbeddingStore:
             self._save(join_batches(parts))
             images += sum(len(part.kept) for part in parts)
 
-        size = batch_size or default_batch_size(self.embedder)
-        spans = [rows for shard in shards for rows in split_rows(self.sharding.rows(shard), size)]
-        embedded = embed(
+        embedded = embed_shards(
             self.records,
-            spans,
+            shards,
+            self.sharding,
             self.embedder,
             VIEWS,
+            batch_size=batch_size,
             workers=workers,
             skip_corrupt=self.skip_corrupt,
         )

@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import Self
 from uuid import uuid4
 
-from torch.distributed import PrefixStore, Store
+from torch.distributed import HashStore, PrefixStore, Store
 
 from gkd.storage.errors import ConfigError, IncompleteCacheError
 from gkd.storage.util import rendezvous, torchrun_env
@@ -31,7 +31,7 @@ class Ranks:
         self, rank: int = 0, world_size: int = 1, store: Store | None = None, run: str = ""
     ) -> None:
         self.rank, self.world_size, self.run = rank, world_size, run or uuid4().hex
-        self._store = store
+        self._store = store or HashStore()  # type: ignore[no-untyped-call]
         self._leaving = threading.Event()
         self._heart = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
 
@@ -57,40 +57,31 @@ class Ranks:
         if self.rank == 0:
             self._wait_for({rank: f"{step}/{rank}" for rank in range(1, self.world_size)})
             work()
-            self._set(f"{step}/0")
-        else:
-            self._set(f"{step}/{self.rank}")
+        self._set(f"{step}/{self.rank}")
+        if self.rank:
             self._wait_for({0: f"{step}/0"})
 
     def _wait_for(self, keys: dict[int, str]) -> None:
         """Wait until these ranks have set their keys, as long as they are alive."""
-        if not keys:
-            return
-        counts = dict.fromkeys(keys, -1)
-        heard = dict.fromkeys(keys, time.monotonic())
-        while not self._has(*keys.values()):
+        heard = dict.fromkeys(keys, (-1, time.monotonic()))
+        while keys and not self._has(*keys.values()):
             self.check()
             for rank, key in keys.items():
-                count, now = self._beats(rank), time.monotonic()
-                if count != counts[rank]:
-                    counts[rank], heard[rank] = count, now
-                elif now - heard[rank] > SILENT_SECONDS and not self._has(key):
+                with self._store_errors():
+                    beats, now = self._store.add(f"beats/{rank}", 0), time.monotonic()
+                if beats != heard[rank][0]:
+                    heard[rank] = beats, now
+                elif now - heard[rank][1] > SILENT_SECONDS and not self._has(key):
                     raise self._ended(rank)
             time.sleep(POLL_SECONDS)
 
     def _has(self, *keys: str) -> bool:
         with self._store_errors():
-            return self._store is not None and self._store.check(list(keys))
+            return self._store.check(list(keys))
 
     def _set(self, key: str) -> None:
-        if self._store is not None:
-            with self._store_errors():
-                self._store.set(key, "1")
-
-    def _beats(self, rank: int) -> int:
-        assert self._store is not None
         with self._store_errors():
-            return self._store.add(f"beats/{rank}", 0)
+            self._store.set(key, "1")
 
     @contextmanager
     def _store_errors(self) -> Iterator[None]:
@@ -106,14 +97,12 @@ class Ranks:
         )
 
     def _beat(self) -> None:
-        assert self._store is not None
         with suppress(RuntimeError):  # the store is gone, which `check` reports
             while not self._leaving.wait(BEAT_SECONDS):
                 self._store.add(f"beats/{self.rank}", 1)
 
     def __enter__(self) -> Self:
-        if self._store is not None:
-            self._heart.start()
+        self._heart.start()
         return self
 
     def __exit__(
@@ -122,18 +111,13 @@ class Ranks:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._store is None:
-            return
         with suppress(IncompleteCacheError, SystemExit):
-            if isinstance(error, SystemExit):
-                pass
-            elif error is not None:
-                self._set("failed")
-            elif self.rank == 0:
-                # This process may hold the store, so it leaves last.
-                self._wait_for({rank: f"left/{rank}" for rank in range(1, self.world_size)})
-            else:
+            if error is None:
                 self._set(f"left/{self.rank}")
+                if self.rank == 0:  # this process may hold the store, so it leaves last
+                    self._wait_for({rank: f"left/{rank}" for rank in range(1, self.world_size)})
+            elif not isinstance(error, SystemExit):
+                self._set("failed")
         self._leaving.set()
         self._heart.join()
 
@@ -146,12 +130,11 @@ def joined_ranks() -> Iterator[Ranks]:
         IncompleteCacheError: if not all arrive in time.
         ConfigError: if the environment does not say where they meet.
     """
-    world_size = torchrun_env.world_size()
-    if world_size == 1:
-        yield Ranks()
-        return
+    world_size, store, run = torchrun_env.world_size(), None, ""
     try:
-        store, run = rendezvous.meet(rendezvous.ARRIVAL)
+        if world_size > 1:
+            store, run = rendezvous.meet(rendezvous.ARRIVAL)
+            store = PrefixStore(run, store)
     except RuntimeError as error:
         raise IncompleteCacheError(
             f"not all of the {world_size} ranks arrived within {rendezvous.ARRIVAL} ({error}); see "
@@ -161,5 +144,5 @@ def joined_ranks() -> Iterator[Ranks]:
         raise ConfigError(
             f"WORLD_SIZE={world_size}: the ranks cannot meet ({error}); start them with torchrun"
         ) from error
-    with Ranks(torchrun_env.rank(), world_size, PrefixStore(run, store), run) as ranks:
+    with Ranks(torchrun_env.rank(), world_size, store, run) as ranks:
         yield ranks

@@ -1,10 +1,10 @@
 """The first stage: records and a teacher in, a cache of its primary groups out."""
 
-import io
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -26,9 +26,8 @@ from gkd.pipeline.embed import (
     EmbeddedBatch,
     check_labels,
     default_batch_size,
-    embed,
+    embed_shards,
     split_batch,
-    split_rows,
 )
 from gkd.pipeline.embedding_store import EmbeddingStore, work_path
 from gkd.pipeline.ranks import Ranks, joined_ranks
@@ -45,7 +44,7 @@ from gkd.storage.cache.writer import CacheWriter, delete_leftovers, require_writ
 from gkd.storage.errors import ConfigError
 from gkd.storage.records.base import Records
 from gkd.storage.util import torchrun_env
-from gkd.storage.util.files import disk_errors, require_room, write_file
+from gkd.storage.util.files import disk_errors, publish_file, require_room
 from gkd.storage.util.lock import WriteLock
 from gkd.storage.util.parallel import write_behind
 from gkd.storage.util.progress import Advance, progress
@@ -131,23 +130,25 @@ def _locked(out: Path, ranks: Ranks) -> Iterator[Callable[[], None]]:
         lock.release()
 
 
+@dataclass(frozen=True)
 class _Run:
-    """One process's part of making a cache, step by step."""
+    """One process's part of making a cache, step by step; ``guard`` is called before each write."""
 
-    def __init__(
-        self,
-        records: Records,
-        out: Path,
-        embedder: Embedder,
-        settings: CacheSettings,
-        ranks: Ranks,
-        guard: Callable[[], None],
-    ) -> None:
-        self.records, self.out, self.embedder = records, out, embedder
-        self.settings, self.ranks, self.guard = settings, ranks, guard
-        self.dataset = dataset_spec(records)
-        self.sharding = Sharding(len(records), settings.samples_per_shard(len(records)))
-        self.mine = self.sharding.of_rank(ranks.rank, ranks.world_size)
+    records: Records
+    out: Path
+    embedder: Embedder
+    settings: CacheSettings
+    ranks: Ranks
+    guard: Callable[[], None]
+
+    @cached_property
+    def sharding(self) -> Sharding:
+        count = len(self.records)
+        return Sharding(count, self.settings.samples_per_shard(count))
+
+    @property
+    def mine(self) -> range:
+        return self.sharding.of_rank(self.ranks.rank, self.ranks.world_size)
 
     def make(self, given: Centers | Literal["class-mean"]) -> int:
         """Do all steps; the number of images that went through the teacher."""
@@ -156,7 +157,10 @@ class _Run:
             store, embedded, centers = self._class_mean_centers()
         self._check_centers(centers)
         spec = self._spec(centers.spec)
-        writer = self._open_writer(spec)
+        done = self.sharding.count_rows(committed_shards(self.out))
+        require_room(self.out, (len(self.records) - done) * len(spec.views) * SAMPLE_BYTES)
+        self.ranks.once("create", lambda: CacheWriter(self.out, spec))
+        writer = CacheWriter(self.out, spec, guard=self.guard)
         pending = writer.pending(self.ranks.rank, self.ranks.world_size)
         self._check_written(spec, pending)
         array = on_device(centers.array, self.embedder, self.settings.center_precision)
@@ -172,11 +176,11 @@ class _Run:
         # Refuse now what the writer would refuse only after the teacher has seen every image.
         placeholder = self._spec(CentersSpec(CLASS_MEAN, CLASS_MEAN, sha256=""))
         require_writable(self.out, placeholder, unknown=["centers.sha256"])
-        found = _finished_means(self.out)
-        if found is not None and not work_path(self.out).exists():
+        found, folder = _finished_means(self.out), work_path(self.out)
+        if found is not None and not folder.exists():
             return None, 0, found
         store = EmbeddingStore(
-            work_path(self.out),
+            folder,
             self.records,
             self.embedder,
             self.sharding.shard_samples,
@@ -185,17 +189,9 @@ class _Run:
         if found is not None:
             return store, 0, found
         embedded = self._embed_all(store)
-        means = store.folder / "centers.npy"
-
-        def average() -> None:
-            if not means.exists():
-                batches = (store.load(shard, VIEWS) for shard in range(self.sharding.num_shards))
-                array = class_means(batches, self.records.labels, self.records.num_classes)
-                _save_array(means, array)
-            _save_array(centers_path(self.out), read_npy(means))
-
-        self.ranks.once("class means", average)
-        return store, embedded, Centers(read_npy(means), CLASS_MEAN, CLASS_MEAN)
+        self.ranks.once("class means", lambda: self._average(store))
+        array = read_npy(centers_path(self.out))
+        return store, embedded, Centers(array, CLASS_MEAN, CLASS_MEAN)
 
     def _embed_all(self, store: EmbeddingStore) -> int:
         """Keep the embeddings of this rank's shards; the images that the teacher has seen."""
@@ -212,13 +208,12 @@ class _Run:
                 missing, advance, batch_size=settings.batch_size, workers=settings.workers
             )
 
-    def _open_writer(self, spec: CacheSpec) -> CacheWriter:
-        """A writer of the cache, which the first rank creates."""
-        done = set(committed_shards(self.out)) if self.out.exists() else set()
-        rows = self.sharding.count_rows(set(range(self.sharding.num_shards)) - done)
-        require_room(self.out, rows * len(spec.views) * SAMPLE_BYTES)
-        self.ranks.once("create", lambda: CacheWriter(self.out, spec))
-        return CacheWriter(self.out, spec, guard=self.guard)
+    def _average(self, store: EmbeddingStore) -> None:
+        batches = (store.load(shard, VIEWS) for shard in range(self.sharding.num_shards))
+        array = class_means(batches, self.records.labels, self.records.num_classes)
+        path = centers_path(self.out)
+        with disk_errors(path), publish_file(path) as temporary, temporary.open("wb") as file:
+            np.save(file, array, allow_pickle=False)
 
     def _check_centers(self, centers: Centers) -> None:
         expected = (self.records.num_classes, self.embedder.embedding_dim)
@@ -303,18 +298,20 @@ class _Run:
         self, pending: Sequence[int], to_embed: Sequence[int], store: EmbeddingStore | None
     ) -> Generator[EmbeddedBatch, None, None]:
         """Embeddings of pending shards: kept ones first, then those ``to_embed`` now."""
-        views = self.settings.views
-        size = self.settings.batch_size or default_batch_size(self.embedder)
+        settings = self.settings
         if store is not None:
+            size = settings.batch_size or default_batch_size(self.embedder)
             for shard in (shard for shard in pending if shard not in to_embed):
-                yield from split_batch(store.load(shard, views), size)
-        yield from embed(
+                yield from split_batch(store.load(shard, settings.views), size)
+        yield from embed_shards(
             self.records,
-            [rows for shard in to_embed for rows in split_rows(self.sharding.rows(shard), size)],
+            to_embed,
+            self.sharding,
             self.embedder,
-            views,
-            workers=self.settings.workers,
-            skip_corrupt=self.settings.skip_corrupt,
+            settings.views,
+            batch_size=settings.batch_size,
+            workers=settings.workers,
+            skip_corrupt=settings.skip_corrupt,
         )
 
     def _finish(self, writer: CacheWriter, store: EmbeddingStore | None) -> None:
@@ -330,7 +327,7 @@ class _Run:
         if precision != "float32":
             centers = msgspec.structs.replace(centers, rounded_to=precision)
         return cache_spec(
-            self.dataset,
+            dataset_spec(self.records),
             self.embedder,
             centers,
             self.settings.partition,
@@ -358,13 +355,6 @@ def _finished_means(out: Path) -> Centers | None:
         return None
     centers = Centers(read_npy(path), CLASS_MEAN, CLASS_MEAN)
     return centers if centers.spec.sha256 == spec.centers.sha256 else None
-
-
-def _save_array(path: Path, array: np.ndarray) -> None:
-    buffer = io.BytesIO()
-    np.save(buffer, array, allow_pickle=False)
-    with disk_errors(path):
-        write_file(path, buffer.getvalue())
 
 
 def _summary(out: Path, images: int, seconds: float) -> CacheSummary:

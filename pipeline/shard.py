@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from gkd.pipeline.embed import EmbeddedBatch, join_skipped, whole_shards
+from gkd.pipeline.embed import EmbeddedBatch, RowBatch, join_rows, whole_shards
 from gkd.pipeline.groups.draws import uniform_numbers
 from gkd.pipeline.groups.partition import Partition, partition
 from gkd.pipeline.settings import PartitionSettings
@@ -22,14 +22,10 @@ from gkd.storage.records.base import Records
 
 
 @dataclass(frozen=True)
-class PartitionedBatch:
-    """An ``EmbeddedBatch`` with groups in place of embeddings."""
+class PartitionedBatch(RowBatch):
+    """A batch with the groups of its m images in each view."""
 
-    rows: range
-    kept: npt.NDArray[np.int64]
     views: Mapping[View, Partition]
-    digests: npt.NDArray[np.uint8]
-    skipped: Mapping[int, str]
 
 
 @dataclass(frozen=True)
@@ -92,7 +88,7 @@ def partition_batch(
         view: of_views.of(range(index * count, (index + 1) * count))
         for index, view in enumerate(batch.embeddings)
     }
-    return PartitionedBatch(batch.rows, batch.kept, views, batch.digests, batch.skipped)
+    return PartitionedBatch(batch.rows, batch.kept, batch.digests, batch.skipped, views)
 
 
 @contextmanager
@@ -117,10 +113,9 @@ def _priority_stream(device: torch.device) -> torch.cuda.Stream:
 
 def assemble_shard(records: Records, parts: Sequence[PartitionedBatch]) -> Shard:
     """A shard from its batches, all of them in order."""
-    rows = range(parts[0].rows.start, parts[-1].rows.stop)
-    views = parts[0].views
+    joined, views = join_rows(parts), parts[0].views
     return Shard(
-        rows=rows,
+        rows=joined.rows,
         # Skipped rows have no entries.
         targets={
             view: SparseTargets.concat(
@@ -129,10 +124,10 @@ def assemble_shard(records: Records, parts: Sequence[PartitionedBatch]) -> Shard
             for view in views
         },
         samples=ShardSamples(
-            keys=[records.key(row) for row in rows],
-            labels=records.labels[rows.start : rows.stop],
-            digests=np.concatenate([part.digests for part in parts]),
-            skipped=join_skipped(parts),
+            keys=[records.key(row) for row in joined.rows],
+            labels=records.labels[joined.rows.start : joined.rows.stop],
+            digests=joined.digests,
+            skipped=joined.skipped,
         ),
         truncated={
             view: sum(int(part.views[view].truncated.sum()) for part in parts) for view in views

@@ -78,7 +78,7 @@ class EmbeddedImages:
     def batch(self) -> EmbeddedBatch:
         """The images as embeddings of n consecutive rows."""
         count = len(self)
-        return EmbeddedBatch(range(count), np.arange(count), self.embeddings, self.digests, {})
+        return EmbeddedBatch(range(count), np.arange(count), self.digests, {}, self.embeddings)
 
 
 @dataclass(frozen=True)

@@ -97,7 +97,7 @@ def _write(
             chosen = range(rows.start + inside.start, rows.start + inside.stop)
             groups: dict[View, Partition] = {v: view.of(chosen) for v, view in views.items()}
             own_digests = digests[chosen.start : chosen.stop]
-            batch = PartitionedBatch(inside, np.arange(len(inside)), groups, own_digests, {})
+            batch = PartitionedBatch(inside, np.arange(len(inside)), own_digests, {}, groups)
             commit_shard(writer, assemble_shard(neighbours, [batch]))
         seconds = time.perf_counter() - began
         write_card(path)

@@ -214,7 +214,7 @@ def test_batches_join_and_split() -> None:
         values = np.arange(len(kept), dtype=np.float32)[:, None] + start
         digests = np.full((4, 16), start, np.uint8)
         return EmbeddedBatch(
-            range(start, start + 4), np.array(kept), {"original": values}, digests, skipped
+            range(start, start + 4), np.array(kept), digests, skipped, {"original": values}
         )
 
     parts = [batch(8, [0, 2, 3], {1: "one"}), batch(12, [0, 1, 2], {3: "two"})]

@@ -20,7 +20,7 @@ def batches(
         own = kept[(kept >= rows.start) & (kept < rows.stop)]
         views = {"original": embeddings[own], "flipped": 3 * embeddings[own] + 1}
         digests = np.zeros((len(rows), 16), np.uint8)
-        found.append(EmbeddedBatch(rows, own - rows.start, views, digests, {}))  # type: ignore[arg-type]
+        found.append(EmbeddedBatch(rows, own - rows.start, digests, {}, views))  # type: ignore[arg-type]
     return found
 
 
