@@ -173,7 +173,7 @@ def test_cosines_and_groups_are_those_of_dense_logits(capsys: pytest.CaptureFixt
         for row, label in zip(logits, labels, strict=True)
     ]
     sizes = [len(group) for group, _ in dense]
-    truncated = float(np.mean([cut for _, cut in dense]))
+    truncated = float(np.mean([truncates for _, truncates in dense]))
     assert 0 < truncated < 1
     assert line == (
         f"calibration, 30 images: cosine to the own centre: mean {cosines[own].mean():.3f}, median "

@@ -140,12 +140,12 @@ def test_wrong_draws_are_detected(folder: Path, with_draws: Cache, error: str) -
         rewrite_row(cache, "flipped/draw_secondary", 1, masses)
     else:
         for shard, view in itertools.product(range(4), VIEWS):
-            whole = Cache.open(cache.path).read_shard(shard, view)
-            assert whole.draws is not None
-            order = whole.draws.classes.argsort(1, kind="stable")
+            stored = Cache.open(cache.path).read_shard(shard, view)
+            assert stored.draws is not None
+            order = stored.draws.classes.argsort(1, kind="stable")
             for array, values in (
-                ("draws", whole.draws.classes),
-                ("draw_log2_probs", whole.draws.log2_probs),
+                ("draws", stored.draws.classes),
+                ("draw_log2_probs", stored.draws.log2_probs),
             ):
                 assert values is not None
                 if error == "order":

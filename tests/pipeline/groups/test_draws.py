@@ -52,14 +52,14 @@ def run(
 def uncut_group(
     logits: npt.NDArray[np.float32], label: int, config: PartitionSettings
 ) -> npt.NDArray[np.int64]:
-    group, cut = dense_group(
+    group, truncated = dense_group(
         logits,
         label,
         threshold=config.threshold,
         group_temperature=config.group_temperature,
         max_group=len(logits),
     )
-    assert not cut
+    assert not truncated
     return np.asarray(group, np.int64)
 
 
@@ -169,15 +169,15 @@ def like_a_teacher(batch: int, num_classes: int) -> Any:
 def test_draws_do_not_depend_on_the_chunk_size(source: Source, group_temperature: float) -> None:
     logits, labels, uniforms = like_a_teacher(70, 9000)
     config = settings_of(source, 64, group_temperature=group_temperature, max_group=300)
-    whole = run(logits, labels, config, uniforms)
-    check(whole, logits, labels, config, uniforms)
+    reference = run(logits, labels, config, uniforms)
+    check(reference, logits, labels, config, uniforms)
     for chunk in (SPAN, 1000, 9000):
         other = run(logits, labels, config, uniforms, chunk)
         # A number may be within rounding of the next class, and a probability of the next code:
         # draws that differ must be right as well.
         differs = np.zeros(len(logits), bool)
         for name in ("draws", "draw_log2_probs"):
-            found, expected = (each.targets.arrays()[name] for each in (other, whole))
+            found, expected = (result.targets.arrays()[name] for result in (other, reference))
             assert (found != expected).mean() < 1e-3
             differs |= (found != expected).any(1)
         check(other, logits, labels, config, uniforms, np.flatnonzero(differs).tolist())

@@ -61,26 +61,26 @@ def check_group(
     label: int,
     config: PartitionSettings,
 ) -> None:
-    expected, cut = dense_group(
+    expected, expected_truncated = dense_group(
         logits,
         label,
         threshold=config.threshold,
         group_temperature=config.group_temperature,
         max_group=config.max_group,
     )
-    if np.array_equal(group, expected) and truncated == cut:
+    if np.array_equal(group, expected) and truncated == expected_truncated:
         return
     # The group on the other side of a threshold that the cumulative mass almost equals.
     nearby = []
     for threshold in (config.threshold - MASS_TOLERANCE, config.threshold + MASS_TOLERANCE):
-        other, other_cut = dense_group(
+        other, other_truncated = dense_group(
             logits,
             label,
             threshold=min(max(threshold, 1e-12), 1 - 1e-12),
             group_temperature=config.group_temperature,
             max_group=config.max_group,
         )
-        nearby.append(len(other) + other_cut)
+        nearby.append(len(other) + other_truncated)
     assert 0 < config.threshold < 1, (group, expected)
     assert min(nearby) <= len(group) + truncated <= max(nearby), (group, expected)
     assert label in group
@@ -264,11 +264,11 @@ def test_given_logits_are_not_modified() -> None:
 def test_groups_do_not_depend_on_the_chunk_size() -> None:
     logits, labels = like_a_teacher(16, 3000)
     config = PartitionSettings(group_temperature=1.0)
-    whole = run(logits, labels, config, 3000)
+    reference = run(logits, labels, config, 3000)
     for chunk in (7, 77, 1024, 2999):
         other = run(logits, labels, config, chunk)
-        np.testing.assert_array_equal(other.targets.indices, whole.targets.indices)
-        np.testing.assert_array_equal(other.targets.offsets, whole.targets.offsets)
+        np.testing.assert_array_equal(other.targets.indices, reference.targets.indices)
+        np.testing.assert_array_equal(other.targets.offsets, reference.targets.offsets)
 
 
 @pytest.mark.parametrize("batch", [5, 11, 200])

@@ -40,14 +40,14 @@ def check_point(point: PlanPoint, out: Path, tolerance: float) -> None:
         for view in cache.spec.views
         for shard in range(cache.spec.num_shards)
     ]
-    sizes = np.concatenate([each.sizes for each in targets])
+    sizes = np.concatenate([shard.sizes for shard in targets])
     assert point.median_size == np.median(sizes)
     assert point.mean_size == pytest.approx(sizes.mean(), rel=0.005)
     assert point.p95_size == pytest.approx(np.quantile(sizes, 0.95))
-    mass = sum(np.exp(decode_log_probs(each.log2_probs).astype(float)).sum() for each in targets)
+    mass = sum(np.exp(decode_log_probs(shard.log2_probs).astype(float)).sum() for shard in targets)
     assert point.mass == pytest.approx(mass / len(sizes), rel=0.002)
-    cut = sum(cache.manifest.truncated.values()) / len(sizes)
-    assert point.truncated == pytest.approx(cut, abs=0.006)
+    truncated = sum(cache.manifest.truncated.values()) / len(sizes)
+    assert point.truncated == pytest.approx(truncated, abs=0.006)
     assert point.bytes == pytest.approx(bytes_on_disk(out), rel=tolerance)
     assert point.bytes_per_sample == pytest.approx(point.bytes / cache.spec.num_samples)
 
@@ -107,10 +107,10 @@ def test_the_standard_error_is_that_of_samples_of_identities() -> None:
     sizes = np.repeat(rng.lognormal(3, 1, 500), images) * rng.lognormal(0, 0.2, len(labels))
     deviations = []
     for _ in range(400):
-        taken = np.isin(labels, rng.choice(500, 150, replace=False))
-        error = sampling_error(sizes[taken], labels[taken], len(labels))
+        chosen = np.isin(labels, rng.choice(500, 150, replace=False))
+        error = sampling_error(sizes[chosen], labels[chosen], len(labels))
         assert error is not None
-        deviations.append((sizes[taken].mean() / sizes.mean() - 1) / error)
+        deviations.append((sizes[chosen].mean() / sizes.mean() - 1) / error)
     assert 0.85 < np.std(deviations) < 1.15
     assert abs(np.mean(deviations)) < 0.3
     assert sampling_error(sizes, labels, len(sizes)) == 0

@@ -73,13 +73,13 @@ def test_synthetic_centres_have_the_distribution_of_the_known_ones() -> None:
     assert len(np.unique(made, axis=0)) == len(made)
 
 
-def crowd(classes: int, each: int, rng: np.random.Generator) -> EmbeddedImages:
+def crowd(classes: int, images: int, rng: np.random.Generator) -> EmbeddedImages:
     """Embeddings of identities some of which look alike."""
     families = rng.normal(size=(classes // 10, 48))
     people = families[rng.integers(0, len(families), classes)] * 0.6 + rng.normal(
         size=(classes, 48)
     )
-    labels = np.repeat(np.arange(classes), each)
+    labels = np.repeat(np.arange(classes), images)
     base = people[labels] + 0.8 * rng.normal(size=(len(labels), 48))
     views: dict[View, npt.NDArray[np.float32]] = {
         view: (base + 0.2 * rng.normal(size=base.shape)).astype(np.float32) for view in VIEWS
