@@ -1,4 +1,4 @@
-"""Wrong labels planted in real records, and how many of them a list of confusions finds."""
+"""Label errors planted in real records, and how many of them the label-noise report finds."""
 
 import hashlib
 from dataclasses import dataclass
@@ -12,14 +12,14 @@ from gkd.storage.cache.spec import preprocess_preset
 from gkd.storage.records.base import Records, Subset
 from tests.paths import SHARED_DATA
 
-LEAST_IMAGES = 4  # of an identity that takes part in a swap
-LEAST_SPLIT = 8  # of one whose images are divided among two labels
+MIN_IMAGES = 4  # of an identity that takes part in a swap
+MIN_SPLIT = 8  # of one whose images are divided among two labels
 FIRST = 100
 
 
 @dataclass(frozen=True)
 class Planted:
-    """Labels with faults: ``swapped`` rows [n], and pairs of classes that are one person."""
+    """Labels with errors: ``swapped`` rows [n], and pairs of classes that are one person."""
 
     records: Records
     labels_before: npt.NDArray[np.int64]
@@ -32,23 +32,23 @@ def plant(records: Records, seed: int, *, swaps: int = 50, splits: int = 5) -> P
     rng = np.random.default_rng(seed)
     before = records.labels
     labels, counts = before.copy(), np.bincount(before)
-    divided = rng.choice(np.flatnonzero(counts >= LEAST_SPLIT), splits, replace=False)
-    others = np.setdiff1d(np.flatnonzero(counts >= LEAST_IMAGES), divided)
+    divided = rng.choice(np.flatnonzero(counts >= MIN_SPLIT), splits, replace=False)
+    others = np.setdiff1d(np.flatnonzero(counts >= MIN_IMAGES), divided)
     chosen = rng.choice(others, swaps, replace=False)
-    rows = np.array([rng.choice(np.flatnonzero(before == each)) for each in chosen])
+    rows = np.array([rng.choice(np.flatnonzero(before == label)) for label in chosen])
     labels[rows[0::2]], labels[rows[1::2]] = before[rows[1::2]], before[rows[0::2]]
     split = []
-    for number, each in enumerate(divided.tolist()):
-        own = rng.permutation(np.flatnonzero(before == each))
+    for number, label in enumerate(divided.tolist()):
+        own = rng.permutation(np.flatnonzero(before == label))
         labels[own[: len(own) // 2]] = records.num_classes + number
-        split.append((each, records.num_classes + number))
-    made = Subset(records, np.arange(len(records)), records.num_classes + splits)
-    made.labels = labels
-    return Planted(made, before, rows, split)
+        split.append((label, records.num_classes + number))
+    planted = Subset(records, np.arange(len(records)), records.num_classes + splits)
+    planted.labels = labels
+    return Planted(planted, before, rows, split)
 
 
 def figures(found: Confusions, planted: Planted) -> dict[str, float]:
-    """How many of what was planted is found, and where."""
+    """How many of the planted errors are found, and at which rank."""
     listed = found.label_noise.slice(0, FIRST).to_pylist()
     named = {item["row"]: item["other"] for item in listed}
     ranks = {
@@ -68,7 +68,7 @@ def figures(found: Confusions, planted: Planted) -> dict[str, float]:
 
 
 class RememberingTeacher(OnnxEmbedder):
-    """The shared teacher, which sees an image once however often it is asked."""
+    """The shared teacher, which embeds each image once and remembers the result."""
 
     def __init__(self) -> None:
         self._known: dict[bytes, npt.NDArray[np.float32]] = {}
@@ -76,9 +76,9 @@ class RememberingTeacher(OnnxEmbedder):
         super().__init__(path, preprocess_preset("imagenet"), device="cpu")
 
     def __call__(self, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-        names = [hashlib.blake2b(image.tobytes(), digest_size=16).digest() for image in images]
-        new = [place for place, name in enumerate(names) if name not in self._known]
+        digests = [hashlib.blake2b(image.tobytes(), digest_size=16).digest() for image in images]
+        new = [index for index, digest in enumerate(digests) if digest not in self._known]
         if new:
-            for place, embedding in zip(new, super().__call__(images[new]), strict=True):
-                self._known[names[place]] = embedding
-        return np.stack([self._known[name] for name in names])
+            for index, embedding in zip(new, super().__call__(images[new]), strict=True):
+                self._known[digests[index]] = embedding
+        return np.stack([self._known[digest] for digest in digests])

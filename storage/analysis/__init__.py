@@ -1,4 +1,4 @@
-"""What a cache says about its data: statistics, label noise, confused identities.
+"""Analysis of a cache: statistics, label noise, confused identities.
 
 May be imported by the two stages and the commands.
 """

@@ -12,7 +12,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from gkd.storage.analysis.confusions import confusions, keys_of
+from gkd.storage.analysis.confusions import confusions, examples
 from gkd.storage.analysis.thumbnails import thumbnails
 from gkd.storage.cache.metadata import require_outside_caches
 from gkd.storage.cache.reader import Cache
@@ -79,15 +79,13 @@ def write_confusions(
     classes += [(item["other"], None) for item in noise]
     classes += [(item["likeliest"], None) for item in hard]
     # One more than is shown, as an image is not shown beside itself.
-    examples = found.examples([label for label, _ in classes], EXAMPLES + 1)
+    best = examples(found.samples.labels, found.own, [label for label, _ in classes], EXAMPLES + 1)
 
     def examples_beside(label: int, image: int | None) -> list[int]:
-        return [row for row in examples[label] if row != image][:EXAMPLES]
+        return [row for row in best[label] if row != image][:EXAMPLES]
 
-    keys = keys_of(found.samples, [row for rows in examples.values() for row in rows])
-    rows = {item["row"] for item in (*noise, *hard)}.union(
-        row for label, image in classes for row in examples_beside(label, image)
-    )
+    beside = sorted({row for label, image in classes for row in examples_beside(label, image)})
+    rows = {item["row"] for item in (*noise, *hard)}.union(beside)
     faces = {}
     if records is not None:
         faces = thumbnails(records, found.samples, rows, folder, workers=workers)
@@ -99,7 +97,7 @@ def write_confusions(
         noise=noise,
         hard=hard,
         examples_beside=examples_beside,
-        keys=keys,
+        keys=dict(zip(beside, found.samples.keys(beside), strict=True)),
         faces=faces,
         encoded_faces={str(row): base64.b64encode(jpeg).decode() for row, jpeg in faces.items()},
         origin={

@@ -20,7 +20,7 @@ sqrt(p'_y p') is at least 1e-4. If there are too many pairs, those with the smal
 are dropped; ``left_out`` bounds what the mass or B of a pair can lack because of it, usually 0.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,11 +66,6 @@ class Confusions:
     own: npt.NDArray[np.float32]
     images: npt.NDArray[np.int64]
     left_out: float
-
-    def examples(self, classes: Iterable[int], count: int) -> dict[int, list[int]]:
-        """Rows of each class, at most ``count``, by descending p' of their label."""
-        chosen = np.array(sorted(set(classes)), np.int64)
-        return _examples(self.samples.labels, self.own, chosen, count)
 
 
 def confusions(cache: Cache, *, max_rows: int = MAX_ROWS, max_pairs: int = MAX_PAIRS) -> Confusions:
@@ -252,25 +247,41 @@ def _sum_by_key(
     return distinct, np.stack([np.bincount(index, part, len(distinct)) for part in sums])
 
 
+def examples(
+    labels: npt.NDArray[np.int64],
+    own: npt.NDArray[np.float32],
+    classes: Iterable[int],
+    count: int,
+) -> dict[int, list[int]]:
+    """Present rows of each class, at most ``count``, by descending ``own``."""
+    chosen = np.array(sorted(set(classes)), np.int64)
+    rows = np.flatnonzero(np.isin(labels, chosen) & (own >= 0))
+    rows = rows[np.lexsort((rows, -own[rows], labels[rows]))]
+    starts, stops = (np.searchsorted(labels[rows], chosen, side) for side in ("left", "right"))
+    return {
+        label: rows[start:stop][:count].tolist()
+        for label, start, stop in zip(chosen.tolist(), starts, stops, strict=True)
+    }
+
+
 # --- tables ---------------------------------------------------------------------------------------
 
 
 def _identities(
     found: Columns, samples: Samples, images: npt.NDArray[np.int64], own: npt.NDArray[np.float32]
 ) -> pa.Table:
-    classes = np.unique([found["a"], found["b"]])
-    best = {label: rows[0] for label, rows in _examples(samples.labels, own, classes, 1).items()}
-    keys = keys_of(samples, best.values())
-    columns: Mapping[str, Any] = {
-        "a": found["a"],
-        "b": found["b"],
-        "images_a": images[found["a"]],
-        "images_b": images[found["b"]],
-        **{name: found[name] for name in ("overlap", "mass_ab", "mass_ba")},
-        "key_a": pa.array([keys[best[label]] for label in found["a"].tolist()], pa.string()),
-        "key_b": pa.array([keys[best[label]] for label in found["b"].tolist()], pa.string()),
+    sides = {"a": found["a"], "b": found["b"]}
+    best = examples(samples.labels, own, np.concatenate(list(sides.values())).tolist(), 1)
+    keys = {
+        f"key_{side}": samples.keys(best[label][0] for label in classes.tolist())
+        for side, classes in sides.items()
     }
-    return pa.table(columns)
+    return pa.table(
+        sides
+        | {f"images_{side}": images[classes] for side, classes in sides.items()}
+        | {name: found[name] for name in ("overlap", "mass_ab", "mass_ba")}
+        | {name: pa.array(column, pa.string()) for name, column in keys.items()}
+    )
 
 
 def _label_noise(found: Columns, samples: Samples, images: npt.NDArray[np.int64]) -> pa.Table:
@@ -298,38 +309,11 @@ def _hard(found: Columns, samples: Samples, images: npt.NDArray[np.int64]) -> pa
 def _sample_columns(
     rows: npt.NDArray[np.int64], samples: Samples, images: npt.NDArray[np.int64]
 ) -> dict[str, Any]:
-    keys = keys_of(samples, rows.tolist())
     digests = [digest.tobytes() for digest in samples.digests[rows]]
     return {
         "row": rows,
-        "key": pa.array([keys[row] for row in rows.tolist()], pa.string()),
+        "key": pa.array(samples.keys(rows), pa.string()),
         "label": samples.labels[rows],
         "digest": pa.array(digests, pa.binary(DIGEST_BYTES)),
         "images": images[samples.labels[rows]],
-    }
-
-
-def keys_of(samples: Samples, rows: Iterable[int]) -> dict[int, str]:
-    """Record keys of rows, with one shard's table in memory at a time."""
-    keys: dict[int, str] = {}
-    ascending = np.unique(np.fromiter(rows, np.int64))
-    shards = ascending // samples.cache.spec.shard_samples
-    for part in np.split(ascending, np.flatnonzero(np.diff(shards)) + 1):
-        keys.update(zip(part.tolist(), samples.keys(part), strict=True))
-    return keys
-
-
-def _examples(
-    labels: npt.NDArray[np.int64],
-    own: npt.NDArray[np.float32],
-    classes: npt.NDArray[np.int64],
-    count: int,
-) -> dict[int, list[int]]:
-    """Present rows of each class (ascending), at most ``count``, by descending ``own``."""
-    rows = np.flatnonzero(np.isin(labels, classes) & (own >= 0))
-    rows = rows[np.lexsort((rows, -own[rows], labels[rows]))]
-    starts, stops = (np.searchsorted(labels[rows], classes, side) for side in ("left", "right"))
-    return {
-        label: rows[start:stop][:count].tolist()
-        for label, start, stop in zip(classes.tolist(), starts, stops, strict=True)
     }

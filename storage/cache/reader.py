@@ -1,6 +1,5 @@
 """Reads a cache of targets and verifies everything that its files say about themselves."""
 
-import functools
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -63,10 +62,14 @@ class Samples:
         return len(self.labels)
 
     def keys(self, rows: Iterable[int]) -> list[str]:
-        """Record keys of ``rows``, read from their shards."""
-        read_samples = functools.cache(self.cache.read_samples)
-        places = (divmod(int(row), self.cache.spec.shard_samples) for row in rows)
-        return [read_samples(shard)["key"][sample].as_py() for shard, sample in places]
+        """Record keys of rows, with one shard's table in memory at a time."""
+        shards, offsets = np.divmod(np.fromiter(rows, np.int64), self.cache.spec.shard_samples)
+        keys = np.empty(len(shards), object)
+        for shard in np.unique(shards).tolist():
+            inside = shards == shard
+            table = self.cache.read_samples(shard)
+            keys[inside] = table["key"].take(offsets[inside]).to_pylist()
+        return list(keys)
 
 
 class Cache:

@@ -1,4 +1,4 @@
-"""Caches at other addresses: pushed, pulled and looked at where they are.
+"""Caches at fsspec addresses: push, pull, and reading their metadata in place.
 
 May be imported by the two stages and the commands.
 """

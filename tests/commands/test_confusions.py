@@ -1,4 +1,4 @@
-"""`gkd targets confusions` as a user types it, and its page in a real browser."""
+"""`gkd targets confusions` and its page in a real browser."""
 
 import base64
 import io
@@ -32,7 +32,7 @@ SETTINGS = CacheSettings(
     partition=PartitionSettings(group_temperature=4.0, threshold=1.0, max_group=IDENTITIES),
     shard_samples=40,
 )
-# With the file's name the key is a whole element.
+# Together with the file's name, the key is a complete element.
 HOSTILE = ["<script>window.broken = 1<", "<img src=x onerror=window.broken=1>", "'\">&lt;<b>"]
 
 
@@ -81,9 +81,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     faces = write_folder(folder / "faces", IDENTITIES, IMAGES)
     for number in range(8):
         one, other = faces / f"id{number}/0.png", faces / f"id{(number + 1) % 8}/1.png"
-        aside = one.read_bytes()
+        content = one.read_bytes()
         one.write_bytes(other.read_bytes())
-        other.write_bytes(aside)
+        other.write_bytes(content)
     for number, name in enumerate(HOSTILE):
         (faces / f"id{number}").rename(faces / name)
         (faces / name / "0.png").rename(faces / name / "script>.png")
@@ -138,7 +138,7 @@ def test_the_page_loads_nothing_and_escapes_names(written: Path) -> None:
     assert policy.startswith("default-src 'none'; img-src data:; style-src")
 
 
-def test_records_that_are_not_the_cache_s_are_refused(made: Path, tmp_path: Path) -> None:
+def test_records_of_another_data_set_are_refused(made: Path, tmp_path: Path) -> None:
     other = write_folder(tmp_path / "other", 3, 2, seed=9)
     result = gkd("targets", "confusions", made / "c.gkd", "--records", other, "--out", tmp_path)
     assert result.exit_code == 1
@@ -214,7 +214,7 @@ def opened(browser: webdriver.Chrome, written: Path) -> webdriver.Chrome:
 
 
 def seen(browser: webdriver.Chrome) -> list[str]:
-    """The words of the items that are on the screen."""
+    """The search text of the items on the screen."""
     script = f"{SEEN}.map((e) => e.dataset.search)"
     return list(map(str, browser.execute_script(script, "section.list li")))
 
@@ -228,7 +228,7 @@ def counts(first: int, last: int) -> str:
 
 
 def complaints(browser: webdriver.Chrome) -> list[str]:
-    """What the browser's console was output since it was last asked."""
+    """Messages on the browser's console since the last call."""
     entries = browser.get_log("browser")  # type: ignore[no-untyped-call]
     return [str(entry["message"]) for entry in entries]
 
@@ -241,7 +241,7 @@ def tab(browser: webdriver.Chrome, number: int) -> None:
     browser.find_elements(By.CSS_SELECTOR, "nav button")[number].click()
 
 
-def test_nothing_runs_and_nothing_is_fetched(opened: webdriver.Chrome) -> None:
+def test_no_foreign_script_runs_and_nothing_is_fetched(opened: webdriver.Chrome) -> None:
     for number in range(3):
         tab(opened, number)
         press(opened, Keys.ARROW_RIGHT)
@@ -251,7 +251,7 @@ def test_nothing_runs_and_nothing_is_fetched(opened: webdriver.Chrome) -> None:
     )
     assert [name for name in fetched if not name.startswith("data:")] == []
     assert complaints(opened) == []
-    # What a stranger's script would be up against.
+    # A foreign script would be refused.
     opened.execute_script(
         "const s = document.createElement('script'); s.textContent = 'window.broken = 1';"
         "document.body.append(s)"
@@ -269,7 +269,7 @@ def test_lists_are_paged_by_buttons_and_arrows(opened: webdriver.Chrome, written
     opened.find_element(By.ID, "next").click()
     assert (seen(opened), counted(opened)) == (words[10:20], counts(11, 20))
     press(opened, Keys.ARROW_RIGHT)
-    press(opened, Keys.ARROW_RIGHT)  # there are no more
+    press(opened, Keys.ARROW_RIGHT)  # the last page
     assert (seen(opened), counted(opened)) == (words[20:], counts(21, 25))
     assert not opened.find_element(By.ID, "next").is_enabled()
     press(opened, Keys.ARROW_LEFT)
@@ -283,7 +283,7 @@ def test_lists_are_paged_by_buttons_and_arrows(opened: webdriver.Chrome, written
     press(opened, Keys.ARROW_RIGHT)
     tab(opened, 0)
     tab(opened, 1)
-    assert counted(opened).startswith("11\N{EN DASH}")  # each list keeps its place
+    assert counted(opened).startswith("11\N{EN DASH}")  # each list keeps its position
 
 
 def test_the_filter_finds_keys_classes_and_digests(opened: webdriver.Chrome, written: Path) -> None:
@@ -302,13 +302,11 @@ def test_the_filter_finds_keys_classes_and_digests(opened: webdriver.Chrome, wri
         assert counted(opened).endswith(f"of {len(wanted)}" if wanted else "none")
     assert "No items." in opened.find_element(By.ID, "noise").text
     field.clear()
-    field.send_keys("x", Keys.BACKSPACE, "a", Keys.ARROW_LEFT, "b")  # the arrow is the field's
+    field.send_keys("x", Keys.BACKSPACE, "a", Keys.ARROW_LEFT, "b")  # the arrow moves the cursor
     assert field.get_attribute("value") == "ba"
 
 
-def test_faces_beside_the_items_are_those_of_the_records(
-    opened: webdriver.Chrome, made: Path
-) -> None:
+def test_faces_are_those_of_the_records(opened: webdriver.Chrome, made: Path) -> None:
     records = open_records(made / "faces")
     for number in range(2):
         tab(opened, number)
@@ -319,10 +317,10 @@ def test_faces_beside_the_items_are_those_of_the_records(
             drawn = Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2])))
             stored = records.image(int(image.get_attribute("data-face")))
             assert drawn.size == (112, 112)
-            # Encoded as JPEG here, a PNG there.
+            # The page has a JPEG, the records a PNG.
             assert np.abs(np.asarray(drawn.convert("RGB"), float) - stored).mean() < 6
     hidden = opened.find_elements(By.CSS_SELECTOR, "#identities img[src]")
-    assert hidden == []  # faces of a list that is not seen are not decoded
+    assert hidden == []  # faces of a hidden list are not decoded
 
 
 def test_colours_follow_the_system(opened: webdriver.Chrome) -> None:

@@ -1,4 +1,4 @@
-"""Sharing as a user types it: push, pull, look at what is far away, and every mistake."""
+"""Commands that share caches: push, pull, info and stats at an address, and mistakes."""
 
 import json
 from collections.abc import Iterator
@@ -53,15 +53,15 @@ def test_parts_are_pulled(bucket: Bucket, tmp_path: Path) -> None:
         assert "expected shards such as 0-9,12" in fails(*part, "--shards", wrong, code=2)
 
 
-def test_a_cache_far_away_is_described(bucket: Bucket, cache: Cache, tmp_path: Path) -> None:
-    far = json.loads(works("targets", "info", bucket.address, "--json"))
-    near = json.loads(works("targets", "info", cache.path, "--json"))
-    assert far.pop("address") == bucket.address
+def test_a_cache_at_an_address_is_described(bucket: Bucket, cache: Cache, tmp_path: Path) -> None:
+    remote = json.loads(works("targets", "info", bucket.address, "--json"))
+    local = json.loads(works("targets", "info", cache.path, "--json"))
+    assert remote.pop("address") == bucket.address
     assert cache.manifest is not None
-    assert far.pop("bytes") == cache.manifest.bytes
-    del near["path"], near["committed_shards"]
-    assert far == near
-    assert far["skipped"] == {"42": "no image"}
+    assert remote.pop("bytes") == cache.manifest.bytes
+    del local["path"], local["committed_shards"]
+    assert remote == local
+    assert remote["skipped"] == {"42": "no image"}
 
     figures = json.loads(works("targets", "stats", bucket.address, "--json"))
     assert [view["view"] for view in figures["views"]] == ["original", "flipped"]
@@ -85,10 +85,10 @@ def test_options_of_the_address_are_passed_on(
     options.append('client_kwargs={"region_name": "us-east-1"}')
     for name in names.values():
         monkeypatch.delenv(name)
-    words = [word for option in options for word in ("--storage-option", option)]
-    assert cache.id in works("targets", "info", bucket.address, *words)
-    words[3] = "secret=anothersecretkey"
-    assert "access refused" in fails("targets", "info", bucket.address, *words)
+    arguments = [word for option in options for word in ("--storage-option", option)]
+    assert cache.id in works("targets", "info", bucket.address, *arguments)
+    arguments[3] = "secret=anothersecretkey"
+    assert "access refused" in fails("targets", "info", bucket.address, *arguments)
     assert "expected KEY=VALUE" in fails(
         "targets", "info", bucket.address, "--storage-option", "key", code=2
     )
@@ -132,10 +132,10 @@ def test_a_cache_is_made_with_a_card(tmp_path: Path) -> None:
     assert "## Terms\n\nResearch only\n" in card
     assert verify(tmp_path / "faces.gkd").ok
 
-    # What is finished stays as it is.
+    # A finished cache does not change.
     assert json.loads(works(*make, "--note", "Noise, no faces."))["cache_id"] == made["cache_id"]
     assert "README.md: the cache is finished and its id covers this card" in fails(
-        *make, "--note", "Other words"
+        *make, "--note", "Another note"
     )
     assert (tmp_path / "faces.gkd" / "README.md").read_text() == card
 
@@ -166,7 +166,7 @@ def test_an_empty_path_is_a_mistake(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...]
 ) -> None:
     make_cache(tmp_path / "here", num_samples=3)
-    # Where a cache stands, the current folder would do.
+    # An empty path must not mean the current folder, which is a cache here.
     monkeypatch.chdir(tmp_path / "here")
     stderr = fails(*arguments, code=2)
     assert "expected a path, got an empty one" in stderr

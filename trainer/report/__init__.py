@@ -1,4 +1,4 @@
-"""``report.html``: a finished run on one page.
+"""``report.html``: a run on one page.
 
 May be imported by the loop and the commands.
 """

@@ -1,4 +1,4 @@
-"""Lists of confusions against the same made from dense float64 logits."""
+"""Confusions agree with those computed from dense float64 logits."""
 
 import itertools
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ import numpy.typing as npt
 import pytest
 
 from gkd.storage.analysis import confusions as module
-from gkd.storage.analysis.confusions import Confusions, confusions
+from gkd.storage.analysis.confusions import Confusions, confusions, examples
 from gkd.storage.cache.reader import Cache
 from gkd.storage.cache.spec import VIEWS, CacheSpec, DrawsSpec, View
 from gkd.storage.cache.writer import CacheWriter, ShardSamples
@@ -24,7 +24,7 @@ SKIPPED = {4: "no image", 71: "no image"}
 
 @dataclass(frozen=True)
 class Dense:
-    """A teacher's whole opinion: cosines float64 [views, N, C] and labels."""
+    """A teacher without truncation: cosines float64 [views, N, C] and labels."""
 
     spec: CacheSpec
     cosines: npt.NDArray[np.float64]
@@ -33,18 +33,18 @@ class Dense:
 
     @property
     def logits(self) -> npt.NDArray[np.float64]:
-        """With the label's margin, as a cache has them."""
+        """With the label's margin, as in a cache."""
         margins = self.spec.margin * np.eye(self.spec.num_classes)[self.labels]
         return self.spec.scale * (self.cosines - margins)
 
     @property
     def probs(self) -> npt.NDArray[np.float64]:
-        """p', without the margin [views, N, C]."""
+        """p' [views, N, C], without the margin."""
         softened = self.spec.scale * self.cosines / self.spec.group_temperature
         return np.asarray(np.exp(softened - np.logaddexp.reduce(softened, axis=2, keepdims=True)))
 
     def leads(self) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
-        """Lead [N] and who leads, among those that are first in a view."""
+        """Lead [N] and the leading class, among the likeliest other class of each view."""
         rows = np.arange(len(self.labels))
         others = self.cosines.copy()
         others[:, rows, self.labels] = -np.inf
@@ -55,7 +55,7 @@ class Dense:
         return lead, who
 
     def pairs(self) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-        """Mass [C, C] that images of a class give to another, and B."""
+        """Mean mass [C, C] that images of a class give to another, and B (see ``confusions``)."""
         own = np.take_along_axis(self.probs, self.labels[None, :, None], 2)
         sums = np.zeros((2, CLASSES, CLASSES))
         for values, out in zip((self.probs, np.sqrt(self.probs * own)), sums, strict=True):
@@ -86,7 +86,7 @@ def dense(
     cosines[:, np.arange(SAMPLES), person] += 0.5
     alike = cosines[:, person == 0, 0]
     cosines[:, person == 0, 1] = alike + rng.normal(0, 0.02, alike.shape)
-    cosines[:, 10:13] *= 0.1  # hard for everyone
+    cosines[:, 10:13] *= 0.1  # hard
     return Dense(spec, cosines, labels, ~np.isin(np.arange(SAMPLES), list(SKIPPED)))
 
 
@@ -95,15 +95,15 @@ def write(path: Path, made: Dense, *, max_group: int = CLASSES) -> Cache:
     writer = CacheWriter(path, spec)
     for shard in writer.pending():
         rows = spec.shard_rows(shard)
-        place = slice(rows.start, rows.stop)
+        inside = slice(rows.start, rows.stop)
         skipped = {row - rows.start: why for row, why in SKIPPED.items() if row in rows}
         views, truncated = {}, {}
         for view, logits in zip(spec.views, made.logits, strict=True):
-            targets, truncated[view] = dense_targets(logits[place], made.labels[place], spec)
-            views[view] = without(add_draws(targets, logits[place], spec), list(skipped))
+            targets, truncated[view] = dense_targets(logits[inside], made.labels[inside], spec)
+            views[view] = without(add_draws(targets, logits[inside], spec), list(skipped))
         digests = np.frombuffer(b"".join(map(digest_of, rows)), np.uint8).reshape(-1, 16)
         keys = [f"key {row}" for row in rows]
-        samples = ShardSamples(keys, made.labels[place], digests, skipped)
+        samples = ShardSamples(keys, made.labels[inside], digests, skipped)
         writer.write_shard(shard, views, samples, truncated=truncated)
     writer.finish()
     return Cache.open(path)
@@ -114,16 +114,16 @@ def rows_of(found: Confusions, name: str) -> dict[int, Mapping[str, object]]:
 
 
 @pytest.mark.parametrize("views", [VIEWS, VIEWS[1:]])
-def test_lists_are_those_of_the_dense_teacher(tmp_path: Path, views: tuple[View, ...]) -> None:
+def test_label_noise_is_that_of_the_dense_teacher(tmp_path: Path, views: tuple[View, ...]) -> None:
     made = dense(views=views)
     found = confusions(write(tmp_path / "c.gkd", made))
     lead, who = made.leads()
-    doubtful = np.flatnonzero((lead > 0) & made.kept)
+    suspected = np.flatnonzero((lead > 0) & made.kept)
     table = found.label_noise
-    assert table["row"].to_pylist() == doubtful[np.argsort(-lead[doubtful])].tolist()
-    assert len(doubtful) >= 9
+    assert table["row"].to_pylist() == suspected[np.argsort(-lead[suspected])].tolist()
+    assert len(suspected) >= 9
     probs = made.probs.mean(0)
-    pairs = {(int(made.labels[row]), int(who[row])) for row in doubtful}
+    pairs = {(int(made.labels[row]), int(who[row])) for row in suspected}
     for item in table.to_pylist():
         row = item["row"]
         assert (item["key"], item["digest"]) == (f"key {row}", digest_of(row))
@@ -155,8 +155,8 @@ def test_lists_are_those_of_the_dense_teacher(tmp_path: Path, views: tuple[View,
 def test_identities_are_those_of_the_dense_teacher(tmp_path: Path) -> None:
     made = dense()
     found = confusions(write(tmp_path / "c.gkd", made))
-    mass, torn = made.pairs()
-    overlap = np.sqrt(torn * torn.T)
+    mass, shared = made.pairs()
+    overlap = np.sqrt(shared * shared.T)
     items = found.identities.to_pylist()
     assert (items[0]["a"], items[0]["b"]) == (0, 1)
     assert items[0]["overlap"] > 3 * items[1]["overlap"]
@@ -172,13 +172,13 @@ def test_identities_are_those_of_the_dense_teacher(tmp_path: Path) -> None:
             assert item[f"images_{side}"] == (made.labels[made.kept] == item[side]).sum()
             best = np.where((made.labels == item[side]) & made.kept, found.own, -2).argmax()
             assert item[f"key_{side}"] == f"key {best}"
-    told = {(item["a"], item["b"]) for item in items}
+    listed = {(item["a"], item["b"]) for item in items}
     for a, b in itertools.combinations(range(CLASSES), 2):
-        assert (a, b) in told or overlap[a, b] < 2e-4
+        assert (a, b) in listed or overlap[a, b] < 2e-4
 
 
 @pytest.mark.parametrize(("threshold", "max_group"), [(0.9, CLASSES), (0.9, 3), (1.0, 2)])
-def test_cut_groups_miss_no_doubtful_label(
+def test_truncated_groups_miss_no_label_error(
     tmp_path: Path, threshold: float, max_group: int
 ) -> None:
     made = dense(threshold=threshold)
@@ -187,30 +187,30 @@ def test_cut_groups_miss_no_doubtful_label(
     listed = rows_of(found, "label_noise")
     assert set(np.flatnonzero((lead > 0) & made.kept).tolist()) <= listed.keys()
     for row, item in listed.items():
-        # What a view does not hold counts as far as it can: never less than it is.
+        # A class that a view lacks counts with its upper bound, so never too little.
         assert item["lead"] >= lead[row] - 1e-4
         assert item["lead"] <= lead[row] + 0.1
     assert found.identities["a"][0].as_py() == 0
     assert found.identities["b"][0].as_py() == 1
 
 
-def test_draws_stand_for_groups_that_hold_little(tmp_path: Path) -> None:
+def test_draws_replace_small_groups(tmp_path: Path) -> None:
     made = dense(threshold=0.0, draws=DrawsSpec(64, 4.0, "all"))
     cache = write(tmp_path / "c.gkd", made, max_group=2)
     found = confusions(cache)
     lead, who = made.leads()
     for row, item in rows_of(found, "label_noise").items():
         assert item["lead"] == pytest.approx(lead[row], abs=0.05)
-    sure = np.flatnonzero((lead > 0.1) & made.kept)
+    certain = np.flatnonzero((lead > 0.1) & made.kept)
     listed = rows_of(found, "label_noise")
-    assert [listed[row]["other"] for row in sure.tolist()] == who[sure].tolist()
+    assert [listed[row]["other"] for row in certain.tolist()] == who[certain].tolist()
     mass, _ = made.pairs()
     items = found.identities.to_pylist()
     assert (items[0]["a"], items[0]["b"]) == (0, 1)
     assert items[0]["mass_ab"] == pytest.approx(mass[0, 1], rel=0.05)
 
 
-def test_other_numbers_of_the_classes_change_nothing_else(tmp_path: Path) -> None:
+def test_renumbered_classes_change_nothing_else(tmp_path: Path) -> None:
     made = dense()
     first = confusions(write(tmp_path / "a.gkd", made))
     names = np.random.default_rng(9).permutation(CLASSES)
@@ -229,17 +229,17 @@ def test_other_numbers_of_the_classes_change_nothing_else(tmp_path: Path) -> Non
     assert [{item["a"], item["b"]} for item in second.identities.to_pylist()][:5] == renamed[:5]
 
 
-def test_too_many_pairs_lose_no_more_than_is_told(
+def test_too_many_pairs_lose_no_more_than_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "_BLOCK_ENTRIES", 60)
     made = dense()
     cache = write(tmp_path / "c.gkd", made)
-    whole = confusions(cache)
+    full = confusions(cache)
     found = confusions(cache, max_pairs=60)
-    mass, torn = made.pairs()
+    mass, shared = made.pairs()
     assert 0 < found.left_out < 0.5
-    assert len(found.identities) < len(whole.identities)
+    assert len(found.identities) < len(full.identities)
     items = found.identities.to_pylist()
     assert (items[0]["a"], items[0]["b"]) == (0, 1)
     for item in items:
@@ -248,36 +248,36 @@ def test_too_many_pairs_lose_no_more_than_is_told(
             ((item["b"], item["a"]), "mass_ba"),
         ):
             assert mass[there] - found.left_out - 3e-4 <= item[name] <= mass[there] + 3e-4
-    told = {(item["a"], item["b"]) for item in items}
+    listed = {(item["a"], item["b"]) for item in items}
     for a, b in itertools.combinations(range(CLASSES), 2):
-        assert (a, b) in told or min(torn[a, b], torn[b, a]) <= found.left_out + 3e-4
-    assert whole.label_noise == found.label_noise
+        assert (a, b) in listed or min(shared[a, b], shared[b, a]) <= found.left_out + 3e-4
+    assert full.label_noise == found.label_noise
 
 
-def test_lists_hold_the_worst_only(tmp_path: Path) -> None:
+def test_lists_are_cut_to_the_worst(tmp_path: Path) -> None:
     cache = write(tmp_path / "c.gkd", dense())
-    whole, few = confusions(cache), confusions(cache, max_rows=3)
+    full, few = confusions(cache), confusions(cache, max_rows=3)
     for name in ("identities", "label_noise", "hard"):
-        assert getattr(few, name).select([0]) == getattr(whole, name).select([0]).slice(0, 3)
-    # `swapped` looks at this list alone.
-    assert few.label_noise.drop(["swapped"]) == whole.label_noise.drop(["swapped"]).slice(0, 3)
+        assert getattr(few, name).select([0]) == getattr(full, name).select([0]).slice(0, 3)
+    # `swapped` depends on the rows in the list.
+    assert few.label_noise.drop(["swapped"]) == full.label_noise.drop(["swapped"]).slice(0, 3)
 
 
-def test_examples_are_those_that_the_teacher_is_surest_of(tmp_path: Path) -> None:
+def test_examples_have_the_highest_probability_of_their_label(tmp_path: Path) -> None:
     made = dense()
     found = confusions(write(tmp_path / "c.gkd", made))
-    given = found.examples([7, 3, 3], 4)
+    given = examples(made.labels, found.own, [7, 3, 3], 4)
     assert list(given) == [3, 7]
     for label, rows in given.items():
         own = np.flatnonzero((made.labels == label) & made.kept)
         assert rows == own[np.argsort(-found.own[own], kind="stable")][:4].tolist()
-    assert found.examples([], 4) == {}
+    assert examples(made.labels, found.own, [], 4) == {}
 
 
-def test_a_cache_of_skipped_samples_alone_confuses_nothing(tmp_path: Path) -> None:
+def test_a_cache_of_skipped_samples_alone_has_no_confusions(tmp_path: Path) -> None:
     found = confusions(make_cache(tmp_path / "c.gkd", skipped=dict.fromkeys(range(100), "bad")))
     assert [len(t) for t in (found.identities, found.label_noise, found.hard)] == [0, 0, 0]
-    assert found.examples([3], 2) == {3: []}
+    assert examples(found.samples.labels, found.own, [3], 2) == {3: []}
 
 
 def test_an_unfinished_cache_is_refused(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ def labels_of(spec: CacheSpec) -> npt.NDArray[np.int64]:
 def without_margin(
     logits: npt.NDArray[np.float64], labels: npt.NDArray[np.int64], spec: CacheSpec
 ) -> npt.NDArray[np.float64]:
-    """Dense log p', from logits in which the label's margin is in."""
+    """Dense log p', from logits that include the label's margin."""
     cosines = logits / spec.scale
     cosines[np.arange(len(labels)), labels] += spec.margin
     softened = spec.scale * cosines / spec.group_temperature
@@ -60,7 +60,7 @@ def test_probabilities_are_those_of_dense_logits_without_margin(
     assert found.entropy() == pytest.approx(-parts - lump, abs=1e-2)
 
 
-def test_differences_of_cosines_are_exact_even_where_the_label_has_nothing() -> None:
+def test_differences_of_cosines_are_exact_even_if_the_label_has_no_probability() -> None:
     spec = msgspec.structs.replace(small_spec(), margin=0.4, group_temperature=2.0)
     labels = labels_of(spec)
     cosines = np.random.default_rng(1).uniform(-0.2, 0.2, (30, 40))
@@ -83,14 +83,14 @@ def test_a_skipped_sample_has_no_posterior() -> None:
     found = Posteriors.from_targets(without(targets, [0, 7, 29]), labels, spec)
     assert np.flatnonzero(np.isneginf(found.log_own)).tolist() == [0, 7, 29]
     assert not np.isin(found.rows, [0, 7, 29]).any()
-    whole = Posteriors.from_targets(targets, labels, spec)
-    assert np.array_equal(found.log_own[1:7], whole.log_own[1:7])
+    full = Posteriors.from_targets(targets, labels, spec)
+    assert np.array_equal(found.log_own[1:7], full.log_own[1:7])
 
 
 def label_only(
     logits: npt.NDArray[np.float64], labels: npt.NDArray[np.int64], spec: CacheSpec
 ) -> SparseTargets:
-    """What `--threshold 0` leaves of the groups."""
+    """Groups as ``--threshold 0`` makes them."""
     columns = []
     for temperature in spec.temperatures:
         softened = logits / temperature
@@ -124,14 +124,14 @@ def test_drawn_classes_are_entries_at_the_group_temperature(grouped: bool) -> No
     for row in range(30):
         held = found.classes[found.offsets[row] : found.offsets[row + 1]].tolist()
         assert sorted(held) == sorted({*stored[row].tolist(), *targets.draws.classes[row].tolist()})
-        others = [expected[row, each] for each in held if each != labels[row]]
+        others = [expected[row, label] for label in held if label != labels[row]]
         assert others == sorted(others, reverse=True)
         outside = np.delete(np.exp(expected[row]), held).sum()
         assert np.exp(found.log_rest[row]) == pytest.approx(outside, abs=2e-3)
         assert np.delete(expected[row], held).max() <= found.log_absent[row] + 1e-2
 
 
-def test_of_a_label_alone_nothing_else_is_named() -> None:
+def test_a_group_of_the_label_alone_names_no_other_class() -> None:
     spec = small_spec(threshold=0.0)
     labels = labels_of(spec)
     found = Posteriors.from_targets(label_only(logits_of(spec), labels, spec), labels, spec)

@@ -21,7 +21,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Cache:
     return make_cache(tmp_path_factory.mktemp("made") / "faces.gkd", skipped=SKIPPED)
 
 
-def test_figures_agree_with_those_of_the_dense_targets(cache: Cache) -> None:
+def test_statistics_agree_with_the_dense_targets(cache: Cache) -> None:
     found = stats(cache)
     spec, labels = cache.spec, labels_of(cache.spec)
     kept = ~np.isin(np.arange(spec.num_samples), list(SKIPPED))
@@ -68,18 +68,18 @@ def test_bytes_are_those_of_the_files(cache: Cache) -> None:
     assert found.bytes_per_sample == total / 100
 
 
-def test_a_group_of_all_mass_leaves_none(tmp_path: Path) -> None:
+def test_a_group_with_all_mass_leaves_none(tmp_path: Path) -> None:
     cache = make_cache(tmp_path / "one.gkd", num_classes=1)
     for view in stats(cache).views:
         for mass in view.secondary.values():
             assert (mass.mean, set(mass.quantiles)) == (0.0, {0.0})
 
 
-def test_figures_are_json(cache: Cache) -> None:
+def test_statistics_are_json(cache: Cache) -> None:
     assert "secondary" in json.dumps(dataclasses.asdict(stats(cache)), default=str)
 
 
-def test_an_unfinished_cache_has_no_figures(tmp_path: Path) -> None:
+def test_an_unfinished_cache_is_refused(tmp_path: Path) -> None:
     writer = CacheWriter(tmp_path / "c", make_spec())
     with pytest.raises(IncompleteCacheError, match="0 of 3 shards"):
         stats(Cache.open(writer.path, complete=False))
@@ -98,10 +98,10 @@ def test_a_plot_that_cannot_be_written_is_refused_before_it_is_drawn(
     cache: Cache, tmp_path: Path
 ) -> None:
     found = stats(cache)
-    nowhere = tmp_path / "gone" / "plot.png"
+    missing = tmp_path / "gone" / "plot.png"
     with pytest.raises(
-        ConfigError, match=rf"^{nowhere}: expected .*, got no such folder as .*; choose"
+        ConfigError, match=rf"^{missing}: expected .*, got no such folder as .*; choose"
     ):
-        plot_stats(found, nowhere)
+        plot_stats(found, missing)
     with pytest.raises(ConfigError, match=rf"^{tmp_path}: expected .*, got a folder; choose"):
         plot_stats(found, tmp_path)

@@ -18,7 +18,7 @@ SAMPLES = 12
 
 
 def image(row: int) -> bytes:
-    """Row 3 is a PNG, row 4 a JPEG of more bytes than a page should carry."""
+    """Row 3 is a PNG, row 4 a JPEG that is too large for a page."""
     if row not in (3, 4):
         return jpeg(row)
     pixels = np.random.default_rng(row).integers(0, 256, (112, 112, 3), np.uint8)
@@ -40,16 +40,16 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Cache:
     labels = np.arange(SAMPLES)
     for shard in writer.pending():
         rows = spec.shard_rows(shard)
-        place = slice(rows.start, rows.stop)
-        targets, cut = dense_targets(make_logits(spec, "original")[place], labels[place], spec)
+        inside = slice(rows.start, rows.stop)
+        targets, cut = dense_targets(make_logits(spec, "original")[inside], labels[inside], spec)
         digests = np.stack([np.frombuffer(digest(image(row)), np.uint8) for row in rows])
-        samples = ShardSamples(list(map(str, rows)), labels[place], digests, {})
+        samples = ShardSamples(list(map(str, rows)), labels[inside], digests, {})
         writer.write_shard(shard, {"original": targets}, samples, truncated={"original": cut})
     writer.finish()
     return Cache.open(writer.path)
 
 
-def test_faces_are_the_stored_bytes_where_these_are_small(cache: Cache, tmp_path: Path) -> None:
+def test_small_jpegs_are_used_as_stored(cache: Cache, tmp_path: Path) -> None:
     records = open_records(pack(tmp_path / "pack", list(range(SAMPLES))))
     found = thumbnails(records, cache.samples(), [2, 3, 4, 2], tmp_path, workers=1)
     assert list(found) == [2, 3, 4]
@@ -62,7 +62,7 @@ def test_faces_are_the_stored_bytes_where_these_are_small(cache: Cache, tmp_path
     assert len(image(4)) > MAX_BYTES
 
 
-def test_faces_are_found_wherever_they_stand(cache: Cache, tmp_path: Path) -> None:
+def test_faces_are_found_in_any_row(cache: Cache, tmp_path: Path) -> None:
     rows = [7, 2, 11, 5]
     records = open_records(pack(tmp_path / "pack", rows))
     found = thumbnails(records, cache.samples(), [2, 5, 7, 9, 11], tmp_path, workers=1)
@@ -78,7 +78,7 @@ def test_records_without_any_of_them_are_refused(cache: Cache, tmp_path: Path) -
     assert thumbnails(records, cache.samples(), [], tmp_path, workers=1) == {}
 
 
-def test_a_record_that_cannot_be_read_is_another(cache: Cache, tmp_path: Path) -> None:
+def test_an_unreadable_record_is_left_out(cache: Cache, tmp_path: Path) -> None:
     folder = pack(tmp_path / "pack", [0, 1, 2])
     content = bytearray((folder / "train.rec").read_bytes())
     content[:4] = bytes(4)

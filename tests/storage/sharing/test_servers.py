@@ -88,6 +88,7 @@ class Copy:
 @pytest.fixture(params=["push", "pull"])
 def copy(request: pytest.FixtureRequest, many: Cache, tmp_path: Path) -> Copy:
     bucket: Bucket
+    arguments: tuple[object, ...]
     if request.param == "push":
         bucket = request.getfixturevalue("bucket")
         arguments = ("targets", "push", many.path, bucket.address)

@@ -1,4 +1,4 @@
-"""The page of a run: its numbers are those of the log, it loads nothing, and it trusts no name."""
+"""The report of a run: numbers of the log, no requests, and no trust in names."""
 
 import base64
 import json
@@ -76,7 +76,7 @@ class Page(HTMLParser):
 
     def columns(self, table: str) -> dict[str, list[str]]:
         head, *rows = self.tables[table]
-        return {name: [row[place] for row in rows] for place, name in enumerate(head)}
+        return {name: [row[column] for row in rows] for column, name in enumerate(head)}
 
     def images(self) -> list[bytes]:
         start = "data:image/svg+xml;base64,"
@@ -113,7 +113,7 @@ def test_epochs_are_means_of_the_log(finished: Path) -> None:
     assert columns["Data wait"][1] == f"{fmean(waits):.1%}"
 
 
-def test_verification_is_that_of_the_last_weights(faces: Path, finished: Path) -> None:
+def test_verification_uses_the_last_weights(faces: Path, finished: Path) -> None:
     page = parsed(finished)
     records, targets = load(faces)
     config = small_config(f'evaluation.sets=["{faces}/pairs.bin"]')
@@ -128,7 +128,7 @@ def test_verification_is_that_of_the_last_weights(faces: Path, finished: Path) -
     assert columns["Accuracy"] == [f"{expected.accuracy:.2%}"]
     assert columns["AUC"] == [f"{expected.auc:.4f}"]
     assert columns["TAR@1e-01"] == [f"{expected.tar_at_far[0.1]:.2%}"]
-    assert "TAR@1e-03" not in columns  # some thirty impostor pairs cannot tell
+    assert "TAR@1e-03" not in columns  # thirty impostor pairs are too few to measure it
     accuracies = [line["accuracy"]["pairs"] for line in logged(finished) if "accuracy" in line]
     assert page.columns("accuracies")["pairs"] == [f"{accuracy:.2%}" for accuracy in accuracies]
     found = read_final_metrics(finished)
@@ -143,13 +143,13 @@ def test_groups_are_those_of_the_cache(faces: Path, finished: Path) -> None:
     found = read_final_metrics(finished)
     assert found is not None
     assert {view: dict(sizes) for view, sizes in found.groups.items()} == {
-        view: dict(each.histogram) for view, each in expected.items()
+        view: dict(counts.histogram) for view, counts in expected.items()
     }
     columns = parsed(finished).columns("groups")
-    for view, each in expected.items():
-        counts = [int(number) for number in columns[view]]
-        assert sum(counts) == each.samples
-        assert counts[0] == dict(each.histogram).get(1, 0)
+    for name, view in expected.items():
+        counts = [int(number) for number in columns[name]]
+        assert sum(counts) == view.samples
+        assert counts[0] == dict(view.histogram).get(1, 0)
 
 
 def test_groups_are_the_same_read_in_blocks(faces: Path, tmp_path: Path, finished: Path) -> None:
@@ -164,7 +164,7 @@ def test_groups_are_the_same_read_in_blocks(faces: Path, tmp_path: Path, finishe
     assert ours.groups == theirs.groups
 
 
-def test_identities_are_ranked_by_what_the_steps_saw(faces: Path, tmp_path: Path) -> None:
+def test_identities_are_ranked_by_their_mean_cosine(faces: Path, tmp_path: Path) -> None:
     records = Subset(open_records(faces / "faces"), np.arange(40))
     rng = np.random.default_rng(0)
     cosines = rng.uniform(-1, 1, 40)
@@ -193,19 +193,17 @@ def test_a_run_measures_its_last_epoch(faces: Path, finished: Path) -> None:
     found = read_final_metrics(finished)
     assert found is not None
     assert found.identity_cosines is not None
-    assert (found.identity_cosines.images, found.identity_cosines.of) == (
-        40,
-        42,
-    )  # an epoch is five batches of eight
+    cosines = found.identity_cosines
+    assert (cosines.images, cosines.of) == (40, 42)  # an epoch is five batches of eight
     columns = parsed(finished).columns("identities")
-    assert columns["Class"] == [str(each.number) for each in found.identity_cosines.worst]
-    assert columns["Mean cosine"] == [f"{each.mean:.4f}" for each in found.identity_cosines.worst]
+    assert columns["Class"] == [str(identity.number) for identity in cosines.worst]
+    assert columns["Mean cosine"] == [f"{identity.mean:.4f}" for identity in cosines.worst]
     keys = {f"person_{n}/{image}.jpg" for n in range(6) for image in range(7)}
-    told = columns["Images with the lowest cosine: record key (cosine)"]
-    assert {part.split(" (")[0] for cell in told for part in cell.split("), ")} <= keys
+    cells = columns["Images with the lowest cosine: record key (cosine)"]
+    assert {part.split(" (")[0] for cell in cells for part in cell.split("), ")} <= keys
 
 
-def test_it_says_what_made_it(finished: Path) -> None:
+def test_it_describes_the_run(finished: Path) -> None:
     page = parsed(finished)
     described = json.loads((finished / "run.json").read_text())
     origin = dict(page.tables["origin"][1:])
@@ -216,7 +214,7 @@ def test_it_says_what_made_it(finished: Path) -> None:
     assert (finished / "config.toml").read_text() in page.text
 
 
-def test_it_loads_nothing(finished: Path) -> None:
+def test_it_requests_nothing(finished: Path) -> None:
     page = parsed(finished)
     assert not {"script", "link", "iframe", "object", "embed", "base"} & set(page.tags)
     for tag, name, value in page.attributes:
@@ -236,8 +234,8 @@ def test_it_loads_nothing(finished: Path) -> None:
             assert all(link.startswith("#") for link in links)
 
 
-def spoiled(run: Path, out: Path) -> Path:
-    """A finished run with hostile words wherever a file has words."""
+def with_hostile_text(run: Path, out: Path) -> Path:
+    """A finished run with hostile text wherever a file has text."""
     shutil.copytree(run, out)
     described = json.loads((out / "run.json").read_text())
     described["command"] = ["gkd", HOSTILE]
@@ -250,8 +248,8 @@ def spoiled(run: Path, out: Path) -> Path:
         if "accuracy" in line:
             line["accuracy"] = {HOSTILE: line["accuracy"]["pairs"]}
     skipped = {"step": 7, "not_finite": {HOSTILE: "nan"}, "records": [HOSTILE, "b"]}
-    words = "".join(json.dumps(line) + "\n" for line in [*lines, skipped])
-    (out / "metrics.jsonl").write_text(words + '{"step": 16, "lo')
+    text = "".join(json.dumps(line) + "\n" for line in [*lines, skipped])
+    (out / "metrics.jsonl").write_text(text + '{"step": 16, "lo')
     found = read_final_metrics(run)
     assert found is not None
     assert found.identity_cosines is not None
@@ -264,8 +262,8 @@ def spoiled(run: Path, out: Path) -> Path:
     return out
 
 
-def test_hostile_names_are_only_words(finished: Path, tmp_path: Path) -> None:
-    out = spoiled(finished, tmp_path / "<b>run & $x$")
+def test_hostile_names_are_only_text(finished: Path, tmp_path: Path) -> None:
+    out = with_hostile_text(finished, tmp_path / "<b>run & $x$")
     write_report(out)
     page = parsed(out)
     assert "script" not in page.tags
@@ -278,7 +276,7 @@ def test_hostile_names_are_only_words(finished: Path, tmp_path: Path) -> None:
     assert b"<script" not in b"".join(page.images())
 
 
-def test_without_matplotlib_it_stands(
+def test_without_matplotlib_it_has_no_figures(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(finished, tmp_path / "run")
@@ -290,12 +288,12 @@ def test_without_matplotlib_it_stands(
     assert f"gkd report {tmp_path / 'run'}" in page.text
 
 
-def test_made_again_it_is_the_same(finished: Path, tmp_path: Path) -> None:
+def test_the_same_run_gives_the_same_bytes(finished: Path, tmp_path: Path) -> None:
     shutil.copytree(finished, tmp_path / "a" / "run")
     first = (write_report(tmp_path / "a" / "run")).read_bytes()
     assert write_report(tmp_path / "a" / "run").read_bytes() == first
     names = {path.name for path in (tmp_path / "a/run").iterdir()}
-    assert names == {path.name for path in finished.iterdir()}  # nothing is left aside
+    assert names == {path.name for path in finished.iterdir()}  # no temporary files
 
 
 def test_a_run_without_sets_or_targets_says_so(faces: Path, tmp_path: Path) -> None:
@@ -345,7 +343,7 @@ def test_a_folder_of_something_else_is_refused(
     assert (tmp_path / "run/report.html").read_bytes() == before
 
 
-def test_worst_of_many_are_few() -> None:
+def test_only_the_worst_identities_are_listed() -> None:
     """Thirty of forty identities, those with the least cosines, ascending."""
 
     class Many(Subset):
