@@ -114,9 +114,11 @@ def _spec_of_views(source: RemoteCache, views: Sequence[View] | None) -> CacheSp
     chosen = tuple(view for view in VIEWS if view in views)
     if not chosen or len(chosen) < len(views) or not set(chosen) <= set(source.spec.views):
         raise ConfigError(
-            f"{source.remote.address}: views: expected one or more of "
-            f"{', '.join(source.spec.views)}, each once, got {', '.join(views) or 'none'}; leave "
-            "--views out for all"
+            "views",
+            path=source.remote.address,
+            expected=f"one or more of {', '.join(source.spec.views)}, each once",
+            got=", ".join(views) or "none",
+            remedy="leave --views out for all",
         )
     derived = DerivedSpec("views", (source.id,))
     return msgspec.structs.replace(source.spec, views=chosen, derived=derived)
@@ -128,8 +130,11 @@ def _chosen_shards(source: RemoteCache, shards: Sequence[int] | None) -> Sequenc
     wrong = [shard for shard in shards if not 0 <= shard < source.spec.num_shards]
     if wrong or not shards:
         raise ConfigError(
-            f"{source.remote.address}: shards: expected one or more of 0 to "
-            f"{source.spec.num_shards - 1}, got {first_few(wrong)}; leave --shards out for all"
+            "shards",
+            path=source.remote.address,
+            expected=f"one or more of 0 to {source.spec.num_shards - 1}",
+            got=first_few(wrong),
+            remedy="leave --shards out for all",
         )
     return sorted(set(shards))
 
@@ -183,8 +188,10 @@ def _require_same_cache(
             not path.is_dir() or any(not item.name.startswith(".") for item in path.iterdir())
         ):
             raise ConfigError(
-                f"{path}: expected an empty or new folder, or a copy of this cache, got something "
-                "else; name another"
+                path=path,
+                expected="an empty or new folder, or a copy of this cache",
+                got="something else",
+                remedy="name another",
             )
         return
     expected: dict[str, Any] = {layout.METADATA: spec}
@@ -214,8 +221,9 @@ def _require_same_cache(
 
 def _other_cache(file: Path) -> SpecMismatchError:
     return SpecMismatchError(
-        f"{file}: damaged, or from another cache or other views of it; choose another folder, or "
-        "delete this one and run the same command again"
+        "damaged, or from another cache or other views of it",
+        path=file,
+        remedy="choose another folder, or delete this one and run the same command again",
     )
 
 
@@ -229,6 +237,6 @@ def _fetch(remote: Remote, file: str, to: Path, record: FileRecord, advance: Adv
         raise CorruptShardError(
             "its size or sha256 is not that in its commit record",
             path=remote.location(file),
-            remedy="run the same command again; if that does not help, ask the cache's owner to push it "
-            "again with --read-back",
+            remedy="run the same command again; if that does not help, ask the cache's owner to "
+            "push it again with --read-back",
         )

@@ -62,7 +62,7 @@ def push(
             raise CorruptShardError(
                 "not sent, as its size or sha256 is not that in this cache's records",
                 path=source,
-                remedy="`gkd targets verify` lists every fault, a pull into the folder repairs them",
+                remedy="`gkd targets verify` lists the faults, a pull into the folder repairs them",
             )
         remote.send(source, file, copying.advance)
         if not has_arrived(file):
@@ -85,8 +85,9 @@ def _claim(remote: Remote, cache_id: str) -> None:
         require_outside_caches(remote.folder, may_be_cache=True)
     elif (parent := remote.nearest_parent_with(CLAIM)) is not None:
         raise ConfigError(
-            f"{remote.address}: inside the cache {parent}, which it would spoil; choose an "
-            "address outside of it"
+            f"inside the cache {parent}, which it would damage",
+            path=remote.address,
+            remedy="choose an address outside of it",
         )
     manifest = remote.read(layout.MANIFEST, MAX_RECORD_BYTES)
     if manifest is not None and record_of(manifest).sha256 != cache_id:
@@ -108,8 +109,10 @@ def _require_claim(remote: Remote, cache_id: str) -> None:
 
 def _not_free(remote: Remote, cache_id: str, found: str) -> SpecMismatchError:
     return SpecMismatchError(
-        f"{remote.address}: expected an empty folder or a push of the cache {cache_id}, got "
-        f"{found}; choose another address, or delete what is there"
+        path=remote.address,
+        expected=f"an empty folder or a push of the cache {cache_id}",
+        got=found,
+        remedy="choose another address, or delete what is there",
     )
 
 

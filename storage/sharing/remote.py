@@ -21,7 +21,7 @@ _BLOCK_BYTES = 1 << 22
 # Time limit of a call: for the answer, and for the bytes at the slowest rate accepted.
 _ANSWER_SECONDS, _MIN_BYTES_PER_SECOND = 300.0, 50_000
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-_EXPECTED_ADDRESS = "expected the path of a folder, or an address such as s3://bucket/faces.gkd"
+_EXPECTED_ADDRESS = "give the path of a folder, or an address such as s3://bucket/faces.gkd"
 
 
 def is_address(text: str) -> bool:
@@ -47,14 +47,17 @@ class Remote:
         # fsspec takes an empty path for the current folder.
         if not path.strip("/"):
             raise ConfigError(
-                f"{address or 'an empty address'}: names no bucket or folder; {_EXPECTED_ADDRESS}"
+                "names no bucket or folder",
+                path=address or "an empty address",
+                remedy=_EXPECTED_ADDRESS,
             )
         try:
             files, self._root = fsspec.url_to_fs(self.address, **(options or {}))
         except (ImportError, ValueError) as error:
             raise ConfigError(
-                f"{address}: {error}; {_EXPECTED_ADDRESS}, whose Python package for fsspec is "
-                "installed"
+                f"{error}",
+                path=address,
+                remedy=f"{_EXPECTED_ADDRESS}, whose Python package for fsspec is installed",
             ) from error
         except Exception as error:
             raise _transfer_error(self.address, error) from error
@@ -237,13 +240,17 @@ def _transfer_error(location: str, error: Exception) -> GkdError:
     name = type(error).__name__
     if isinstance(error, PermissionError) or "Credentials" in name or "Authentication" in name:
         return ConfigError(
-            f"{location}: access refused ({error}); set the credentials of this address in the "
-            "environment (for s3:// AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY), in the settings "
-            "of its backend, or with --storage-option, and run the same command again"
+            f"access refused ({error})",
+            path=location,
+            remedy="set the credentials of this address in the environment (for s3:// "
+            "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY), in the settings of its backend, or with "
+            "--storage-option, and run the same command again",
         )
     cause = "no answer" if isinstance(error, FSTimeoutError) else f"{name}: {error}"
     kind = ConfigError if isinstance(error, FileNotFoundError | TypeError) else IncompleteCacheError
     return kind(
-        f"{location}: {cause}; check the address, the --storage-option values, the server and the "
-        "network, and run the same command again to resume: copied files are kept"
+        cause,
+        path=location,
+        remedy="check the address, the --storage-option values, the server and the network, and "
+        "run the same command again to resume: copied files are kept",
     )

@@ -41,15 +41,18 @@ class RemoteCache:
         root = remote.read(layout.METADATA, MAX_METADATA_BYTES)
         if root is None:
             raise ConfigError(
-                f"{remote.address}: expected a target cache, found no {layout.METADATA}; check "
-                "bucket, folder and endpoint"
+                path=remote.address,
+                expected="a target cache",
+                got=f"no {layout.METADATA}",
+                remedy="check bucket, folder and endpoint",
             )
         spec = parse_spec(root, remote.location(layout.METADATA))
         content = remote.read(layout.MANIFEST, MAX_RECORD_BYTES)
         if content is None:
             raise IncompleteCacheError(
-                f"{remote.address}: a cache whose push is not finished, it has no "
-                f"{layout.MANIFEST}; its owner resumes with the same `gkd targets push`"
+                f"the push of this cache is not finished, it has no {layout.MANIFEST}",
+                path=remote.address,
+                remedy="its owner resumes with the same `gkd targets push`",
             )
         manifest = parse_manifest(content, remote.location(layout.MANIFEST), spec)
         for file, metadata in layout.metadata_files(spec):

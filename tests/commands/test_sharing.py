@@ -97,8 +97,8 @@ def test_options_of_the_address_are_passed_on(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("pull", "s3://faces/nothing", "out"), "found no zarr.json; check bucket"),
-        (("info", "s3://voices/cache.gkd"), "found no zarr.json; check bucket"),
+        (("pull", "s3://faces/nothing", "out"), "got no zarr.json; check bucket"),
+        (("info", "s3://voices/cache.gkd"), "got no zarr.json; check bucket"),
         (("info", "ftps3://faces"), "Protocol not known"),
         (("push", "nowhere", "s3://faces/cache.gkd"), "nowhere: expected a cache of targets"),
         (("pull", "nowhere", "out"), "nowhere: expected a target cache"),

@@ -66,7 +66,7 @@ def test_a_damaged_file_is_not_sent(cache: Cache, folder: Path, tmp_path: Path) 
     with pytest.raises(CorruptShardError, match=r"original/sizes/c/0/0: not sent"):
         push(folder, str(there))
     assert not (there / layout.MANIFEST).exists()
-    with pytest.raises(IncompleteCacheError, match="push is not finished"):
+    with pytest.raises(IncompleteCacheError, match="push of this cache is not finished"):
         pull(str(there), tmp_path / "back")
     push(cache.path, str(there))
     assert contents(there) == contents(cache.path)

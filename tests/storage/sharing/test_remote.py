@@ -23,11 +23,11 @@ from tests.s3 import Bucket, rclone
 @pytest.mark.parametrize(
     ("address", "message"),
     [
-        ("", "an empty address: names no bucket or folder; expected the path of"),
+        ("", "an empty address: names no bucket or folder; give the path of"),
         ("/", "/: names no bucket or folder"),
         ("s3://", "s3://: names no bucket or folder"),
         ("file:///", "file:///: names no bucket or folder"),
-        ("nowhere://faces", "nowhere://faces: Protocol not known: nowhere; expected the path of"),
+        ("nowhere://faces", "nowhere://faces: Protocol not known: nowhere; give the path of"),
         ("s3://faces", "unexpected keyword argument 'secrett'; check .* --storage-option values"),
     ],
 )
@@ -67,7 +67,7 @@ def test_wrong_credentials_are_named(
 def test_a_missing_bucket_is_named(cache: Cache, bucket: Bucket, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"s3://voices/c\.gkd/\S+: .*bucket does not"):
         push(cache.path, "s3://voices/c.gkd")
-    with pytest.raises(ConfigError, match=r"s3://voices/c\.gkd: expected a target cache, found no"):
+    with pytest.raises(ConfigError, match=r"s3://voices/c\.gkd: expected a target cache, got no"):
         pull("s3://voices/c.gkd", tmp_path / "back")
 
 
