@@ -5,7 +5,7 @@ none of the code that made the cache. Differences are natural logs of probabilit
 the same for p = 0.9 and for p = 1e-9.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from gkd.pipeline.checks.differences import (
 from gkd.pipeline.checks.draw_test import DrawCounts, DrawTest
 from gkd.pipeline.teacher.embedder import Embedder
 from gkd.storage.cache.reader import Cache
-from gkd.storage.cache.spec import CacheSpec
+from gkd.storage.cache.spec import CacheSpec, View
 from gkd.storage.cache.targets import SparseTargets
 from gkd.storage.errors import ConfigError, SpecMismatchError
 from gkd.storage.records.base import Records
@@ -99,34 +99,23 @@ def verify_against(
     found: list[Differences] = []
     wrong: list[str] = []
     counts, first_counts = DrawCounts(), DrawCounts()
-    size = max(1, min(64, BATCH_LOGITS // spec.num_classes))
+    labels = samples.labels[rows]
+    recomputed = _recompute(spec, records, embedder, array, record_rows, labels)
     with progress("recompute", len(rows), "images") as advance:
-        for start in range(0, len(rows), size):
-            part = slice(start, start + size)
-            labels = samples.labels[rows[part]]
-            images = np.stack([records.image(int(row)) for row in record_rows[part]])
-            logits = {
-                view: _logits(embeddings, array, labels, spec)
-                for view, embeddings in embedder.start(images, spec.views)().items()
-            }
-            for i, (row, stored) in enumerate(
-                zip(rows[part], _stored(cache, rows[part]), strict=True)
-            ):
-                for view, targets in zip(spec.views, stored, strict=True):
-                    exact, label = logits[view][i].astype(np.float64), int(labels[i])
-                    differences = compare(spec, targets, label, exact)
-                    found.append(differences)
-                    if targets.draws is not None:
-                        draws, log_probs = (
-                            targets.draws.classes[0],
-                            draw_log_probs(spec, label, exact),
-                        )
-                        counts.add(draws, log_probs)
-                        first_counts.add(draws[: -(-len(draws) // 4)], log_probs)
-                    if differences.exceed(allowed):
-                        where = records.where(int(record_rows[start + i]))
-                        wrong.append(f"{where}, row {row} of the cache, {view} view")
-                advance()
+        for i, (stored, logits) in enumerate(zip(_stored(cache, rows), recomputed, strict=True)):
+            label = int(labels[i])
+            for view, targets in stored.items():
+                differences = compare(spec, targets, label, logits[view])
+                found.append(differences)
+                if targets.draws is not None:
+                    draws = targets.draws.classes[0]
+                    log_probs = draw_log_probs(spec, label, logits[view])
+                    counts.add(draws, log_probs)
+                    first_counts.add(draws[: -(-len(draws) // 4)], log_probs)
+                if differences.exceed(allowed):
+                    where = records.where(int(record_rows[i]))
+                    wrong.append(f"{where}, row {rows[i]} of the cache, {view} view")
+            advance()
     return AgainstReport(
         images=len(rows),
         targets=len(found),
@@ -213,15 +202,36 @@ def _find(
     return record_rows
 
 
-def _stored(cache: Cache, rows: npt.NDArray[np.int64]) -> Iterator[tuple[SparseTargets, ...]]:
+def _stored(cache: Cache, rows: npt.NDArray[np.int64]) -> Iterator[Mapping[View, SparseTargets]]:
     """Targets of each of ``rows``, ascending, in all views; each shard is read once."""
     spec = cache.spec
     for shard in np.unique(rows // spec.shard_samples).tolist():
-        views = [cache.read_shard(shard, view) for view in spec.views]
+        views = {view: cache.read_shard(shard, view) for view in spec.views}
         inside = spec.shard_rows(shard)
         for row in rows[(rows >= inside.start) & (rows < inside.stop)].tolist():
-            at = row - inside.start
-            yield tuple(targets.slice(range(at, at + 1)) for targets in views)
+            own = range(row - inside.start, row - inside.start + 1)
+            yield {view: targets.slice(own) for view, targets in views.items()}
+
+
+def _recompute(
+    spec: CacheSpec,
+    records: Records,
+    embedder: Embedder,
+    centers: npt.NDArray[np.float32],
+    rows: npt.NDArray[np.int64],
+    labels: npt.NDArray[np.int64],
+) -> Iterator[Mapping[View, npt.NDArray[np.float64]]]:
+    """Logits [C] of each of the records' ``rows`` in all views, computed a batch at a time."""
+    size = max(1, min(64, BATCH_LOGITS // spec.num_classes))
+    for start in range(0, len(rows), size):
+        part = slice(start, start + size)
+        images = np.stack([records.image(int(row)) for row in rows[part]])
+        logits = {
+            view: _logits(embeddings, centers, labels[part], spec)
+            for view, embeddings in embedder.start(images, spec.views)().items()
+        }
+        for i in range(len(images)):
+            yield {view: batch[i].astype(np.float64) for view, batch in logits.items()}
 
 
 def _logits(

@@ -2,10 +2,10 @@
 
 python -m tests.benchmarks.plan
 
-From half and from a fifth of the images, so that the other class means have stand-ins, and as by
-default, which for a pack of this size means that all class means are known. Times are of runs on a
-part of the pack whose teacher computes, in turns with their forecasts; all sizes are made from
-embeddings that were kept.
+From half and from a fifth of the images, so that synthetic centres replace the other class means,
+and with the default, which for a pack of this size means that all class means are known. Times are
+of runs on a part of the pack, alternating with their forecasts; all sizes are from embeddings that
+were computed once.
 """
 
 import sys
@@ -119,10 +119,10 @@ def main() -> None:
         for number, (temperature, (size, mean, _)) in enumerate(sorted(truth.items())):
             points = [each.points[number] for each in plans]
             groups = " ".join(f"{point.mean_size:,.1f}" for point in points)
-            told = " ".join(f"{point.bytes / size:.3f}" for point in points)
+            forecast = " ".join(f"{point.bytes / size:.3f}" for point in points)
             print(
                 f"from {name}, T = {temperature:g}: mean groups {groups}, true {mean:,.1f}; "
-                f"bytes {told} of the true {size:,}",
+                f"bytes {forecast} of the true {size:,}",
                 file=sys.stderr,
             )
             what = f"bytes, T = {temperature:g}, from {name}: largest error of {len(SEEDS)} samples"
@@ -131,7 +131,7 @@ def main() -> None:
                 bars[what] = ("<=", SIZE)
             if name != "all":
                 errors = [point.error for point in points if point.error]
-                ratios[f"bytes, T = {temperature:g}, from {name}: standard error told"] = max(
+                ratios[f"bytes, T = {temperature:g}, from {name}: forecast standard error"] = max(
                     errors
                 )
     what = "bytes with 64 draws, T = 1, from all: error"
