@@ -9,34 +9,15 @@ from gkd.storage.errors import ConfigError
 from gkd.trainer.backbones import ir, iresnet, mobilefacenet, vit
 from gkd.trainer.backbones.common import Family, Sizes
 
+IResNetName = Literal["iresnet18", "iresnet34", "iresnet50", "iresnet100", "iresnet200"]
+MobileFaceNetName = Literal["mobilefacenet", "mbf_large"]
+VitName = Literal["vit_t", "vit_s", "vit_b", "vit_l"]
+IrName = Literal["ir_18", "ir_34", "ir_50", "ir_101", "ir_152", "ir_200"]
+IrSeName = Literal["ir_se_50", "ir_se_101", "ir_se_152", "ir_se_200"]
+EvolveName = Literal["evolve_ir_50", "evolve_ir_101", "evolve_ir_152"]
+EvolveSeName = Literal["evolve_ir_se_50", "evolve_ir_se_101", "evolve_ir_se_152"]
 BackboneName = Literal[
-    "iresnet18",
-    "iresnet34",
-    "iresnet50",
-    "iresnet100",
-    "iresnet200",
-    "mobilefacenet",
-    "mbf_large",
-    "vit_t",
-    "vit_s",
-    "vit_b",
-    "vit_l",
-    "ir_18",
-    "ir_34",
-    "ir_50",
-    "ir_101",
-    "ir_152",
-    "ir_200",
-    "ir_se_50",
-    "ir_se_101",
-    "ir_se_152",
-    "ir_se_200",
-    "evolve_ir_50",
-    "evolve_ir_101",
-    "evolve_ir_152",
-    "evolve_ir_se_50",
-    "evolve_ir_se_101",
-    "evolve_ir_se_152",
+    IResNetName, MobileFaceNetName, VitName, IrName, IrSeName, EvolveName, EvolveSeName
 ]
 BACKBONES: tuple[str, ...] = get_args(BackboneName)
 FAMILIES = (iresnet.FAMILY, mobilefacenet.FAMILY, vit.FAMILY, ir.FAMILY)

@@ -4,6 +4,7 @@ import hashlib
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -13,7 +14,7 @@ import torch
 from torch import nn
 
 from gkd.storage.cache.spec import Preprocess
-from gkd.storage.errors import ConfigError
+from gkd.storage.errors import ConfigError, CorruptRecordError
 from gkd.storage.records.images import digest
 from gkd.storage.util.parallel import ordered_map
 from gkd.storage.util.progress import progress
@@ -71,6 +72,40 @@ class FaceSet(ABC, Generic[R_co]):
     def geometry(self) -> bytes:
         """What determines the pixels of the faces beside the encoded images."""
         return b""
+
+
+@dataclass(frozen=True)
+class FolderSet(FaceSet[R_co]):
+    """Faces in N image ``files`` below the folder ``path``."""
+
+    path: Path
+    files: tuple[str, ...]
+
+    @property
+    def num_faces(self) -> int:
+        """N."""
+        return len(self.files)
+
+    def describe(self, number: int) -> str:
+        """The file of a face."""
+        return self.files[number]
+
+    def encoded(self, number: int) -> bytes:
+        """The content of a face's file.
+
+        Raises:
+            CorruptRecordError: if it cannot be read; names the file.
+        """
+        path = self.path / self.files[number]
+        try:
+            return path.read_bytes()
+        except OSError as error:
+            raise CorruptRecordError(
+                path=path,
+                expected=f"the image of face {number + 1} of {self.name}",
+                got=error.strerror,
+                remedy="unpack the set again",
+            ) from error
 
 
 def evaluate(

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from gkd.storage.errors import ConfigError, CorruptRecordError
 from gkd.storage.records.folder import SUFFIXES, natural_key
 from gkd.storage.records.images import decode_face
-from gkd.trainer.evaluation.embed import FaceSet, unit_rows
+from gkd.trainer.evaluation.embed import FolderSet, unit_rows
 from gkd.trainer.evaluation.results import Result
 
 GALLERY, PROBE, DISTRACTORS = "Gallery_Match", "Probe", "Gallery_Distractor"
@@ -86,17 +86,15 @@ class IdentificationResult(Result):
 
 
 @dataclass(frozen=True)
-class IdentificationSet(FaceSet[IdentificationResult]):
+class IdentificationSet(FolderSet[IdentificationResult]):
     """P probes to find among G faces.
 
     path        the folder that holds the three
-    files       of all G + P faces below it, the gallery's first
+    files       of all G + P faces, the gallery's first
     identities  int64 [G + P], ``NOBODY`` for distractors
     gallery     G
     """
 
-    path: Path
-    files: tuple[str, ...]
     identities: npt.NDArray[np.int64]
     gallery: int
 
@@ -105,29 +103,17 @@ class IdentificationSet(FaceSet[IdentificationResult]):
         """Short name for tables."""
         return self.path.parent.name if self.path.name == TESTING else self.path.name
 
-    @property
-    def num_faces(self) -> int:
-        """G + P."""
-        return len(self.files)
-
-    def encoded(self, number: int) -> bytes:
-        """The encoded image of a face."""
-        return (self.path / self.files[number]).read_bytes()
-
     def face(self, number: int) -> npt.NDArray[np.uint8]:
         """A face decoded, RGB uint8 [112, 112, 3].
 
         Raises:
             CorruptRecordError: if it is no aligned face; names the file.
         """
+        encoded = self.encoded(number)
         try:
-            return decode_face(self.encoded(number), str(self.path / self.files[number]))
+            return decode_face(encoded, str(self.path / self.files[number]))
         except CorruptRecordError as error:
             raise CorruptRecordError(f"{error}; get it again, or align the set's faces") from error
-
-    def describe(self, number: int) -> str:
-        """The file of a face below ``path``."""
-        return self.files[number]
 
     def score(self, sums: npt.NDArray[np.float32]) -> IdentificationResult:
         """Look for each probe in the gallery by cosine."""

@@ -25,7 +25,7 @@ from gkd.storage.errors import ConfigError, CorruptRecordError
 from gkd.storage.records.images import decode
 from gkd.storage.util.progress import progress
 from gkd.trainer.evaluation.alignment import align_face
-from gkd.trainer.evaluation.embed import FaceSet, unit_rows
+from gkd.trainer.evaluation.embed import FolderSet, unit_rows
 from gkd.trainer.evaluation.roc import RocResult, measure_roc
 
 META, CROPS = "meta", "loose_crop"
@@ -64,12 +64,11 @@ class IjbResult(RocResult):
 
 
 @dataclass(frozen=True)
-class IjbSet(FaceSet[IjbResult]):
+class IjbSet(FolderSet[IjbResult]):
     """N faces in T templates, and P pairs of templates.
 
-    path        the folder
+    files       of the N images, below ``path``
     prefix      of the files in meta/, and name: ``ijbc``
-    files       names of the N images, below loose_crop/
     points      float64 [N, 5, 2], x and y of eyes, nose and corners of the mouth
     scores      float64 [N], of the detector
     templates   int64 [N], from 0 to T - 1
@@ -78,9 +77,7 @@ class IjbSet(FaceSet[IjbResult]):
     issame      bool [P], both of one person
     """
 
-    path: Path
     prefix: str
-    files: tuple[str, ...]
     points: npt.NDArray[np.float64]
     scores: npt.NDArray[np.float64]
     templates: npt.NDArray[np.int64]
@@ -94,11 +91,6 @@ class IjbSet(FaceSet[IjbResult]):
         return self.prefix
 
     @property
-    def num_faces(self) -> int:
-        """N."""
-        return len(self.files)
-
-    @property
     def num_templates(self) -> int:
         """T."""
         return int(self.templates.max()) + 1
@@ -108,38 +100,20 @@ class IjbSet(FaceSet[IjbResult]):
         """The five points, by which the faces are aligned."""
         return self.points.tobytes()
 
-    def describe(self, number: int) -> str:
-        """The file of a face below ``path``."""
-        return f"{CROPS}/{self.files[number]}"
-
-    def encoded(self, number: int) -> bytes:
-        """The encoded image of a face with its wide border."""
-        path = self.path / self.describe(number)
-        try:
-            return path.read_bytes()
-        except OSError as error:
-            raise CorruptRecordError(
-                f"{path}: expected the image that line {number + 1} of {self._points_path} names, "
-                f"got: {error.strerror}; unpack {CROPS}/ again"
-            ) from error
-
     def face(self, number: int) -> npt.NDArray[np.uint8]:
         """A face aligned by its five points, RGB uint8 [112, 112, 3].
 
         Raises:
             CorruptRecordError: if the image or the points are unusable; names file and line.
         """
-        location = f"{self.path / self.describe(number)}"
+        encoded, location = self.encoded(number), f"{self.path / self.files[number]}"
         try:
-            crop = decode(self.encoded(number))
-            location = f"{self._points_path}, face {number + 1} ({self.files[number]})"
+            crop = decode(encoded)
+            points = self.path / META / f"{self.prefix}_{POINTS}"
+            location = f"{points}, face {number + 1} ({self.files[number]})"
             return align_face(crop, self.points[number])
         except (CorruptRecordError, ConfigError) as error:
             raise CorruptRecordError(f"{location}: {error}; get the set again") from error
-
-    @property
-    def _points_path(self) -> Path:
-        return self.path / META / f"{self.prefix}_{POINTS}"
 
     def score(self, sums: npt.NDArray[np.float32]) -> IjbResult:
         """Make templates of the faces and score their pairs by cosine.
@@ -225,7 +199,7 @@ def load_ijb(folder: Path) -> IjbSet:
     points, scores = _read_points(meta[1], files, meta[0])
     known, templates = np.unique(ids, return_inverse=True)
     pairs, issame = _read_pairs(meta[2], known)
-    return IjbSet(folder, name, files, points, scores, templates, media, pairs, issame)
+    return IjbSet(folder, files, name, points, scores, templates, media, pairs, issame)
 
 
 def _read_media(
@@ -236,7 +210,7 @@ def _read_media(
     if not rows:
         raise CorruptRecordError(f"{path}: expected a line for each face, got none")
     ids, media = np.array([row[1:] for row in rows], np.int64).T
-    return tuple(row[0] for row in rows), ids, media
+    return tuple(f"{CROPS}/{row[0]}" for row in rows), ids, media
 
 
 def _read_points(
@@ -245,8 +219,9 @@ def _read_points(
     """Five points [N, 5, 2] and the detector's score [N] of each of the files."""
     rows = list(_rows(path, "NAME X1 Y1 ... X5 Y5 SCORE", (str, *[_finite] * 11)))
     for (line, row), file in zip(rows, files, strict=False):
-        if row[0] != file:
-            _refuse(path, line, f"{file}, as in {listed.name}", row[0])
+        expected = file.removeprefix(f"{CROPS}/")
+        if row[0] != expected:
+            _refuse(path, line, f"{expected}, as in {listed.name}", row[0])
     if len(rows) != len(files):
         raise CorruptRecordError(
             f"{path}: expected {len(files):,} faces, as in {listed.name}, got {len(rows):,}; one "
