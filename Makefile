@@ -7,7 +7,8 @@ READY := $(VENV)/ready
 DEMO := demo-run
 
 .DELETE_ON_ERROR:
-.PHONY: demo check lint types mypy pyright browser test coverage docs newest format clean
+.PHONY: demo check nightly lint mypy pyright browser test kernels benchmarks coverage docs newest \
+	format clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "gkd needs Python 3.11 or newer, this is %d.%d: make PYTHON=python3.11" % sys.version_info[:2])'
@@ -19,15 +20,17 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)
 	$(BIN)/gkd demo $(DEMO)
 
-check: lint types browser test
+# What every change must pass, in minutes.
+check: lint mypy browser test
+
+# All of it: every kill, a thousand examples, a fresh installation, the second type checker.
+nightly: lint mypy pyright browser docs kernels benchmarks
+	$(PYTEST) -m "" --hypothesis-profile nightly
 
 lint: $(READY)
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/lint-imports
-
-types: $(READY)
-	@$(MAKE) --no-print-directory --jobs=2 mypy pyright
 
 mypy: $(READY)
 	$(BIN)/mypy
@@ -48,6 +51,19 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses logical --maxprocesses 
 
 test: $(READY)
 	$(PYTEST)
+
+# What trains, by the kernels that torch takes on other processors too.
+TRAINING := tests/trainer/test_loop.py tests/trainer/test_guards.py tests/trainer/head
+
+kernels: $(READY)
+	ATEN_CPU_CAPABILITY=default $(PYTEST) $(TRAINING)
+	ATEN_CPU_CAPABILITY=avx2 $(PYTEST) $(TRAINING)
+
+# The benchmarks whose results do not depend on the machine.
+benchmarks: $(READY)
+	$(BIN)/python -m tests.benchmarks.unbroken
+	$(BIN)/python -m tests.benchmarks.resumed
+	$(BIN)/python -m tests.benchmarks.bit_flips
 
 coverage: $(READY)
 	$(PYTEST) --cov --cov-report term:skip-covered

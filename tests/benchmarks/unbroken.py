@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tests.benchmarks.harness import report
 from tests.pipeline.faces import write_folder
-from tests.pipeline.rounds import kill_and_go_on
+from tests.pipeline.rounds import kill_and_resume
 
 ROUNDS = 50
 
@@ -19,7 +19,7 @@ def main() -> None:
     rounds = int(sys.argv[1]) if len(sys.argv) > 1 else ROUNDS
     with tempfile.TemporaryDirectory() as folder:
         faces = write_folder(Path(folder) / "faces")
-        tally = kill_and_go_on(faces, Path(folder) / "work", kills=rounds, seed=1)
+        tally = kill_and_resume(faces, Path(folder) / "work", kills=rounds, seed=1)
     for each in tally.wrong:
         print(each, file=sys.stderr)
     killed = "kill -9 rounds with 1 to 3 ranks"
