@@ -68,14 +68,15 @@ class ParquetRecords(Records):
         if self._stated is None and columns.names is not None:
             self._stated = len(columns.names)
         self._blocks = ParquetBlocks(shards.paths, columns.image)
-        # Rows before each row group, and row groups before each file.
-        self._ends, self._groups = [0], [0]
+        # File and number of each row group, and the rows before each.
+        self._groups: list[tuple[int, int]] = []
+        self._ends = [0]
         labels = [np.empty(0, np.int64)]
         for number in range(len(shards.paths)):
             group_sizes = self._group_sizes(number)
             labels.append(self._file_labels(number, group_sizes))
+            self._groups.extend((number, group) for group in range(len(group_sizes)))
             self._ends.extend(itertools.accumulate(group_sizes, initial=self._ends.pop()))
-            self._groups.append(self._groups[-1] + len(group_sizes))
             shards.append(sum(group_sizes))
         self.labels = np.concatenate(labels)
         if not len(self):
@@ -88,15 +89,15 @@ class ParquetRecords(Records):
         """Bytes of the encoded images, int64 [N], -1 if there are none, by decompressing all."""
         sizes = np.full(len(self), -1, np.int64)
         with progress("measure images", len(self), "images", quiet_below=QUIET_ROWS) as advance:
-            for number, (first, end) in enumerate(itertools.pairwise(self._groups)):
-                for group in range(end - first):
-                    start, stop = self._ends[first + group : first + group + 2]
-                    with contextlib.suppress(CorruptRecordError):  # reading a row raises it
-                        for block in self._blocks.blocks(number, group):
-                            lengths = pc.call_function("binary_length", [block]).fill_null(-1)
-                            sizes[start : start + len(block)] = lengths.to_numpy()
-                            start += len(block)
-                    advance(stop - self._ends[first + group])
+            bounds = itertools.pairwise(self._ends)
+            for (number, group), (start, stop) in zip(self._groups, bounds, strict=True):
+                with contextlib.suppress(CorruptRecordError):  # reading a row raises it
+                    done = start
+                    for block in self._blocks.blocks(number, group):
+                        lengths = pc.call_function("binary_length", [block]).fill_null(-1)
+                        sizes[done : done + len(block)] = lengths.to_numpy()
+                        done += len(block)
+                advance(stop - start)
         return sizes
 
     @property
@@ -133,9 +134,8 @@ class ParquetRecords(Records):
 
     def _locate(self, row: int) -> tuple[int, int, int]:
         """File, row group and row in the row group."""
-        number, _ = self._shards.locate(row)
-        group = bisect.bisect_right(self._ends, row) - 1
-        return number, group - self._groups[number], row - self._ends[group]
+        position = bisect.bisect_right(self._ends, row) - 1
+        return *self._groups[position], row - self._ends[position]
 
     def _require_images(self) -> None:
         """Refuse rows that only name their images, by the first of them."""
