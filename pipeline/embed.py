@@ -14,7 +14,7 @@ from gkd.pipeline.teacher.embedder import FACE_SIZE, IN_FLIGHT, Embedder, Embedd
 from gkd.storage.cache.spec import Sharding, View
 from gkd.storage.errors import ConfigError, CorruptRecordError, GkdError
 from gkd.storage.records.base import Records
-from gkd.storage.records.images import DIGEST_BYTES, decode_face, digest
+from gkd.storage.records.images import DIGEST_BYTES, digest
 from gkd.storage.util.parallel import ordered_map
 
 # The interpreter feeds an accelerator, and its time depends on operations and not on images.
@@ -145,8 +145,7 @@ def _decode(records: Records, skip_corrupt: bool, rows: range) -> DecodedBatch:
     skipped: dict[int, str] = {}
     for position, row in enumerate(rows):
         try:
-            encoded = records.encoded(row)
-            images[position] = decode_face(encoded, records.where(row))
+            encoded, images[position] = records.face(row)
         except CorruptRecordError as error:
             if not skip_corrupt:
                 raise CorruptRecordError(

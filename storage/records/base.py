@@ -70,15 +70,23 @@ class Records(ABC):
         except CorruptRecordError as error:
             raise CorruptRecordError(str(error), path=self.where(row)) from error
 
-    def image(self, row: int) -> npt.NDArray[np.uint8]:
-        """The decoded face, RGB uint8 [112, 112, 3].
+    def face(self, row: int) -> tuple[memoryview, npt.NDArray[np.uint8]]:
+        """The encoded image, and its pixels, RGB uint8 [112, 112, 3].
 
         Raises:
             CorruptRecordError: as ``encoded``, and if the bytes are no image or one of another
-                size.
+                size. The caller may add a remedy.
         """
+        encoded = self.encoded(row)
         try:
-            return decode_face(self.encoded(row), self.where(row))
+            return encoded, decode_face(encoded)
+        except CorruptRecordError as error:
+            raise CorruptRecordError(error.problem, path=self.where(row)) from error
+
+    def image(self, row: int) -> npt.NDArray[np.uint8]:
+        """The pixels of ``face``, with a remedy in its errors."""
+        try:
+            return self.face(row)[1]
         except CorruptRecordError as error:
             raise CorruptRecordError(
                 error.problem,

@@ -7,7 +7,7 @@ import numpy as np
 
 from gkd.storage.errors import CorruptRecordError
 from gkd.storage.records.base import Layout, Records
-from gkd.storage.records.images import decode, decode_face
+from gkd.storage.records.images import decode
 from gkd.storage.records.labels import LabelOrder
 from gkd.storage.util.parallel import ordered_map, row_blocks
 from gkd.storage.util.progress import progress
@@ -93,7 +93,7 @@ def verify_records(records: Records, *, workers: int) -> RecordsReport:
         found = []
         for row in rows:
             try:
-                decode_face(records.encoded(row), records.where(row))
+                records.face(row)
             except CorruptRecordError as error:
                 found.append(error)
         return found

@@ -48,8 +48,8 @@ def decode(encoded: bytes | memoryview) -> npt.NDArray[np.uint8]:
         ) from error
 
 
-def decode_face(encoded: bytes | memoryview, where: str) -> npt.NDArray[np.uint8]:
-    """Pixels of an aligned face at the location ``where``, RGB uint8 [112, 112, 3].
+def decode_face(encoded: bytes | memoryview, where: str | None = None) -> npt.NDArray[np.uint8]:
+    """Pixels of an aligned face, RGB uint8 [112, 112, 3]; ``where`` is its location for errors.
 
     Raises:
         CorruptRecordError: if the image cannot be decoded or has another size; the caller may add

@@ -8,7 +8,7 @@ import numpy as np
 
 from gkd.storage.errors import ConfigError, CorruptRecordError
 from gkd.storage.records.folder import Sort
-from gkd.storage.records.images import FACE_SHAPE, decode_face
+from gkd.storage.records.images import FACE_SHAPE
 from gkd.storage.records.open import Records, open_records
 from gkd.storage.records.pack import EXACT_FLOAT32
 from gkd.storage.records.recordio import RecordWriter, encode_record
@@ -75,17 +75,11 @@ def _write_records(records: Records, writer: RecordWriter, workers: int) -> None
     by_identity = bool((labels[1:] >= labels[:-1]).all())
 
     def read_faces(rows: range) -> list[memoryview]:
-        images = [records.encoded(row) for row in rows]
-        for row, encoded in zip(rows, images, strict=True):
-            try:
-                decode_face(encoded, records.where(row))
-            except CorruptRecordError as error:
-                raise CorruptRecordError(
-                    error.problem,
-                    path=error.path,
-                    remedy="align or write this image again, or leave it out",
-                ) from error
-        return images
+        try:
+            return [records.face(row)[0] for row in rows]
+        except CorruptRecordError as error:
+            remedy = "align or write this image again, or leave it out"
+            raise CorruptRecordError(error.problem, path=error.path, remedy=remedy) from error
 
     first_key = int(by_identity)
     if by_identity:
