@@ -40,11 +40,11 @@ from gkd.storage.cache.card import write_card
 from gkd.storage.cache.metadata import committed_shards, read_spec, require_outside_caches
 from gkd.storage.cache.reader import Cache, digests_of
 from gkd.storage.cache.spec import VIEWS, CacheSpec, CentersSpec, Sharding, View
-from gkd.storage.cache.writer import CacheWriter, delete_leftovers, require_writable
+from gkd.storage.cache.writer import CacheWriter, require_writable
 from gkd.storage.errors import ConfigError
 from gkd.storage.records.base import Records
 from gkd.storage.util import torchrun_env
-from gkd.storage.util.files import disk_errors, publish_file, require_room
+from gkd.storage.util.files import delete_temporaries, disk_errors, publish_file, require_room
 from gkd.storage.util.lock import WriteLock
 from gkd.storage.util.parallel import write_behind
 from gkd.storage.util.progress import Advance, progress
@@ -117,7 +117,7 @@ def _locked(out: Path, ranks: Ranks) -> Iterator[Callable[[], None]]:
     def begin() -> None:
         lock.acquire()
         for path in (out, centers_path(out), work_path(out)):
-            delete_leftovers(path)
+            delete_temporaries(path.parent, path.name)
 
     def guard() -> None:
         ranks.check()

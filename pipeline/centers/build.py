@@ -22,10 +22,9 @@ from gkd.pipeline.embedding_store import EmbeddingStore, work_path
 from gkd.pipeline.teacher.embedder import Embedder
 from gkd.storage.cache.metadata import require_outside_caches
 from gkd.storage.cache.spec import VIEWS, CentersKind
-from gkd.storage.cache.writer import delete_leftovers
 from gkd.storage.errors import ConfigError
 from gkd.storage.records.base import Records
-from gkd.storage.util.files import disk_errors, publish_file
+from gkd.storage.util.files import delete_temporaries, disk_errors, publish_file
 from gkd.storage.util.lock import WriteLock
 from gkd.storage.util.progress import progress
 
@@ -87,7 +86,7 @@ def build_centers(
     require_outside_caches(out)
     with WriteLock(out):
         for path in (out, work_path(out)):
-            delete_leftovers(path)
+            delete_temporaries(path.parent, path.name)
         store = EmbeddingStore(
             work_path(out), records, embedder, PART_SAMPLES, skip_corrupt=skip_corrupt
         )

@@ -64,6 +64,11 @@ class Commit(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     skipped: dict[str, str]
     files: dict[str, FileRecord]
 
+    @property
+    def entries(self) -> dict[View, int]:
+        """Entries of each view."""
+        return {view: record.entries for view, record in self.views.items()}
+
 
 class ShardRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A shard in the manifest; ``commit`` is the sha256 of its commit record."""

@@ -1,6 +1,6 @@
-"""One cache out of several of disjoint records, made by one teacher with equal settings.
+"""Joins caches of disjoint records, made by one teacher with equal settings, into one.
 
-The samples of the caches follow each other in the order given, and shards are cut anew. A merged
+The samples of the caches follow each other in the order given, cut into new shards. A merged
 key is the number of its cache, from 1, a slash and the key there.
 """
 
@@ -9,95 +9,95 @@ import hashlib
 import itertools
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from gkd.storage.cache.card import write_card
+from gkd.storage.cache.derive import (
+    DerivedShard,
+    derive,
+    read_shard_samples,
+    software_versions,
+)
 from gkd.storage.cache.layout import METADATA
-from gkd.storage.cache.metadata import require_outside_caches
 from gkd.storage.cache.reader import Cache
-from gkd.storage.cache.retarget import shard_samples, software_versions
-from gkd.storage.cache.spec import CacheSpec, DatasetSpec, DerivedSpec, View, settings_of
+from gkd.storage.cache.spec import NAME_FIELDS, CacheSpec, DatasetSpec, DerivedSpec, View
 from gkd.storage.cache.targets import SparseTargets
-from gkd.storage.cache.writer import CacheWriter, ShardSamples, delete_leftovers
+from gkd.storage.cache.writer import ShardSamples
 from gkd.storage.errors import ConfigError, SpecMismatchError
-from gkd.storage.util.lock import WriteLock
-from gkd.storage.util.progress import progress
+from gkd.storage.util.text import describe_differences, first_few
 
-# Fields in which caches that are merged may differ.
-_FREE = ("num_samples", "shard_samples", "dataset", "derived")
+# Fields in which merged caches may differ.
+_FREE_FIELDS = (
+    *NAME_FIELDS,
+    *("num_samples", "shard_samples", "derived"),
+    *("dataset.num_images", "dataset.num_classes", "dataset.fingerprint"),
+)
 _EXAMPLES = 3
 
 
 def merge(
     caches: Sequence[Cache], out: Path, *, licence: str | None = None, note: str | None = None
 ) -> str:
-    """Join finished caches into the cache ``out``, or go on with it; its id.
+    """Join finished caches into the cache ``out``, or resume it, and return its id.
 
-    ``licence`` and ``note`` are words for the card, by default those of the caches.
+    ``licence`` and ``note`` are for the card, by default those of the caches.
 
     Raises:
-        ConfigError: for fewer than two caches, or where another process writes ``out``.
-        SpecMismatchError: where teacher, centres, classes or settings differ, where one image is
-            in two of the caches, or where ``out`` holds another cache.
-        CorruptShardError: where one of the caches is damaged.
+        ConfigError: if there are fewer than two caches, or another process writes ``out``.
+        SpecMismatchError: if teacher, centres, classes or settings differ, if an image is in two
+            of the caches, or if ``out`` holds another cache.
+        CorruptShardError: if one of the caches is damaged.
     """
     spec = merged_spec(caches)
-    out = out.absolute()
     if not (out / METADATA).exists():
         _require_disjoint(caches)
-    require_outside_caches(out, may_be_cache=True)
-    with WriteLock(out) as lock:
-        delete_leftovers(out)
-        writer = CacheWriter(out, spec, guard=lock.check)
-        pending = writer.pending()
-        source = _Source(caches)
-        done = spec.num_shards - len(pending)
-        with progress("merge", spec.num_shards, "shards", done) as advance:
-            for shard in pending:
-                _write_merged(source, writer, shard)
-                advance()
-        write_card(out, licence=licence, note=note, sources=[cache.path for cache in caches])
-        return writer.finish()
-
-
-def _write_merged(source: "_Source", writer: CacheWriter, shard: int) -> None:
-    spec = writer.spec
-    pieces = list(source.pieces(spec.shard_rows(shard)))
-    views: dict[View, SparseTargets] = {
-        view: SparseTargets.concat([piece.targets[view] for piece in pieces]) for view in spec.views
-    }
-    truncated: dict[View, int] = {
-        view: sum(int(piece.truncated[view].sum()) for piece in pieces) for view in spec.views
-    }
-    writer.write_shard(shard, views, _join_samples(pieces), truncated=truncated)
+    source = _Source(caches)
+    return derive(
+        "merge",
+        caches,
+        out,
+        spec,
+        lambda shard: source.shard(spec, shard),
+        workers=1,
+        licence=licence,
+        note=note,
+    )
 
 
 def merged_spec(caches: Sequence[Cache]) -> CacheSpec:
-    """What the merged cache is.
+    """The spec of the merged cache.
 
     The fingerprint of its data set is the sha256 of the caches' fingerprints, one after the other.
 
     Raises:
-        ConfigError: for fewer than two caches, or one of them twice.
+        ConfigError: if there are fewer than two caches, or one of them twice.
         SpecMismatchError: naming the first fields that differ.
     """
     if len(caches) < 2:
         raise ConfigError(f"expected two or more caches to merge, got {len(caches)}")
     first = caches[0]
-    for cache, times in Counter(cache.id for cache in caches).items():
-        if times > 1:
-            paths = ", ".join(str(each.path) for each in caches if each.id == cache)
+    for cache_id, count in Counter(cache.id for cache in caches).items():
+        if count > 1:
+            paths = ", ".join(str(cache.path) for cache in caches if cache.id == cache_id)
             raise ConfigError(
-                f"{paths}: the same cache {times} times; give each part of the data once"
+                f"the same cache {count} times",
+                path=paths,
+                remedy="give each part of the data once",
             )
     for other in caches[1:]:
-        _require_same_settings(first, other)
+        differences = describe_differences(
+            first.spec, other.spec, old_name="first", new_name="second", ignore=_FREE_FIELDS
+        )
+        if differences:
+            raise SpecMismatchError(
+                f"{first.path} and {other.path} cannot be merged, they differ in "
+                f"{'; '.join(sorted(differences)[:_EXAMPLES])}",
+                remedy="merge caches of one teacher, one class space and equal settings",
+            )
     datasets = [cache.spec.dataset for cache in caches]
     fingerprints = "".join(dataset.fingerprint for dataset in datasets)
     software = functools.reduce(dict.__or__, (cache.spec.software for cache in caches))
@@ -117,30 +117,6 @@ def merged_spec(caches: Sequence[Cache]) -> CacheSpec:
     )
 
 
-def _require_same_settings(first: Cache, other: Cache) -> None:
-    ours, theirs = _common(first.spec), _common(other.spec)
-    differences = [
-        f"{field}: {ours.get(field)!r} and {theirs.get(field)!r}"
-        for field in ours.keys() | theirs.keys()
-        if ours.get(field) != theirs.get(field)
-    ]
-    if differences:
-        named = "; ".join(sorted(differences)[:_EXAMPLES])
-        raise SpecMismatchError(
-            f"{first.path} and {other.path} cannot be one cache, they differ in {named}; merge "
-            "caches of one teacher, one class space and equal settings"
-        )
-
-
-def _common(spec: CacheSpec) -> dict[str, Any]:
-    """What caches must have in common."""
-    return {
-        field: value
-        for field, value in settings_of(spec).items()
-        if field.partition(".")[0] not in _FREE or field == "dataset.label_order"
-    }
-
-
 def _require_disjoint(caches: Sequence[Cache]) -> None:
     """Refuse an image that is in two of the caches, by its digest."""
     samples = [cache.samples() for cache in caches]
@@ -152,37 +128,32 @@ def _require_disjoint(caches: Sequence[Cache]) -> None:
     shared = np.flatnonzero(same & (owners[order[1:]] != owners[order[:-1]]))
     if not len(shared):
         return
-    examples = []
-    for place in shared[:_EXAMPLES].tolist():
-        pair = order[[place, place + 1]]
-        found = zip(owners[pair].tolist(), rows[pair].tolist(), strict=True)
-        named = (f"key {samples[i].keys([row])[0]} of {caches[i].path}" for i, row in found)
-        examples.append(" is ".join(named))
+
+    def name(sample: int) -> str:
+        owner = int(owners[sample])
+        return f"key {samples[owner].keys([rows[sample]])[0]} of {caches[owner].path}"
+
+    pairs = [f"{name(order[i])} is {name(order[i + 1])}" for i in shared[:_EXAMPLES].tolist()]
     raise SpecMismatchError(
-        f"{len(shared)} images are in more than one of the caches, the first: "
-        f"{'; '.join(examples)}; merge caches of disjoint records"
+        f"{len(shared)} images are in more than one of the caches: "
+        f"{first_few(pairs, _EXAMPLES, count=len(shared))}",
+        remedy="merge caches of disjoint records",
     )
 
 
 @dataclass(frozen=True)
 class _Piece:
-    """Some consecutive samples; ``truncated`` bool [n] by view."""
+    """Consecutive samples of one cache; ``truncated`` bool [n] by view."""
 
     targets: dict[View, SparseTargets]
     truncated: dict[View, npt.NDArray[np.bool_]]
     samples: ShardSamples
 
-    def cut(self, rows: slice) -> "_Piece":
-        place = range(len(self.samples.keys))[rows]
+    def slice(self, rows: range) -> "_Piece":
         return _Piece(
-            {view: targets.slice(place) for view, targets in self.targets.items()},
-            {view: truncated[rows] for view, truncated in self.truncated.items()},
-            ShardSamples(
-                self.samples.keys[rows],
-                self.samples.labels[rows],
-                self.samples.digests[rows],
-                {i - place.start: why for i, why in self.samples.skipped.items() if i in place},
-            ),
+            {view: targets.slice(rows) for view, targets in self.targets.items()},
+            {view: values[rows.start : rows.stop] for view, values in self.truncated.items()},
+            self.samples.slice(rows),
         )
 
 
@@ -192,25 +163,31 @@ class _Source:
     def __init__(self, caches: Sequence[Cache]) -> None:
         self.caches = caches
         self.starts = list(itertools.accumulate((c.spec.num_samples for c in caches), initial=0))
-        # A shard is cut into two or more neighbours: reading in order finds it again.
+        # Merged shards are read in order, and two neighbours may share a shard of a cache.
         self._read = functools.lru_cache(maxsize=2)(self._read_shard)
 
-    def pieces(self, rows: range) -> Iterator[_Piece]:
-        """What ``rows`` of the merged cache are."""
+    def shard(self, spec: CacheSpec, shard: int) -> DerivedShard:
+        """A shard of the merged cache."""
+        pieces = list(self._pieces(spec.shard_rows(shard)))
+        return DerivedShard(
+            {v: SparseTargets.concat([piece.targets[v] for piece in pieces]) for v in spec.views},
+            ShardSamples.concat([piece.samples for piece in pieces]),
+            {v: sum(int(piece.truncated[v].sum()) for piece in pieces) for v in spec.views},
+        )
+
+    def _pieces(self, rows: range) -> Iterator[_Piece]:
         for number, cache in enumerate(self.caches):
-            start = self.starts[number]
             for shard in range(cache.spec.num_shards):
                 inside = cache.spec.shard_rows(shard)
-                first = max(rows.start, start + inside.start)
-                last = min(rows.stop, start + inside.stop)
-                if first < last:
-                    begin = start + inside.start
-                    yield self._read(number, shard).cut(slice(first - begin, last - begin))
+                begin = self.starts[number] + inside.start
+                piece = range(max(rows.start - begin, 0), min(rows.stop - begin, len(inside)))
+                if piece:
+                    yield self._read(number, shard).slice(piece)
 
     def _read_shard(self, number: int, shard: int) -> _Piece:
         cache = self.caches[number]
         commit = cache.commit(shard)
-        samples = shard_samples(cache, shard, commit)
+        samples = read_shard_samples(cache, shard, commit)
         targets: dict[View, SparseTargets] = {
             view: cache.read_verified(shard, view) for view in cache.spec.views
         }
@@ -218,22 +195,14 @@ class _Source:
             view: _truncated(targets[view], cache.spec, commit.views[view].truncated)
             for view in cache.spec.views
         }
-        return _Piece(
-            targets,
-            truncated,
-            ShardSamples(
-                [f"{number + 1}/{key}" for key in samples.keys],
-                samples.labels,
-                samples.digests,
-                samples.skipped,
-            ),
-        )
+        keys = [f"{number + 1}/{key}" for key in samples.keys]
+        return _Piece(targets, truncated, replace(samples, keys=keys))
 
 
 def _truncated(targets: SparseTargets, spec: CacheSpec, count: int) -> npt.NDArray[np.bool_]:
-    """The ``count`` groups that were cut, bool [n]: of the fullest those that hold the least mass.
+    """The ``count`` truncated groups, bool [n]: of the largest, those that hold the least mass.
 
-    A cache counts them by shard only; which they are matters where a shard is cut in two.
+    A cache has their number only; which they are matters if a shard is cut in two.
     """
     column = 0
     if spec.group_temperature in spec.temperatures:
@@ -242,18 +211,3 @@ def _truncated(targets: SparseTargets, spec: CacheSpec, count: int) -> npt.NDArr
     chosen = np.zeros(len(targets), bool)
     chosen[np.argsort(-outside, kind="stable")[:count]] = True
     return chosen
-
-
-def _join_samples(pieces: Sequence[_Piece]) -> ShardSamples:
-    parts = [piece.samples for piece in pieces]
-    starts = itertools.accumulate((len(part.keys) for part in parts), initial=0)
-    return ShardSamples(
-        [key for part in parts for key in part.keys],
-        np.concatenate([part.labels for part in parts]),
-        np.concatenate([part.digests for part in parts]),
-        {
-            start + i: why
-            for start, part in zip(starts, parts, strict=False)
-            for i, why in part.skipped.items()
-        },
-    )

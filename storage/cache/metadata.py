@@ -8,7 +8,7 @@ import msgspec
 
 from gkd.storage.cache import layout
 from gkd.storage.cache.layout import Commit, Manifest
-from gkd.storage.cache.spec import FORMAT, CacheSpec, View
+from gkd.storage.cache.spec import FORMAT, CacheSpec
 from gkd.storage.errors import ConfigError, CorruptShardError, IncompleteCacheError
 
 MAX_METADATA_BYTES = 1 << 20
@@ -164,8 +164,7 @@ def parse_commit(content: bytes, location: Location, spec: CacheSpec, shard: int
             corrupt(
                 location, f"{view}: more entries or truncated groups than {len(rows)} samples allow"
             )
-    entries: dict[View, int] = {view: record.entries for view, record in commit.views.items()}
-    if commit.files.keys() != set(layout.shard_files(spec, shard, entries)):
+    if commit.files.keys() != set(layout.shard_files(spec, shard, commit.entries)):
         corrupt(location, "its list of files is not that of a shard of this cache")
     if len(commit.skipped) > len(rows):
         corrupt(location, f"{len(commit.skipped)} skipped samples of {len(rows)}")

@@ -1,32 +1,34 @@
-"""A stricter cache out of a cache, without its teacher.
+"""Derives a stricter cache from a cache, without its teacher.
 
     group   the prefix of the stored one that reaches the lower threshold, and the label, at most
             the smaller max_group; the order of classes is the stored one
     cut     sum of p_j(T) over the classes that leave the group
-    secondary'(T) = secondary(T) + cut(T), added as logs, at each temperature that stays
+    secondary'(T) = secondary(T) + cut(T), added as logs, at each temperature that is kept
 
-Probabilities at ``group_temperature`` do not depend on the group, so their codes stay as they are.
-Draws stand in drawing order, so the first of them are draws too; those of the primary group are of
-what the stored threshold gives, whatever ``max_group`` leaves of it.
-All else is exact to the stored precision of a probability (3.4e-4 at ``group_temperature``,
-more by group_temperature / T at another): a group whose mass lies that near the threshold may
-differ by the classes in question from what the teacher would give.
+Probabilities at ``group_temperature`` do not depend on the group, so their codes are kept.
+Draws are stored in drawing order, so the first of them are draws too; those of the primary group
+are of the group at the stored threshold, whatever ``max_group`` leaves of it.
+Everything else is exact to the stored precision of a probability (3.4e-4 at
+``group_temperature``, more by group_temperature / T at another): a group whose mass is that close
+to the threshold may differ from the teacher's by the classes in question.
 """
 
 import functools
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
-from typing import NoReturn
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from gkd.storage.cache.card import write_card
-from gkd.storage.cache.layout import Commit
-from gkd.storage.cache.metadata import require_outside_caches
-from gkd.storage.cache.reader import Cache, digests_of
+from gkd.storage.cache.derive import (
+    DerivedShard,
+    derive,
+    read_shard_samples,
+    software_versions,
+)
+from gkd.storage.cache.reader import Cache
 from gkd.storage.cache.spec import CacheSpec, DerivedSpec, DrawsSpec, View
 from gkd.storage.cache.targets import (
     SparseTargets,
@@ -35,15 +37,11 @@ from gkd.storage.cache.targets import (
     in_blocks,
     offsets_from_sizes,
 )
-from gkd.storage.cache.writer import CacheWriter, ShardSamples, delete_leftovers
 from gkd.storage.errors import ConfigError
-from gkd.storage.util.lock import WriteLock
-from gkd.storage.util.parallel import ordered_map
-from gkd.storage.util.progress import progress
 from gkd.storage.util.torchrun_env import all_cores
 
 _MAX_WORKERS = 4
-# Entries worked on at once: a shard of large groups has tens of millions.
+# Entries processed at once: a shard of large groups has tens of millions.
 _BLOCK_ENTRIES = 1 << 22
 
 
@@ -59,16 +57,15 @@ def retarget(
     licence: str | None = None,
     note: str | None = None,
 ) -> str:
-    """Derive the cache ``out`` with stricter settings, or go on with it; its id.
+    """Derive the cache ``out`` with stricter settings, or resume it, and return its id.
 
-    Settings that are not given stay as they are, and so do ``licence`` and ``note``, words for the
-    card.
+    Settings that are not given are kept, and so are ``licence`` and ``note`` of the card.
 
     Raises:
-        ConfigError: for settings that the stored groups cannot answer exactly, with the reason, or
-            where another process writes ``out``.
-        SpecMismatchError: where ``out`` is a cache of other settings, or of another source.
-        CorruptShardError: where ``cache`` is damaged.
+        ConfigError: if the stored groups do not determine the result exactly, with the reason, or
+            if another process writes ``out``.
+        SpecMismatchError: if ``out`` is a cache of other settings, or of another source.
+        CorruptShardError: if ``cache`` is damaged.
     """
     spec = stricter_spec(
         cache,
@@ -78,36 +75,33 @@ def retarget(
         group_temperature=group_temperature,
         draws=draws,
     )
-    out = out.absolute()
-    require_outside_caches(out, may_be_cache=True)
-    with WriteLock(out) as lock:
-        delete_leftovers(out)
-        writer = CacheWriter(out, spec, guard=lock.check)
-        pending = writer.pending()
-        done = spec.num_shards - len(pending)
-        workers = min(_MAX_WORKERS, all_cores())
-        with progress("retarget", spec.num_shards, "shards", done) as advance:
-            for _ in ordered_map(
-                functools.partial(_derive, cache, writer), pending, workers=workers
-            ):
-                advance()
-        write_card(out, licence=licence, note=note, sources=[cache.path])
-        return writer.finish()
+    return derive(
+        "retarget",
+        [cache],
+        out,
+        spec,
+        functools.partial(_derive_shard, cache, spec),
+        workers=min(_MAX_WORKERS, all_cores()),
+        licence=licence,
+        note=note,
+    )
 
 
-def _derive(cache: Cache, writer: CacheWriter, shard: int) -> None:
-    commit, spec = cache.commit(shard), writer.spec
-    samples = shard_samples(cache, shard, commit)
+def _derive_shard(cache: Cache, spec: CacheSpec, shard: int) -> DerivedShard:
+    commit = cache.commit(shard)
+    samples = read_shard_samples(cache, shard, commit)
     groups: dict[View, CutGroups] = {
         view: cut_groups(cache.read_verified(shard, view), samples.labels, cache.spec, spec)
         for view in spec.views
     }
-    views: dict[View, SparseTargets] = {view: groups[view].targets for view in spec.views}
-    truncated: dict[View, int] = {
-        view: _count_truncated(groups[view], commit.views[view].truncated, cache.spec, spec)
-        for view in spec.views
-    }
-    writer.write_shard(shard, views, samples, truncated=truncated)
+    return DerivedShard(
+        {view: groups[view].targets for view in spec.views},
+        samples,
+        {
+            view: _count_truncated(groups[view], commit.views[view].truncated, cache.spec, spec)
+            for view in spec.views
+        },
+    )
 
 
 def stricter_spec(
@@ -119,95 +113,103 @@ def stricter_spec(
     group_temperature: float | None = None,
     draws: int | None = None,
 ) -> CacheSpec:
-    """The spec of the cache with stricter settings; ``draws`` 0 leaves them out.
+    """The spec of the cache with stricter settings; ``draws`` 0 removes them.
 
     Raises:
-        ConfigError: for settings that the stored groups cannot answer exactly, with the reason.
+        ConfigError: if the stored groups do not determine the result exactly, with the reason.
     """
     old = cache.spec
-    kept_draws = old.draws if draws is None else _fewer_draws(cache, draws)
-    chosen = old.temperatures if temperatures is None else temperatures
-    unknown = [f"{t:g}" for t in chosen if t not in old.temperatures]
-    if unknown:
-        stored = ", ".join(f"{t:g}" for t in old.temperatures)
-        _refuse(
-            cache,
-            f"--temperatures {','.join(unknown)}",
-            f"the mass outside the groups was stored at {stored} only",
-        )
-    if kept_draws is not None and kept_draws.temperature not in chosen:
-        _refuse(
-            cache,
-            f"--temperatures {','.join(f'{t:g}' for t in chosen)}",
-            f"its draws are at {kept_draws.temperature:g}, which has to stay one of them, and "
-            "--draws 0 leaves them out",
-        )
     new = msgspec.structs.replace(
         old,
         threshold=old.threshold if threshold is None else threshold,
         max_group=old.max_group if max_group is None else max_group,
-        temperatures=chosen,
-        draws=kept_draws,
         derived=DerivedSpec("retarget", (cache.id,)),
         software=old.software | software_versions(),
     )
-    if group_temperature not in (None, old.group_temperature):
-        _refuse(
-            cache,
-            f"--group-temperature {group_temperature:g}",
-            f"groups were selected, and probabilities stored, at {old.group_temperature:g}; at "
-            "another temperature their stored precision is not enough to select by",
+    kept = old.temperatures if temperatures is None else temperatures
+    kept_draws = old.draws if draws is None else _first_draws(old, draws)
+    if group_temperature is None:
+        group_temperature = old.group_temperature
+    for option, reason in _obstacles(cache, new, kept, kept_draws, group_temperature, draws):
+        raise ConfigError(
+            f"{option}: {cache.path} does not determine that exactly: {reason}",
+            remedy="ask for less, or run `gkd cache-teacher` with these settings",
         )
-    if new.threshold > old.threshold:
-        _refuse(
-            cache,
-            f"--threshold {new.threshold:g}",
-            f"groups end where their mass reaches {old.threshold:g}, and classes behind that were "
-            "not stored",
-        )
-    assert cache.manifest is not None
-    truncated = sum(cache.manifest.truncated.values())
-    if new.max_group > old.max_group and truncated:
-        _refuse(
-            cache,
-            f"--max-group {new.max_group}",
-            f"{truncated:,} groups were cut at {old.max_group}, and what was cut off was not "
-            "stored",
-        )
-    if new.threshold < old.threshold and new.draws is not None and new.draws.source == "primary":
-        _refuse(
-            cache,
-            f"--threshold {new.threshold:g}",
-            f"its {new.draws.count} draws a sample are of the groups that reach "
-            f"{old.threshold:g}, and --draws 0 leaves them out",
-        )
-    return new
+    return msgspec.structs.replace(new, temperatures=kept, draws=kept_draws)
 
 
-def _fewer_draws(cache: Cache, count: int) -> DrawsSpec | None:
-    stored = cache.spec.draws
+def _first_draws(spec: CacheSpec, count: int) -> DrawsSpec | None:
     if count < 0:
         raise ConfigError(f"--draws: expected 0 or more, got {count}; give another number")
-    if count == 0:
+    if count == 0 or spec.draws is None:
         return None
-    if stored is None or count > stored.count:
-        held = 0 if stored is None else stored.count
-        _refuse(cache, f"--draws {count}", f"{held} classes a sample were drawn")
-    return msgspec.structs.replace(stored, count=count)
+    return msgspec.structs.replace(spec.draws, count=count)
 
 
-def _refuse(cache: Cache, asked: str, reason: str) -> NoReturn:
-    raise ConfigError(
-        f"{asked}: {cache.path} cannot answer that exactly: {reason}; ask for less, or run "
-        "`gkd cache-teacher` with these settings"
-    )
+def _obstacles(
+    cache: Cache,
+    new: CacheSpec,
+    temperatures: tuple[float, ...],
+    draws: DrawsSpec | None,
+    group_temperature: float,
+    asked_draws: int | None,
+) -> Iterator[tuple[str, str]]:
+    """Options that the stored groups cannot satisfy, with the reason."""
+    old = cache.spec
+    assert cache.manifest is not None
+    stored_draws = old.draws.count if old.draws else 0
+    if asked_draws is not None and asked_draws > stored_draws:
+        yield f"--draws {asked_draws}", f"{stored_draws} classes a sample were drawn"
+    missing = [temperature for temperature in temperatures if temperature not in old.temperatures]
+    if missing:
+        stored = _listed(old.temperatures, ", ")
+        yield (
+            f"--temperatures {_listed(missing)}",
+            f"the mass outside the groups was stored at {stored} only",
+        )
+    if draws is not None and draws.temperature not in temperatures:
+        yield (
+            f"--temperatures {_listed(temperatures)}",
+            f"its draws are at {draws.temperature:g}, which must remain one of them; --draws 0 "
+            "removes them",
+        )
+    if group_temperature != old.group_temperature:
+        yield (
+            f"--group-temperature {group_temperature:g}",
+            f"groups were selected, and probabilities stored, at {old.group_temperature:g}; their "
+            "stored precision is too low to select at another temperature",
+        )
+    if new.threshold > old.threshold:
+        yield (
+            f"--threshold {new.threshold:g}",
+            f"groups end where their mass reaches {old.threshold:g}, and the classes after that "
+            "were not stored",
+        )
+    truncated = sum(cache.manifest.truncated.values())
+    if new.max_group > old.max_group and truncated:
+        yield (
+            f"--max-group {new.max_group}",
+            f"{truncated:,} groups were truncated at {old.max_group}, and the rest of them was not "
+            "stored",
+        )
+    if new.threshold < old.threshold and draws is not None and draws.source == "primary":
+        yield (
+            f"--threshold {new.threshold:g}",
+            f"its {draws.count} draws a sample are from the groups that reach {old.threshold:g}; "
+            "--draws 0 removes them",
+        )
+
+
+def _listed(numbers: Iterable[float], separator: str = ",") -> str:
+    return separator.join(f"{number:g}" for number in numbers)
 
 
 @dataclass(frozen=True)
 class CutGroups:
-    """Smaller groups; ``full_sizes`` int64 [n] are those before the cap, where that is known.
+    """Smaller groups.
 
-    reached  bool [n], whether a stored group held enough mass for the threshold
+    full_sizes  int64 [n], group sizes before the cap, if known
+    reached     bool [n], whether the stored group has enough mass for the threshold
     """
 
     targets: SparseTargets
@@ -249,7 +251,7 @@ def _cut_block(
     full_sizes = np.minimum(prefix + (label_ranks >= prefix), sizes)
     capped = np.minimum(full_sizes, new.max_group)
 
-    # The first classes, or the label in the place of the last of them.
+    # The first classes, with the label instead of the last of them if it is not among them.
     others = capped - (label_ranks >= capped - 1)
     keep = np.where(is_label, True, ranks < others[samples])
     kept_sizes = np.bincount(samples[keep], minlength=len(targets))
@@ -269,14 +271,14 @@ def _cut_block(
 def _masses(
     targets: SparseTargets, samples: npt.NDArray[np.int64], spec: CacheSpec
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """Mass of the classes before each entry [E], and of each whole group [n], as it was cut."""
+    """Mass of the classes before each entry [E], and of each stored group [n]."""
     log_probs = decode_log_probs(targets.log2_probs)
     if spec.group_temperature in spec.temperatures:
-        # The stored secondary mass is sharper than the sum of rounded probabilities.
+        # The stored secondary mass is more precise than the sum of rounded probabilities.
         log_probs = _log_probs(targets, spec.group_temperature, spec)
     probs = np.exp(log_probs, dtype=np.float64)
     total = np.bincount(samples, probs, minlength=len(targets)).astype(np.float64)
-    # Sums over a shard stay below 2^24: in float64 their differences are good to 1e-8.
+    # Sums over a shard are below 2^24: in float64 their differences are accurate to 1e-8.
     running = np.concatenate([[0.0], np.cumsum(probs)])
     before = running[:-1] - running[targets.offsets[:-1]][samples]
     return before, total
@@ -315,28 +317,10 @@ def _secondary(
 
 
 def _count_truncated(groups: CutGroups, before: int, old: CacheSpec, new: CacheSpec) -> int:
-    """Groups that the cap of ``new`` cut, of which the cap of ``old`` had cut ``before``."""
+    """Groups that the cap of ``new`` truncates; that of ``old`` truncated ``before``."""
     if new.max_group >= old.max_group:
-        # The cap cuts what it cut before, less the groups that a lower threshold ends sooner.
+        # The same as before, except for groups that end earlier by a lower threshold.
         return (
             min(before, int((~groups.reached).sum())) if new.threshold < old.threshold else before
         )
     return int((groups.full_sizes > new.max_group).sum())
-
-
-def software_versions() -> dict[str, str]:
-    """Versions of what writes a derived cache."""
-    return {package: version(package) for package in ("gkd", "numpy", "zarr")}
-
-
-def shard_samples(cache: Cache, shard: int, commit: Commit) -> ShardSamples:
-    """What the samples of a shard are, as a writer takes it."""
-    table = cache.read_samples(shard)
-    keys = table["key"].to_pylist()
-    skipped = np.flatnonzero(table["digest"].is_null().to_numpy())
-    return ShardSamples(
-        keys,
-        table["label"].to_numpy(),
-        digests_of(table),
-        {place: commit.skipped[keys[place]] for place in skipped.tolist()},
-    )

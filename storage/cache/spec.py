@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import msgspec
 import numpy as np
@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 FORMAT = 1
 MAX_SCALE = 1024.0
 MAX_GROUP = 65535
-MOST_SHARD_NUMBERS = 1 << 26  # of a shard and view beside the entries, in one chunk
+MAX_SHARD_NUMBERS = 1 << 26  # of a shard and view in one chunk, apart from the entries
+# What does not decide a cache's arrays: names (a sha256 identifies each thing) and versions.
+NAME_FIELDS = ("software", "teacher.name", "centers.name", "dataset.name")
 View = Literal["original", "flipped"]
 VIEWS: tuple[View, ...] = ("original", "flipped")
 CentersKind = Literal["file", "class-mean", "refined"]
@@ -225,7 +227,7 @@ class CacheSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
             "shard_samples": (
                 "1 to 2^24, times temperatures or draws at most 2^26",
                 1 <= self.shard_samples <= 2**24
-                and self.shard_samples * max(len(self.temperatures), draws) <= MOST_SHARD_NUMBERS,
+                and self.shard_samples * max(len(self.temperatures), draws) <= MAX_SHARD_NUMBERS,
             ),
             "max_group": ("1 to 65535", 1 <= self.max_group <= MAX_GROUP),
             "threshold": ("0 to 1", 0 <= self.threshold <= 1),
@@ -266,30 +268,6 @@ class CacheSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     def shard_rows(self, shard: int) -> range:
         """Rows of the data set that a shard holds."""
         return self.sharding.rows(shard)
-
-
-def settings_of(spec: CacheSpec) -> dict[str, Any]:
-    """What a cache is, by field, those of parts as ``part.field``.
-
-    Left out are the versions of software, and what files and data sets are called: what they are
-    their sha256 says.
-    """
-    return _flat(msgspec.to_builtins(spec))
-
-
-_WORDS = ("software", "teacher.name", "centers.name", "dataset.name")
-
-
-def _flat(fields: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in fields.items():
-        if prefix + name in _WORDS:
-            continue
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = value
-    return flat
 
 
 def _positive(number: float) -> bool:

@@ -1,9 +1,9 @@
-"""Writes a cache shard by shard, so that any interruption leaves whole shards or nothing."""
+"""Writes a cache shard by shard; an interruption leaves only complete shards."""
 
 import errno
 import hashlib
+import itertools
 import shutil
-import uuid
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from gkd.storage.cache import layout
 from gkd.storage.cache.layout import ArrayLayout, Commit, ViewRecord, file_record
 from gkd.storage.cache.metadata import read_commit, read_spec
-from gkd.storage.cache.spec import CacheSpec, View, settings_of
+from gkd.storage.cache.spec import NAME_FIELDS, CacheSpec, View
 from gkd.storage.cache.targets import SparseTargets
 from gkd.storage.errors import (
     ConfigError,
@@ -28,21 +28,23 @@ from gkd.storage.errors import (
 from gkd.storage.util.files import (
     delete_temporaries,
     disk_errors,
+    publish_dir,
     sync_file,
     sync_folder,
     write_file,
 )
+from gkd.storage.util.text import describe_differences
 
 
 @dataclass(frozen=True)
 class ShardSamples:
-    """What the samples of one shard are, n of them in row order.
+    """n samples of one shard, in row order.
 
     keys     record keys, unique within the data set
     labels   int64 [n]
     digests  uint8 [n, 16]  of the encoded images
-    skipped  position within the shard -> why the sample has no targets; such a sample has group
-             size 0, secondary 0 and no digest
+    skipped  position of a sample without targets -> the reason; it has group size 0, secondary 0
+             and no digest
     """
 
     keys: Sequence[str]
@@ -50,18 +52,39 @@ class ShardSamples:
     digests: npt.NDArray[np.uint8]
     skipped: Mapping[int, str]
 
+    def slice(self, rows: range) -> "ShardSamples":
+        """Consecutive samples."""
+        here = slice(rows.start, rows.stop)
+        skipped = {i - rows.start: why for i, why in self.skipped.items() if i in rows}
+        return ShardSamples(self.keys[here], self.labels[here], self.digests[here], skipped)
+
+    @classmethod
+    def concat(cls, parts: Sequence["ShardSamples"]) -> "ShardSamples":
+        """The samples of one or more parts, one part after the other."""
+        starts = itertools.accumulate((len(part.keys) for part in parts), initial=0)
+        return cls(
+            [key for part in parts for key in part.keys],
+            np.concatenate([part.labels for part in parts]),
+            np.concatenate([part.digests for part in parts]),
+            {
+                start + i: why
+                for start, part in zip(starts, parts, strict=False)
+                for i, why in part.skipped.items()
+            },
+        )
+
 
 class CacheWriter:
-    """A cache being made at ``path``: created, or gone on with where it stands.
+    """A cache being made at ``path``, created or resumed.
 
-    Any number of processes may hold a writer on one path; each writes the shards that
+    Any number of processes may write to one path; each writes the shards that
     ``pending(rank, world_size)`` gives it. The commit record of a shard is its last file and the
-    only proof that it is there. ``guard`` is called before anything of a shard is written and
-    again before it is committed; what it raises stops the writing.
+    only proof that it exists. ``guard`` is called before a shard is written and again before it
+    is committed; it raises to stop the writing.
 
     Raises:
-        SpecMismatchError: where ``path`` holds a cache of another spec (``software`` aside).
-        ConfigError: where ``path`` is something else, or cannot be written.
+        SpecMismatchError: if ``path`` holds a cache of another spec (``software`` aside).
+        ConfigError: if ``path`` is something else, or cannot be written.
     """
 
     def __init__(
@@ -76,10 +99,9 @@ class CacheWriter:
         _require_same_spec(self.path, read_spec(self.path), spec)
 
     def pending(self, rank: int = 0, world_size: int = 1) -> list[int]:
-        """Shards that ``rank`` has still to write, ascending.
+        """Shards that ``rank`` has yet to write, ascending.
 
-        One whose commit record is damaged, or whose files are not there with their sizes, is to be
-        written again.
+        These include shards with a damaged commit record or with files of another size.
         """
         mine = self.spec.sharding.of_rank(rank, world_size)
         return [shard for shard in mine if not self._is_committed(shard)]
@@ -95,9 +117,9 @@ class CacheWriter:
         """Write one shard and commit it; ``truncated`` counts the groups cut at ``max_group``.
 
         Raises:
-            ValueError: where the arguments are not what the spec says, or the shard is committed.
-            ConfigError: where the disk is full or closed, or the cache is not there any more;
-                nothing of the shard is left then.
+            ValueError: if the arguments do not follow the spec, or the shard is committed.
+            ConfigError: if the disk is full or read-only, or the cache is gone; nothing of the
+                shard is left then.
         """
         if self._is_committed(shard):
             raise ValueError(f"shard {shard} is committed already")
@@ -106,8 +128,10 @@ class CacheWriter:
             _check_targets(self.spec, views[view], samples, view)
         if not (self.path / layout.METADATA).exists():
             raise ConfigError(
-                f"{self.path}: expected the cache that was begun here, found it gone; put it back "
-                "to where it was, and run the same command again to resume"
+                path=self.path,
+                expected="the cache that was begun here",
+                got="nothing",
+                remedy="move it back and run the same command again to resume",
             )
         self._guard()
         with disk_errors(self.path):
@@ -117,7 +141,7 @@ class CacheWriter:
                 self._guard()
                 write_file(self.path / layout.commit_file(shard), layout.encode_json(commit))
             except OSError:
-                # A full disk has room again for others, and what is half is gone.
+                # On a full disk this makes room again.
                 if not self._is_committed(shard):
                     self._delete_leftovers(shard)
                 raise
@@ -129,7 +153,7 @@ class CacheWriter:
         samples: ShardSamples,
         truncated: Mapping[View, int],
     ) -> Commit:
-        """Write all files of a shard but its commit record, which is returned."""
+        """Write all files of a shard except its commit record, which is returned."""
         for view in self.spec.views:
             arrays = views[view].arrays() | {"sizes": views[view].sizes}
             for array in layout.arrays(self.spec, view).values():
@@ -155,16 +179,18 @@ class CacheWriter:
         """Publish the manifest once all shards are committed; the cache's id.
 
         Raises:
-            IncompleteCacheError: where shards are missing.
-            ConfigError: where the disk is full or closed.
+            IncompleteCacheError: if shards are missing.
+            ConfigError: if the disk is full or read-only.
         """
         missing = self.pending()
         if missing:
             raise IncompleteCacheError(
-                f"{self.path}: {len(missing)} of {self.spec.num_shards} shards are not written, "
-                f"the first is {missing[0]}; run the same command again to resume"
+                f"{len(missing)} of {self.spec.num_shards} shards are not written, the first is "
+                f"{missing[0]}",
+                path=self.path,
+                remedy="run the same command again to resume",
             )
-        # The spec on disk, not ours: software versions may differ where a run was gone on with.
+        # The spec on disk, not ours: a resumed run may have other software versions.
         spec = read_spec(self.path)
         files = [path for path, _ in layout.metadata_files(spec)]
         if (self.path / layout.CARD).exists():
@@ -208,68 +234,54 @@ class CacheWriter:
 
 
 def require_writable(path: Path, spec: CacheSpec, *, unknown: Collection[str] = ()) -> None:
-    """Refuse what ``CacheWriter`` would refuse at ``path``, creating nothing.
+    """Raise what ``CacheWriter`` would raise at ``path``, without creating anything.
 
-    For a caller with long work ahead of its writer; fields of the spec in ``unknown``, such as
-    ``centers.sha256``, are not known yet and not compared.
+    For a caller with long work ahead of its writer. Fields of the spec in ``unknown``, such as
+    ``centers.sha256``, are not compared.
 
     Raises:
-        SpecMismatchError: where ``path`` holds a cache of another spec.
-        ConfigError: where ``path`` is something else.
+        SpecMismatchError: if ``path`` holds a cache of another spec.
+        ConfigError: if ``path`` is something else.
     """
     if not _is_free(path):
         _require_same_spec(path, read_spec(path), spec, unknown)
 
 
-def delete_leftovers(path: Path) -> None:
-    """Delete what killed writers left beside the cache ``path`` on its way into place.
-
-    For a process that knows that no other one is creating the cache (``lock.WriteLock``).
-    """
-    with disk_errors(path.parent):
-        delete_temporaries(path.parent, path.name)
-
-
 def _is_free(path: Path) -> bool:
-    """Whether nothing stands there but perhaps an empty folder."""
+    """Whether there is nothing or an empty folder."""
     return not path.exists() or (path.is_dir() and not any(path.iterdir()))
 
 
 def _create(path: Path, spec: CacheSpec) -> None:
-    """Make the cache's metadata beside ``path`` and rename it into place, unless another did."""
+    """Publish the cache's metadata, unless another process has done so."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        for file, content in layout.metadata_files(spec):
-            (aside / file).parent.mkdir(parents=True, exist_ok=True)
-            (aside / file).write_bytes(layout.encode_json(content))
-        for folder in ("samples", "commits"):
-            (aside / folder).mkdir()
-        _sync(aside, [file for file, _ in layout.metadata_files(spec)])
-        # A rename onto a folder that is not empty fails, so of several ranks exactly one wins.
-        aside.rename(path)
-        sync_folder(path.parent)
+        with publish_dir(path) as folder:
+            for file, content in layout.metadata_files(spec):
+                (folder / file).parent.mkdir(parents=True, exist_ok=True)
+                (folder / file).write_bytes(layout.encode_json(content))
+            for name in ("samples", "commits"):
+                (folder / name).mkdir()
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _require_same_spec(
     path: Path, stored: CacheSpec, wanted: CacheSpec, unknown: Collection[str] = ()
 ) -> None:
-    theirs, ours = settings_of(stored), settings_of(wanted)
-    differences = [
-        f"  {field}: the cache has {theirs.get(field)!r}, this run {ours.get(field)!r}"
-        for field in sorted((theirs.keys() | ours.keys()) - set(unknown))
-        if theirs.get(field) != ours.get(field)
-    ]
+    differences = describe_differences(
+        stored,
+        wanted,
+        old_name="the cache has",
+        new_name="this run has",
+        ignore={*NAME_FIELDS, *unknown},
+    )
     if differences:
         raise SpecMismatchError(
-            f"{path} holds a cache made with other settings:\n"
-            + "\n".join(differences)
-            + "\nRun again with the cache's settings to go on with it, or choose another folder."
+            "a cache made with other settings:\n  " + "\n  ".join(sorted(differences)),
+            path=path,
+            remedy="use the cache's settings to resume it, or choose another folder",
         )
 
 
@@ -283,7 +295,7 @@ def _check_samples(spec: CacheSpec, shard: int, samples: ShardSamples) -> None:
 def _check_targets(
     spec: CacheSpec, targets: SparseTargets, samples: ShardSamples, view: View
 ) -> None:
-    """A GPU-day is cheaper to stop here than to find spoilt later."""
+    """Stop a faulty run before it has cost a GPU-day."""
     n, sizes, entries = len(samples.keys), targets.sizes, len(targets.indices)
     arrays = targets.arrays()
     for array in layout.arrays(spec, view).values():
@@ -299,13 +311,13 @@ def _check_targets(
     skipped = np.zeros(n, bool)
     skipped[list(samples.skipped)] = True
     if sizes.min() < 0 or sizes.max() > spec.max_group or not np.array_equal(sizes == 0, skipped):
-        raise ValueError(f"{view}: sizes outside 1..{spec.max_group}, or 0 where none is skipped")
+        raise ValueError(f"{view}: sizes outside 1..{spec.max_group}, or 0 for no skipped sample")
     if entries and targets.indices.max() >= spec.num_classes:
         raise ValueError(f"{view}: index {targets.indices.max()} of {spec.num_classes} classes")
 
 
 def _write_row(path: Path, array: ArrayLayout, shard: int, values: npt.NDArray[Any]) -> None:
-    # Only what there is: inner chunks that are never written cost nothing.
+    # Inner chunks that are never written cost nothing.
     if len(values):
         array.open(path, writable=True)[shard, : len(values)] = values.astype(
             array.dtype, copy=False
@@ -331,7 +343,7 @@ def _write_samples(path: Path, rows: range, samples: ShardSamples) -> None:
             "digest": digests,
         }
     )
-    # Every option that shapes the bytes is given, so that they do not follow pyarrow's defaults.
+    # Every option that decides the bytes, so that they do not depend on pyarrow's defaults.
     pq.write_table(
         table,
         path,
@@ -354,7 +366,7 @@ def _write_samples(path: Path, rows: range, samples: ShardSamples) -> None:
 
 
 def _sync(root: Path, files: Iterable[str]) -> None:
-    """Make files durable, and the entries of all folders that lead to them."""
+    """Make files durable, and the entries of all folders above them."""
     folders: set[Path] = set()
     for file in files:
         sync_file(root / file)

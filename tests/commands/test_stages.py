@@ -169,7 +169,7 @@ def test_a_finished_cache_is_not_made_again(home: Path, targets: Path) -> None:
     again = json.loads(works("cache-teacher", home / "faces", targets, *teacher, "--json"))
     assert again["images"] == 0
     other = fails("cache-teacher", home / "faces", targets, *teacher, "--threshold", "0.5")
-    assert "threshold: the cache has 0.93, this run 0.5" in other
+    assert "threshold: the cache has 0.93, this run has 0.5" in other
 
 
 def test_a_cache_names_the_backbone_that_was_recognised(home: Path, targets: Path) -> None:

@@ -1,4 +1,4 @@
-"""The card says what made a cache, follows from it alone, and is covered by the manifest."""
+"""The card describes a cache, follows from it alone, and is covered by the manifest."""
 
 import shutil
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from gkd.storage.cache import layout
-from gkd.storage.cache.card import card_text, joined_words, words_of, write_card
+from gkd.storage.cache.card import card_text, join_terms, read_terms, write_card
 from gkd.storage.cache.metadata import read_commit
 from gkd.storage.cache.reader import Cache
 from gkd.storage.cache.spec import CentersSpec, DerivedSpec, DrawsSpec, TeacherSpec, View
@@ -37,7 +37,7 @@ def test_a_card_says_what_made_the_cache(made: Made) -> None:
     cache = Cache.open(made.path)
     assert cache.manifest is not None
     mean = cache.manifest.entries["flipped"] / 99
-    for words in (
+    for text in (
         "# What `teacher.onnx` says of `faces`\n",
         "\nMade for the reading group.\n",
         "- Targets of 99 images of 50 identities; 1 more could not be read and have no targets\n",
@@ -52,7 +52,7 @@ def test_a_card_says_what_made_the_cache(made: Made) -> None:
         "## Terms\n\nCC BY-NC 4.0\n",
         "    gkd targets pull ADDRESS faces.gkd\n    gkd train-student RECORDS faces.gkd RUN\n",
     ):
-        assert words in made.text
+        assert text in made.text
 
 
 def test_a_card_is_covered_by_the_manifest(made: Made) -> None:
@@ -71,13 +71,13 @@ def test_the_bytes_follow_from_the_cache_alone(made: Made, tmp_path: Path) -> No
     assert not list(copy.glob(".*"))
 
 
-def test_without_words_of_its_maker_a_card_says_so(made: Made) -> None:
+def test_a_card_without_a_licence_says_so(made: Made) -> None:
     spec = make_spec()
     commits = [read_commit(made.path, spec, shard) for shard in range(3)]
     assert "## Terms\n\nNo licence was stated. Ask whoever" in card_text(spec, commits)
 
 
-def test_other_ways_of_making_a_cache_are_told(made: Made) -> None:
+def test_a_card_names_other_ways_of_making_a_cache(made: Made) -> None:
     spec = msgspec.structs.replace(
         make_spec(draws=DrawsSpec(16, 4.0, "all")),
         centers=CentersSpec("file", "rank_0.pt", "2" * 64),
@@ -91,22 +91,22 @@ def test_other_ways_of_making_a_cache_are_told(made: Made) -> None:
 
 @pytest.mark.parametrize("licence", [None, "CC BY-NC 4.0", "One.\n\n## Terms\n\nTwo."])
 @pytest.mark.parametrize("note", [None, "Made for the reading group.\n\nAnd others."])
-def test_the_words_of_a_card_are_found_again(
+def test_licence_and_note_are_read_back_from_the_card(
     made: Made, tmp_path: Path, licence: str | None, note: str | None
 ) -> None:
     copy = Path(shutil.copytree(made.path, tmp_path / "copy.gkd"))
     (copy / layout.MANIFEST).unlink()
     write_card(copy, licence=licence, note=note)
-    assert words_of(copy) == (licence, note)
+    assert read_terms(copy) == (licence, note)
 
 
-def test_a_cache_without_a_card_of_ours_has_no_words(tmp_path: Path) -> None:
-    assert words_of(tmp_path) == (None, None)
+def test_another_card_has_no_licence_and_no_note(tmp_path: Path) -> None:
+    assert read_terms(tmp_path) == (None, None)
     (tmp_path / layout.CARD).write_text("# Another card\n\n## Terms\n\nNone.\n")
-    assert words_of(tmp_path) == (None, None)
+    assert read_terms(tmp_path) == (None, None)
 
 
-def test_words_of_several_caches_are_joined(made: Made, tmp_path: Path) -> None:
+def test_licences_and_notes_of_several_caches_are_joined(made: Made, tmp_path: Path) -> None:
     def card(licence: str | None, note: str | None) -> Path:
         copy = Path(shutil.copytree(made.path, tmp_path / str(len(list(tmp_path.iterdir())))))
         (copy / layout.MANIFEST).unlink()
@@ -114,17 +114,17 @@ def test_words_of_several_caches_are_joined(made: Made, tmp_path: Path) -> None:
         return copy
 
     same = [card("Research.", "Faces."), card("Research.", "Faces.")]
-    assert joined_words(same) == ("Research.", "Faces.")
-    licence, note = joined_words([*same, card(None, None), card("Free.", None)])
+    assert join_terms(same) == ("Research.", "Faces.")
+    licence, note = join_terms([*same, card(None, None), card("Free.", None)])
     assert licence == (
         "Of cache 1: Research.\n\nOf cache 2: Research.\n\nOf cache 3: No licence was stated. Ask "
         "whoever gave you this cache before you use it or pass it on.\n\nOf cache 4: Free."
     )
     assert note == "Of cache 1: Faces.\n\nOf cache 2: Faces."
-    assert joined_words([card(None, None), card(None, None)]) == (None, None)
+    assert join_terms([card(None, None), card(None, None)]) == (None, None)
 
 
-def test_a_card_names_a_training_that_takes_its_views(made: Made) -> None:
+def test_a_card_names_a_training_command_for_its_views(made: Made) -> None:
     def text(*views: View) -> str:
         spec = msgspec.structs.replace(make_spec(), views=views)
         return card_text(spec, [read_commit(made.path, make_spec(), shard) for shard in range(3)])
@@ -136,7 +136,7 @@ def test_a_card_names_a_training_that_takes_its_views(made: Made) -> None:
     assert "It has targets of mirror images alone. `gkd train-student` shows" in text("flipped")
 
 
-def test_names_are_no_markdown_and_no_shell(made: Made) -> None:
+def test_names_are_quoted_for_markdown_and_the_shell(made: Made) -> None:
     spec = msgspec.structs.replace(
         make_spec(),
         teacher=TeacherSpec("a`b\n# c", "onnx", "1" * 64, 128),

@@ -1,4 +1,4 @@
-"""Caches of parts of a data set, joined, against the cache of the whole."""
+"""Merged caches of parts of a data set, compared with the cache of all of it."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -28,8 +28,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Cache:
     return make_cache(tmp_path_factory.mktemp("whole") / "c", skipped=SKIPPED, draws=draws)
 
 
-def picked(cache: Cache, view: Any, rows: range) -> SparseTargets:
-    """Targets of some rows, put together sample by sample."""
+def pick_rows(cache: Cache, view: Any, rows: range) -> SparseTargets:
+    """Targets of some rows, assembled sample by sample."""
     found = []
     for row in rows:
         shard, place = divmod(row, cache.spec.shard_samples)
@@ -53,7 +53,7 @@ def part(
     shard_samples: int,
     change: Change = lambda spec: spec,
 ) -> Cache:
-    """A cache of some rows of the whole, with record keys of its own from "1" on."""
+    """A cache of some rows of the whole, with record keys from "1"."""
     dataset = msgspec.structs.replace(
         whole.spec.dataset, name=path.name, num_images=len(rows), fingerprint=f"{rows.start:064x}"
     )
@@ -68,7 +68,7 @@ def part(
         place = slice(theirs.start, theirs.stop)
         writer.write_shard(
             shard,
-            {view: picked(whole, view, theirs) for view in spec.views},
+            {view: pick_rows(whole, view, theirs) for view in spec.views},
             ShardSamples(
                 [str(row + 1) for row in mine],
                 samples.labels[place],
@@ -102,16 +102,12 @@ def test_merged_parts_are_the_whole(whole: Cache, parts: list[Cache], tmp_path: 
     np.testing.assert_array_equal(ours.digests, theirs.digests)
     np.testing.assert_array_equal(ours.present, theirs.present)
     for shard in range(3):
-        for file in layout.shard_files(whole.spec, shard, entries_of(whole, shard)):
+        for file in layout.shard_files(whole.spec, shard, whole.commit(shard).entries):
             if not file.endswith(".parquet"):
                 assert (merged.path / file).read_bytes() == (whole.path / file).read_bytes(), file
 
 
-def entries_of(cache: Cache, shard: int) -> dict[Any, int]:
-    return {view: record.entries for view, record in cache.commit(shard).views.items()}
-
-
-def test_keys_and_reasons_name_their_part(parts: list[Cache], tmp_path: Path) -> None:
+def test_keys_have_the_number_of_their_cache(parts: list[Cache], tmp_path: Path) -> None:
     merge(parts, tmp_path / "out.gkd")
     merged = Cache.open(tmp_path / "out.gkd")
     assert merged.samples().keys([0, 9, 10, 59, 60, 99]) == [
@@ -121,7 +117,7 @@ def test_keys_and_reasons_name_their_part(parts: list[Cache], tmp_path: Path) ->
     assert merged.commit(1).skipped == {"2/32": "another size", "3/18": "no image"}
 
 
-def test_the_spec_says_what_it_came_from(parts: list[Cache]) -> None:
+def test_the_spec_names_its_sources(parts: list[Cache]) -> None:
     spec = merged_spec(parts)
     assert spec.derived == DerivedSpec("merge", tuple(cache.id for cache in parts))
     assert (spec.num_samples, spec.shard_samples) == (100, 40)
@@ -129,15 +125,15 @@ def test_the_spec_says_what_it_came_from(parts: list[Cache]) -> None:
     assert spec.dataset.fingerprint != parts[0].spec.dataset.fingerprint
 
 
-def test_cut_groups_stay_counted(parts: list[Cache], tmp_path: Path) -> None:
+def test_truncated_groups_are_counted(parts: list[Cache], tmp_path: Path) -> None:
     merge(parts, tmp_path / "out.gkd")
     manifest = Cache.open(tmp_path / "out.gkd").manifest
     assert manifest is not None
-    # Each of the six shards said one.
+    # One in each of the six shards.
     assert manifest.truncated == {"original": 6, "flipped": 6}
 
 
-def test_an_interrupted_merge_goes_on(
+def test_an_interrupted_merge_is_resumed(
     parts: list[Cache], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     unbroken = merge(parts, tmp_path / "unbroken")
@@ -158,29 +154,32 @@ def test_an_interrupted_merge_goes_on(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda s: msgspec.structs.replace(s, threshold=0.8), r"threshold: 0\.9 and 0\.8"),
-        (lambda s: msgspec.structs.replace(s, num_classes=60), "num_classes: 50 and 60"),
+        (
+            lambda s: msgspec.structs.replace(s, threshold=0.8),
+            r"threshold: first 0\.9, second 0\.8",
+        ),
+        (lambda s: msgspec.structs.replace(s, num_classes=60), "num_classes: first 50, second 60"),
         (
             lambda s: msgspec.structs.replace(
                 s, centers=msgspec.structs.replace(s.centers, sha256="7" * 64)
             ),
-            "centers.sha256: '2{64}' and '7{64}'",
+            "centers.sha256: first 2{64}, second 7{64}",
         ),
         (
             lambda s: msgspec.structs.replace(
                 s, teacher=msgspec.structs.replace(s.teacher, sha256="7" * 64)
             ),
-            "teacher.sha256: '1{64}' and '7{64}'",
+            "teacher.sha256: first 1{64}, second 7{64}",
         ),
         (
             lambda s: msgspec.structs.replace(
                 s, dataset=msgspec.structs.replace(s.dataset, label_order="plain")
             ),
-            "dataset.label_order: 'recordio' and 'plain'",
+            "dataset.label_order: first recordio, second plain",
         ),
     ],
 )
-def test_caches_of_other_makings_are_refused(
+def test_caches_of_other_settings_are_refused(
     whole: Cache, parts: list[Cache], tmp_path: Path, change: Change, message: str
 ) -> None:
     other = part(whole, tmp_path / "other", range(60, 80), 40, change)
@@ -202,7 +201,7 @@ def test_files_of_other_names_are_the_same_teacher_and_centres(
     other = part(whole, tmp_path / "other", range(60, 80), 40, renamed)
     merge([parts[0], other], tmp_path / "out")
     assert Cache.open(tmp_path / "out").spec.teacher == whole.spec.teacher
-    # Nor is the other one's writing gone on with refused.
+    # Resuming the other one is not refused either.
     CacheWriter(other.path, msgspec.structs.replace(other.spec, teacher=whole.spec.teacher))
 
 
@@ -219,7 +218,7 @@ def test_an_image_in_two_caches_is_refused(
     assert not (tmp_path / "out").exists()
 
 
-def test_one_cache_alone_is_nothing_to_merge(parts: list[Cache], tmp_path: Path) -> None:
+def test_a_single_cache_is_refused(parts: list[Cache], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="expected two or more caches to merge, got 1"):
         merge(parts[:1], tmp_path / "out")
 

@@ -153,7 +153,7 @@ def test_groups_cut_at_the_cap_are_counted_as_the_teacher_would(
         assert abs(cache.manifest.truncated[view] - sum(expected)) <= 1
 
 
-def test_samples_and_draws_stay_as_they_are(made: Cache, tmp_path: Path) -> None:
+def test_samples_and_draws_are_kept(made: Cache, tmp_path: Path) -> None:
     retarget(made, tmp_path / "out.gkd", threshold=0.5)
     cache = Cache.open(tmp_path / "out.gkd")
     for shard in range(3):
@@ -234,13 +234,16 @@ def test_any_stricter_settings_give_the_teachers_groups(
 @pytest.mark.parametrize(
     ("asked", "reason"),
     [
-        ({"threshold": 0.95}, r"--threshold 0\.95: .* their mass reaches 0\.9, and classes behind"),
-        ({"max_group": 21}, r"--max-group 21: .* \d+ groups were cut at 20"),
+        (
+            {"threshold": 0.95},
+            r"--threshold 0\.95: .* their mass reaches 0\.9, and the classes after",
+        ),
+        ({"max_group": 21}, r"--max-group 21: .* \d+ groups were truncated at 20"),
         ({"temperatures": (2.0, 3.0, 5.0)}, r"--temperatures 3,5: .* stored at 1, 2, 4 only"),
         ({"group_temperature": 4.0}, r"--group-temperature 4: .* stored, at 2; "),
     ],
 )
-def test_what_the_cache_cannot_answer_is_refused_with_the_reason(
+def test_settings_that_are_not_determined_are_refused_with_the_reason(
     made: Cache, tmp_path: Path, asked: dict[str, Any], reason: str
 ) -> None:
     with pytest.raises(ConfigError, match=f"{reason}.*ask for less, or run `gkd cache-teacher`"):
@@ -251,7 +254,7 @@ def test_what_the_cache_cannot_answer_is_refused_with_the_reason(
 def test_draws_from_the_groups_keep_the_threshold(tmp_path: Path) -> None:
     cache = make_cache(tmp_path / "c", num_samples=10, draws=DrawsSpec(3, 4.0, "primary"))
     message = (
-        r"--threshold 0\.5: .* 3 draws a sample are of the groups that reach 0\.9, and --draws 0"
+        r"--threshold 0\.5: .* 3 draws a sample are from the groups that reach 0\.9; --draws 0"
     )
     with pytest.raises(ConfigError, match=message):
         retarget(cache, tmp_path / "out.gkd", threshold=0.5)
@@ -266,12 +269,12 @@ def test_draws_from_the_groups_keep_the_threshold(tmp_path: Path) -> None:
     assert plain.draws is None
 
 
-def test_the_temperature_of_the_draws_stays(made: Cache, tmp_path: Path) -> None:
+def test_the_temperature_of_the_draws_is_kept(made: Cache, tmp_path: Path) -> None:
     draws = made.spec.draws
     assert draws is not None
     others = tuple(t for t in made.spec.temperatures if t != draws.temperature)
-    told = f"its draws are at {draws.temperature:g}, which has to stay one of them"
-    with pytest.raises(ConfigError, match=told):
+    message = f"its draws are at {draws.temperature:g}, which must remain one of them"
+    with pytest.raises(ConfigError, match=message):
         retarget(made, tmp_path / "c.gkd", temperatures=others)
     retarget(made, tmp_path / "c.gkd", temperatures=others, draws=0)
     assert Cache.open(tmp_path / "c.gkd").spec.temperatures == others
@@ -324,9 +327,11 @@ def test_an_interrupted_retargeting_goes_on(
     assert retarget(made, tmp_path / "out", threshold=0.8) == whole
 
 
-def test_another_request_does_not_go_on(made: Cache, tmp_path: Path) -> None:
+def test_other_settings_do_not_resume_it(made: Cache, tmp_path: Path) -> None:
     retarget(made, tmp_path / "out", threshold=0.8)
-    with pytest.raises(SpecMismatchError, match=r"threshold: the cache has 0\.8, this run 0\.7"):
+    with pytest.raises(
+        SpecMismatchError, match=r"threshold: the cache has 0\.8, this run has 0\.7"
+    ):
         retarget(made, tmp_path / "out", threshold=0.7)
 
 

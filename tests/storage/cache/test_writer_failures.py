@@ -1,4 +1,4 @@
-"""Writers that race, are killed, find damage or a full disk: what they leave is whole shards."""
+"""Writers that race, are killed, or meet damage or a full disk leave only complete shards."""
 
 import errno
 import multiprocessing
@@ -18,16 +18,14 @@ from gkd.storage.cache import layout
 from gkd.storage.cache.metadata import committed_shards, read_commit
 from gkd.storage.cache.reader import Cache
 from gkd.storage.cache.spec import CacheSpec
-from gkd.storage.cache.writer import CacheWriter, delete_leftovers
+from gkd.storage.cache.writer import CacheWriter
 from gkd.storage.errors import ConfigError, GkdError, IncompleteCacheError
 from tests.caches import contents, make_cache, make_spec, write_shard
 from tests.paths import ROOT
 
 
 @pytest.mark.parametrize("left", [b"", b'{"format": 1, "shard"', b"{}", b"\xff"])
-def test_a_shard_whose_commit_record_is_damaged_is_written_again(
-    tmp_path: Path, left: bytes
-) -> None:
+def test_a_shard_with_a_damaged_commit_record_is_written_again(tmp_path: Path, left: bytes) -> None:
     cache = make_cache(tmp_path / "c")
     (cache.path / "commits" / "000001.json").write_bytes(left)
     writer = CacheWriter(cache.path, cache.spec)
@@ -38,15 +36,15 @@ def test_a_shard_whose_commit_record_is_damaged_is_written_again(
     assert writer.finish() == cache.id
 
 
-@pytest.mark.parametrize("damage", ["cut", "longer", "gone"])
-def test_a_shard_whose_files_are_not_there_is_written_again(tmp_path: Path, damage: str) -> None:
-    """Before the manifest vouches for them."""
+@pytest.mark.parametrize("damage", ["truncated", "longer", "missing"])
+def test_a_shard_with_damaged_files_is_written_again(tmp_path: Path, damage: str) -> None:
+    """As long as there is no manifest."""
     cache = make_cache(tmp_path / "c")
     (cache.path / "manifest.json").unlink()
     path = cache.path / "original/indices/c/1/0"
     content = path.read_bytes()
-    path.write_bytes(content[:-1] if damage == "cut" else content + b"x")
-    if damage == "gone":
+    path.write_bytes(content[:-1] if damage == "truncated" else content + b"x")
+    if damage == "missing":
         path.unlink()
     writer = CacheWriter(cache.path, cache.spec)
     assert writer.pending() == [1]
@@ -55,14 +53,14 @@ def test_a_shard_whose_files_are_not_there_is_written_again(tmp_path: Path, dama
     assert path.read_bytes() == content
 
 
-def test_the_record_of_another_shard_is_no_commit(tmp_path: Path) -> None:
+def test_the_record_of_another_shard_does_not_count(tmp_path: Path) -> None:
     cache = make_cache(tmp_path / "c")
     commits = cache.path / "commits"
     (commits / "000000.json").write_bytes((commits / "000001.json").read_bytes())
     assert CacheWriter(cache.path, cache.spec).pending() == [0]
 
 
-def test_leftovers_of_a_shard_do_not_reach_its_bytes(tmp_path: Path) -> None:
+def test_leftovers_of_a_shard_do_not_change_its_bytes(tmp_path: Path) -> None:
     whole = make_cache(tmp_path / "whole")
     writer = CacheWriter(tmp_path / "c", whole.spec)
     write_shard(writer, 1, seed=5)
@@ -101,7 +99,7 @@ def test_ranks_that_race_to_create_write_one_cache(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["c", "whole"]
 
 
-def test_killed_and_gone_on_with_gives_the_same_bytes(tmp_path: Path) -> None:
+def test_killed_and_resumed_gives_the_same_bytes(tmp_path: Path) -> None:
     whole = make_cache(tmp_path / "whole", num_samples=120, shard_samples=6)
     path = tmp_path / "c"
     code = (
@@ -128,45 +126,37 @@ def test_killed_and_gone_on_with_gives_the_same_bytes(tmp_path: Path) -> None:
             time.sleep(0.001)
         assert process.wait() in (0, -signal.SIGKILL)
     assert kills >= 2
-    # A file that the kill left on its way into place is no part of the cache.
-    on_the_way = {name for name in contents(path) if Path(name).name.startswith(".")}
-    left = {name: content for name, content in contents(path).items() if name not in on_the_way}
-    assert left == contents(whole.path)
+    # A temporary file that the kill left does not belong to the cache.
+    found = contents(path)
+    assert {n: c for n, c in found.items() if not Path(n).name.startswith(".")} == contents(
+        whole.path
+    )
     assert Cache.open(path).id == whole.id
 
 
-def test_what_killed_writers_left_beside_a_cache_is_deleted(tmp_path: Path) -> None:
-    name = "0" * 32
-    for left in (f".c.{name}", f".other.{name}", ".c.lock", ".c.notes"):
-        (tmp_path / left / "samples").mkdir(parents=True)
-    (tmp_path / f".c.{'1' * 32}").write_text("half")
-    delete_leftovers(tmp_path / "c")
-    assert sorted(p.name for p in tmp_path.iterdir()) == [".c.lock", ".c.notes", f".other.{name}"]
-
-
-def test_records_on_their_way_into_place_are_deleted(tmp_path: Path) -> None:
+def test_temporary_records_are_deleted(tmp_path: Path) -> None:
     whole = make_cache(tmp_path / "whole")
     writer = CacheWriter(tmp_path / "c", whole.spec)
-    for place in (writer.path / layout.commit_file(1), writer.path / layout.MANIFEST):
-        place.with_name(f".{place.name}.{'0' * 32}").write_text("half")
+    for file in (writer.path / layout.commit_file(1), writer.path / layout.MANIFEST):
+        file.with_name(f".{file.name}.{'0' * 32}").write_text("half")
     for shard in writer.pending():
         write_shard(writer, shard)
     writer.finish()
     assert contents(writer.path) == contents(whole.path)
 
 
-def test_a_guard_stops_the_writing_before_anything_and_before_the_commit(tmp_path: Path) -> None:
+def test_a_guard_is_asked_before_a_shard_and_before_its_commit(tmp_path: Path) -> None:
     calls = 0
 
     def guard() -> None:
         nonlocal calls
         calls += 1
         if calls in (1, 3):
-            raise GkdError("another is at work")
+            raise GkdError("another run")
 
     writer = CacheWriter(tmp_path / "c", make_spec(), guard=guard)
     for written in (False, True):
-        with pytest.raises(GkdError, match="another is at work"):
+        with pytest.raises(GkdError, match="another run"):
             write_shard(writer, 0)
         assert writer.pending() == [0, 1, 2]
         assert (writer.path / layout.samples_file(0)).exists() == written
@@ -174,11 +164,11 @@ def test_a_guard_stops_the_writing_before_anything_and_before_the_commit(tmp_pat
     assert writer.pending() == [1, 2]
 
 
-def test_a_cache_that_is_moved_away_is_not_begun_anew_without_its_beginning(tmp_path: Path) -> None:
+def test_a_cache_that_is_moved_away_is_not_created_again(tmp_path: Path) -> None:
     writer = CacheWriter(tmp_path / "c", make_spec())
     write_shard(writer, 0)
     writer.path.rename(tmp_path / "moved")
-    with pytest.raises(ConfigError, match=r"/c: expected the cache that was begun here, found it"):
+    with pytest.raises(ConfigError, match=r"/c: expected the cache that was begun here, got no"):
         write_shard(writer, 1)
     assert not writer.path.exists()
     (tmp_path / "moved").rename(writer.path)
@@ -186,8 +176,8 @@ def test_a_cache_that_is_moved_away_is_not_begun_anew_without_its_beginning(tmp_
     assert writer.pending() == [2]
 
 
-def fill_up(place: Path, limit: int | None) -> subprocess.CompletedProcess[str]:
-    """Write a cache in a process of its own, whose files may have ``limit`` bytes."""
+def fill_up(path: Path, limit: int | None) -> subprocess.CompletedProcess[str]:
+    """Write a cache in another process, whose files may have ``limit`` bytes."""
     code = (
         "import resource, sys; from pathlib import Path\n"
         "from gkd.storage.errors import ConfigError\n"
@@ -203,7 +193,7 @@ def fill_up(place: Path, limit: int | None) -> subprocess.CompletedProcess[str]:
         "except ConfigError as error: print(error)\n"
     )
     return subprocess.run(
-        [sys.executable, "-c", code, str(place), str(limit or 0)],
+        [sys.executable, "-c", code, str(path), str(limit or 0)],
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
         check=True,
         capture_output=True,
@@ -211,8 +201,8 @@ def fill_up(place: Path, limit: int | None) -> subprocess.CompletedProcess[str]:
     )
 
 
-def require_whole_shards_only(path: Path, told: str) -> None:
-    assert "free some space and run the same command again to resume" in told
+def require_complete_shards_only(path: Path, output: str) -> None:
+    assert "free some space and run the same command again to resume" in output
     spec = make_spec(num_samples=4000, num_classes=100, shard_samples=1000)
     committed = committed_shards(path)
     assert 0 in committed
@@ -221,28 +211,28 @@ def require_whole_shards_only(path: Path, told: str) -> None:
     assert found == {file for n in committed for file in read_commit(path, spec, n).files}
 
 
-def test_a_limit_on_files_ends_in_one_message_and_leaves_whole_shards(tmp_path: Path) -> None:
+def test_a_limit_on_files_ends_in_one_message_and_leaves_complete_shards(tmp_path: Path) -> None:
     done = fill_up(tmp_path / "c", 4000)
     assert "File too large" in done.stdout
-    require_whole_shards_only(tmp_path / "c", done.stdout)
+    require_complete_shards_only(tmp_path / "c", done.stdout)
 
 
-def test_a_full_disk_ends_in_one_message_and_leaves_whole_shards(tmp_path: Path) -> None:
+def test_a_full_disk_ends_in_one_message_and_leaves_complete_shards(tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", str(disk)]
     if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("no right to mount a small disk here")
+        pytest.skip("mounting a small disk is not permitted here")
     try:
         done = fill_up(disk / "c", None)
         assert "No space left on device" in done.stdout
-        require_whole_shards_only(disk / "c", done.stdout)
+        require_complete_shards_only(disk / "c", done.stdout)
     finally:
         subprocess.run(["umount", str(disk)], check=True)
 
 
 @pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES])
-def test_a_folder_that_may_not_be_written_is_told(
+def test_a_read_only_folder_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:
     def refuse(path: Path, *args: Any, **kwargs: Any) -> None:
@@ -253,7 +243,7 @@ def test_a_folder_that_may_not_be_written_is_told(
         CacheWriter(tmp_path / "c", make_spec())
 
 
-def test_other_errors_of_a_disk_pass_as_they_are(
+def test_other_errors_of_the_disk_pass_unchanged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(path: Path, *args: Any, **kwargs: Any) -> None:
