@@ -67,9 +67,9 @@ def test_every_fault_of_a_folder_is_listed(
     (tmp_path / "b/1.jpg").unlink()
     report = verify_records(records, workers=2)
     assert (report.images, report.identities, len(report.faults)) == (4, 2, 3)
-    junk, gone, small = map(str, report.faults)
+    junk, missing, small = map(str, report.faults)
     assert "key a/2.jpg: expected an encoded image, got 4 bytes" in junk
-    assert "key b/1.jpg: expected a readable file" in gone
+    assert "key b/1.jpg: expected a readable file" in missing
     assert "key b/2.jpg: expected an aligned face of 112x112 pixels, got 8x8" in small
     assert "verify records: 4/4" in capsys.readouterr().err
 

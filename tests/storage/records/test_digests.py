@@ -46,7 +46,7 @@ def settle(path: Path, seconds: float = 100.0) -> None:
     os.utime(path, (then, then))
 
 
-def kept(home: Path, folder: Path) -> np.ndarray:
+def load_digests(home: Path, folder: Path) -> np.ndarray:
     return cached_digests(open_records(home), folder, workers=1)
 
 
@@ -64,9 +64,9 @@ def hashed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def test_a_second_call_hashes_nothing(home: Path, tmp_path: Path, hashed: list[int]) -> None:
-    first = kept(home, tmp_path / "digests")
+    first = load_digests(home, tmp_path / "digests")
     np.testing.assert_array_equal(first, digests(open_records(home), workers=1))
-    second = kept(home, tmp_path / "digests")
+    second = load_digests(home, tmp_path / "digests")
     np.testing.assert_array_equal(first, second)
     assert hashed == [9]
 
@@ -92,18 +92,18 @@ def swap_names(home: Path) -> None:
         settle(home / "train.idx", 50)
     else:
         one, other = sorted(home.rglob("*.jpg"))[:2]
-        aside = one.rename(home / "aside")
+        swapped = one.rename(home / "swapped")
         other.rename(one)
-        aside.rename(other)
+        swapped.rename(other)
 
 
 @pytest.mark.parametrize("change", [change_content, swap_names])
 def test_a_change_is_noticed(
     home: Path, tmp_path: Path, hashed: list[int], change: Callable[[Path], None]
 ) -> None:
-    kept(home, tmp_path / "digests")
+    load_digests(home, tmp_path / "digests")
     change(home)
-    found = kept(home, tmp_path / "digests")
+    found = load_digests(home, tmp_path / "digests")
     np.testing.assert_array_equal(found, digests(open_records(home), workers=1))
     assert len(hashed) == 2
 
@@ -113,7 +113,7 @@ def test_digests_of_files_changed_just_now_are_not_cached(
 ) -> None:
     for path in home.rglob("*"):
         settle(path, 0)
-    kept(home, tmp_path / "digests")
+    load_digests(home, tmp_path / "digests")
     assert not list((tmp_path / "digests").glob("*.npz"))
 
 
@@ -121,21 +121,21 @@ def test_digests_of_files_changed_just_now_are_not_cached(
 def test_a_damaged_cache_file_is_replaced(
     home: Path, tmp_path: Path, hashed: list[int], spoil: bytes
 ) -> None:
-    first = kept(home, tmp_path / "digests")
+    first = load_digests(home, tmp_path / "digests")
     (file,) = (tmp_path / "digests").glob("*.npz")
     file.write_bytes(spoil)
-    np.testing.assert_array_equal(kept(home, tmp_path / "digests"), first)
-    np.testing.assert_array_equal(kept(home, tmp_path / "digests"), first)
+    np.testing.assert_array_equal(load_digests(home, tmp_path / "digests"), first)
+    np.testing.assert_array_equal(load_digests(home, tmp_path / "digests"), first)
     assert len(hashed) == 2
 
 
 def test_a_flipped_bit_is_noticed(home: Path, tmp_path: Path, hashed: list[int]) -> None:
-    first = kept(home, tmp_path / "digests")
+    first = load_digests(home, tmp_path / "digests")
     (file,) = (tmp_path / "digests").glob("*.npz")
     content = file.read_bytes()
-    place = content.index(first[4].tobytes())
-    file.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
-    np.testing.assert_array_equal(kept(home, tmp_path / "digests"), first)
+    position = content.index(first[4].tobytes())
+    file.write_bytes(content[:position] + bytes([content[position] ^ 1]) + content[position + 1 :])
+    np.testing.assert_array_equal(load_digests(home, tmp_path / "digests"), first)
     assert len(hashed) == 2
 
 
@@ -143,16 +143,16 @@ def test_digests_of_a_small_data_set_are_not_cached(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(digests_module, "MIN_CACHED_BYTES", 1 << 28)
-    kept(home, tmp_path / "digests")
+    load_digests(home, tmp_path / "digests")
     assert not list((tmp_path / "digests").glob("*.npz"))
 
 
 def test_a_missing_file_is_named(drawn: Path, tmp_path: Path) -> None:
     home = Path(shutil.copytree(drawn / "faces", tmp_path / "faces"))
     records = open_records(home)
-    gone = home / records.key(4)
-    gone.unlink()
-    with pytest.raises(CorruptRecordError, match=f"{gone}: No such file"):
+    missing = home / records.key(4)
+    missing.unlink()
+    with pytest.raises(CorruptRecordError, match=f"{missing}: No such file"):
         list(records.stamps())
     pack = open_records(shutil.copytree(drawn / "pack", tmp_path / "pack"))
     (tmp_path / "pack" / "train.idx").unlink()
@@ -171,7 +171,7 @@ def test_one_of_several_concurrent_calls_reads_the_images(
     home: Path, tmp_path: Path, hashed: list[int]
 ) -> None:
     with ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(lambda _: kept(home, tmp_path / "digests"), range(4)))
+        found = list(pool.map(lambda _: load_digests(home, tmp_path / "digests"), range(4)))
     assert len(hashed) == 1
-    for each in found:
-        np.testing.assert_array_equal(each, found[0])
+    for result in found:
+        np.testing.assert_array_equal(result, found[0])

@@ -74,8 +74,8 @@ def require_same(copy: Records, records: Records) -> None:
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("source", ["recordio/im2rec", "lfw"])
 def test_a_pack_reads_the_same_in_every_form(tmp_path: Path, form: str, source: str) -> None:
-    whole = open_records(SHARED_DATA / source)
-    records = Subset(whole, np.arange(min(300, len(whole))))
+    source_records = open_records(SHARED_DATA / source)
+    records = Subset(source_records, np.arange(min(300, len(source_records))))
     path = write_form(form, records, tmp_path / form)
     copy = open_records(path)
     require_same(copy, records)
@@ -115,12 +115,12 @@ def test_a_folder_may_hold_several_forms(tmp_path: Path, form: str, suffix: str)
     packed = {0: payload(0, jpeg(0)), 1: payload(1, jpeg(1))}
     original = open_records(write_pack(tmp_path / "pack", packed))
     home = tmp_path / "home"
-    made = {each: write_form(each, original, tmp_path / each) for each in ("parquet", "tar")}
+    written = {kind: write_form(kind, original, tmp_path / kind) for kind in ("parquet", "tar")}
     home.mkdir()
-    shutil.copy(made[form], home)
+    shutil.copy(written[form], home)
     assert open_records(home).path == home
-    for each in made.values():
-        shutil.copy(each, home)
+    for path in written.values():
+        shutil.copy(path, home)
     assert open_records(home).layout == "webdataset"
     shutil.copy(tmp_path / "pack/train.rec", home)
     assert open_records(home).layout == "im2rec"

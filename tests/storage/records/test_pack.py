@@ -58,14 +58,14 @@ def test_an_im2rec_pack_has_the_labels_of_its_list() -> None:
 
 
 @pytest.mark.parametrize("index", [True, False])
-@pytest.mark.parametrize("place", ["first", "last", "middle"])
+@pytest.mark.parametrize("header_position", ["first", "last", "middle"])
 def test_insightface_header_and_identities_are_left_out(
-    tmp_path: Path, index: bool, place: str
+    tmp_path: Path, index: bool, header_position: str
 ) -> None:
     packed = insightface_records(IDENTITIES)
     order = sorted(packed)
-    if place != "first":
-        order.insert(len(order) if place == "last" else 4, order.pop(0))
+    if header_position != "first":
+        order.insert(len(order) if header_position == "last" else 4, order.pop(0))
     write_pack(tmp_path, packed, order=order, index=index)
     records = opened(tmp_path)
     assert (records.layout, records.indexed) == ("insightface", index)
@@ -241,12 +241,12 @@ def test_fingerprint_is_of_labels_and_sizes(tmp_path: Path) -> None:
 def folder(tmp_path: Path) -> Path:
     """Packs 1, 2 and 10 of one numbering; the last without an index."""
     folder = tmp_path / "webface"
-    for place, (name, keys) in enumerate({"1": [7, 8], "2": [3], "10": [5, 6, 9]}.items()):
-        packed = {key: payload(10 * place + key, jpeg(key)) for key in keys}
-        made = write_pack(folder, packed, index=name != "10")
-        made.rename(folder / f"part_{name}.rec")
+    for number, (name, keys) in enumerate({"1": [7, 8], "2": [3], "10": [5, 6, 9]}.items()):
+        packed = {key: payload(10 * number + key, jpeg(key)) for key in keys}
+        path = write_pack(folder, packed, index=name != "10")
+        path.rename(folder / f"part_{name}.rec")
         if name != "10":
-            made.with_suffix(".idx").rename(folder / f"part_{name}.idx")
+            path.with_suffix(".idx").rename(folder / f"part_{name}.idx")
     return folder
 
 
@@ -273,17 +273,17 @@ def test_packs_of_a_folder_are_one_data_set_in_natural_order(folder: Path) -> No
 
 def test_parts_are_the_same_data_as_one_pack(folder: Path, tmp_path: Path) -> None:
     parts = open_records(folder)
-    whole = open_records(
+    single = open_records(
         write_pack(
-            tmp_path / "whole",
+            tmp_path / "single",
             {
-                place: payload(int(label), bytes(parts.encoded(place)))
-                for place, label in enumerate(parts.labels)
+                number: payload(int(label), bytes(parts.encoded(number)))
+                for number, label in enumerate(parts.labels)
             },
         )
     )
-    assert whole.fingerprint == parts.fingerprint
-    assert (digests(whole, workers=1) == digests(parts, workers=2)).all()
+    assert single.fingerprint == parts.fingerprint
+    assert (digests(single, workers=1) == digests(parts, workers=2)).all()
 
 
 def test_property_beside_the_parts_names_the_classes(folder: Path) -> None:

@@ -319,11 +319,11 @@ def test_damaged_labels_lose_only_their_rows(tmp_path: Path) -> None:
 def test_a_footer_with_too_many_rows(tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "x.parquet", faces())
     blocks = opened(path)._blocks
-    for place in (3, 4 * parquet_blocks.BLOCK_ROWS):
+    for row in (3, 4 * parquet_blocks.BLOCK_ROWS):
         with pytest.raises(
             CorruptRecordError, match="as many rows as the file's footer says, got f"
         ):
-            blocks.get(0, 1, place)
+            blocks.get(0, 1, row)
 
 
 def test_page_checksums_are_verified(tmp_path: Path) -> None:
@@ -347,13 +347,13 @@ def test_images_of_another_size_are_faults(tmp_path: Path) -> None:
 
 
 @given(st.integers(0, 10_000), st.integers(0, 7))
-def test_a_flipped_bit_raises_only_documented_errors(place: int, bit: int) -> None:
+def test_a_flipped_bit_raises_only_documented_errors(position: int, bit: int) -> None:
     drawn = [b"%d" % row * (row % 7) for row in range(1, 9)]
     with tempfile.TemporaryDirectory() as folder:
         columns = {"image": pa.array(drawn), "label": LABELS}
         path = write_parquet(Path(folder) / "x.parquet", columns)
         content = bytearray(path.read_bytes())
-        content[place % len(content)] ^= 1 << bit
+        content[position % len(content)] ^= 1 << bit
         path.write_bytes(content)
         try:
             records = opened(path)

@@ -31,7 +31,7 @@ payloads = st.lists(pieces, max_size=12).map(b"".join)
 
 
 def rec(tmp_path: Path, content: bytes) -> RecordReader:
-    path = tmp_path / "some.rec"
+    path = tmp_path / "x.rec"
     path.write_bytes(content)
     return RecordReader(path)
 
@@ -75,15 +75,15 @@ def test_corner_cases_read_as_mxnet_reads_them(indexed: bool) -> None:
 
 @needs_shared_data
 def test_corner_cases_are_written_as_mxnet_writes_them(tmp_path: Path) -> None:
-    theirs = SHARED_DATA / "recordio/odd.rec"
-    reader = RecordReader(theirs)
+    source = SHARED_DATA / "recordio/odd.rec"
+    reader = RecordReader(source)
     with RecordWriter(tmp_path / "odd.rec") as writer:
-        keys, offsets = read_index(theirs.with_suffix(".idx"))
+        keys, offsets = read_index(source.with_suffix(".idx"))
         for key, offset in zip(keys.tolist(), offsets.tolist(), strict=True):
             writer.write(key, reader.payload(offset))
     for suffix in (".rec", ".idx"):
-        ours = (tmp_path / "odd.rec").with_suffix(suffix)
-        assert ours.read_bytes() == theirs.with_suffix(suffix).read_bytes()
+        copy = (tmp_path / "odd.rec").with_suffix(suffix)
+        assert copy.read_bytes() == source.with_suffix(suffix).read_bytes()
 
 
 @needs_shared_data
@@ -103,7 +103,7 @@ def test_headers_gathered_at_once_equal_records_read_one_by_one(name: str) -> No
 @given(st.lists(payloads, max_size=6))
 def test_written_records_read_back(datas: list[bytes]) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "some.rec"
+        path = Path(folder) / "x.rec"
         with RecordWriter(path) as writer:
             for key, data in enumerate(datas):
                 writer.write(key * 10, data)
@@ -141,7 +141,7 @@ def test_a_reader_pickles_by_path(tmp_path: Path) -> None:
     assert len(pickled) < 500
     assert pickle.loads(pickled).body(0) == b"x" * 5000
     reader.path.write_bytes(part(b""))
-    with pytest.raises(CorruptRecordError, match=r"some\.rec: expected 5032 bytes .*, got 8;"):
+    with pytest.raises(CorruptRecordError, match=r"x\.rec: expected 5032 bytes .*, got 8;"):
         pickle.loads(pickled)
 
 
@@ -215,7 +215,7 @@ def test_a_scan_finds_every_intact_record(data: st.DataObject) -> None:
 
 
 def test_an_index_of_many_lines_is_read(tmp_path: Path) -> None:
-    path = tmp_path / "some.idx"
+    path = tmp_path / "x.idx"
     keys = np.random.default_rng(0).permutation(100_000)
     path.write_text("".join(f"{key}\t{key * 4}\n" for key in keys))
     read = read_index(path)
@@ -226,14 +226,14 @@ def test_an_index_of_many_lines_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("1\t0\nx\t40\n", r"some\.idx: expected lines of key, tab, offset, got: .*'x'"),
+        ("1\t0\nx\t40\n", r"x\.idx: expected lines of key, tab, offset, got: .*'x'"),
         ("1 0\n", r"expected lines of key, tab, offset, got: .*Expected 2 columns, got 1"),
         ("1\t0\n2\t\n", r"expected lines of key, tab, offset, got: "),
         ("7\t0\n8\t4\n7\t8\n", r"expected every key once, got key 7 again \(1 such lines\)"),
     ],
 )
 def test_a_damaged_index_is_refused(tmp_path: Path, content: str, message: str) -> None:
-    path = tmp_path / "some.idx"
+    path = tmp_path / "x.idx"
     path.write_text(content)
     with pytest.raises(CorruptRecordError, match=message) as raised:
         read_index(path)
@@ -242,9 +242,9 @@ def test_a_damaged_index_is_refused(tmp_path: Path, content: str, message: str) 
 
 def test_an_interrupted_writer_leaves_nothing(tmp_path: Path) -> None:
     def write_and_stop() -> None:
-        with RecordWriter(tmp_path / "some.rec") as writer:
+        with RecordWriter(tmp_path / "x.rec") as writer:
             writer.write(0, b"data")
-            assert not (tmp_path / "some.rec").exists()
+            assert not (tmp_path / "x.rec").exists()
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -252,11 +252,11 @@ def test_an_interrupted_writer_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("existing", ["some.rec", "some.idx"])
+@pytest.mark.parametrize("existing", ["x.rec", "x.idx"])
 def test_a_writer_refuses_existing_files(tmp_path: Path, existing: str) -> None:
     (tmp_path / existing).write_text("precious")
     with pytest.raises(ConfigError, match=rf"{existing}: exists already; remove it or choose"):
-        RecordWriter(tmp_path / "some.rec")
+        RecordWriter(tmp_path / "x.rec")
 
 
 def test_a_record_that_is_too_large_is_refused() -> None:

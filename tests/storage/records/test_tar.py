@@ -22,13 +22,13 @@ def walked(path: Path) -> list[Member]:
     return list(members(memoryview(path.read_bytes())))
 
 
-def theirs(path: Path) -> list[tuple[bytes, int, int]]:
+def expected(path: Path) -> list[tuple[bytes, int, int]]:
     """Name, offset and size of the regular members by tarfile."""
     with tarfile.open(path) as archive:
         return [
-            (os.fsencode(each.name), each.offset_data, each.size)
-            for each in archive
-            if each.isreg()
+            (os.fsencode(member.name), member.offset_data, member.size)
+            for member in archive
+            if member.isreg()
         ]
 
 
@@ -51,12 +51,12 @@ def test_members_of_every_kind_are_those_of_tarfile(tmp_path: Path) -> None:
                 member = tarfile.TarInfo(name)
                 member.type, member.size, member.linkname = kind, size, "folder/a.jpg"
                 archive.addfile(member, io.BytesIO(bytes(size)))
-        ours = walked(path)
-        assert [(m.name, m.data, m.size) for m in ours] == theirs(path)
-        assert len(ours) == 6
+        found = walked(path)
+        assert [(m.name, m.data, m.size) for m in found] == expected(path)
+        assert len(found) == 6
         # The start of a member is enough to read its name again.
         content = memoryview(path.read_bytes())
-        assert [next(members(content, m.start)) for m in ours] == ours
+        assert [next(members(content, m.start)) for m in found] == found
 
 
 names = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=300)
@@ -131,13 +131,13 @@ def content_of(tmp_path: Path) -> bytes:
 
 def test_every_flipped_bit_of_a_header_is_detected(tmp_path: Path) -> None:
     content = bytearray(content_of(tmp_path))
-    for place in range(BLOCK):
-        if place == 148:  # the checksum's leading zero, which becomes a space
+    for position in range(BLOCK):
+        if position == 148:  # the checksum's leading zero, which becomes a space
             continue
-        content[place] ^= 1 << place % 8
+        content[position] ^= 1 << position % 8
         with pytest.raises(TarFault) as fault:
             list(members(memoryview(content)))
-        content[place] ^= 1 << place % 8
+        content[position] ^= 1 << position % 8
         assert fault.value.offset == 0
     assert len(list(members(memoryview(content)))) == 3
 

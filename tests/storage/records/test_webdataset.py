@@ -51,9 +51,9 @@ def shards(folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("inside", ["", "data"])
-def test_shards_are_one_data_set_in_natural_order(tmp_path: Path, inside: str) -> None:
-    shards(tmp_path / "set" / inside)
+@pytest.mark.parametrize("subfolder", ["", "data"])
+def test_shards_are_one_data_set_in_natural_order(tmp_path: Path, subfolder: str) -> None:
+    shards(tmp_path / "set" / subfolder)
     (tmp_path / "set/README.md").write_text("faces")
     records = opened(tmp_path / "set")
     assert records.labels.tolist() == LABELS
@@ -62,7 +62,7 @@ def test_shards_are_one_data_set_in_natural_order(tmp_path: Path, inside: str) -
     keys = [records.key(row) for row in (0, 2, 4, 5)]
     assert keys == [f"faces-{shard}/{key:09}" for shard, key in [(1, 0), (2, 0), (2, 2), (10, 0)]]
     assert records.where(7).startswith(
-        f"{tmp_path / 'set' / inside / 'faces-10.tar'}, key 00000000"
+        f"{tmp_path / 'set' / subfolder / 'faces-10.tar'}, key 00000000"
     )
     (tmp_path / "set/property").write_text("9,112,112\n")
     assert opened(tmp_path / "set").num_classes == 9
@@ -127,8 +127,8 @@ def test_an_incomplete_sample_stays_a_row(
     path = write_tar(tmp_path / "x.tar", [*members.items(), *GOOD])
     records = opened(path)
     assert records.labels.tolist() == [-1, 2]
-    place = rf"{path}, key a, offset 0: "
-    with pytest.raises(CorruptRecordError, match=rf"^{place}{message}"):
+    location = rf"{path}, key a, offset 0: "
+    with pytest.raises(CorruptRecordError, match=rf"^{location}{message}"):
         records.encoded(0)
     assert bytes(records.encoded(1)) == BODIES[0]
     (fault,) = verify_records(records, workers=2).faults
@@ -220,12 +220,12 @@ def test_damage_loses_only_the_samples_it_hits(tmp_path: Path) -> None:
     assert any("key 000000005" in m and "expected a label" in m for m in messages)
 
 
-@pytest.mark.parametrize("lost", [1024 + 10, 1500, 4000])
-def test_a_truncated_shard_keeps_its_intact_samples(tmp_path: Path, lost: int) -> None:
+@pytest.mark.parametrize("num_cut", [1024 + 10, 1500, 4000])
+def test_a_truncated_shard_keeps_its_intact_samples(tmp_path: Path, num_cut: int) -> None:
     path = write_tar(tmp_path / "x.tar", samples(LABELS, BODIES), format=tarfile.USTAR_FORMAT)
     content = path.read_bytes().rstrip(b"\0")
     end = -(-len(content) // 512) * 512 + 1024  # without the padding of the archive
-    path.write_bytes(path.read_bytes()[: end - lost])
+    path.write_bytes(path.read_bytes()[: end - num_cut])
     records = opened(path)
     good = (records.labels >= 0).tolist()
     assert good in ([True] * 8 + [False], [True] * 7 + [False] * 2, [True] * 7 + [False])
@@ -248,13 +248,13 @@ def test_an_empty_archive_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["x.tar.gz", "x.tgz", "x.tar", "x.tar.bz2", "x.tar.xz"])
-@pytest.mark.parametrize("whole", [True, False])
-def test_compressed_archives_are_refused(tmp_path: Path, name: str, whole: bool) -> None:
+@pytest.mark.parametrize("by_folder", [True, False])
+def test_compressed_archives_are_refused(tmp_path: Path, name: str, by_folder: bool) -> None:
     kind = {"bz2": "bz2", "xz": "xz"}.get(name.rpartition(".")[2], "gz")
     with tarfile.open(tmp_path / name, f"w:{kind}") as archive:  # type: ignore[call-overload]
         archive.add(write_tar(tmp_path / "inner", samples([0], BODIES[:1])), "inner")
     with pytest.raises(ConfigError, match=r"expected a plain tar file, got one compressed by .*z"):
-        open_records(tmp_path if whole else tmp_path / name)
+        open_records(tmp_path if by_folder else tmp_path / name)
 
 
 def test_a_git_lfs_pointer_is_refused(tmp_path: Path) -> None:
@@ -318,15 +318,15 @@ def test_a_flipped_bit_is_reported_or_hits_one_image(
             records = opened(path)
         except GkdError:
             return
-        read, told = [], True
+        read, located = [], True
         for row in range(len(records)):
             try:
                 read.append((int(records.labels[row]), bytes(records.encoded(row))))
             except CorruptRecordError as error:
-                told = told and str(error).startswith(f"{records.where(row)}: expected")
+                located = located and str(error).startswith(f"{records.where(row)}: expected")
         kept = [sample for sample in drawn if sample in read]
         assert len(kept) >= len(drawn) - 1
-        assert told
+        assert located
 
 
 def test_an_unreadable_shard_is_reported(tmp_path: Path) -> None:

@@ -52,10 +52,10 @@ def test_plain_order_numbers_identities_by_code_points(tmp_path: Path) -> None:
 
 @needs_shared_data
 def test_packing_the_lfw_pack_reproduces_mxnets_bytes(tmp_path: Path) -> None:
-    theirs = SHARED_DATA / "lfw"
-    pack(theirs, tmp_path / "pack", workers=2)
+    source = SHARED_DATA / "lfw"
+    pack(source, tmp_path / "pack", workers=2)
     for name in ("train.rec", "train.idx"):
-        assert (tmp_path / "pack" / name).read_bytes() == (theirs / name).read_bytes()
+        assert (tmp_path / "pack" / name).read_bytes() == (source / name).read_bytes()
 
 
 def test_identity_records_bound_the_keys_of_each_identity(tmp_path: Path) -> None:
@@ -120,8 +120,8 @@ def test_an_existing_output_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_missing_source_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"gone: expected a folder with .* got nothing there"):
-        pack(tmp_path / "gone", tmp_path / "pack")
+    with pytest.raises(ConfigError, match=r"missing: expected a folder with .* got nothing there"):
+        pack(tmp_path / "missing", tmp_path / "pack")
 
 
 def test_more_classes_than_float32_labels_represent_are_refused(tmp_path: Path) -> None:
