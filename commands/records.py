@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import msgspec
 
 from gkd.commands.options import LOCAL_PATH, OUTPUT_PATH, as_json, sort_option, workers_option
 from gkd.commands.output import emit, emit_json, printable
@@ -23,7 +24,15 @@ def records_info(source: Path, sort: Any, as_json: bool) -> None:
     from gkd.storage.records.check import records_info
     from gkd.storage.records.open import open_records
 
-    emit(records_info(open_records(source, sort=sort)), as_json)
+    found = records_info(open_records(source, sort=sort))
+    info = msgspec.to_builtins(found, str_keys=True, enc_hook=str)
+    if not as_json:
+        named = {"0": "minimum", "50": "median", "100": "maximum"}
+        info["images_per_identity"] = {
+            named.get(percentile, f"{percentile}th percentile"): images
+            for percentile, images in info["images_per_identity"].items()
+        }
+    emit(info, as_json)
 
 
 @records.command("verify", short_help="Decode every image, list every fault.")

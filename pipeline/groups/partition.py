@@ -142,16 +142,17 @@ def _partition_rows(
 
 
 def _empty(settings: PartitionSettings) -> Partition:
-    draws = settings.draws and Draws(
-        np.empty((0, settings.draws.count), np.uint32),
-        np.empty((0, settings.draws.count), np.uint16),
-        np.empty(0, np.float32) if settings.draws_from_group else None,
-    )
+    draws = None
+    if settings.draws:
+        draws = Draws(
+            np.empty((0, settings.draws.count), np.uint32),
+            np.empty((0, settings.draws.count), np.uint16),
+            np.empty(0, np.float32) if settings.draws_from_group else None,
+        )
     secondary = np.empty((0, len(settings.temperatures)), np.float32)
     entries = np.empty(0, np.uint32), np.empty(0, np.uint16)
-    return Partition(
-        SparseTargets(np.zeros(1, np.int64), *entries, secondary, draws), np.empty(0, np.bool_)
-    )
+    targets = SparseTargets(np.zeros(1, np.int64), *entries, secondary, draws)
+    return Partition(targets, np.empty(0, np.bool_))
 
 
 def _scan_classes(

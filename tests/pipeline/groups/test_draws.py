@@ -251,6 +251,7 @@ def test_embeddings_give_the_draws_of_their_logits() -> None:
             uniforms=uniforms,
         )
         check(result, (64 * cosines).astype(np.float32), labels, config, uniforms)
+        assert result.targets.draws is not None
         assert np.any(result.targets.draws.classes == labels[:, None]), "labels are drawn too"
 
 
