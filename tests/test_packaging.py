@@ -36,6 +36,11 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     top = {name.split("/")[0] for name in names}
     assert {name for name in top if not name.endswith(".dist-info")} == {"gkd"}
     assert {"gkd/cli.py", "gkd/storage/cache/spec.py", "gkd/storage/FORMAT.md"} <= set(names)
+    # Templates, styles and scripts are read at run time.
+    files = [path for folder in ("storage", "trainer") for path in (ROOT / folder).rglob("*.*")]
+    pages = {path.relative_to(ROOT) for path in files if path.suffix in (".html", ".css", ".js")}
+    assert pages
+    assert {f"gkd/{path}" for path in pages} <= set(names)
 
 
 def require_gkd(environment: Path, wheel: Path, elsewhere: Path) -> None:

@@ -243,8 +243,9 @@ def _sum_by_key(
     keys: npt.NDArray[np.uint64], sums: npt.NDArray[np.float64]
 ) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.float64]]:
     """Distinct keys [n], ascending, with the ``sums`` [2, n] of equal ones added."""
-    distinct, index = np.unique(keys, return_inverse=True)
-    return distinct, np.stack([np.bincount(index, part, len(distinct)) for part in sums])
+    order = np.argsort(keys, kind="stable")
+    distinct, starts = np.unique(keys[order], return_index=True)
+    return distinct, np.add.reduceat(sums[:, order], starts, axis=1)
 
 
 def examples(
