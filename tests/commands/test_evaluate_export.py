@@ -119,7 +119,7 @@ def test_a_result_is_printed_if_embeddings_cannot_be_kept(
 
 def test_a_mistake_ends_in_one_message(home: Path, tmp_path: Path) -> None:
     model = ("evaluate", home / "network.pt")
-    assert "found neither; pairs are a .bin file" in fails(*model, home / "drawn")
+    assert "got neither; pairs are a .bin file" in fails(*model, home / "drawn")
     plot = ("--plot", tmp_path / "roc.png")
     assert "got identification alone; leave --plot out" in fails(*model, home / "tiny", *plot)
     broken = tmp_path / "IJBB"

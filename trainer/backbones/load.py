@@ -75,19 +75,21 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
 def _read_tensors(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise ConfigError(
-            f"{path}: no such weights file; expected .pt, .pth, .ckpt or .safetensors"
+            path=path, expected="a weights file (.pt, .pth, .ckpt, .safetensors)", got="no file"
         )
     content = _read(path)
     for nest in NESTS:
         if isinstance(content, Mapping) and isinstance(content.get(nest), Mapping):
             content = content[nest]
     if not isinstance(content, Mapping) or not content:
-        raise ConfigError(f"{path}: expected a state dict of tensors, got {type(content).__name__}")
+        raise ConfigError(path=path, expected="a state dict of tensors", got=type(content).__name__)
     for key, value in content.items():
         if not isinstance(value, Tensor):
             raise ConfigError(
-                f"{path}: expected a state dict of tensors, got {type(value).__name__} at key "
-                f"{key!r}; save the network's state_dict() alone"
+                path=path,
+                expected="a state dict of tensors",
+                got=f"{type(value).__name__} at key {key!r}",
+                remedy="save the network's state_dict() alone",
             )
     return {str(key): value for key, value in content.items()}
 

@@ -35,7 +35,7 @@ def similarity_transform(
     centred = points - mean
     variance = np.square(centred).sum() / len(points)
     if not np.isfinite(variance) or variance <= 0:
-        raise ConfigError(f"expected five different points, got {points.tolist()}")
+        raise ConfigError(expected="five different points", got=points.tolist())
     left, singular, right = np.linalg.svd((targets - target_mean).T @ centred / len(points))
     signs = np.array([1.0, np.sign(np.linalg.det(left) * np.linalg.det(right)) or 1.0])
     linear = (left * signs) @ right * (singular @ signs / variance)

@@ -106,15 +106,17 @@ def load_verification_set(path: Path) -> VerificationSet:
     path = Path(path)
     if not path.is_file():
         raise ConfigError(
-            f"{path}: expected a verification set (.bin), found no file; check the path"
+            path=path, expected="a verification set (.bin)", got="no file", remedy="check the path"
         )
     bins, truths = _unpickle(path)
     images = tuple(_encoded(path, number, item) for number, item in enumerate(bins))
     issame = _truths(path, truths)
     if len(images) != 2 * len(issame):
         raise CorruptRecordError(
-            f"{path}: expected 2 images per pair, got {len(images)} images for {len(issame)} "
-            "pairs; the file is damaged, get it again"
+            path=path,
+            expected="2 images per pair",
+            got=f"{len(images)} images for {len(issame)} pairs",
+            remedy="the file is damaged, get it again",
         )
     _check_pairs(path, issame)
     return VerificationSet(path, images, issame)
@@ -130,7 +132,9 @@ def write_verification_set(
     """
     if len(images) != 2 * len(issame):
         raise ConfigError(
-            f"{path}: expected 2 images per pair, got {len(images)} images for {len(issame)} pairs"
+            path=path,
+            expected="2 images per pair",
+            got=f"{len(images)} images for {len(issame)} pairs",
         )
     _check_pairs(path, issame)
     bins = [bytes(image) for image in images]
@@ -141,9 +145,10 @@ def _check_pairs(path: Path, issame: npt.NDArray[np.bool_]) -> None:
     same = int(issame.sum())
     if len(issame) < FOLDS or same in (0, len(issame)):
         raise ConfigError(
-            f"{path}: expected at least {FOLDS} pairs (one per fold), both genuine and impostor "
-            f"ones, got {same} genuine and {len(issame) - same} impostor pairs; use a larger "
-            "verification set"
+            path=path,
+            expected=f"at least {FOLDS} pairs (one per fold), both genuine and impostor ones",
+            got=f"{same} genuine and {len(issame) - same} impostor pairs",
+            remedy="use a larger verification set",
         )
 
 

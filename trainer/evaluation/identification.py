@@ -150,8 +150,10 @@ def load_identification_set(folder: Path) -> IdentificationSet:
     sought = [_identity(folder, file) for file in probe]
     if not set(enrolled) & set(sought):
         raise ConfigError(
-            f"{folder}: expected people of {PROBE} in {GALLERY}, got none in common; files are "
-            "named IDENTITY_anything.jpg in both"
+            path=folder,
+            expected=f"people of {PROBE} in {GALLERY}",
+            got="none in common",
+            remedy="files are named IDENTITY_anything.jpg in both",
         )
     return IdentificationSet(
         folder,
@@ -164,14 +166,14 @@ def load_identification_set(folder: Path) -> IdentificationSet:
 def _listed(folder: Path, name: str) -> list[str]:
     """Images anywhere below one of the folders, in natural order."""
     if not (folder / name).is_dir():
-        raise ConfigError(f"{folder}: expected a folder {name} in it, got none")
+        raise ConfigError(path=folder, expected=f"a folder {name} in it", got="none")
     found = [
         path.relative_to(folder).as_posix()
         for path in (folder / name).rglob("*")
         if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
     ]
     if not found:
-        raise ConfigError(f"{folder / name}: expected images, got none")
+        raise ConfigError(path=folder / name, expected="images", got="none")
     return sorted(found, key=natural_key)
 
 
@@ -179,8 +181,10 @@ def _identity(folder: Path, file: str) -> int:
     number = Path(file).name.partition("_")[0]
     if not number.isdecimal():
         raise ConfigError(
-            f"{folder / file}: expected a name that begins with its person's number and an "
-            f"underscore, such as 17_2.jpg, got {Path(file).name}; rename it"
+            path=folder / file,
+            expected="a name that begins with its person's number, such as 17_2.jpg",
+            got=Path(file).name,
+            remedy="rename it",
         )
     return int(number)
 

@@ -187,14 +187,16 @@ def load_ijb(folder: Path) -> IjbSet:
     if len(found) != 1:
         names = ", ".join(path.name for path in found) or "none"
         raise ConfigError(
-            f"{folder / META}: expected one file *_{PAIRS}, got {names}; keep each set in "
-            "its own folder"
+            path=folder / META,
+            expected=f"one file *_{PAIRS}",
+            got=names,
+            remedy="keep each set in its own folder",
         )
     name = found[0].name.removesuffix(f"_{PAIRS}")
     meta = [folder / META / f"{name}_{suffix}" for suffix in (MEDIA, POINTS, PAIRS)]
     for path in meta:
         if not path.is_file():
-            raise ConfigError(f"{path}: expected this file beside {found[0].name}, got none")
+            raise ConfigError(path=path, expected=f"this file beside {found[0].name}", got="none")
     files, ids, media = _read_media(meta[0])
     points, scores = _read_points(meta[1], files, meta[0])
     known, templates = np.unique(ids, return_inverse=True)
@@ -208,7 +210,7 @@ def _read_media(
     """File, template id and medium id of each face."""
     rows = [row for _, row in _rows(path, "NAME TEMPLATE MEDIUM", (str, int, int))]
     if not rows:
-        raise CorruptRecordError(f"{path}: expected a line for each face, got none")
+        raise CorruptRecordError(path=path, expected="a line for each face", got="none")
     ids, media = np.array([row[1:] for row in rows], np.int64).T
     return tuple(f"{CROPS}/{row[0]}" for row in rows), ids, media
 
@@ -224,8 +226,10 @@ def _read_points(
             _refuse(path, line, f"{expected}, as in {listed.name}", row[0])
     if len(rows) != len(files):
         raise CorruptRecordError(
-            f"{path}: expected {len(files):,} faces, as in {listed.name}, got {len(rows):,}; one "
-            "of the files is truncated, get the set again"
+            path=path,
+            expected=f"{len(files):,} faces, as in {listed.name}",
+            got=f"{len(rows):,}",
+            remedy="one of the files is truncated, get the set again",
         )
     values = np.array([row[1:] for _, row in rows])
     return values[:, :10].reshape(-1, 5, 2), values[:, 10]
@@ -243,7 +247,7 @@ def _read_pairs(
             table = np.empty((0, 0), np.int64)
     if table.shape[1] != 3 or not len(table):
         list(_rows(path, "TEMPLATE TEMPLATE LABEL", (int, int, int)))  # names the line
-        raise CorruptRecordError(f"{path}: expected a line for each pair, got none")
+        raise CorruptRecordError(path=path, expected="a line for each pair", got="none")
     ids, labels = table[:, :2], table[:, 2]
     pairs = np.searchsorted(known, ids).clip(max=len(known) - 1)
     invalid = (known[pairs] != ids).any(axis=1) | (labels < 0) | (labels > 1)
@@ -254,8 +258,10 @@ def _read_pairs(
     issame = labels == 1
     if issame.all() or not issame.any():
         raise CorruptRecordError(
-            f"{path}: expected pairs of one person and of two, got {int(issame.sum()):,} and "
-            f"{int((~issame).sum()):,}; the file is truncated, get it again"
+            path=path,
+            expected="pairs of one person and of two",
+            got=f"{int(issame.sum()):,} and {int((~issame).sum()):,}",
+            remedy="the file is truncated, get it again",
         )
     return pairs, issame
 
@@ -285,5 +291,5 @@ def _finite(word: str) -> float:
 def _refuse(path: Path, line: int, expected: str, *got: object) -> NoReturn:
     words = " ".join(map(str, got))
     raise CorruptRecordError(
-        f"{path}, line {line}: expected {expected}, got {words!r}; get the set again"
+        path=f"{path}, line {line}", expected=expected, got=repr(words), remedy="get the set again"
     )

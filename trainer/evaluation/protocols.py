@@ -26,8 +26,11 @@ def load_set(path: Path) -> FaceSet[Result]:
     if is_identification(path):
         return load_identification_set(path)
     raise ConfigError(
-        f"{path}: expected a folder with meta/*_template_pair_label.txt (IJB-B, IJB-C) or with "
-        "Probe/ and Gallery_Match/ (TinyFace), found neither; pairs are a .bin file"
+        path=path,
+        expected="a folder with meta/*_template_pair_label.txt (IJB-B, IJB-C) or with Probe/ and "
+        "Gallery_Match/ (TinyFace)",
+        got="neither",
+        remedy="pairs are a .bin file",
     )
 
 
@@ -40,7 +43,9 @@ def plot_results(results: Sequence[Result], out: Path) -> None:
     curves = [result for result in results if isinstance(result, RocResult)]
     if not curves:
         raise ConfigError(
-            f"{out}: expected a set of pairs or templates to draw the ROC of, got identification "
-            "alone; leave --plot out"
+            path=out,
+            expected="a set of pairs or templates to draw the ROC of",
+            got="identification alone",
+            remedy="leave --plot out",
         )
     plot_roc(curves, out)

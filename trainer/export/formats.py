@@ -144,9 +144,11 @@ def _check_against(model: nn.Module, content: bytes, out: Path) -> None:
         error = _relative_error(session.run([OUTPUT], {INPUT: images})[0], expected)
         if not error <= TOLERANCE:
             raise ConfigError(
-                f"{out}: the export disagrees with torch on a batch of {batch}: expected the same "
-                f"embeddings within {TOLERANCE:g} of their norm, got a difference of {error:.2g}; "
-                "nothing was written. The model may not be a pure function of its input"
+                f"the export disagrees with torch on a batch of {batch}",
+                path=out,
+                expected=f"the same embeddings within {TOLERANCE:g} of their norm",
+                got=f"a difference of {error:.2g}",
+                remedy="nothing was written. The model may not be a pure function of its input",
             )
 
 

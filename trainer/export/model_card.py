@@ -76,8 +76,10 @@ def export_student(
     """
     if out.suffix not in FORMATS:
         raise ConfigError(
-            f"{out}: expected a name that ends in {' or '.join(FORMATS)}, got "
-            f"{out.suffix or 'no ending'}; the ending determines the format"
+            path=out,
+            expected=f"a name that ends in {' or '.join(FORMATS)}",
+            got=out.suffix or "no ending",
+            remedy="the ending determines the format",
         )
     student, run_info = load_student(run), _run_info_of(run)
     name = student.config.student.name

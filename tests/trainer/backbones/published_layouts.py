@@ -70,7 +70,7 @@ def norm(key: str, channels: int, *, affine: bool = True) -> Shapes:
 
 
 def iresnet_shapes(blocks: tuple[int, ...], w: float = 1, dim: int = 512, side: int = 7) -> Shapes:
-    c = [int(each * w) for each in (64, 64, 128, 256, 512)]
+    c = [int(channels * w) for channels in (64, 64, 128, 256, 512)]
     shapes: Shapes = {"conv1.weight": (c[0], 3, 3, 3), **norm("bn1", c[0]), "prelu.weight": (c[0],)}
     for stage in range(4):
         for i in range(blocks[stage]):
@@ -107,14 +107,14 @@ def mobilefacenet_shapes(blocks: tuple[int, ...], scale: float, dim: int = 512) 
         unit("layers.1", a, a // 64, 3)
     for i in range(blocks[0] if blocks[0] > 1 else 0):
         bottleneck(f"layers.1.layers.{i}", a, a, 128)
-    for place, (into, out, hidden, inner), times in (
+    for index, (into, out, hidden, inner), times in (
         (2, (a, a, 128, 128), blocks[1]),
         (4, (a, b, 256, 256), blocks[2]),
         (6, (b, b, 512, 256), blocks[3]),
     ):
-        bottleneck(f"layers.{place}", into, out, hidden)
+        bottleneck(f"layers.{index}", into, out, hidden)
         for i in range(times):
-            bottleneck(f"layers.{place + 1}.layers.{i}", out, out, inner)
+            bottleneck(f"layers.{index + 1}.layers.{i}", out, out, inner)
     unit("conv_sep", 512, b)
     unit("features.layers.0", 512, 1, 7, active=False)
     return shapes | {"features.layers.2.weight": (dim, 512)} | norm("features.layers.3", dim)
@@ -129,7 +129,7 @@ def vit_shapes(channels: int, depth: int, dim: int = 512, patches: int = 144) ->
     }
     for i in range(depth):
         for key in ("norm1", "norm2"):
-            shapes |= {f"blocks.{i}.{key}.{each}": (channels,) for each in ("weight", "bias")}
+            shapes |= {f"blocks.{i}.{key}.{name}": (channels,) for name in ("weight", "bias")}
         shapes[f"blocks.{i}.attn.qkv.weight"] = (3 * channels, channels)
         for key, out, into in (
             ("attn.proj", channels, channels),
@@ -155,14 +155,14 @@ def ir_shapes(
     evolve: bool = False,
 ) -> Shapes:
     wide = 4 if bottleneck else 1
-    c = [int(64 * w), *(int(each * w * wide) for each in (64, 128, 256, 512))]
+    c = [int(64 * w), *(int(channels * w * wide) for channels in (64, 128, 256, 512))]
     shapes: Shapes = {"input_layer.0.weight": (c[0], 3, 3, 3), **norm("input_layer.1", c[0])}
     shapes["input_layer.2.weight"] = (c[0],)
-    place = 0
+    index = 0
     for stage in range(4):
         for i in range(blocks[stage]):
-            key, out = f"body.{place}.res_layer", c[stage + 1]
-            into, place = (c[stage] if i == 0 else out), place + 1
+            key, out = f"body.{index}.res_layer", c[stage + 1]
+            into, index = (c[stage] if i == 0 else out), index + 1
             shapes |= norm(f"{key}.0", into)
             inner = out // wide
             if bottleneck:
@@ -183,7 +183,7 @@ def ir_shapes(
                 shapes[f"{squeeze}.fc1.weight"] = (max(1, out // 16), out, 1, 1)
                 shapes[f"{squeeze}.fc2.weight"] = (out, max(1, out // 16), 1, 1)
             if into != out:
-                shortcut = f"body.{place - 1}.shortcut_layer"
+                shortcut = f"body.{index - 1}.shortcut_layer"
                 shapes |= {f"{shortcut}.0.weight": (out, into, 1, 1)} | norm(f"{shortcut}.1", out)
     shapes |= norm("output_layer.0", c[4])
     shapes |= {"output_layer.3.weight": (dim, c[4] * side * side), "output_layer.3.bias": (dim,)}
@@ -243,19 +243,19 @@ def ir(state: State, images: Tensor, blocks: tuple[int, ...]) -> Tensor:
     x = F.conv2d(images, state["input_layer.0.weight"], padding=1)
     x = F.prelu(bn(state, "input_layer.1", x), state["input_layer.2.weight"])
     strides = [2 if i == 0 else 1 for times in blocks for i in range(times)]
-    for place, stride in enumerate(strides):
+    for index, stride in enumerate(strides):
         shortcut = x[:, :, ::stride, ::stride]
-        key = f"body.{place}.shortcut_layer"
+        key = f"body.{index}.shortcut_layer"
         if f"{key}.0.weight" in state:
             shortcut = bn(state, f"{key}.1", F.conv2d(shortcut, state[f"{key}.0.weight"]))
-        x = _res_layer(state, f"body.{place}.res_layer", x, stride) + shortcut
+        x = _res_layer(state, f"body.{index}.res_layer", x, stride) + shortcut
     x = bn(state, "output_layer.0", x).flatten(1)
     x = x @ state["output_layer.3.weight"].T + state["output_layer.3.bias"]
     return bn(state, "output_layer.4", x)
 
 
 def _res_layer(state: State, key: str, x: Tensor, stride: int) -> Tensor:
-    """By what each number's own tensors are; the last convolution has the stride."""
+    """The layers in order, by the tensors of each; the last convolution has the stride."""
     weights = {i: state.get(f"{key}.{i}.weight") for i in range(9)}
     last = max(i for i, weight in weights.items() if weight is not None and weight.dim() == 4)
     for i, weight in weights.items():

@@ -1,6 +1,6 @@
 """The published networks, written from their key names alone: torch and nothing of gkd.
 
-Tests put this file in the place of arcface_torch's package ``backbones``: ``get_model`` and
+Tests put this file instead of arcface_torch's package ``backbones``: ``get_model`` and
 ``MobileFaceNet`` are called as there.
 """
 
@@ -100,9 +100,9 @@ class MobileFaceNet(nn.Module):
             repeated(b, 256, blocks[3]),
         )
         self.conv_sep = unit(b, 512)
-        whole = Layers(nn.Conv2d(512, 512, 7, groups=512, bias=False), nn.BatchNorm2d(512))
+        depthwise = Layers(nn.Conv2d(512, 512, 7, groups=512, bias=False), nn.BatchNorm2d(512))
         last = nn.Linear(512, num_features, bias=False), nn.BatchNorm1d(num_features)
-        self.features = Layers(whole, nn.Flatten(), *last)
+        self.features = Layers(depthwise, nn.Flatten(), *last)
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.features(self.conv_sep(self.layers(x)))

@@ -219,7 +219,7 @@ def test_files_of_something_else_are_named(content: object, message: str, tmp_pa
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"gone\.pt: no such weights file"):
+    with pytest.raises(ConfigError, match=r"gone\.pt: expected a weights file"):
         load_backbone("auto", tmp_path / "gone.pt")
 
 

@@ -66,7 +66,7 @@ def evaluate(ranks: Ranks, *, kd: bool, drawn: bool = False) -> tuple[torch.Tens
 
 
 def check_sample(ranks: Ranks, labels: torch.Tensor, by_centers: torch.Tensor) -> None:
-    """Each rank draws from its own part: the drawn centres' gradient stands for others'."""
+    """Each rank samples its own part; the gradient of drawn centres is weighted."""
     size, rows = BATCH // ranks.world_size, ranks.rows(CLASSES)
     embeddings, centers, own_labels, _ = problem(slice(ranks.rank * size, (ranks.rank + 1) * size))
     wanted = classes_in_use(own_labels, None, ranks)
