@@ -213,6 +213,8 @@ def test_nothing_is_made_inside_a_cache(home: Path, tmp_path: Path) -> None:
         ("targets", "merge", inside, home / "targets.gkd", path),
         ("targets", "pull", home / "targets.gkd", inside),
         ("targets", "push", home / "targets.gkd", inside),
+        ("targets", "confusions", home / "targets.gkd", "--out", inside),
+        ("centers", "build", home / "faces", inside.with_suffix(".safetensors"), *teacher),
         ("train-student", home / "faces", home / "targets.gkd", inside, *TINY),
     ):
         stderr = fails(*command)
