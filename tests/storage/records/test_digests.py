@@ -10,9 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gkd.storage.errors import CorruptRecordError
 from gkd.storage.records import digests as digests_module
-from gkd.storage.records.base import Subset
 from gkd.storage.records.digests import cached_digests
 from gkd.storage.records.open import Records, digests, open_records
 from gkd.storage.records.write_pack import pack
@@ -145,26 +143,6 @@ def test_digests_of_a_small_data_set_are_not_cached(
     monkeypatch.setattr(digests_module, "MIN_CACHED_BYTES", 1 << 28)
     load_digests(home, tmp_path / "digests")
     assert not list((tmp_path / "digests").glob("*.npz"))
-
-
-def test_a_missing_file_is_named(drawn: Path, tmp_path: Path) -> None:
-    home = Path(shutil.copytree(drawn / "faces", tmp_path / "faces"))
-    records = open_records(home)
-    missing = home / records.key(4)
-    missing.unlink()
-    with pytest.raises(CorruptRecordError, match=f"{missing}: No such file"):
-        list(records.stamps())
-    pack = open_records(shutil.copytree(drawn / "pack", tmp_path / "pack"))
-    (tmp_path / "pack" / "train.idx").unlink()
-    with pytest.raises(CorruptRecordError, match=r"train\.idx: No such file"):
-        list(pack.stamps())
-
-
-def test_a_subset_has_the_same_files(drawn: Path) -> None:
-    records = open_records(drawn / "faces")
-    subset = Subset(records, np.array([4, 2]), num_classes=7)
-    assert subset.num_classes == 7
-    assert list(subset.stamps()) == list(records.stamps())
 
 
 def test_one_of_several_concurrent_calls_reads_the_images(

@@ -1,4 +1,3 @@
-import hashlib
 import pickle
 import struct
 from pathlib import Path
@@ -229,12 +228,6 @@ def test_a_damaged_header_record_does_not_turn_identities_into_images(tmp_path: 
     content[0] ^= 0xFF
     pack.write_bytes(content)
     assert open_records(pack).labels.tolist() == [-1, *LABELS]
-
-
-def test_fingerprint_is_of_labels_and_sizes(tmp_path: Path) -> None:
-    records = open_records(write_pack(tmp_path, insightface_records(IDENTITIES)))
-    sizes = [len(jpeg(key)) for key in range(1, 7)]
-    assert records.fingerprint == hashlib.sha256(struct.pack("<12q", *LABELS, *sizes)).hexdigest()
 
 
 @pytest.fixture

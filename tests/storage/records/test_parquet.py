@@ -24,7 +24,6 @@ from tests.storage.records.forms import (
     image_column,
     write_parquet,
 )
-from tests.storage.records.packs import jpeg
 
 
 def opened(path: Path) -> ParquetRecords:
@@ -336,14 +335,6 @@ def test_page_checksums_are_verified(tmp_path: Path) -> None:
         CorruptRecordError, match=r"row 0 in row group 0: .*decoded, got: .*(?i:crc)"
     ):
         opened(path).encoded(0)
-
-
-def test_images_of_another_size_are_faults(tmp_path: Path) -> None:
-    columns = {"image": image_column([jpeg(0, (96, 112))]), "label": [0]}
-    with pytest.raises(
-        CorruptRecordError, match="aligned face of 112x112 pixels, got 96x112; writ"
-    ):
-        opened(write_parquet(tmp_path / "x.parquet", columns)).image(0)
 
 
 @given(st.integers(0, 10_000), st.integers(0, 7))
