@@ -1,4 +1,5 @@
-"""The teacher's class centres: read from published files, or made as class means and refined.
+"""The teacher's class centres: read from published files, or computed as class means and refined.
 
-May be imported by ``checks``, ``plan`` and the run; imports ``teacher``.
+May be imported by ``checks``, ``plan`` and the run; imports ``teacher``. Only ``build`` imports
+``checks``.
 """

@@ -1,4 +1,4 @@
-"""``gkd plan``: what a cache will hold, cost and take, forecast from a sample.
+"""``gkd plan``: the groups, size and time of a cache, forecast from a sample.
 
-May be imported by the commands alone.
+May be imported by the commands only.
 """

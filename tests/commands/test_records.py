@@ -18,7 +18,9 @@ def test_records_are_packed_described_and_verified(home: Path, tmp_path: Path) -
     assert (packed["images"], packed["identities"]) == (32, 8)
     info = json.loads(works("records", "info", tmp_path / "pack", "--json"))
     assert (info["images"], info["identities"], info["layout"]) == (32, 8, "insightface")
-    assert "32" in works("records", "info", tmp_path / "pack")
+    shown = works("records", "info", tmp_path / "pack")
+    assert "32" in shown
+    assert ", 5th percentile " in shown
     assert "32 images, 8 identities, 0 faults" in works("records", "verify", tmp_path / "pack")
 
 

@@ -34,6 +34,17 @@ class GivenLogits(Logits):
         return GivenLogits(self.scaled[index], self.labels[index], self.centers, 0.0)
 
 
+def like_a_teacher(
+    batch: int, num_classes: int
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
+    """Logits of impostors with a heavy tail, and of labels from certain to misclassified."""
+    rng = np.random.default_rng(0)
+    cosines = 0.09 * rng.standard_t(12, (batch, num_classes))
+    labels = rng.integers(0, num_classes, batch)
+    cosines[np.arange(batch), labels] = rng.uniform(-0.2, 1.0, batch) - 0.4
+    return (64 * cosines).astype(np.float32), labels
+
+
 def partition_logits(
     logits: Tensor,
     labels: Tensor,

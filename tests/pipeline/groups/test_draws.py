@@ -19,7 +19,7 @@ from gkd.pipeline.groups.partition import Partition, partition
 from gkd.pipeline.settings import PartitionSettings
 from gkd.storage.cache.spec import DrawsSpec
 from gkd.storage.errors import ConfigError
-from tests.pipeline.given_logits import partition_logits
+from tests.pipeline.given_logits import like_a_teacher, partition_logits
 from tests.reference import class_order, dense_group, dense_secondary, log_softmax
 
 Source = Literal["primary", "all"]
@@ -156,18 +156,16 @@ def test_a_number_selects_the_class_of_the_dense_reference(
     check(run(logits, labels, config, uniforms, chunk), logits, labels, config, uniforms)
 
 
-def like_a_teacher(batch: int, num_classes: int) -> Any:
-    rng = np.random.default_rng(0)
-    cosines = 0.09 * rng.standard_t(12, (batch, num_classes))
-    labels = rng.integers(0, num_classes, batch)
-    cosines[np.arange(batch), labels] = rng.uniform(-0.2, 1.0, batch) - 0.4
-    return (64 * cosines).astype(np.float32), labels, rng.random((batch, 64))
+def with_uniforms(batch: int, num_classes: int) -> Any:
+    """Logits like a teacher's, labels, and numbers for 64 draws."""
+    numbers = np.random.default_rng(1).random((batch, 64))
+    return *like_a_teacher(batch, num_classes), numbers
 
 
 @pytest.mark.parametrize("source", ["primary", "all"])
 @pytest.mark.parametrize("group_temperature", [1.0, 4.0])
 def test_draws_do_not_depend_on_the_chunk_size(source: Source, group_temperature: float) -> None:
-    logits, labels, uniforms = like_a_teacher(70, 9000)
+    logits, labels, uniforms = with_uniforms(70, 9000)
     config = settings_of(source, 64, group_temperature=group_temperature, max_group=300)
     reference = run(logits, labels, config, uniforms)
     check(reference, logits, labels, config, uniforms)
@@ -186,7 +184,7 @@ def test_draws_do_not_depend_on_the_chunk_size(source: Source, group_temperature
 @pytest.mark.parametrize("source", ["primary", "all"])
 @pytest.mark.parametrize("shift", [30, 400])
 def test_draws_include_dropped_candidates_and_repeated_rows(source: Source, shift: float) -> None:
-    logits, labels, uniforms = like_a_teacher(6, 9000)
+    logits, labels, uniforms = with_uniforms(6, 9000)
     logits[:3, :1000] += shift
     logits[3:, :1000] -= shift
     for max_group in (20, 4096):
@@ -195,7 +193,7 @@ def test_draws_include_dropped_candidates_and_repeated_rows(source: Source, shif
 
 
 def test_draws_do_not_change_the_group() -> None:
-    logits, labels, uniforms = like_a_teacher(70, 9000)
+    logits, labels, uniforms = with_uniforms(70, 9000)
     for source in ("primary", "all"):
         config = settings_of(source, 64, group_temperature=2.0, max_group=100)
         found = run(logits, labels, config, uniforms)
@@ -284,7 +282,7 @@ def test_an_empty_batch_has_no_draws() -> None:
 
 
 def test_uniforms_of_a_wrong_shape_raise_value_error() -> None:
-    logits, labels, uniforms = like_a_teacher(2, 50)
+    logits, labels, uniforms = with_uniforms(2, 50)
     with pytest.raises(ValueError, match=r"uniforms: expected \(2, 5\), got \(2, 64\)"):
         run(logits, labels, settings_of("all", 5), uniforms)
     with pytest.raises(ValueError, match=r"uniforms: expected \(2, 0\), got \(2, 64\)"):

@@ -15,7 +15,7 @@ from gkd.pipeline.settings import PartitionSettings
 from gkd.storage.cache.spec import DrawsSpec
 from gkd.storage.cache.targets import decode_log_probs
 from gkd.storage.errors import ConfigError
-from tests.pipeline.given_logits import partition_logits
+from tests.pipeline.given_logits import like_a_teacher, partition_logits
 from tests.reference import class_order, dense_group, dense_secondary, log_sum_exp
 
 # If the cumulative mass is this close to the threshold, rounding of float32 sums may decide whether
@@ -141,17 +141,6 @@ def test_groups_equal_the_dense_reference_at_any_chunk(
 ) -> None:
     logits, labels, config, chunk = case
     check(run(logits, labels, config, chunk), logits, labels, config)
-
-
-def like_a_teacher(
-    batch: int, num_classes: int, seed: int = 0
-) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
-    """Logits of impostors with a heavy tail, and of labels from certain to misclassified."""
-    rng = np.random.default_rng(seed)
-    cosines = 0.09 * rng.standard_t(12, (batch, num_classes))
-    labels = rng.integers(0, num_classes, batch)
-    cosines[np.arange(batch), labels] = rng.uniform(-0.2, 1.0, batch) - 0.4
-    return (64 * cosines).astype(np.float32), labels
 
 
 @pytest.mark.parametrize("group_temperature", [1.0, 2.0, 4.0])
