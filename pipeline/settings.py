@@ -1,4 +1,4 @@
-"""What decides a primary group, what is drawn, and how a cache of them is made."""
+"""What determines a primary group, what is drawn, and how a cache of them is made."""
 
 import math
 from dataclasses import dataclass, field
@@ -6,32 +6,25 @@ from dataclasses import dataclass, field
 from gkd.storage.cache.spec import MAX_GROUP, MAX_SCALE, VIEWS, CenterPrecision, DrawsSpec, View
 from gkd.storage.errors import ConfigError
 
-MOST_SHARD_SAMPLES = 65_536
-MOST_SHARD_BYTES = 256_000_000
+MAX_SHARD_SAMPLES = 65_536
+MAX_SHARD_BYTES = 256_000_000
 ENTRY_BYTES = 6
-# What the command line draws where it is not told otherwise.
+# What the command line draws by default.
 DRAWS = DrawsSpec(64, 4.0, "all")
-# Counts among the settings, by the names that users type.
-OPTIONS = {
-    "batch_size": "--batch-size",
-    "workers": "--workers",
-    "shard_samples": "--shard-samples",
-    "class_chunk": "class_chunk",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
 class PartitionSettings:
-    """What decides a primary group.
+    """What determines a primary group.
 
     z = scale * (cosine - margin * [class = label]);  p(T) = softmax(z / T)
     Group: shortest prefix by descending z (ties: lower class first) with
     sum p(group_temperature) >= threshold, and always the label; at most ``max_group`` classes.
-    The secondary mass is taken at each of ``temperatures``. Classes are drawn as ``draws`` says,
-    at one of these.
+    The secondary mass is computed at each of ``temperatures``. Classes are drawn as ``draws``
+    says, at one of these.
 
     Raises:
-        ConfigError: for a value outside its range.
+        ConfigError: if a value is out of range.
     """
 
     threshold: float = 0.93
@@ -43,31 +36,43 @@ class PartitionSettings:
     draws: DrawsSpec | None = None
 
     def __post_init__(self) -> None:
-        _check("--threshold", self.threshold, 0 <= self.threshold <= 1, "from 0 to 1")
-        positive = "a finite number above 0"
-        temperature = self.group_temperature
-        _check("--group-temperature", temperature, _is_positive(temperature), positive)
-        temperatures = ",".join(f"{t:g}" for t in self.temperatures) or "none"
-        fits = len(self.temperatures) > 0 and all(map(_is_positive, self.temperatures))
-        _check("--temperatures", temperatures, fits, "one or more finite numbers above 0")
-        distinct = len(set(self.temperatures)) == len(self.temperatures)
-        _check("--temperatures", temperatures, distinct, "each number once")
-        fits = 1 <= self.max_group <= MAX_GROUP
-        _check("--max-group", self.max_group, fits, f"a number from 1 to {MAX_GROUP:,}")
-        fits = 0 < self.scale <= MAX_SCALE
-        _check("--scale", self.scale, fits, f"a number above 0, at most {MAX_SCALE:g}")
-        _check("--margin", self.margin, math.isfinite(self.margin), "a finite number")
+        given = self.temperatures
+        temperatures = ",".join(f"{t:g}" for t in given) or "none"
+        positive = len(given) > 0 and all(map(_is_positive, given))
+        group = f"a number from 1 to {MAX_GROUP:,}"
+        rules: list[tuple[str, object, bool, str]] = [
+            ("--threshold", self.threshold, 0 <= self.threshold <= 1, "from 0 to 1"),
+            (
+                "--group-temperature",
+                self.group_temperature,
+                _is_positive(self.group_temperature),
+                "a finite number above 0",
+            ),
+            ("--temperatures", temperatures, positive, "one or more finite numbers above 0"),
+            ("--temperatures", temperatures, len(set(given)) == len(given), "each number once"),
+            ("--max-group", self.max_group, 1 <= self.max_group <= MAX_GROUP, group),
+            (
+                "--scale",
+                self.scale,
+                0 < self.scale <= MAX_SCALE,
+                f"a number above 0, at most {MAX_SCALE:g}",
+            ),
+            ("--margin", self.margin, math.isfinite(self.margin), "a finite number"),
+        ]
         if self.draws is not None:
-            count, temperature = self.draws.count, self.draws.temperature
-            fits = 1 <= count <= MAX_GROUP
-            _check("--draws", count, fits, f"a number from 1 to {MAX_GROUP:,}")
-            known = temperature in self.temperatures
-            if not known:
+            rules.append(("--draws", self.draws.count, 1 <= self.draws.count <= MAX_GROUP, group))
+        for option, value, holds, expected in rules:
+            if not holds:
                 raise ConfigError(
-                    f"--draw-temperature: expected one of --temperatures, which are "
-                    f"{temperatures}, got {temperature:g}; add it to these, draw at one of them, "
-                    "or leave draws out with --draws 0"
+                    f"{option}: expected {expected}, got {value}; correct it, or leave it at its "
+                    "default"
                 )
+        if self.draws is not None and self.draws.temperature not in given:
+            raise ConfigError(
+                f"--draw-temperature: expected one of --temperatures, which are {temperatures}, "
+                f"got {self.draws.temperature:g}; add it to these, draw at one of them, or leave "
+                "draws out with --draws 0"
+            )
 
     @property
     def draws_from_group(self) -> bool:
@@ -75,22 +80,22 @@ class PartitionSettings:
         return self.draws is not None and self.draws.source == "primary"
 
     @property
-    def most_candidates(self) -> float:
+    def max_candidates(self) -> float:
         """How many of a row's largest logits can matter."""
         return math.inf if self.draws_from_group else self.max_group
 
 
 @dataclass(frozen=True, kw_only=True)
 class CacheSettings:
-    """How a cache is made; ``partition`` and ``views`` decide what it holds.
+    """How a cache is made; ``partition`` and ``views`` determine what it holds.
 
-    ``licence`` and ``note`` are words for the card. ``center_precision`` is that of the centres
-    where they are multiplied: half of the memory, at a rounding that the run tells.
+    ``licence`` and ``note`` are texts for the card. ``center_precision`` is that of the centres in
+    memory: half precision takes half the memory, and the run reports the rounding.
     ``shard_samples`` None leaves it to ``samples_per_shard``, ``batch_size`` and ``class_chunk``
     None to the device.
 
     Raises:
-        ConfigError: for a value outside its range.
+        ConfigError: if a value is out of range.
     """
 
     partition: PartitionSettings = field(default_factory=PartitionSettings)
@@ -105,12 +110,10 @@ class CacheSettings:
     note: str | None = None
 
     def __post_init__(self) -> None:
-        for name in OPTIONS:
-            value = getattr(self, name)
+        for option in ("--batch-size", "--workers", "--shard-samples", "class_chunk"):
+            value = getattr(self, option.strip("-").replace("-", "_"))
             if value is not None and value < 1:
-                raise ConfigError(
-                    f"{OPTIONS[name]}: expected 1 or more, got {value}; give another number"
-                )
+                raise ConfigError(f"{option}: expected 1 or more, got {value}; give another number")
         if not self.views or self.views != tuple(v for v in VIEWS if v in self.views):
             raise ConfigError(
                 "--views: expected original, flipped or both in this order, got "
@@ -120,25 +123,17 @@ class CacheSettings:
     def samples_per_shard(self, num_samples: int) -> int:
         """``shard_samples``, or the largest power of two <= 65,536 that keeps shards small.
 
-        That is 256 MB of a view's entries and draws at most. A data set that is smaller is one
-        shard.
+        Small means at most 256 MB of entries and draws per view. A smaller data set is one shard.
         """
         if self.shard_samples is not None:
             return self.shard_samples
         draws = self.partition.draws
         entries = self.partition.max_group + (draws.count if draws else 0)
-        samples = MOST_SHARD_SAMPLES
-        while samples > 1 and ENTRY_BYTES * entries * samples > MOST_SHARD_BYTES:
+        samples = MAX_SHARD_SAMPLES
+        while samples > 1 and ENTRY_BYTES * entries * samples > MAX_SHARD_BYTES:
             samples //= 2
         return min(samples, num_samples)
 
 
 def _is_positive(number: float) -> bool:
     return math.isfinite(number) and number > 0
-
-
-def _check(option: str, value: object, holds: bool, expected: str) -> None:
-    if not holds:
-        raise ConfigError(
-            f"{option}: expected {expected}, got {value}; correct it, or leave it at its default"
-        )

@@ -137,7 +137,7 @@ def estimate_cutoff(
     needed = (
         settings.threshold * (mass[:, -1:] + rest) - (1 - settings.threshold) * share * label_mass
     )
-    rank = (mass < needed).sum(1).clamp(max=settings.most_candidates * share)
+    rank = (mass < needed).sum(1).clamp(max=settings.max_candidates * share)
     # Four standard deviations of a count, and a few more for the smallest counts.
     rank = (rank + 4 * rank.sqrt() + 3).long().clamp(max=sample.shape[1] - 1)
     return sample.gather(1, rank[:, None])[:, 0].clamp(min=LOWEST)

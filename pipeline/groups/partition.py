@@ -184,7 +184,7 @@ def _scan_classes(
             cutoff = estimate = initial_cutoff(chunk, label_logits, logits.num_classes, settings)
         extracted = candidates.extract_above(chunk, start, cutoff)
         rest.add(chunk, blocks, extracted + label)
-        if candidates.width > 2 * settings.most_candidates:
+        if candidates.width > 2 * settings.max_candidates:
             # Later classes lose ties, so from here on only a larger logit can enter.
             smallest, dropped = candidates.keep_largest(settings.max_group)
             rest.add(key_logits(dropped))

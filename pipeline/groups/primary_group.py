@@ -74,7 +74,7 @@ def cut_primary_groups(
     proved = torch.ones_like(counts, dtype=torch.bool)
     if cutoff is not None:
         # Below a cutoff that was raised the candidates are incomplete.
-        proved = (logits >= cutoff[:, None]).sum(1) > settings.most_candidates
+        proved = (logits >= cutoff[:, None]).sum(1) > settings.max_candidates
         # The label may be among the candidates although it is below the cutoff.
         ends = logits.gather(1, (prefix - 1).clamp(min=0)[:, None])[:, 0]
         proved |= (below < keys.shape[1]) & ((prefix == 0) | (ends >= cutoff))

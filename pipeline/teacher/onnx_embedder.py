@@ -126,32 +126,24 @@ def _session(runtime: Any, path: Path, device: str, threads: int) -> Any:
 
 def _image_input(session: Any, path: Path) -> tuple[str, int | None, npt.DTypeLike]:
     """The input's name, its batch size if that is fixed, and its type."""
-    inputs = session.get_inputs()
-    if len(inputs) != 1:
-        names = ", ".join(repr(i.name) for i in inputs)
-        raise ConfigError(f"{path}: expected one image input, got {len(inputs)}: {names}")
-    (only,) = inputs
     types: dict[str, npt.DTypeLike] = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
-    if only.type not in types:
-        raise ConfigError(
-            f"{path}: input {only.name!r}: expected tensor(float) or tensor(float16), "
-            f"got {only.type}"
-        )
-    shape = list(only.shape)
-    wanted = [3, FACE_SIZE, FACE_SIZE]
+    inputs = session.get_inputs()
+    shape = list(inputs[0].shape) if inputs else []
+    # Axes of any length have a name instead of a number.
     fits = len(shape) == 4 and all(
-        want == got for want, got in zip(wanted, shape[1:], strict=True) if isinstance(got, int)
+        length == expected or not isinstance(length, int)
+        for length, expected in zip(shape[1:], (3, FACE_SIZE, FACE_SIZE), strict=True)
     )
-    if not fits:
-        hint = ""
-        if len(shape) == 4 and shape[3] == 3:
-            hint = "; its channels come last: export it with channels first"
+    if len(inputs) != 1 or inputs[0].type not in types or not fits:
+        found = ", ".join(f"{i.name!r} {i.type} {list(i.shape)}" for i in inputs) or "none"
+        last = shape[3:] == [3]
         raise ConfigError(
-            f"{path}: input {only.name!r}: expected [N, 3, {FACE_SIZE}, {FACE_SIZE}], "
-            f"got {shape}{hint}"
+            f"{path}: expected one input, tensor(float) or tensor(float16) of shape [N, 3, "
+            f"{FACE_SIZE}, {FACE_SIZE}], got {found}; export the network "
+            + ("with its channels first" if last else "with such an input")
         )
     fixed = shape[0] if isinstance(shape[0], int) and shape[0] > 0 else None
-    return only.name, fixed, types[only.type]
+    return inputs[0].name, fixed, types[inputs[0].type]
 
 
 def onnx_sha256(path: Path) -> str:

@@ -69,12 +69,12 @@ def test_a_half_precision_network_is_fed_halves(tmp_path: Path) -> None:
     [
         (
             {"shape": ["n", 3, 160, 160]},
-            r"'in0': expected \[N, 3, 112, 112\], got \['n', 3, 160, 1",
+            r"'in0' tensor\(float\) \['n', 3, 160, 160\]; export .* such",
         ),
-        ({"shape": ["n", 112, 112, 3]}, r"got .*; its channels come last: export it with channels"),
-        ({"shape": ["n", 3, 112]}, r"expected \[N, 3, 112, 112\], got \['n', 3, 112\]"),
-        ({"shape": ["n", 3, 112, 112], "inputs": 2}, r"one image input, got 2: 'in0', 'in1'"),
-        ({"shape": ["n", 3, 112, 112], "kind": "UINT8"}, r"expected tensor\(float\) .*uint8"),
+        ({"shape": ["n", 112, 112, 3]}, r"got .*\['n', 112, 112, 3\]; export .* channels first"),
+        ({"shape": ["n", 3, 112]}, r"of shape \[N, 3, 112, 112\], got .*\['n', 3, 112\];"),
+        ({"shape": ["n", 3, 112, 112], "inputs": 2}, r"expected one input, .*got 'in0' .*, 'in1' "),
+        ({"shape": ["n", 3, 112, 112], "kind": "UINT8"}, r"or tensor\(float16\) .*got .*uint8"),
     ],
 )
 def test_networks_with_another_input_are_refused(
