@@ -8,7 +8,8 @@ from types import TracebackType
 from typing import Self
 from uuid import uuid4
 
-from torch.distributed import HashStore, PrefixStore, Store
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from gkd.storage.errors import ConfigError, IncompleteCacheError
 from gkd.storage.util import rendezvous, torchrun_env
@@ -31,7 +32,7 @@ class Ranks:
         self, rank: int = 0, world_size: int = 1, store: Store | None = None, run: str = ""
     ) -> None:
         self.rank, self.world_size, self.run = rank, world_size, run or uuid4().hex
-        self._store = store or HashStore()  # type: ignore[no-untyped-call]
+        self._store = store or dist.HashStore()  # type: ignore[attr-defined]
         self._leaving = threading.Event()
         self._heart = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
 
@@ -133,8 +134,8 @@ def joined_ranks() -> Iterator[Ranks]:
     world_size, store, run = torchrun_env.world_size(), None, ""
     try:
         if world_size > 1:
-            store, run = rendezvous.meet(rendezvous.ARRIVAL)
-            store = PrefixStore(run, store)
+            shared, run = rendezvous.meet(rendezvous.ARRIVAL)
+            store = PrefixStore(run, shared)
     except RuntimeError as error:
         raise IncompleteCacheError(
             f"not all of the {world_size} ranks arrived within {rendezvous.ARRIVAL} ({error}); see "

@@ -61,7 +61,7 @@ def probe_embedding_dim(embedder: Embedder) -> int:
         GkdError: if the network fails on it, or its output is not [B, D].
     """
     try:
-        return embedder(np.full((1, FACE_SIZE, FACE_SIZE, 3), 127, np.uint8)).shape[1]
+        return int(embedder(np.full((1, FACE_SIZE, FACE_SIZE, 3), 127, np.uint8)).shape[1])
     except GkdError:
         raise
     except Exception as error:  # an unknown network may raise anything

@@ -62,7 +62,7 @@ class TorchEmbedder(Embedder):
         on_cpu = self.device == "cpu"
         self._memory_format = torch.contiguous_format if on_cpu else torch.channels_last
         module = module.to(torch.device(self.device)).eval()
-        module = module.to(memory_format=self._memory_format)  # type: ignore[call-overload]
+        module = module.to(memory_format=self._memory_format)
         self._module = torch.compile(module) if compile else module
         if not on_cpu:
             backend = torch.get_device_module(self.device)

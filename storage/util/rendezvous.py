@@ -9,7 +9,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from torch.distributed import Store
+    from torch.distributed.distributed_c10d import Store
 
 # All ranks start at once: one that has not arrived by then, or whose torchrun is gone, never will.
 ARRIVAL = timedelta(minutes=10)

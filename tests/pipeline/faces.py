@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch.distributed as dist
 from PIL import Image
-from torch.distributed import HashStore
 
 from gkd.pipeline.centers.load import CLASS_MEAN, Centers
 from gkd.pipeline.ranks import Ranks
@@ -103,7 +103,7 @@ def make(
 
 def ranks_of(world_size: int) -> list[Ranks]:
     """The ranks of one run, for threads of this process."""
-    store = HashStore()  # type: ignore[no-untyped-call]
+    store = dist.HashStore()  # type: ignore[attr-defined]
     return [Ranks(rank, world_size, store, "run") for rank in range(world_size)]
 
 

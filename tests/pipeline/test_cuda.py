@@ -1,6 +1,6 @@
 """What a GPU computes for a cache: embeddings and groups against the CPU's.
 
-Every path here has a test of its own on the CPU; these run where there is a GPU.
+Every path here also has a test on the CPU; these run if there is a GPU.
 """
 
 import copy
@@ -54,7 +54,7 @@ def test_batches_in_flight_are_embedded_as_on_the_cpu(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_groups_are_the_cpus(dtype: torch.dtype) -> None:
+def test_groups_equal_those_of_the_cpu(dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
     centers = torch.nn.functional.normalize(torch.randn(20_000, 64, generator=generator)).to(dtype)
     labels = torch.randint(20_000, (48,), generator=generator)

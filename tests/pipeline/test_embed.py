@@ -1,4 +1,4 @@
-"""Batches that a device of its own is given ahead of the one that is waited for."""
+"""Batches that an accelerator is given ahead of the one that is waited for."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,7 +14,7 @@ from tests.pipeline.faces import PixelEmbedder, write_folder
 
 
 class FarEmbedder(PixelEmbedder):
-    """Works elsewhere: all is computed when it is asked for; ``events`` tells in which order."""
+    """Computes at once when it is started; ``events`` records the order of calls."""
 
     device = "far"
 
@@ -36,7 +36,7 @@ class FarEmbedder(PixelEmbedder):
         return wait
 
 
-def test_a_device_of_its_own_is_given_batches_ahead_and_gives_them_back_in_order(
+def test_an_accelerator_works_ahead_and_batches_keep_their_order(
     tmp_path: Path,
 ) -> None:
     folder = write_folder(tmp_path / "faces")
@@ -56,9 +56,9 @@ def test_a_device_of_its_own_is_given_batches_ahead_and_gives_them_back_in_order
                 image = records.image(row)[:, :: -1 if view == "flipped" else 1]
                 np.testing.assert_array_equal(embedding, PixelEmbedder()(image[None])[0])
 
-    asked = len(batches) - 1  # nothing is asked of a batch without images
+    computed = len(batches) - 1  # nothing is computed for a batch without images
     waited = [at for at, (kind, _) in enumerate(there.events) if kind == "wait"]
-    assert [there.events[at][1] for at in waited] == list(range(asked))
+    assert [there.events[at][1] for at in waited] == list(range(computed))
     begun = [sum(kind == "start" for kind, _ in there.events[:at]) for at in waited]
-    # The second batch, of which nothing is asked, takes a place among those ahead.
-    assert begun[1:] == [min(number + 1 + IN_FLIGHT, asked) for number in range(1, asked)]
+    # The second batch, for which nothing is computed, counts as one of those ahead.
+    assert begun[1:] == [min(number + 1 + IN_FLIGHT, computed) for number in range(1, computed)]

@@ -81,7 +81,7 @@ def wait_for(done: Callable[[], object], process: "Process | subprocess.Popen[st
 
 @pytest.fixture(scope="module")
 def command(tmp_path_factory: pytest.TempPathFactory) -> list[object]:
-    """A command that makes a cache of 60 shards, but for the place where."""
+    """A command that makes a cache of 60 shards, without the path of the cache."""
     home = tmp_path_factory.mktemp("home")
     draw_faces(home / "faces", identities=range(20), images_each=6, seed=0, workers=1)
     torch.manual_seed(0)
@@ -94,7 +94,7 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> list[object]:
 
 @pytest.fixture(scope="module")
 def expected(command: list[object], tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    out = tmp_path_factory.mktemp("whole") / "faces.gkd"
+    out = tmp_path_factory.mktemp("unbroken") / "faces.gkd"
     with running(run_command, *command, out) as process:
         finished([process])
     return contents(out)

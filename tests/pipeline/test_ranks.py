@@ -3,9 +3,10 @@
 import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from typing import Any
 
 import pytest
-from torch.distributed import HashStore, TCPStore
+import torch.distributed as dist
 
 from gkd.pipeline import ranks as module
 from gkd.pipeline.ranks import Ranks, joined_ranks
@@ -19,6 +20,14 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "BEAT_SECONDS", 0.05)
     monkeypatch.setattr(module, "SILENT_SECONDS", 1.0)
     monkeypatch.setattr(module, "POLL_SECONDS", 0.01)
+
+
+def tcp_store(port: int, *, holds: bool) -> Any:
+    """A connection to the store at a port, which this process may hold itself."""
+    patience = timedelta(seconds=5)
+    return dist.TCPStore(  # type: ignore[attr-defined]
+        "localhost", port, is_master=holds, wait_for_workers=False, timeout=patience
+    )
 
 
 def test_a_rank_alone_does_the_work_itself() -> None:
@@ -86,8 +95,8 @@ def test_a_rank_that_dies_is_missed_after_a_while_however_late_it_is_waited_for(
 
 
 def test_the_end_of_the_process_that_held_the_store_is_noticed() -> None:
-    server = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-    client = TCPStore("localhost", server.port, is_master=False, timeout=timedelta(seconds=5))
+    server = tcp_store(0, holds=True)
+    client = tcp_store(server.port, holds=False)
     with Ranks(1, 2, client) as ranks:
         ranks.check()
         del server
@@ -104,7 +113,7 @@ def test_a_rank_that_never_arrives_is_not_waited_for_for_long(
     with pytest.raises(ConfigError, match=r"the ranks cannot meet .*; start them with torchrun"):
         joined_ranks().__enter__()
     monkeypatch.setenv("MASTER_ADDR", "localhost")
-    closed = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    closed = tcp_store(0, holds=True)
     monkeypatch.setenv("MASTER_PORT", str(closed.port))
     del closed
     with pytest.raises(IncompleteCacheError, match="not all of the 2 ranks arrived within"):
@@ -112,7 +121,7 @@ def test_a_rank_that_never_arrives_is_not_waited_for_for_long(
 
 
 def test_the_heartbeat_ends_with_the_run() -> None:
-    store = HashStore()  # type: ignore[no-untyped-call]
+    store = dist.HashStore()  # type: ignore[attr-defined]
     with Ranks(0, 1, store):
         while not store.add("beats/0", 0):
             time.sleep(0.01)

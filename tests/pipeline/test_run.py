@@ -55,9 +55,9 @@ def check_against_dense(
         for row, cosine in zip(rows, cosines, strict=True):
             z = spec.scale * cosine
             z[labels[row]] -= spec.scale * spec.margin
-            shard, place = divmod(int(row), spec.shard_samples)
+            shard, position = divmod(int(row), spec.shard_samples)
             targets = cache.read_shard(shard, view)
-            entries = slice(targets.offsets[place], targets.offsets[place + 1])
+            entries = slice(targets.offsets[position], targets.offsets[position + 1])
             group = targets.indices[entries].astype(np.int64)
             expected, _ = dense_group(
                 z,
@@ -72,11 +72,11 @@ def check_against_dense(
             probs = np.exp(scaled[group] - log_sum_exp(scaled))
             np.testing.assert_allclose(
                 np.exp(decode_log_probs(targets.log2_probs[entries])),
-                np.maximum(probs, 2.0 ** (-65535 / 1024)),  # the least that the format holds
+                np.maximum(probs, 2.0 ** (-65535 / 1024)),  # the smallest value in the format
                 rtol=5e-4,
             )
             secondary = [dense_secondary(z, group, t) for t in spec.temperatures]
-            np.testing.assert_allclose(targets.secondary[place], secondary, atol=1e-4)
+            np.testing.assert_allclose(targets.secondary[position], secondary, atol=1e-4)
 
 
 @pytest.mark.parametrize("class_mean", [False, True])
@@ -163,7 +163,7 @@ def test_caches_of_damaged_records_do_not_depend_on_their_folder(tmp_path: Path)
     )
 
 
-def test_going_on_without_skip_corrupt_is_refused(tmp_path: Path) -> None:
+def test_resuming_without_skip_corrupt_is_refused(tmp_path: Path) -> None:
     folder, out = damaged(tmp_path), tmp_path / "cache.gkd"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(CacheWriter, "write_shard", failing(0))
@@ -218,11 +218,11 @@ def test_batches_join_and_split() -> None:
         )
 
     parts = [batch(8, [0, 2, 3], {1: "one"}), batch(12, [0, 1, 2], {3: "two"})]
-    whole = join_batches(parts)
-    assert whole.rows == range(8, 16)
-    np.testing.assert_array_equal(whole.kept, [0, 2, 3, 4, 5, 6])
-    assert whole.skipped == {1: "one", 7: "two"}
-    for part, again in zip(parts, split_batch(whole, 4), strict=True):
+    joined = join_batches(parts)
+    assert joined.rows == range(8, 16)
+    np.testing.assert_array_equal(joined.kept, [0, 2, 3, 4, 5, 6])
+    assert joined.skipped == {1: "one", 7: "two"}
+    for part, again in zip(parts, split_batch(joined, 4), strict=True):
         assert again.rows == part.rows
         assert again.skipped == part.skipped
         np.testing.assert_array_equal(again.kept, part.kept)

@@ -1,4 +1,4 @@
-"""Runs of several ranks, and runs that are killed, interrupted or fail: the same bytes at last."""
+"""Runs of several ranks, and runs that are killed, interrupted or fail, end in the same bytes."""
 
 import os
 import signal
@@ -111,13 +111,13 @@ def test_draws_do_not_depend_on_batches_ranks_or_interruptions(
 ) -> None:
     draws = DrawsSpec(16, 4.0, source, seed=3)
     settings = replace(SETTINGS, partition=replace(SETTINGS.partition, draws=draws))
-    whole = tmp_path / "whole.gkd"
-    make(folder, whole, settings=settings)
-    assert not verify(whole).faults
+    complete = tmp_path / "complete.gkd"
+    make(folder, complete, settings=settings)
+    assert not verify(complete).faults
 
     batches = tmp_path / "batches.gkd"
     make(folder, batches, settings=replace(settings, batch_size=7))
-    found, expected = contents(batches), contents(whole)
+    found, expected = contents(batches), contents(complete)
     drawn = [name for name in expected if "/draws/" in name or "/draw_log2_probs/" in name]
     assert len(drawn) == 2 * 2 * (1 + 4)
     assert {name: found[name] for name in drawn} == {name: expected[name] for name in drawn}
@@ -129,16 +129,16 @@ def test_draws_do_not_depend_on_batches_ranks_or_interruptions(
         with pytest.raises(OSError, match="the disk is gone"):
             make(folder, halves, settings=settings)
     make_by_ranks(folder, halves, 2, settings=settings)
-    assert contents(halves) == contents(whole)
+    assert contents(halves) == contents(complete)
 
-    original, flipped = (Cache.open(whole).read_shard(0, view).draws for view in VIEWS)
+    original, flipped = (Cache.open(complete).read_shard(0, view).draws for view in VIEWS)
     assert original is not None
     assert flipped is not None
     assert not np.array_equal(original.classes, flipped.classes)
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
-def test_a_killed_teacher_pass_goes_on_to_the_same_bytes(
+def test_a_killed_teacher_pass_resumes_to_the_same_bytes(
     folder: Path, tmp_path: Path, unbroken: dict[str, bytes], how: signal.Signals
 ) -> None:
     out = tmp_path / "cache.gkd"
@@ -153,7 +153,7 @@ def test_a_killed_teacher_pass_goes_on_to_the_same_bytes(
     assert contents(out) == unbroken
 
 
-def test_a_killed_run_goes_on_to_the_same_bytes(folder: Path, tmp_path: Path) -> None:
+def test_a_killed_run_resumes_to_the_same_bytes(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "cache.gkd"
     with running(make_slowly, folder, out, "file") as process:
         wait_for(out / "commits" / "000000.json", process)
@@ -161,12 +161,12 @@ def test_a_killed_run_goes_on_to_the_same_bytes(folder: Path, tmp_path: Path) ->
     embedder = PixelEmbedder()
     make(folder, out, embedder=embedder)
     assert embedder.images < 2 * 35
-    whole = tmp_path / "whole.gkd"
-    make(folder, whole)
-    assert contents(out) == contents(whole)
+    complete = tmp_path / "complete.gkd"
+    make(folder, complete)
+    assert contents(out) == contents(complete)
 
 
-def test_a_partition_pass_goes_on_from_kept_embeddings(
+def test_a_partition_pass_resumes_from_kept_embeddings(
     folder: Path, tmp_path: Path, unbroken: dict[str, bytes]
 ) -> None:
     out = tmp_path / "cache.gkd"
@@ -182,7 +182,7 @@ def test_a_partition_pass_goes_on_from_kept_embeddings(
 
 
 @pytest.mark.parametrize("class_mean", [False, True])
-def test_images_swapped_for_others_of_the_same_size_are_not_gone_on_with(
+def test_a_run_does_not_resume_with_other_images_of_the_same_size(
     tmp_path: Path, class_mean: bool
 ) -> None:
     folder, out = write_folder(tmp_path / "set"), tmp_path / "cache.gkd"
@@ -210,7 +210,9 @@ def wait_for(path: Path, process: Process) -> None:
         time.sleep(0.02)
 
 
-def test_an_interrupt_passes_through_and_leaves_whole_shards(folder: Path, tmp_path: Path) -> None:
+def test_an_interrupt_passes_through_and_leaves_complete_shards(
+    folder: Path, tmp_path: Path
+) -> None:
     class Interrupted(PixelEmbedder):
         def __call__(self, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
             if self.images >= MIN_IMAGES + 50:  # after the sample of the calibration
@@ -222,9 +224,9 @@ def test_an_interrupt_passes_through_and_leaves_whole_shards(folder: Path, tmp_p
         make(folder, out, embedder=Interrupted())
     assert [p.name for p in sorted((out / "commits").iterdir())] == ["000000.json", "000001.json"]
     make(folder, out)
-    whole = tmp_path / "whole.gkd"
-    make(folder, whole)
-    assert contents(out) == contents(whole)
+    complete = tmp_path / "complete.gkd"
+    make(folder, complete)
+    assert contents(out) == contents(complete)
 
 
 def test_a_failing_writer_thread_ends_the_run_with_its_error(

@@ -1,4 +1,4 @@
-"""What a run refuses: settings, records, centres and embeddings that cannot be, and a full disk."""
+"""What a run refuses: invalid settings, records, centres and embeddings, and a full disk."""
 
 import shutil
 from dataclasses import replace
@@ -27,7 +27,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("place", "change", "message"),
+    ("existing", "change", "message"),
     [
         ("file", {}, r"cache\.gkd: expected a cache of targets .*, got a file; check the path"),
         ("folder", {}, r"cache\.gkd: expected a cache of targets .*, got another folder"),
@@ -40,14 +40,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
 )
 def test_class_means_refuse_what_cannot_be_written_before_the_teacher_runs(
-    folder: Path, tmp_path: Path, place: str, change: dict[str, Any], message: str
+    folder: Path, tmp_path: Path, existing: str, change: dict[str, Any], message: str
 ) -> None:
     out = tmp_path / "cache.gkd"
-    if place == "cache":
+    if existing == "cache":
         make(folder, out)
-    elif place == "folder":
+    elif existing == "folder":
         (out / "photos").mkdir(parents=True)
-    elif place == "file":
+    elif existing == "file":
         out.write_bytes(b"mine")
     before = sorted(tmp_path.rglob("*"))
     embedder = PixelEmbedder()
@@ -77,7 +77,7 @@ def test_embeddings_without_direction_are_refused(
         make(folder, tmp_path / "cache.gkd", embedder=Faulty())
 
 
-def test_going_on_with_other_settings_is_refused(folder: Path, tmp_path: Path) -> None:
+def test_resuming_with_other_settings_is_refused(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "cache.gkd"
     make(folder, out)
     partition = replace(SETTINGS.partition, threshold=0.5)
@@ -161,7 +161,7 @@ def test_class_means_of_classes_without_images_are_refused_at_once(
     assert embedder.images == 0
 
 
-def test_a_full_disk_is_told_beforehand(
+def test_a_full_disk_is_reported_beforehand(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda path: _Usage())
@@ -169,7 +169,7 @@ def test_a_full_disk_is_told_beforehand(
         make(folder, tmp_path / "cache.gkd", class_mean=True)
 
 
-def test_what_stands_already_needs_no_room(
+def test_finished_shards_need_no_room(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = make(folder, tmp_path / "cache.gkd")

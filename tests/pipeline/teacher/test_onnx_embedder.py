@@ -129,7 +129,7 @@ def test_without_onnxruntime_the_extra_is_named(
 
 
 def network(path: Path, weight: float = 2.0, location: str = "") -> Path:
-    """Channel means times a weight, which stands at ``location`` where one is given."""
+    """Channel means times a weight, which is stored in the file ``location`` if one is given."""
     inputs = [helper.make_tensor_value_info("in", TensorProto.FLOAT, ["n", 3, 112, 112])]
     nodes = [
         helper.make_node("GlobalAveragePool", ["in"], ["pooled"]),

@@ -14,7 +14,7 @@ SOON = timedelta(seconds=60)
 
 
 def test_all_ranks_accept_the_name_of_this_start_and_of_no_earlier_one() -> None:
-    store = HashStore()  # type: ignore[no-untyped-call]
+    store = HashStore()
     names = set()
     for _ in range(2):  # the store outlives a restart
         with ThreadPoolExecutor(3) as pool:
@@ -26,7 +26,7 @@ def test_all_ranks_accept_the_name_of_this_start_and_of_no_earlier_one() -> None
 
 
 def test_a_rank_does_not_wait_for_long_for_an_answer_that_never_comes() -> None:
-    store = HashStore()  # type: ignore[no-untyped-call]
+    store = HashStore()
     store.set("attempt", "of a start whose ranks have died")
     with pytest.raises(RuntimeError, match="rank 0 did not answer within"):
         _common_name(store, 1, 2, timedelta(seconds=0.2))

@@ -2,10 +2,12 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-import torch
 
 from gkd.storage.errors import ConfigError
 from gkd.storage.util.torch_device import map_single_threaded, resolve_device, resolve_precision
+
+# Tests of storage alone run without torch.
+torch = pytest.importorskip("torch")
 
 
 def test_a_rank_of_torchrun_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
