@@ -6,8 +6,8 @@ shows a few items at a time with their faces. Without scripts it lists all items
 
 import base64
 import io
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -25,33 +25,17 @@ PAGE = "confusions.html"
 EXAMPLES = 3  # faces of an identity beside an image
 
 
-@dataclass(frozen=True)
-class Written:
-    """Rows of each table in ``out``, and faces on the page and missing from the records.
-
-    left_out  bound on what a pair's figures lack because there were too many pairs
-    """
-
-    out: Path
-    page: Path
-    samples: int
-    skipped: int
-    identities: int
-    label_noise: int
-    hard: int
-    faces: int
-    faces_missing: int
-    left_out: float
-
-
 def write_confusions(
     cache: Cache, out: Path, *, records: Records | None, max_items: int, folder: Path, workers: int
-) -> Written:
+) -> dict[str, Any]:
     """Write ``identities``, ``label_noise`` and ``hard`` ``.parquet`` and the page into ``out``.
 
     The columns are those of ``Confusions``. The page shows the first ``max_items`` of each table,
     with faces from ``records`` if given; ``folder`` caches their digests. Existing files of these
     names are replaced.
+
+    Returns the paths, the rows of each table, the samples, and the faces on the page and missing
+    from the records; ``left_out`` is that of ``Confusions``.
 
     Raises:
         ConfigError: if ``out`` is not a folder, is inside a cache, or cannot be written to.
@@ -114,16 +98,16 @@ def write_confusions(
         for name, table in tables.items():
             write_file(out / f"{name}.parquet", _parquet(table))
         write_file(out / PAGE, page)
-    return Written(
-        out=out,
-        page=out / PAGE,
-        samples=len(found.samples),
-        skipped=skipped,
-        faces=len(faces),
-        faces_missing=len(rows) - len(faces) if records is not None else 0,
-        left_out=found.left_out,
+    return {
+        "out": out,
+        "page": out / PAGE,
+        "samples": len(found.samples),
+        "skipped": skipped,
         **{name: len(table) for name, table in tables.items()},
-    )
+        "faces": len(faces),
+        "faces_missing": len(rows) - len(faces) if records is not None else 0,
+        "left_out": found.left_out,
+    }
 
 
 def _parquet(table: pa.Table) -> bytes:

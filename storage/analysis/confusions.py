@@ -55,7 +55,6 @@ class Confusions:
                  this list is assigned to ``label``
     hard         row, key, label, digest, images, claim, captured, entropy, likeliest
     own          float32 [N]  p' of each sample's label, averaged over the views; -1 if skipped
-    images       int64 [C]    samples of each class that have targets
     left_out     bound on what a pair's figures lack because there were too many pairs
     """
 
@@ -64,7 +63,6 @@ class Confusions:
     label_noise: pa.Table
     hard: pa.Table
     own: npt.NDArray[np.float32]
-    images: npt.NDArray[np.int64]
     left_out: float
 
 
@@ -103,7 +101,6 @@ def confusions(cache: Cache, *, max_rows: int = MAX_ROWS, max_pairs: int = MAX_P
         _label_noise(noise.finish(), samples, images),
         _hard(hard.finish(), samples, images),
         own,
-        images,
         pairs.left_out,
     )
 

@@ -22,8 +22,20 @@ from gkd.storage.cache.spec import VIEWS, CacheSpec, DerivedSpec, View
 from gkd.storage.errors import ConfigError, CorruptShardError, SpecMismatchError
 from gkd.storage.sharing.remote import Advance, Remote
 from gkd.storage.sharing.remote_cache import RemoteCache, record_of
-from gkd.storage.sharing.transfer import TransferSummary, shard_files, total_bytes, transfer
-from gkd.storage.util.files import delete_temporaries, disk_errors, publish_file, require_room
+from gkd.storage.sharing.transfer import (
+    WORKERS,
+    TransferSummary,
+    shard_files,
+    total_bytes,
+    transfer,
+)
+from gkd.storage.util.files import (
+    delete_temporaries,
+    disk_errors,
+    publish_file,
+    require_room,
+    write_file,
+)
 from gkd.storage.util.lock import WriteLock
 from gkd.storage.util.text import first_few
 
@@ -57,16 +69,15 @@ def pull(
     spec = _spec_of_views(source, views)
     chosen = _chosen_shards(source, shards)
     existing = {shard for shard in committed_shards(path) if shard < spec.num_shards}
-    commits = {
+    known = {
         shard: _commit_of_views(spec, commit)
-        for shard, commit in source.commits(sorted(existing.union(chosen))).items()
+        for shard, commit in source.commits(existing.union(chosen)).items()
     }
-    existing_commits = {shard: commits[shard] for shard in existing}
-    commits = {shard: commits[shard] for shard in chosen}
+    commits = {shard: known[shard] for shard in chosen}
     metadata = _metadata(source, spec)
     manifest = _manifest(source, spec, metadata, commits) if shards is None else None
     require_outside_caches(path, may_be_cache=True)
-    _require_same_cache(path, spec, existing_commits, manifest)
+    _require_same_cache(path, spec, known, manifest)
     records = {layout.commit_file(k): layout.encode_json(c) for k, c in commits.items()}
     last = {} if manifest is None else {layout.MANIFEST: manifest}
     contents = metadata | records | last
@@ -75,37 +86,27 @@ def pull(
     missing = {file: record for file, record in data.items() if not _has_size(path / file, record)}
     require_room(path, total_bytes(missing), "pull into a folder on another disk")
 
-    def is_right(file: str) -> bool:
-        try:
-            found = regular_file(path, file)
-        except CorruptShardError:
-            return False
-        return _has_size(found, files[file]) and file_record(found) == files[file]
-
     def get(file: str) -> None:
-        target = path / file
-        with disk_errors(target):
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with publish_file(target) as temporary:
-                if file in contents:
-                    temporary.write_bytes(contents[file])
-                    copying.advance(len(contents[file]))
-                else:
-                    _fetch(source.remote, file, temporary, files[file], copying.advance)
+        (path / file).parent.mkdir(parents=True, exist_ok=True)
+        if file in contents:
+            write_file(path / file, contents[file])
+            copying.advance(len(contents[file]))
+        else:
+            _fetch(source.remote, file, path, files[file], copying.advance)
 
     with WriteLock(path), disk_errors(path), transfer("pull", files) as copying:
-        # Left by a pull that was killed. A linked folder belongs to something else.
-        inside = (item for item in path.rglob("*") if item.is_dir() and not item.is_symlink())
-        for folder in (path, *inside):
-            delete_temporaries(folder)
+        _delete_temporaries(path)
         # The root's zarr.json comes first: a later pull knows the folder by it.
-        copying.copy(metadata, is_copied=is_right, copy=get, workers=1)
-        for part in (data, records, last):
-            copying.copy(part, is_copied=is_right, copy=get)
+        for part in (metadata, data, records, last):
+            copying.copy(
+                part,
+                is_copied=lambda file: _is_right(path, file, files[file]),
+                copy=get,
+                workers=1 if part is metadata else WORKERS,
+            )
     cache = Cache.open(path, complete=manifest is not None)
-    return copying.summary(
-        source.remote.address, path, None if cache.manifest is None else cache.id
-    )
+    id = None if cache.manifest is None else cache.id
+    return copying.summary(source.remote.address, path, id)
 
 
 def _spec_of_views(source: RemoteCache, views: Sequence[View] | None) -> CacheSpec:
@@ -231,12 +232,29 @@ def _has_size(path: Path, record: FileRecord) -> bool:
     return path.exists() and path.stat().st_size == record.bytes
 
 
-def _fetch(remote: Remote, file: str, to: Path, record: FileRecord, advance: Advance) -> None:
-    remote.fetch(file, to, record.bytes, advance)
-    if file_record(to) != record:
-        raise CorruptShardError(
-            "its size or sha256 is not that in its commit record",
-            path=remote.location(file),
-            remedy="run the same command again; if that does not help, ask the cache's owner to "
-            "push it again with --read-back",
-        )
+def _is_right(path: Path, file: str, record: FileRecord) -> bool:
+    try:
+        found = regular_file(path, file)
+    except CorruptShardError:
+        return False
+    return _has_size(found, record) and file_record(found) == record
+
+
+def _delete_temporaries(path: Path) -> None:
+    """Delete what a killed pull left; a linked folder belongs to something else."""
+    inside = (item for item in path.rglob("*") if item.is_dir() and not item.is_symlink())
+    for folder in (path, *inside):
+        delete_temporaries(folder)
+
+
+def _fetch(remote: Remote, file: str, path: Path, record: FileRecord, advance: Advance) -> None:
+    target = path / file
+    with disk_errors(target), publish_file(target) as temporary:
+        remote.fetch(file, temporary, record.bytes, advance)
+        if file_record(temporary) != record:
+            raise CorruptShardError(
+                "its size or sha256 is not that in its commit record",
+                path=remote.location(file),
+                remedy="run the same command again; if that does not help, ask the cache's owner "
+                "to push it again with --read-back",
+            )
