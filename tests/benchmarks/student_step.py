@@ -51,7 +51,7 @@ def make_step(
 ) -> Callable[[GroupTargets | None], None]:
     torch.manual_seed(0)
     config = load_config()
-    model = build_backbone("mobilefacenet").to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model = build_backbone("mobilefacenet").to(device).to(memory_format=torch.channels_last)
     head = ClassCenters(num_classes, 512).to(device)
     spec = HeadSpec(margin=config.head.margins)
     learning = [p for p in (*model.parameters(), *head.parameters()) if p.requires_grad]

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("temperature", [1.0, 3.0, 4.0])
 def test_the_class_layer_is_the_cpus(compiled: bool, temperature: float) -> None:
-    for seed, margin in enumerate(MARGINS):
+    for seed, margin in enumerate(MARGINS[:4]):
         problem = random_problem(seed, 16, 1500, 64, temperature=temperature, margin=margin)
         here = leaves(problem, torch.float32)
         x, w = there = tuple(leaf.detach().cuda().requires_grad_() for leaf in here)

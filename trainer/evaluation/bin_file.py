@@ -9,7 +9,7 @@ to the file.
 
 import io
 import pickle
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -166,15 +166,6 @@ class _StandIn:
         """Ignore the state: that of a dtype only repeats its code."""
 
 
-class _Encode(_StandIn):
-    """``_codecs.encode``, by which Python 3 writes bytes in protocol 2."""
-
-    def __new__(cls, text: Any, encoding: Any = "latin1") -> Any:
-        if not isinstance(text, str) or encoding not in ("latin1", "latin-1"):
-            raise _Forbidden(f"_codecs.encode to {encoding!r}")
-        return text.encode("latin1")
-
-
 class _Dtype(_StandIn):
     """``numpy.dtype`` of bytes or truth values."""
 
@@ -202,40 +193,47 @@ class _Array(_StandIn):
         self.data = bytes(data)
 
 
-class _Reconstruct(_StandIn):
-    """``numpy.core.multiarray._reconstruct``: an empty array, filled by its state later."""
-
-    def __new__(cls, *_shape_and_type: Any) -> Any:
-        return _Array()
-
-
-class _FromBuffer(_StandIn):
-    """``numpy._core.numeric._frombuffer``: an array in pickle protocol 5."""
-
-    def __new__(cls, data: Any, dtype: Any, *_shape_and_order: Any) -> Any:
-        array = _Array()
-        array._fill(dtype, data)
-        return array
+def _encode(text: Any, encoding: Any = "latin1") -> bytes:
+    """``_codecs.encode``, by which Python 3 writes bytes in protocol 2."""
+    if not isinstance(text, str) or encoding not in ("latin1", "latin-1"):
+        raise _Forbidden(f"_codecs.encode to {encoding!r}")
+    return text.encode("latin1")
 
 
-class _Scalar(_StandIn):
-    """``numpy.core.multiarray.scalar``: one truth value."""
+def _reconstruct(*_shape_and_type: Any) -> _Array:
+    """An empty array, filled by its state later."""
+    return _Array()
 
-    def __new__(cls, dtype: Any, data: Any) -> Any:
-        if not isinstance(dtype, _Dtype) or not isinstance(data, bytes) or len(data) != 1:
-            raise _Forbidden("a numpy scalar of objects")
-        return data != b"\0"
+
+def _from_buffer(data: Any, dtype: Any, *_shape_and_order: Any) -> _Array:
+    """An array in pickle protocol 5."""
+    array = _Array()
+    array._fill(dtype, data)
+    return array
+
+
+def _scalar(dtype: Any, data: Any) -> bool:
+    """One truth value."""
+    if not isinstance(dtype, _Dtype) or not isinstance(data, bytes) or len(data) != 1:
+        raise _Forbidden("a numpy scalar of objects")
+    return data != b"\0"
+
+
+def _callable(function: Callable[..., Any]) -> type:
+    """A stand-in that gives the function's result when it is called."""
+    call = {"__new__": lambda _cls, *arguments: function(*arguments)}
+    return type(function.__name__, (_StandIn,), call)
 
 
 _STAND_INS: dict[tuple[str, str], type] = {
-    ("_codecs", "encode"): _Encode,
+    ("_codecs", "encode"): _callable(_encode),
     ("numpy", "ndarray"): _Array,
     ("numpy", "dtype"): _Dtype,
 }
 for _core in ("numpy.core", "numpy._core"):  # the name before numpy 2, and since
-    _STAND_INS[f"{_core}.multiarray", "_reconstruct"] = _Reconstruct
-    _STAND_INS[f"{_core}.multiarray", "scalar"] = _Scalar
-    _STAND_INS[f"{_core}.numeric", "_frombuffer"] = _FromBuffer
+    _STAND_INS[f"{_core}.multiarray", "_reconstruct"] = _callable(_reconstruct)
+    _STAND_INS[f"{_core}.multiarray", "scalar"] = _callable(_scalar)
+    _STAND_INS[f"{_core}.numeric", "_frombuffer"] = _callable(_from_buffer)
 
 
 # The unpickler in Python: for the one in C ten bytes, a high memo slot, allocate all memory.

@@ -95,7 +95,7 @@ def grouped_margin_loss(
         unit = F.normalize(_at_least_float32(embeddings), eps=EPSILON)
         layer = centers.to(unit.dtype)
         trained = sampled.centers.to(unit.dtype) if sampled else layer
-        total, ce, primary, binary, cosines = _FusedLoss.apply(  # type: ignore[no-untyped-call]
+        total, ce, primary, binary, cosines = _FusedLoss.apply(
             ranks.gather_with_gradient(unit), trained, layer.detach(), step
         )
     own = slice(ranks.rank * len(unit), (ranks.rank + 1) * len(unit))

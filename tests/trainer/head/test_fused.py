@@ -24,7 +24,7 @@ from tests.reference import (
 from tests.trainer.head.problems import Problem, group_targets, plain_gkd_loss
 
 COSFACE, ARCFACE = Margin(m3=0.4), Margin(m2=0.5)
-MARGINS = [COSFACE, ARCFACE, Margin(0.9, 0.4, 0.15), Margin(m1=4.0), Margin()]
+MARGINS = [COSFACE, ARCFACE, Margin(0.9, 0.4, 0.15), Margin(), Margin(m1=4.0)]
 # A group's logits this far above or below the tail's: a = 1 - 1e-9 or 1e-9.
 EDGE = float(np.log(1e9))
 
