@@ -4,6 +4,8 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ from gkd.storage.sharing.pull import pull
 from gkd.storage.sharing.push import push
 from gkd.storage.sharing.remote import Remote
 from gkd.storage.sharing.remote_cache import RemoteCache
-from tests.caches import contents
+from tests.caches import contents, make_cache
 from tests.processes import run_command, running
 from tests.s3 import Bucket, rclone
 
@@ -90,7 +92,7 @@ def test_a_server_that_goes_silent_is_given_up(
 ) -> None:
     push(cache.path, bucket.address)
     with bucket.server.silent(), monkeypatch.context() as patch:
-        patch.setattr(remote, "_ANSWER_SECONDS", 1.0)
+        patch.setattr(remote, "_ANSWER_SECONDS", 0.2)
         with pytest.raises(IncompleteCacheError, match=f"{bucket.address}2/.*: no answer;"):
             push(cache.path, f"{bucket.address}2")
         with pytest.raises(IncompleteCacheError, match=f"{bucket.address}/.*: no answer;"):
@@ -98,8 +100,17 @@ def test_a_server_that_goes_silent_is_given_up(
     assert pull(bucket.address, tmp_path / "back").whole
 
 
-def test_a_server_with_folders_and_one_connection_a_thread(cache: Cache, tmp_path: Path) -> None:
+def wait_for_port(port: int, server: "subprocess.Popen[bytes]") -> None:
+    while True:
+        assert server.poll() is None
+        with suppress(ConnectionRefusedError), socket.create_connection(("127.0.0.1", port)):
+            return
+        time.sleep(0.02)
+
+
+def test_a_server_with_folders_and_one_connection_a_thread(tmp_path: Path) -> None:
     """FTP, like SFTP: folders must be created, and threads cannot share a connection."""
+    cache = make_cache(tmp_path / "cache.gkd", num_samples=10, views=("original",))
     (tmp_path / "there").mkdir()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -109,11 +120,9 @@ def test_a_server_with_folders_and_one_connection_a_thread(cache: Cache, tmp_pat
     serve += ["--cache-dir", str(tmp_path / "cache"), "--config", "/dev/null"]
     address = "ftp://127.0.0.1/team/c.gkd"
     options: dict[str, object] = {"username": "me", "port": port, "password": "mine"}
-    with subprocess.Popen(serve, stderr=subprocess.PIPE, text=True) as server:
+    with subprocess.Popen(serve, stderr=subprocess.DEVNULL) as server:
         try:
-            assert server.stderr is not None
-            while "Serving FTP" not in (line := server.stderr.readline()):
-                assert line, "it ended"
+            wait_for_port(port, server)
             assert push(cache.path, address, options=options).whole
             assert pull(address, tmp_path / "back", options=options).whole
             with running(
