@@ -1,4 +1,6 @@
 """Stage one: a teacher and its class centres in, a cache of targets out.
 
-May be imported by the commands alone; imports ``storage`` and never ``trainer``.
+``run`` makes a cache: ``embed`` turns records into embeddings, ``shard`` these into shards, and
+``ranks`` keeps the processes in step. Only the commands and the demo import this package; it
+imports ``storage`` and never ``trainer``.
 """

@@ -1,7 +1,7 @@
 """A folder that keeps a teacher's embeddings until what is made of them is finished."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -10,7 +10,14 @@ import numpy as np
 import numpy.typing as npt
 
 from gkd.pipeline.cache_spec import dataset_spec, teacher_spec
-from gkd.pipeline.embed import EmbeddedBatch, embed_shards, join_batches, whole_shards
+from gkd.pipeline.embed import (
+    EmbeddedBatch,
+    default_batch_size,
+    embed_shards,
+    join_batches,
+    split_batch,
+    whole_shards,
+)
 from gkd.pipeline.resume_check import ImageDigests, require_same_images
 from gkd.pipeline.teacher.embedder import Embedder
 from gkd.storage.cache.spec import VIEWS, DatasetSpec, Preprocess, Sharding, TeacherSpec, View
@@ -161,6 +168,14 @@ class EmbeddingStore:
                 "run left it out with --skip-corrupt: give that option again to resume"
             )
         return batch
+
+    def batches(
+        self, shards: Iterable[int], views: Sequence[View], batch_size: int | None
+    ) -> Generator[EmbeddedBatch, None, None]:
+        """The kept embeddings of shards, in the batches that the teacher would give them in."""
+        for shard in shards:
+            size = batch_size or default_batch_size(self.embedder)
+            yield from split_batch(self.load(shard, views), size)
 
     def remove(self) -> None:
         """Delete the folder."""

@@ -25,9 +25,7 @@ from gkd.pipeline.checks.calibration import check_preprocessing, report_group_si
 from gkd.pipeline.embed import (
     EmbeddedBatch,
     check_labels,
-    default_batch_size,
     embed_shards,
-    split_batch,
 )
 from gkd.pipeline.embedding_store import EmbeddingStore, work_path
 from gkd.pipeline.ranks import Ranks, joined_ranks
@@ -167,9 +165,9 @@ class _Run:
         self._report_rounding(centers)
         if self.ranks.rank == 0 and not committed_shards(self.out):
             self._calibrate(array, store, own_means=centers.kind == CLASS_MEAN)
-        embedded += self._write_shards(writer, pending, array, store)
+        written = self._write_shards(writer, pending, array, store)
         self.ranks.once("finish", lambda: self._finish(writer, store))
-        return embedded
+        return written if store is None else embedded
 
     def _class_mean_centers(self) -> tuple[EmbeddingStore | None, int, Centers]:
         """Class means, made of the embeddings of all shards unless an earlier run did so."""
@@ -186,12 +184,11 @@ class _Run:
             self.sharding.shard_samples,
             skip_corrupt=self.settings.skip_corrupt,
         )
-        if found is not None:
-            return store, 0, found
         embedded = self._embed_all(store)
-        self.ranks.once("class means", lambda: self._average(store))
-        array = read_npy(centers_path(self.out))
-        return store, embedded, Centers(array, CLASS_MEAN, CLASS_MEAN)
+        if found is None:
+            self.ranks.once("class means", lambda: self._average(store))
+            found = Centers(read_npy(centers_path(self.out)), CLASS_MEAN, CLASS_MEAN)
+        return store, embedded, found
 
     def _embed_all(self, store: EmbeddingStore) -> int:
         """Keep the embeddings of this rank's shards; the images that the teacher has seen."""
@@ -267,20 +264,18 @@ class _Run:
         centers: torch.Tensor,
         store: EmbeddingStore | None,
     ) -> int:
-        """Compute and commit the pending shards; the images that the teacher has seen for them."""
-        to_embed = [shard for shard in pending if store is None or not store.has(shard)]
-        embedded = 0
+        """Compute and commit the pending shards; the number of their images."""
+        images = 0
 
         def commit(shard: Shard) -> None:
-            nonlocal embedded
+            nonlocal images
             commit_shard(writer, shard)
-            if self.sharding.shard_of(shard.rows.start) in to_embed:
-                embedded += len(shard.rows) - len(shard.samples.skipped)
+            images += len(shard.rows) - len(shard.samples.skipped)
 
         what = "run teacher and partition" if store is None else "partition"
         with (
             self._progress(what, pending) as advance,
-            closing(self._batches(pending, to_embed, store)) as batches,
+            closing(self._batches(pending, store)) as batches,
         ):
             shards = compute_shards(
                 batches,
@@ -292,20 +287,18 @@ class _Run:
                 advance=advance,
             )
             write_behind(commit, shards)
-        return embedded
+        return images
 
     def _batches(
-        self, pending: Sequence[int], to_embed: Sequence[int], store: EmbeddingStore | None
+        self, shards: Sequence[int], store: EmbeddingStore | None
     ) -> Generator[EmbeddedBatch, None, None]:
-        """Embeddings of pending shards: kept ones first, then those ``to_embed`` now."""
+        """Embeddings of shards, kept ones or new ones."""
         settings = self.settings
         if store is not None:
-            size = settings.batch_size or default_batch_size(self.embedder)
-            for shard in (shard for shard in pending if shard not in to_embed):
-                yield from split_batch(store.load(shard, settings.views), size)
-        yield from embed_shards(
+            return store.batches(shards, settings.views, settings.batch_size)
+        return embed_shards(
             self.records,
-            to_embed,
+            shards,
             self.sharding,
             self.embedder,
             settings.views,

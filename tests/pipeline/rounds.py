@@ -30,10 +30,10 @@ SHARD_SAMPLES = 3
 BATCH_SECONDS = 0.01
 ARRIVAL = timedelta(seconds=3)  # a rank may be killed before it arrives
 SILENT_SECONDS = 1.0
-MOST_RANKS = 3
+MAX_RANKS = 3
 LEFT_ALONE = 3  # exit code of a rank that noticed that another had ended
 KILLED = -9
-LONGEST_SECONDS = 120.0
+MAX_SECONDS = 120.0
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def kill_and_resume(folder: Path, work: Path, *, kills: int, seed: int) -> Tally
         out = work / f"{caches}" / "faces.gkd"
         before, world_size = len(worlds), 0
         while not (out / layout.MANIFEST).exists():
-            world_size = int(rng.choice([n for n in range(1, MOST_RANKS + 1) if n != world_size]))
+            world_size = int(rng.choice([n for n in range(1, MAX_RANKS + 1) if n != world_size]))
             processes = start(folder, out, world_size, class_mean)
             if len(worlds) < kills:
                 time.sleep(rng.uniform(0, 0.8 * seconds[class_mean]))
@@ -123,7 +123,7 @@ def start(folder: Path, out: Path, world_size: int, class_mean: bool) -> list[Ba
 def finish(processes: list[BaseProcess]) -> list[int | None]:
     """Exit codes, once all have ended or were killed."""
     for process in processes:
-        process.join(LONGEST_SECONDS)
+        process.join(MAX_SECONDS)
     codes = [process.exitcode for process in processes]
     for process in processes:
         process.kill()

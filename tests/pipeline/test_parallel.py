@@ -30,7 +30,7 @@ from gkd.storage.util.lock import WriteLock
 from gkd.trainer.backbones import build_backbone
 from tests.paths import ROOT
 from tests.pipeline.faces import PixelEmbedder, write_folder
-from tests.pipeline.rounds import MOST_RANKS, contents
+from tests.pipeline.rounds import MAX_RANKS, contents
 from tests.processes import Process, finished, run_command, running
 
 
@@ -55,7 +55,7 @@ def test_ten_rounds_of_kills_give_the_bytes_of_an_unbroken_run(
     tally = json.loads(done.stdout)
     assert tally["wrong"] == []
     assert tally["kills"] >= 10
-    assert set(tally["worlds"]) == set(range(1, MOST_RANKS + 1))
+    assert set(tally["worlds"]) == set(range(1, MAX_RANKS + 1))
     assert tally["resumed"] >= 2
 
 
