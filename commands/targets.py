@@ -376,7 +376,7 @@ def targets_gc(older_than: float, dry_run: bool, as_json: bool) -> None:
     These are materialised targets, digests of images and embeddings of test sets; all are made
     again when needed.
     """
-    from gkd.storage.reading.mmap_store import collect
+    from gkd.storage.reading.gc import collect
 
     found = collect(older_than=older_than, dry_run=dry_run)
     if as_json:

@@ -1,15 +1,12 @@
-"""Targets as memory-mapped files for training: made once per node, shared by all its processes."""
+"""Targets as memory-mapped files for training, made once per node and shared by all processes."""
 
 import contextlib
 import fcntl
 import os
 import re
 import shutil
-import time
-import uuid
 import weakref
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +22,7 @@ from gkd.storage.cache.spec import VIEWS, CacheSpec, View
 from gkd.storage.cache.targets import SparseTargets
 from gkd.storage.errors import ConfigError, CorruptDataError
 from gkd.storage.reading.flat_arrays import OFFSETS, Shape, array_shapes, read_shards
-from gkd.storage.util.files import disk_errors, require_room, sync_folder, write_file
+from gkd.storage.util.files import disk_errors, publish_dir, remove_dir, require_room
 from gkd.storage.util.progress import progress
 from gkd.storage.util.torchrun_env import all_cores
 
@@ -33,18 +30,11 @@ DESCRIPTION = "store.json"
 DIGESTS = "digests"
 EMBEDDINGS = "embeddings"
 LOCK = "lock"
-DAY = 86_400
 _WARM_BLOCK = 1 << 24
 _MAX_WORKERS = 8
 _COUNTED = 1 << 20
-# The folder may be shared with strangers, so only what bears exactly these names is ours.
-_HOME = re.compile(r"[0-9a-f]{64}")
 _STORE = re.compile("|".join(re.escape(name) for name in (*VIEWS, "+".join(VIEWS))))
-_ASIDE = re.compile(rf"\.({_STORE.pattern})\.[0-9a-f]{{32}}")
-_EMBEDDINGS_FILE = re.compile(
-    r"[0-9a-f]{64}\.safetensors|\.[0-9a-f]{64}\.safetensors\.[0-9a-f]{32}"
-)
-_DIGESTS_FILE = re.compile(r"[0-9a-f]{64}\.(npz|lock)|\.[0-9a-f]{64}\.npz\.[0-9a-f]{32}")
+_TEMPORARY = re.compile(rf"\.({_STORE.pattern})\.[0-9a-f]{{32}}")
 
 
 class _Description(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -57,19 +47,20 @@ class _Description(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class TargetStore:
     """Targets of all samples in memory-mapped files; made by ``materialise``.
 
-    The rows of the views follow each other: sample i of the v-th view is row ``v * N + i``. Pickles
-    as its path, and a fork shares the maps. While one is open, ``collect`` leaves its files alone.
+    The rows of the views follow each other: sample i of the v-th view is row ``v * N + i``. It
+    pickles as its path, and a fork shares the maps. ``collect`` does not remove an open store.
 
     Raises:
-        CorruptDataError: on opening, where a file is missing or not as long as it was made.
+        CorruptDataError: on opening, if a file is missing or of another size.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            in_use = os.open(path / DESCRIPTION, os.O_RDONLY)
-            weakref.finalize(self, os.close, in_use)
-            fcntl.flock(in_use, fcntl.LOCK_SH)
+            # A shared lock, which filelock does not have, marks the store as in use.
+            descriptor = os.open(path / DESCRIPTION, os.O_RDONLY)
+            weakref.finalize(self, os.close, descriptor)
+            fcntl.flock(descriptor, fcntl.LOCK_SH)
             description = msgspec.json.decode((path / DESCRIPTION).read_bytes(), type=_Description)
             sizes = {name: (path / name).stat().st_size for name in description.files}
         except (FileNotFoundError, msgspec.DecodeError, UnicodeDecodeError) as error:
@@ -96,13 +87,13 @@ class TargetStore:
         return self.spec.num_samples
 
     def lookup(self, rows: npt.NDArray[np.int64], flipped: npt.NDArray[np.bool_]) -> SparseTargets:
-        """Targets of samples ``rows`` [B], each of the view that ``flipped`` [B] says.
+        """Targets of samples ``rows`` [B], of the flipped view if ``flipped`` [B], else original.
 
         A sample that the cache skipped has an empty group.
 
         Raises:
-            IndexError: where a row is not one of the cache's samples.
-            ConfigError: where a view is asked for that was not materialised.
+            IndexError: if a row is not one of the cache's samples.
+            ConfigError: if a view was not materialised.
         """
         rows = np.asarray(rows, np.int64)
         if len(rows) and (rows.min() < 0 or rows.max() >= len(self)):
@@ -110,13 +101,14 @@ class TargetStore:
         first = self._first_rows[np.asarray(flipped, np.intp)]
         if len(first) and first.min() < 0:
             raise ConfigError(
-                f"{self.path}: targets of the {' and '.join(self.views)} view only; train without "
-                "random flips, or cache again with --views original,flipped"
+                f"targets of the {' and '.join(self.views)} view only",
+                path=self.path,
+                remedy="train without random flips, or cache again with --views original,flipped",
             )
         return self._targets.take(first + rows)
 
     def size_counts(self, view: View) -> npt.NDArray[np.int64]:
-        """How many samples of a view have a group of each size, int64 [max_group + 1]."""
+        """Number of samples of a view with each group size, int64 [max_group + 1]."""
         first = self.views.index(view) * len(self)
         counts = np.zeros(self.spec.max_group + 1, np.int64)
         for begin in range(first, first + len(self), _COUNTED):
@@ -125,22 +117,24 @@ class TargetStore:
             counts += np.bincount(sizes, minlength=len(counts))
         return counts
 
-    def _map(self, name: str) -> npt.NDArray[Any]:
-        try:
-            array = np.load(self.path / f"{name}.npy", mmap_mode="r")
-        except (FileNotFoundError, ValueError, EOFError) as error:
-            raise _damaged(self.path, error) from error
-        # A plain array on the map: slices of np.memmap itself are slow to make.
-        return np.asarray(array)
-
     def shapes(self) -> dict[str, Shape]:
         """Type and shape of each array."""
         arrays = {OFFSETS: self._targets.offsets} | self._targets.arrays()
         return {name: (array.dtype, array.shape) for name, array in arrays.items()}
 
+    def _map(self, name: str) -> npt.NDArray[Any]:
+        try:
+            array = np.load(self.path / f"{name}.npy", mmap_mode="r")
+        except (FileNotFoundError, ValueError, EOFError) as error:
+            raise _damaged(self.path, error) from error
+        # A plain array on the map: slicing np.memmap itself is slow.
+        return np.asarray(array)
+
 
 def _damaged(path: Path, problem: object) -> CorruptDataError:
-    return CorruptDataError(f"{path}: damaged ({problem}); remove it, it is made again as needed")
+    return CorruptDataError(
+        f"damaged ({problem})", path=path, remedy="remove it, it is made again as needed"
+    )
 
 
 def materialise(
@@ -148,21 +142,22 @@ def materialise(
 ) -> TargetStore:
     """The cache's targets as memory-mapped files, made now or found from before.
 
-    They stand in ``<folder>/<cache id>/<views>``; ``folder`` is by default ``$GKD_CACHE_DIR`` or
-    ``~/.cache/gkd``. The cache's files are held against their hashes while they are copied. One
-    process makes them while others wait for it. Those found with a file missing or cut are made
-    again.
+    They are in ``<folder>/<cache id>/<views>``; ``folder`` is by default ``$GKD_CACHE_DIR`` or
+    ``~/.cache/gkd``. The cache's files are verified against their hashes while they are copied.
+    One process copies while others wait. A store with a missing or truncated file is made again.
 
     Raises:
-        ConfigError: where the disk has no room or is closed, or a view is not in the cache.
-        CorruptShardError: where the cache is damaged.
-        IncompleteCacheError: where the cache is not finished.
+        ConfigError: if the disk has no room or is read-only, or a view is not in the cache.
+        CorruptShardError: if the cache is damaged.
+        IncompleteCacheError: if the cache is not finished.
     """
     chosen: tuple[View, ...] = tuple(view for view in VIEWS if view in (views or cache.spec.views))
     if not set(chosen) <= set(cache.spec.views):
         raise ConfigError(
-            f"{cache.path}: expected views {', '.join(chosen)}, the cache has "
-            f"{', '.join(cache.spec.views)}; cache again with --views {','.join(chosen)}"
+            path=cache.path,
+            expected=f"views {', '.join(chosen)}",
+            got=f"a cache of {', '.join(cache.spec.views)}",
+            remedy=f"cache again with --views {','.join(chosen)}",
         )
     home = (folder or default_folder()).absolute() / cache.id
     target = home / "+".join(chosen)
@@ -171,11 +166,9 @@ def materialise(
         with filelock.FileLock(home / LOCK):
             found = _open(cache, chosen, target)
             if found is None:
-                # Nobody else is at work here, so what lies about was left by one that died.
-                for leftover in filter(_is_aside, list(home.iterdir())):
+                for leftover in filter(is_temporary, list(home.iterdir())):
                     shutil.rmtree(leftover)
-                if os.path.lexists(target):
-                    _remove(target)
+                remove_store(target)
                 _build(cache, chosen, target)
             store = found or TargetStore(target)
     if found:
@@ -185,7 +178,7 @@ def materialise(
 
 
 def _open(cache: Cache, views: tuple[View, ...], target: Path) -> TargetStore | None:
-    """The store at ``target``; None where there is none, or none that is whole."""
+    """The store at ``target``; None if there is none, or a damaged or another one."""
     if not os.path.lexists(target):
         return None
     try:
@@ -193,12 +186,12 @@ def _open(cache: Cache, views: tuple[View, ...], target: Path) -> TargetStore | 
     except (CorruptDataError, NotADirectoryError):
         return None
     shapes = array_shapes(cache, range(cache.spec.num_shards), views)
-    is_its = store.cache_id == cache.id and store.views == views and store.shapes() == shapes
-    return store if is_its else None
+    expected = (cache.id, views, shapes)
+    return store if (store.cache_id, store.views, store.shapes()) == expected else None
 
 
 def default_folder() -> Path:
-    """``$GKD_CACHE_DIR``, or ``~/.cache/gkd``; ConfigError where that is inside a cache."""
+    """``$GKD_CACHE_DIR``, or ``~/.cache/gkd``; raises ConfigError if that is inside a cache."""
     chosen = os.environ.get("GKD_CACHE_DIR")
     folder = Path(chosen) if chosen else Path.home() / ".cache" / "gkd"
     require_outside_caches(folder)
@@ -206,7 +199,7 @@ def default_folder() -> Path:
 
 
 def touch(path: Path) -> None:
-    """Note that ``path`` was used now, where it is ours to note."""
+    """Record that ``path`` was used now, if its owner permits."""
     with contextlib.suppress(PermissionError):
         os.utime(path)
 
@@ -214,13 +207,15 @@ def touch(path: Path) -> None:
 def _build(cache: Cache, views: tuple[View, ...], target: Path) -> None:
     shards = range(cache.spec.num_shards)
     shapes = array_shapes(cache, shards, views)
-    needed = sum(dtype.itemsize * int(np.prod(shape)) for dtype, shape in shapes.values())
-    _require_space(target.parent, needed)
-    aside = _aside(target)
-    aside.mkdir()
-    try:
+    require_room(
+        target.parent,
+        sum(dtype.itemsize * int(np.prod(shape)) for dtype, shape in shapes.values()),
+        "set GKD_CACHE_DIR to a larger disk, or read the targets block by block with "
+        "data.order=blocks",
+    )
+    with publish_dir(target) as folder:
         arrays = {
-            name: np.lib.format.open_memmap(aside / f"{name}.npy", "w+", dtype, shape)
+            name: np.lib.format.open_memmap(folder / f"{name}.npy", "w+", dtype, shape)
             for name, (dtype, shape) in shapes.items()
         }
         workers = min(_MAX_WORKERS, all_cores())
@@ -230,48 +225,13 @@ def _build(cache: Cache, views: tuple[View, ...], target: Path) -> None:
         for array in arrays.values():
             array.flush()
         del arrays
-        sizes = {path.name: path.stat().st_size for path in aside.glob("*.npy")}
+        sizes = {path.name: path.stat().st_size for path in folder.glob("*.npy")}
         description = _Description(cache.id, views, cache.spec, sizes)
-        write_file(aside / DESCRIPTION, layout.encode_json(description))
-        aside.rename(target)
-        sync_folder(target.parent)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
-
-
-def _aside(store: Path) -> Path:
-    """A new name beside a store, for one that is being made or removed."""
-    return store.with_name(f".{store.name}.{uuid.uuid4().hex}")
-
-
-def _is_aside(path: Path) -> bool:
-    return bool(_ASIDE.fullmatch(path.name)) and _is_real_folder(path)
-
-
-def _is_store(path: Path) -> bool:
-    return (
-        bool(_STORE.fullmatch(path.name))
-        and _is_real_folder(path)
-        and (path / DESCRIPTION).is_file()
-    )
-
-
-def _is_real_folder(path: Path) -> bool:
-    return path.is_dir() and not path.is_symlink()
-
-
-def _require_space(folder: Path, needed: int) -> None:
-    require_room(
-        folder,
-        needed,
-        "set GKD_CACHE_DIR to a larger disk, or read the targets block by block with "
-        "data.order=blocks",
-    )
+        (folder / DESCRIPTION).write_bytes(layout.encode_json(description))
 
 
 def _warm(target: Path) -> None:
-    """Read everything once: random reads of cold files would take minutes to do the same."""
+    """Read all files once, if they fit in memory: random reads of cold files take minutes."""
     files = list(target.glob("*.npy"))
     size = sum(file.stat().st_size for file in files)
     if size > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
@@ -283,86 +243,26 @@ def _warm(target: Path) -> None:
                 pass
 
 
-@dataclass(frozen=True)
-class Collected:
-    """What ``collect`` found: ``removed`` says whether it is gone, or would be in a dry run.
-
-    days  since it was last used
-    why   it stays, or an empty string
-    """
-
-    path: Path
-    bytes: int
-    days: float
-    removed: bool
-    why: str
+def is_store(path: Path) -> bool:
+    """Whether ``path`` has the name and the shape of a store."""
+    return bool(_STORE.fullmatch(path.name)) and is_folder(path) and (path / DESCRIPTION).is_file()
 
 
-def collect(
-    *, folder: Path | None = None, older_than: float = 0.0, dry_run: bool = False
-) -> list[Collected]:
-    """Remove what gkd left in ``folder`` and nobody uses: stores, half stores, digests, embeddings.
-
-    What was used within the last ``older_than`` days stays, and what a process has open or is
-    making. Everything can be made again from its cache, its records or its model. Anything in
-    ``folder`` that does not have the place and the name of such a store or file is somebody
-    else's and stays.
-    """
-    folder = (folder or default_folder()).absolute()
-    now = time.time()
-    return [
-        _collect_one(path, older_than, now, dry_run=dry_run)
-        for path in sorted(_collectable(folder))
-    ]
+def is_temporary(path: Path) -> bool:
+    """Whether ``path`` is a store that is being made or removed."""
+    return bool(_TEMPORARY.fullmatch(path.name)) and is_folder(path)
 
 
-def _collectable(folder: Path) -> Iterator[Path]:
-    for name, pattern in ((DIGESTS, _DIGESTS_FILE), (EMBEDDINGS, _EMBEDDINGS_FILE)):
-        for path in (folder / name).glob("*"):
-            if pattern.fullmatch(path.name) and path.is_file():
-                yield path
-    for home in folder.glob("*"):
-        if _HOME.fullmatch(home.name) and _is_real_folder(home):
-            yield from (path for path in home.iterdir() if _is_store(path) or _is_aside(path))
+def is_folder(path: Path) -> bool:
+    """Whether ``path`` is a folder and not a link to one."""
+    return path.is_dir() and not path.is_symlink()
 
 
-def _collect_one(path: Path, older_than: float, now: float, *, dry_run: bool) -> Collected:
-    mark = path / DESCRIPTION if (path / DESCRIPTION).exists() else path
-    days = max(0.0, now - mark.stat().st_mtime) / DAY
-    files = list(path.rglob("*")) if path.is_dir() else [path]
-    size = sum(file.stat().st_size for file in files)
-    why = f"used within {older_than:g} days" if days < older_than else ""
-    if not why:
-        with _unused(path) as unused:
-            why = "" if unused else "in use"
-            if unused and not dry_run:
-                _remove(path)
-    return Collected(path, size, days, not why, why)
-
-
-def _remove(path: Path) -> None:
-    if not path.is_dir():
-        path.unlink()
-        return
-    if not _is_aside(path):
-        # Half removed it must not look like a store any more.
-        path = path.rename(_aside(path))
-    shutil.rmtree(path)
-
-
-@contextlib.contextmanager
-def _unused(path: Path) -> Iterator[bool]:
-    """Whether no process makes, opens or has open what is at ``path``; none can meanwhile."""
-    if not path.is_dir():
-        yield True
-        return
-    with contextlib.ExitStack() as held:
-        try:
-            held.enter_context(filelock.FileLock(path.parent / LOCK, timeout=0))
-            if (path / DESCRIPTION).exists():
-                file = held.enter_context((path / DESCRIPTION).open("rb"))
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (filelock.Timeout, BlockingIOError):
-            yield False
-            return
-        yield True
+def remove_store(path: Path) -> None:
+    """Delete a store, a part of one or a file; without effect if there is nothing."""
+    if is_temporary(path):
+        shutil.rmtree(path)
+    elif path.is_dir():
+        remove_dir(path)
+    else:
+        path.unlink(missing_ok=True)

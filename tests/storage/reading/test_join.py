@@ -1,7 +1,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -12,16 +12,14 @@ from hypothesis import strategies as st
 from gkd.storage.cache.reader import Cache, Samples
 from gkd.storage.errors import CorruptRecordError, SpecMismatchError
 from gkd.storage.reading.join import SKIPPED, Join, join, match
+from gkd.storage.records.base import Records
 from gkd.storage.records.open import open_records
 from tests.caches import digest_of, labels_of, make_cache, make_spec
-
-if TYPE_CHECKING:
-    from gkd.storage.records.open import Records
 
 
 @dataclass
 class FakeRecords:
-    """As much of ``Records`` as a join asks for."""
+    """As much of ``Records`` as a join uses."""
 
     labels: npt.NDArray[np.int64]
     num_classes: int = 50
@@ -54,7 +52,7 @@ def join_rows(
     renumber: Callable[[npt.NDArray[np.int64]], npt.NDArray[np.int64]] = lambda labels: labels,
     drop_unmatched: bool = False,
 ) -> Join:
-    """Join the images that these rows of the cache have, or would have."""
+    """Join the images of these rows of the cache."""
     labels = renumber(labels_of(cache.spec)[np.array(rows) % 100])
     records = cast("Records", FakeRecords(labels, num_classes))
     digests = digests_of_rows(rows)
@@ -88,14 +86,14 @@ def test_unknown_images_are_counted_and_named(cache: Cache) -> None:
         join_rows(cache, [3, 200, 4, 201, 202, 203])
     message = str(caught.value)
     assert "4 of 6 images of /data/other are not in the cache" in message
-    assert "other.rec, key 2; other.rec, key 4; other.rec, key 5;" in message
+    assert "other.rec, key 2, other.rec, key 4, other.rec, key 5 and 1 more;" in message
     assert "key 6" not in message
 
 
-def test_skipped_images_under_other_keys_are_unknown_and_the_message_says_why(
+def test_skipped_images_with_other_keys_are_unknown_and_the_message_says_why(
     cache: Cache,
 ) -> None:
-    message = r"1 of 2 images .* \(1 were skipped when it was made\), .* key 2"
+    message = r"1 of 2 images .* \(1 were skipped when it was made\): .* key 2"
     with pytest.raises(SpecMismatchError, match=message):
         join_rows(cache, [3, 41])
 
@@ -125,12 +123,12 @@ def test_unknown_images_are_left_out_on_request(cache: Cache) -> None:
     assert found.unmatched == 3
 
 
-def test_records_of_which_the_cache_knows_nothing_are_refused_even_so(cache: Cache) -> None:
+def test_records_without_any_known_image_are_refused_even_so(cache: Cache) -> None:
     with pytest.raises(SpecMismatchError, match="none of the 2 images of /data/other has targets"):
         join_rows(cache, [200, 201], drop_unmatched=True)
 
 
-def test_a_permuted_numbering_is_learned(cache: Cache) -> None:
+def test_a_permuted_numbering_is_inferred(cache: Cache) -> None:
     numbers = np.random.default_rng(1).permutation(50)
     rows = every_row(cache)[::-1]
     found = join_rows(cache, rows, renumber=numbers.__getitem__)
@@ -141,34 +139,34 @@ def test_a_permuted_numbering_is_learned(cache: Cache) -> None:
     np.testing.assert_array_equal(found.classes, numbers)
 
 
-def test_one_class_without_images_is_the_one_that_is_left(cache: Cache) -> None:
+def test_a_single_class_without_images_is_inferred(cache: Cache) -> None:
     numbers = np.random.default_rng(1).permutation(50)
     rows = [row for row in every_row(cache) if labels_of(cache.spec)[row] != 17]
     found = join_rows(cache, rows, renumber=numbers.__getitem__)
     np.testing.assert_array_equal(found.classes, numbers)
 
 
-def test_two_classes_without_images_leave_a_permutation_unknown(cache: Cache) -> None:
+def test_two_classes_without_images_cannot_be_inferred(cache: Cache) -> None:
     numbers = np.random.default_rng(1).permutation(50)
     rows = [row for row in every_row(cache) if labels_of(cache.spec)[row] not in (17, 30)]
-    unknown = "; ".join(map(str, sorted(numbers[[17, 30]])))
-    message = f"2 classes of the records have no image in the cache, the first: {unknown}, so which"
+    unknown = ", ".join(map(str, sorted(numbers[[17, 30]])))
+    message = f"2 classes of the records have no image in the cache: {unknown}, so which"
     with pytest.raises(SpecMismatchError, match=message):
         join_rows(cache, rows, renumber=numbers.__getitem__)
 
 
 def test_a_filtered_copy_with_fewer_classes_keeps_its_own_numbers(cache: Cache) -> None:
-    """As an image folder without some of the identities: the others move up."""
-    gone = np.array([3, 17, 30])
-    rows = [row for row in every_row(cache) if labels_of(cache.spec)[row] not in gone]
-    numbers = np.delete(np.arange(50), gone)
+    """As an image folder without some identities, in which the others get smaller numbers."""
+    removed = np.array([3, 17, 30])
+    rows = [row for row in every_row(cache) if labels_of(cache.spec)[row] not in removed]
+    numbers = np.delete(np.arange(50), removed)
     found = join_rows(
         cache, rows, num_classes=47, renumber=lambda labels: np.searchsorted(numbers, labels)
     )
     assert found.num_classes == 50
     assert found.classes is not None
     np.testing.assert_array_equal(found.classes[numbers], np.arange(47))
-    assert found.classes[gone].tolist() == [47, 48, 49]
+    assert found.classes[removed].tolist() == [47, 48, 49]
 
 
 def test_a_filtered_copy_with_the_same_numbers_needs_no_map(cache: Cache) -> None:
@@ -177,8 +175,8 @@ def test_a_filtered_copy_with_the_same_numbers_needs_no_map(cache: Cache) -> Non
     assert (found.classes, found.num_classes) == (None, 50)
 
 
-def test_classes_of_unknown_images_come_along_when_they_are_left_out(cache: Cache) -> None:
-    """A folder with three new identities in front: all others move down."""
+def test_classes_of_dropped_images_are_counted(cache: Cache) -> None:
+    """A folder with three new identities first, which shift all others."""
     records = FakeRecords(
         np.concatenate([labels_of(cache.spec)[every_row(cache)] + 3, [0, 1, 2]]), 53
     )
@@ -189,12 +187,12 @@ def test_classes_of_unknown_images_come_along_when_they_are_left_out(cache: Cach
 
 
 @pytest.mark.parametrize("new", [2, 5])
-def test_new_identities_take_the_numbers_of_those_that_are_gone(cache: Cache, new: int) -> None:
-    """A folder without three identities, and with new ones in front whose images are left out."""
-    gone = np.array([3, 17, 30])
-    rows = [row for row in every_row(cache) if labels_of(cache.spec)[row] not in gone]
-    stay = np.delete(np.arange(50), gone)
-    labels = np.searchsorted(stay, labels_of(cache.spec)[rows]) + new
+def test_new_identities_take_the_numbers_of_removed_ones(cache: Cache, new: int) -> None:
+    """A folder without three identities, and with new ones first, whose images are dropped."""
+    removed = np.array([3, 17, 30])
+    rows = [row for row in every_row(cache) if labels_of(cache.spec)[row] not in removed]
+    kept = np.delete(np.arange(50), removed)
+    labels = np.searchsorted(kept, labels_of(cache.spec)[rows]) + new
     records = FakeRecords(np.concatenate([labels, np.arange(new)]), 47 + new)
     digests = digests_of_rows([*rows, *range(200, 200 + new)])
     with pytest.raises(SpecMismatchError):
@@ -202,11 +200,11 @@ def test_new_identities_take_the_numbers_of_those_that_are_gone(cache: Cache, ne
     found = join(cast("Records", records), cache, digests=digests, drop_unmatched=True)
     assert (found.num_classes, found.unmatched) == (max(50, 47 + new), new)
     assert found.classes is not None
-    np.testing.assert_array_equal(found.classes[stay], np.arange(47) + new)
-    assert found.classes[gone].tolist() == [*range(min(new, 3)), *range(49, 49 + 3 - new)]
+    np.testing.assert_array_equal(found.classes[kept], np.arange(47) + new)
+    assert found.classes[removed].tolist() == [*range(min(new, 3)), *range(49, 49 + 3 - new)]
 
 
-def test_a_class_that_was_split_is_refused(cache: Cache) -> None:
+def test_a_split_class_is_refused(cache: Cache) -> None:
     rows = every_row(cache)
     labels = labels_of(cache.spec)[rows].copy()
     first, second = np.flatnonzero(labels == 7)
@@ -222,7 +220,7 @@ def test_a_class_that_was_split_is_refused(cache: Cache) -> None:
 
 
 class FakeCache:
-    """As much of a cache as a join asks for."""
+    """As much of a cache as a join uses."""
 
     def __init__(self, labels: list[int], digests: npt.NDArray[np.uint8], num_classes: int) -> None:
         self.path = Path("/data/fake.gkd")
@@ -235,7 +233,7 @@ class FakeCache:
 
 
 def test_one_image_of_two_classes_goes_to_each_under_a_permutation() -> None:
-    """Equal images under two labels, as large packs have them, do not spoil the numbering."""
+    """Equal images with two labels, as in large packs, do not prevent the inference."""
     digests = digests_of_rows([0, 1, 2, 9, 9])
     cache = cast("Cache", FakeCache([0, 1, 2, 0, 1], digests, 3))
     records = cast("Records", FakeRecords(np.array([2, 0, 1, 0, 2]), 3))
@@ -244,7 +242,7 @@ def test_one_image_of_two_classes_goes_to_each_under_a_permutation() -> None:
     assert found.rows.tolist() == [0, 1, 2, 4, 3]
 
 
-def test_an_image_of_another_class_than_the_numbering_says_is_refused() -> None:
+def test_an_image_that_contradicts_the_numbering_is_refused() -> None:
     digests = digests_of_rows([0, 1, 2, 9, 9])
     cache = cast("Cache", FakeCache([0, 1, 2, 0, 1], digests, 3))
     records = cast("Records", FakeRecords(np.array([2, 0, 1, 1]), 3))
@@ -253,7 +251,7 @@ def test_an_image_of_another_class_than_the_numbering_says_is_refused() -> None:
         join(records, cache, digests=digests_of_rows([0, 1, 2, 9]))
 
 
-def test_a_numbering_that_few_images_tell_is_refused_with_examples(cache: Cache) -> None:
+def test_a_contradictory_numbering_is_refused_with_examples(cache: Cache) -> None:
     labels = labels_of(cache.spec)[:10].copy()
     labels[[4, 6]] = [11, 12]
     records = cast("Records", FakeRecords(labels))
@@ -271,7 +269,7 @@ images = st.tuples(words, words, st.integers(0, 2))
 
 
 @given(st.lists(images, max_size=12), st.lists(images, max_size=12) | st.just([]))
-def test_match_is_a_search_that_prefers_the_same_label(
+def test_match_prefers_the_same_label(
     wanted: list[tuple[bytes, bytes, int]], known: list[tuple[bytes, bytes, int]]
 ) -> None:
     small = [(a[-1:] * 8, b[-1:] * 8, label) for a, b, label in known]
@@ -293,7 +291,7 @@ def test_match_is_a_search_that_prefers_the_same_label(
     assert found.tolist() == [search(a + b, label) for a, b, label in asked]
 
 
-def test_match_tells_equal_first_halves_apart() -> None:
+def test_match_compares_both_halves() -> None:
     known = np.zeros((3, 16), np.uint8)
     known[:, 15] = [1, 2, 2]
     wanted = np.zeros((4, 16), np.uint8)

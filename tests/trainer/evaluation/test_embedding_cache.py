@@ -9,7 +9,7 @@ import pytest
 
 from gkd.demo.synthetic import draw_faces
 from gkd.storage.cache.spec import preprocess_preset
-from gkd.storage.reading.mmap_store import collect
+from gkd.storage.reading.gc import collect
 from gkd.trainer.evaluation.bin_file import VerificationSet
 from gkd.trainer.evaluation.embed import evaluate
 from gkd.trainer.evaluation.embedding_cache import EmbeddingCache, default_embeddings
