@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from gkd.storage.cache import layout
 from gkd.storage.cache.metadata import read_commit, read_spec
 from gkd.trainer.backbones import build_backbone
 from tests.commands.running import TINY, fails, gkd, works
+from tests.processes import run_command, running
 
 
 @pytest.fixture(scope="module")
@@ -306,15 +308,15 @@ def rewrite(cache: Path, root: dict[str, Any]) -> None:
 def test_an_interrupted_training_says_how_to_resume(
     home: Path, targets: Path, tmp_path: Path, sent: signal.Signals
 ) -> None:
-    command = [sys.executable, "-m", "gkd.cli", "train-student", home / "faces", "-"]
-    command += [tmp_path / "run", *TINY, "--without-kd", "--set", "train.epochs=500"]
-    with subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True) as process:
-        assert process.stderr is not None
-        while "epoch 3/500" not in process.stderr.readline():
-            assert process.poll() is None
+    options = (*TINY, "--without-kd", "--set", "train.epochs=500")
+    command = ("train-student", home / "faces", tmp_path / "run", *options)
+    with running(run_command, *command) as process:
+        while "epoch 3/500" not in process.err:
+            assert process.poll() is None, process.err
+            time.sleep(0.02)
         process.send_signal(sent)
-        assert "run the same command again to resume" in process.stderr.read()
-    assert process.returncode == 1
+        assert process.wait() == 1
+    assert "run the same command again to resume" in process.err
     assert (tmp_path / "run" / "checkpoints" / "last.pt").exists()
 
 
