@@ -109,19 +109,13 @@ class Slow(Subset):
         return super().image(row)
 
 
-def test_the_log_tells_of_a_slow_loader(faces: Path, tmp_path: Path) -> None:
-    """Batches of 8 images, made where they are asked for."""
-    records = open_records(faces / "faces")
-    config = small_config("kd.enabled=false", "train.epochs=1")
-    kinds = {"fast": Subset(records, np.arange(42)), "slow": Slow(records, np.arange(42))}
-    told = {}
-    for name, kind in kinds.items():
-        train(config, kind, None, tmp_path / name)
-        told[name] = training_lines(tmp_path / name)
-    for line in told["slow"]:
+def test_the_log_shows_the_wait_for_a_slow_loader(faces: Path, tmp_path: Path) -> None:
+    """Batches of 8 images, decoded in the training's own process."""
+    records = Slow(open_records(faces / "faces"), np.arange(42))
+    train(small_config("kd.enabled=false", "train.epochs=1"), records, None, tmp_path / "out")
+    for line in training_lines(tmp_path / "out"):
         assert line["data_wait"] * 8 / line["images_per_second"] > 8 * SLOW
-    fast, slow = (np.median([line["data_wait"] for line in told[name]]) for name in kinds)
-    assert slow > 2 * fast
+        assert line["data_wait"] < 1  # the step takes time too
 
 
 def test_tensorboard_has_what_the_log_has(unbroken: Path) -> None:
