@@ -1,11 +1,11 @@
-"""Drawn classes as targets: which entries stand for how much of what was drawn from.
+"""Drawn classes as targets, weighted so that they are unbiased.
 
 Of a sample, n classes were drawn with replacement from a group G (all classes, or the primary
-group before any cut) by p_j / a, a = sum_G p. Let P be the entries that are taken as they are
-(none, or the stored group), rho = a - sum_P p the mass of the rest of G, m how many of the n draws
-fell into it, and c_j how often class j is among these m. Then entry j stands for
+group before truncation) by p_j / a, a = sum_G p. Let P be the entries that are exact (none, or
+the stored group), rho = a - sum_P p the mass of the rest of G, m how many of the n draws fell into
+it, and c_j how often class j is among these m. Then entry j stands for
 
-    r_j = 1 in P;   r_j = rho / pi * c_j / (m p_j) of the rest,   pi = 1 - (1 - rho/a)^n
+    r_j = 1 in P;   r_j = rho / pi * c_j / (m p_j) in the rest,   pi = 1 - (1 - rho/a)^n
 
 classes. pi is the chance that any draw falls into the rest. Given that some do, E[c_j/m] is
 p_j/rho, so that E[r_j] = 1 for every class of G, and for any f, without bias whatever n is,
@@ -33,10 +33,10 @@ _CLASS_BITS = 32
 def drawn_targets(
     targets: SparseTargets, draws: DrawsSpec, exact: TargetBatch | None = None
 ) -> TargetBatch:
-    """The draws of some samples as entries at the draws' temperature, each class once.
+    """The draws of samples as entries at the draws' temperature, each class once.
 
-    ``exact`` are the same samples' stored groups at that temperature, whose entries come first and
-    as they are; the draws then stand for the rest. A sample that was skipped has no entry.
+    ``exact`` are the stored groups of the same samples at that temperature, whose entries come
+    first and unchanged; the draws then stand for the rest. A skipped sample has no entry.
     """
     assert targets.draws is not None
     batch = len(targets)
@@ -57,7 +57,7 @@ def drawn_targets(
     rows = keys >> _CLASS_BITS
     log_probs = decode_log_probs(targets.draws.log2_probs.reshape(-1)[inside][first])
     fallen = np.bincount(rows, counts, minlength=batch)
-    with np.errstate(divide="ignore"):  # where the rest is everything, some draw falls into it
+    with np.errstate(divide="ignore"):  # if the rest is everything, some draw falls into it
         chance = -np.expm1(draws.count * np.log1p(-rest / mass))
     stands_for = (rest / chance)[rows] * counts / fallen[rows]
     drawn = TargetBatch(
@@ -67,24 +67,24 @@ def drawn_targets(
         log_secondary=log_outside,
         log_weights=np.log(stands_for).astype(np.float32) - log_probs,
     )
-    return drawn if exact is None else _together(exact, drawn)
+    return drawn if exact is None else _concat(exact, drawn)
 
 
 def _keys(rows: npt.NDArray[np.int64], classes: npt.NDArray[np.uint32]) -> npt.NDArray[np.int64]:
     return (rows << _CLASS_BITS) | classes
 
 
-def _together(exact: TargetBatch, drawn: TargetBatch) -> TargetBatch:
-    """Entries of both, sample by sample, the exact ones first; masses of the latter."""
+def _concat(exact: TargetBatch, drawn: TargetBatch) -> TargetBatch:
+    """Entries of both, sample by sample, the exact ones first; masses of the drawn ones."""
     sizes = np.diff(exact.offsets), np.diff(drawn.offsets)
-    rows = np.concatenate([np.repeat(np.arange(len(each)), each) for each in sizes])
+    rows = np.concatenate([np.repeat(np.arange(len(counts)), counts) for counts in sizes])
     order = np.argsort(rows, kind="stable")
     assert drawn.log_weights is not None
-    none = np.zeros(len(exact.indices), np.float32)
+    unweighted = np.zeros(len(exact.indices), np.float32)
     return TargetBatch(
         offsets=offsets_from_sizes(sizes[0] + sizes[1]),
         indices=np.concatenate([exact.indices, drawn.indices])[order],
         log_probs=np.concatenate([exact.log_probs, drawn.log_probs])[order],
         log_secondary=drawn.log_secondary,
-        log_weights=np.concatenate([none, drawn.log_weights])[order],
+        log_weights=np.concatenate([unweighted, drawn.log_weights])[order],
     )

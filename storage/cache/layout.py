@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from zarr.core.metadata.v3 import ArrayMetadataJSON_V3
 
 INNER_CHUNK = 65536
+PACKED = ("indices", "log2_probs")
 METADATA = "zarr.json"
 MANIFEST = "manifest.json"
 CARD = "README.md"
@@ -44,14 +45,14 @@ def file_record(path: Path) -> FileRecord:
 
 
 class ViewRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What one shard holds of one view; ``truncated`` groups were cut at ``max_group``."""
+    """Entries of one view in one shard, and how many groups ``max_group`` truncated."""
 
     entries: Count
     truncated: Count
 
 
 class Commit(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The last file written of a shard, and the only proof that the shard is there.
+    """The last file written of a shard, and the only proof that the shard exists.
 
     ``rows`` is half open; ``skipped`` maps record keys to reasons; ``files`` maps the path of
     every file of the shard, relative to the cache, to its size and hash.
@@ -81,10 +82,10 @@ class ShardRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The last file written of a cache; its sha256 is the cache's id.
 
-    ``spec`` is the digest of the spec without ``software``; ``files`` are those of no shard;
-    ``bytes`` is the size of everything the manifest vouches for; ``self_sha256`` is the sha256 of
-    the manifest's own bytes with 64 zeros in its place, so that a damaged manifest is known
-    for one before anything else is held against it.
+    ``spec`` is the digest of the spec without ``software``; ``files`` are those outside the
+    shards; ``bytes`` is the size of everything that the manifest covers; ``self_sha256`` is the
+    sha256 of the manifest's own bytes with 64 zeros in its place, so that a damaged manifest is
+    recognised before anything else is compared with it.
     """
 
     format: int
@@ -105,7 +106,7 @@ def encode_json(value: Any) -> bytes:
 
 
 def spec_digest(spec: CacheSpec) -> str:
-    """Hex sha256 of what decided the arrays: the spec without its software versions."""
+    """Hex sha256 of the spec without its software versions, which do not decide the arrays."""
     fields = msgspec.to_builtins(spec)
     del fields["software"]
     return hashlib.sha256(msgspec.json.encode(fields, order="deterministic")).hexdigest()
@@ -113,10 +114,10 @@ def spec_digest(spec: CacheSpec) -> str:
 
 @dataclass(frozen=True)
 class ArrayLayout:
-    """One Zarr array: a row a shard of samples.
+    """One Zarr array, with a row for each shard of samples.
 
-    Where ``packed``, the row holds the entries of all samples one after the other in one Zarr
-    shard file of inner chunks; else it is one chunk with a fixed place for each sample.
+    If ``packed``, the row holds the entries of all samples one after the other in one Zarr shard
+    file of inner chunks; else it is one chunk with a fixed position for each sample.
     """
 
     path: str
@@ -126,7 +127,7 @@ class ArrayLayout:
 
     @property
     def name(self) -> str:
-        """Last part of the path, which is also the field's name in ``SparseTargets``."""
+        """Last part of the path, which is its name in ``SparseTargets.arrays``."""
         return self.path.rpartition("/")[2]
 
     def shard_file(self, shard: int) -> str:
@@ -174,46 +175,38 @@ class ArrayLayout:
         }
 
     def open(self, root: Path, *, writable: bool = False) -> zarr.Array[Any]:
-        """The array in the cache at ``root``, by our own metadata and never by the disk's."""
+        """The array in the cache at ``root``, by our own metadata and never by that on disk."""
         store = StorePath(LocalStore(root, read_only=not writable), self.path)
-        # Chunks of zeros are written as well: absence must never be data.
+        # Chunks of zeros are written too: an absent one must never be data.
         config: ArrayConfigParams = {"write_empty_chunks": True}
         metadata = cast("ArrayMetadataJSON_V3", self.metadata())
         return zarr.Array(zarr.AsyncArray(metadata, store, config))
 
 
 def packed_width(spec: CacheSpec) -> int:
-    """Places for entries in a row: S * max_group, rounded up to whole inner chunks."""
+    """Length of a packed row: S * max_group, rounded up to complete inner chunks."""
     return math.ceil(spec.shard_samples * spec.max_group / INNER_CHUNK) * INNER_CHUNK
 
 
 def arrays(spec: CacheSpec, view: View) -> dict[str, ArrayLayout]:
     """The arrays of one view, by name."""
-    shards, samples = spec.num_shards, spec.shard_samples
-    entries = (shards, packed_width(spec))
-    layouts = [
-        ArrayLayout(f"{view}/indices", np.dtype(np.uint32), entries, True),
-        ArrayLayout(f"{view}/log2_probs", np.dtype(np.uint16), entries, True),
-        ArrayLayout(f"{view}/sizes", np.dtype(np.uint16), (shards, samples), False),
-        ArrayLayout(
-            f"{view}/secondary",
-            np.dtype(np.float32),
-            (shards, samples, len(spec.temperatures)),
-            False,
-        ),
+    samples = (spec.num_shards, spec.shard_samples)
+    entries = (spec.num_shards, packed_width(spec))
+    layouts: list[tuple[str, type[np.generic], tuple[int, ...]]] = [
+        ("indices", np.uint32, entries),
+        ("log2_probs", np.uint16, entries),
+        ("sizes", np.uint16, samples),
+        ("secondary", np.float32, (*samples, len(spec.temperatures))),
     ]
     if spec.draws is not None:
-        drawn = (shards, samples, spec.draws.count)
-        layouts += [
-            ArrayLayout(f"{view}/draws", np.dtype(np.uint32), drawn, False),
-            ArrayLayout(f"{view}/draw_log2_probs", np.dtype(np.uint16), drawn, False),
-        ]
-    if spec.draws is not None and spec.draws.source == "primary":
-        masses = ArrayLayout(
-            f"{view}/draw_secondary", np.dtype(np.float32), (shards, samples), False
-        )
-        layouts.append(masses)
-    return {layout.name: layout for layout in layouts}
+        layouts.append(("draws", np.uint32, (*samples, spec.draws.count)))
+        layouts.append(("draw_log2_probs", np.uint16, (*samples, spec.draws.count)))
+        if spec.draws.source == "primary":
+            layouts.append(("draw_secondary", np.float32, samples))
+    return {
+        name: ArrayLayout(f"{view}/{name}", np.dtype(dtype), shape, name in PACKED)
+        for name, dtype, shape in layouts
+    }
 
 
 def metadata_files(spec: CacheSpec) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -249,7 +242,7 @@ def view_files(spec: CacheSpec, shard: int, view: View, entries: int) -> dict[st
 
 
 def shard_files(spec: CacheSpec, shard: int, entries: dict[View, int]) -> list[str]:
-    """Path of every file that a shard must have, its commit record aside."""
+    """Path of every file that a shard must have, except its commit record."""
     return [
         *(path for view in spec.views for path in view_files(spec, shard, view, entries[view])),
         samples_file(shard),
@@ -261,8 +254,8 @@ def manifest_content(
 ) -> bytes:
     """The bytes of a finished cache's manifest from the records of all its files.
 
-    ``files`` are those of no shard; ``commits`` has each commit record, in order, with the
-    record of its own file.
+    ``files`` are those outside the shards; ``commits`` has each commit record, in order, with
+    the record of its own file.
     """
     manifest = Manifest(
         format=spec.format,
@@ -272,7 +265,7 @@ def manifest_content(
             ShardRecord(
                 commit=record.sha256,
                 rows=commit.rows,
-                entries={view: commit.views[view].entries for view in spec.views},
+                entries=commit.entries,
             )
             for commit, record in commits
         ),
@@ -298,6 +291,6 @@ def manifest_content(
 
 
 def has_its_own_sha256(content: bytes, manifest: Manifest) -> bool:
-    """Whether a manifest's bytes have the sha256 that they name."""
+    """Whether the sha256 of a manifest's bytes is its ``self_sha256``."""
     blank = content.replace(manifest.self_sha256.encode(), _NO_SHA256.encode())
     return hashlib.sha256(blank).hexdigest() == manifest.self_sha256

@@ -1,4 +1,4 @@
-"""What a cache is: every number and digest that decided its bytes."""
+"""The spec of a cache: every number and digest that decides its bytes."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -30,8 +30,8 @@ CentersKind = Literal["file", "class-mean", "refined"]
 class Preprocess(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How pixels become a network's input: ``(x - mean) / std`` per channel, x in 0..255.
 
-    ``mean`` and ``std`` follow the channel order of the input, which is RGB, or BGR where
-    ``bgr`` is set.
+    ``mean`` and ``std`` follow the channel order of the input, which is RGB, or BGR if
+    ``bgr``.
     """
 
     name: str
@@ -66,32 +66,38 @@ class Preprocess(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return apply
 
 
+_Channels = tuple[float, float, float]
+# Mean and std of R, G and B.
+_PRESETS: dict[str, tuple[_Channels, _Channels]] = {
+    "arcface": ((127.5, 127.5, 127.5), (127.5, 127.5, 127.5)),
+    "imagenet": (
+        (0.485 * 255, 0.456 * 255, 0.406 * 255),
+        (0.229 * 255, 0.224 * 255, 0.225 * 255),
+    ),
+    "raw": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+}
+
+
 def preprocess_preset(name: str, *, bgr: bool = False) -> Preprocess:
     """Preset ``arcface`` ((x/255 - 0.5)/0.5), ``imagenet`` (its mean and std) or ``raw`` (0..255).
 
     Raises:
-        ConfigError: for another name.
+        ConfigError: if the name is unknown.
     """
-    match name:
-        case "arcface":
-            return Preprocess(name, (127.5, 127.5, 127.5), (127.5, 127.5, 127.5), bgr)
-        case "imagenet":
-            red, green, blue = 0.485 * 255, 0.456 * 255, 0.406 * 255
-            red_std, green_std, blue_std = 0.229 * 255, 0.224 * 255, 0.225 * 255
-            if bgr:
-                return Preprocess(name, (blue, green, red), (blue_std, green_std, red_std), bgr)
-            return Preprocess(name, (red, green, blue), (red_std, green_std, blue_std), bgr)
-        case "raw":
-            return Preprocess(name, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), bgr)
-    raise ConfigError(
-        f"preprocess: expected arcface, imagenet or raw, got {name!r}; choose one of the three"
-    )
+    if name not in _PRESETS:
+        raise ConfigError(
+            f"preprocess: expected arcface, imagenet or raw, got {name!r}; choose one of the three"
+        )
+    (r, g, b), (r_std, g_std, b_std) = _PRESETS[name]
+    if bgr:
+        return Preprocess(name, (b, g, r), (b_std, g_std, r_std), bgr)
+    return Preprocess(name, (r, g, b), (r_std, g_std, b_std), bgr)
 
 
 class TeacherSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """The network whose predictions are cached; ``sha256`` is of its weights file.
 
-    ``compiled`` says that torch.compile made its kernels; JSON leaves a false out.
+    ``compiled``: torch.compile made its kernels; JSON omits it if false.
     """
 
     name: str
@@ -107,10 +113,9 @@ CenterPrecision = Precision
 class CentersSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The teacher's class centres; ``sha256`` is of the normalised float32 [C, D] array.
 
-
     ``file``: the teacher's own; ``class-mean``: the mean of each class's embeddings; ``refined``:
-    these, trained on by a margin head over frozen embeddings. Logits are those of the array rounded
-    to ``rounded_to``, where that is there.
+    these, trained further by a margin head over frozen embeddings. Logits are computed from the
+    array rounded to ``rounded_to``, if that is set.
     """
 
     kind: CentersKind
@@ -120,12 +125,12 @@ class CentersSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def precision(self) -> CenterPrecision:
-        """What the centres were when they were multiplied."""
+        """Precision of the centres in the products."""
         return "float32" if self.rounded_to is msgspec.UNSET else self.rounded_to
 
 
 class DatasetSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The records that were seen; ``fingerprint`` is of labels and encoded sizes in row order."""
+    """The cached records; ``fingerprint`` is of labels and encoded sizes in row order."""
 
     name: str
     num_images: int
@@ -137,8 +142,8 @@ class DatasetSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class DrawsSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """Classes drawn with replacement from the teacher's prediction softened by ``temperature``.
 
-    ``source`` is all classes, or the primary group before ``max_group`` cuts it. ``seed`` is that
-    of the random numbers; JSON leaves a 0 out.
+    ``source`` is all classes, or the primary group before ``max_group`` truncates it. ``seed`` is
+    that of the random numbers; JSON omits a 0.
     """
 
     count: int
@@ -187,9 +192,9 @@ class Sharding:
 class CacheSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Attributes of a cache's root group (format 1), see ``storage/FORMAT.md``.
 
-    ``derived`` is there only in a cache that was made from other caches.
-    Two runs with equal specs, ``software`` aside, write equal bytes on one kind of device and with
-    one batch size, which may change a teacher's last bits.
+    Only a cache that was made from other caches has ``derived``. Two runs with equal specs, apart
+    from ``software``, write equal bytes on one kind of device and with one batch size, which may
+    change a teacher's last bits.
     """
 
     format: int = FORMAT
@@ -213,7 +218,7 @@ class CacheSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     software: dict[str, str]
 
     def __post_init__(self) -> None:
-        """Refuse numbers that format 1 cannot hold.
+        """Check that format 1 can hold the numbers.
 
         Raises:
             ConfigError: naming the field, what it must be and what it is.

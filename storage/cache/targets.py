@@ -1,4 +1,4 @@
-"""The teacher's signal as a value: primary groups of some samples, and what is left outside."""
+"""The teacher's signal as a value: primary groups of samples, and the mass outside them."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -189,14 +189,14 @@ def _take(values: npt.NDArray[Any], rows: npt.NDArray[np.int64]) -> npt.NDArray[
 
 @dataclass(frozen=True)
 class TargetBatch:
-    """What the loss takes: groups with their probabilities at the loss's temperature T.
+    """The loss's input: groups with their probabilities at the loss's temperature T.
 
     offsets        int64   [B + 1]
     indices        int64   [E]    classes, within a sample unique
     log_probs      float32 [E]    natural log of p_j(T)
     log_secondary  float32 [B]    natural log of the mass outside the group, -inf for none
-    log_weights    float32 [E]    only where entries are drawn ones: natural log of how many classes
-                                  of the group each stands for, see ``gkd.storage.cache.importance``
+    log_weights    float32 [E]    if entries were drawn: natural log of how many classes of the
+                                  group each stands for, see ``gkd.storage.cache.importance``
     """
 
     offsets: npt.NDArray[np.int64]
@@ -219,7 +219,7 @@ def at_temperature(
     a(T) = 1 - secondary(T)
 
     Raises:
-        ConfigError: where the secondary mass was not stored at ``temperature``.
+        ConfigError: if the secondary mass was not stored at ``temperature``.
     """
     if temperature not in temperatures:
         stored = ", ".join(f"{t:g}" for t in temperatures)
@@ -238,7 +238,7 @@ def at_temperature(
         peak = log_weights[starts]
         log_weights -= peak.repeat(sizes[filled])
         log_total[filled] = np.log(np.add.reduceat(np.exp(log_weights), starts))
-    # A stored 0 means a group without measurable mass: its log must still be finite.
+    # A stored 0 is a group without measurable mass, whose log must still be finite.
     nearly_all = np.minimum(log_secondary.astype(np.float64), -np.finfo(np.float32).tiny)
     log_primary = np.log(-np.expm1(nearly_all)).astype(np.float32)
     return TargetBatch(

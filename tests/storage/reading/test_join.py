@@ -1,7 +1,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -12,9 +12,11 @@ from hypothesis import strategies as st
 from gkd.storage.cache.reader import Cache, Samples
 from gkd.storage.errors import CorruptRecordError, SpecMismatchError
 from gkd.storage.reading.join import SKIPPED, Join, join, match
-from gkd.storage.records.base import Records
 from gkd.storage.records.open import open_records
 from tests.caches import digest_of, labels_of, make_cache, make_spec
+
+if TYPE_CHECKING:
+    from gkd.storage.records.base import Records
 
 
 @dataclass
