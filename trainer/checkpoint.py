@@ -82,18 +82,17 @@ def load_student(path: Path) -> Student:
     content = read_checkpoint(path)
     config = _config_of(content, path)
     backbone = student_backbone(config.student)
-    missing = [name for name in ("model", "data", "step", "accuracy") if name not in content]
-    if missing:
-        raise ConfigError(
-            f"{path}: expected a checkpoint of a run, it lacks {', '.join(missing)}; give the "
-            "folder of a run of `gkd train-student`, or a file in its checkpoints/"
-        )
     try:
         backbone.load_state_dict(content["model"])
         data = RunData(*content["data"])
+        return Student(backbone.eval(), config, data, content["step"], content["accuracy"])
+    except KeyError as error:
+        raise ConfigError(
+            f"{path}: expected a checkpoint of a run, it lacks {error}; give the folder of a run "
+            "of `gkd train-student`, or a file in its checkpoints/"
+        ) from error
     except (RuntimeError, TypeError) as error:
         raise ConfigError(f"{path}: its weights do not fit its configuration: {error}") from error
-    return Student(backbone.eval(), config, data, content["step"], content["accuracy"])
 
 
 def chosen_checkpoint(run: Path) -> Path:

@@ -197,7 +197,7 @@ class _Training:
                 if batch is None:
                     break
                 waited = time.perf_counter() - started
-                lr = run.optimizer.param_groups[0]["lr"]
+                lr = run.lr
                 loss = run.take_step(batch, self.records)
                 skipped = run.skipped_in_a_row > 0
                 seconds = time.perf_counter() - started

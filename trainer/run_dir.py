@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import filelock
 import msgspec
 
 from gkd.storage.cache.metadata import require_outside_caches
 from gkd.storage.cache.spec import TeacherSpec
 from gkd.storage.errors import ConfigError
 from gkd.storage.util.files import disk_errors
+from gkd.storage.util.lock import WriteLock
 from gkd.trainer.distributed import Ranks
 from gkd.trainer.final_metrics import FinalMetrics, read_final_metrics
 from gkd.trainer.logging import METRICS, read_lines
@@ -29,20 +29,15 @@ def locked(out: Path, ranks: Ranks) -> Iterator[None]:
         ConfigError: if it holds something else, is inside a cache or cannot be written, or another
             process is training into it.
     """
-    lock = filelock.FileLock(out / ".lock", timeout=0)
+    lock = WriteLock(out)
 
     def lock_folder() -> None:
         if ranks.first:
             with disk_errors(out):
                 _prepare(out)
-                lock.acquire()
+            lock.acquire()
 
-    try:
-        ranks.run_all_or_abort(lock_folder)
-    except filelock.Timeout as held:
-        raise ConfigError(
-            f"{out}: another process is training into this folder; wait for it, or name another"
-        ) from held
+    ranks.run_all_or_abort(lock_folder)
     try:
         yield
     finally:

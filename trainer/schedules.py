@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from gkd.trainer.config import OptimizerConfig, ScheduleConfig
 
@@ -58,16 +57,3 @@ def make_optimizer(
         nesterov=config.nesterov,
         weight_decay=config.weight_decay,
     )
-
-
-def make_scheduler(
-    optimizer: torch.optim.Optimizer,
-    schedule: ScheduleConfig,
-    *,
-    lr: float,
-    steps_per_epoch: int,
-    total_steps: int,
-) -> LRScheduler:
-    """Sets the learning rate of each step; see ``lr_factor``."""
-    factor = lr_factor(schedule, lr=lr, steps_per_epoch=steps_per_epoch, total_steps=total_steps)
-    return LambdaLR(optimizer, factor)

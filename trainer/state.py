@@ -1,7 +1,6 @@
 """The state that training changes: networks, optimizer, and the position in the data."""
 
 import math
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -36,10 +35,10 @@ from gkd.trainer.head.margin import HeadSpec
 from gkd.trainer.head.partial_fc import SampledCenters, borrowed, sample_classes
 from gkd.trainer.identity_cosines import IdentityCosineStatistics
 from gkd.trainer.logging import Window
-from gkd.trainer.schedules import kd_ramp, make_optimizer, make_scheduler
+from gkd.trainer.schedules import kd_ramp, lr_factor, make_optimizer
 
 # Plain values that a checkpoint holds under their names.
-_PLAIN = ("step", "best", "best_step", "evaluated", "highest_lr", "accuracy")
+_PLAIN = ("step", "best", "best_step", "evaluated", "accuracy")
 
 
 @dataclass
@@ -53,7 +52,6 @@ class RunState:
     saved             step of the last checkpoint, -1 before the first
     evaluated         step of the last evaluation
     best, best_step   highest mean accuracy and its step; None and -1 before an evaluation
-    highest_lr        highest learning rate so far
     window            the steps that are in no line of the log yet
 
     ``forward`` is ``model`` as all ranks run it, on the result of ``pixels`` for images; ``head``
@@ -71,7 +69,7 @@ class RunState:
     head: ClassCenters
     head_spec: HeadSpec
     optimizer: torch.optim.Optimizer
-    scheduler: torch.optim.lr_scheduler.LRScheduler
+    lr_factor: Callable[[int], float]
     scaler: torch.amp.GradScaler
     ranks: Ranks
     buffers: BufferSnapshot
@@ -85,7 +83,6 @@ class RunState:
     best: float | None = None
     best_step: int = -1
     evaluated: int = 0
-    highest_lr: float = 0.0
     window: Window = field(default_factory=Window)
     accuracy: dict[str, float] = field(default_factory=dict)
 
@@ -158,8 +155,7 @@ class RunState:
                 first_class=head.rows.start,
             ),
             optimizer=optimizer,
-            scheduler=make_scheduler(
-                optimizer,
+            lr_factor=lr_factor(
                 config.schedule,
                 lr=config.optimizer.lr,
                 steps_per_epoch=sampler.steps_per_epoch,
@@ -196,7 +192,6 @@ class RunState:
             "model": self.model.state_dict(),
             "optimizer": optimizer,
             "centers_optimizer": {n: v for n, v in centers.items() if not self._per_center(v)},
-            "scheduler": self.scheduler.state_dict(),
             "scaler": self.scaler.state_dict(),
         }
 
@@ -240,7 +235,6 @@ class RunState:
             self.optimizer.state[self.head.weight] = kept
         folder, digests = centers_of(state, path)
         read_centers(folder, self.centers(), self.ranks, sha256=digests)
-        self.scheduler.load_state_dict(state["scheduler"])
         self.scaler.load_state_dict(state["scaler"])
         torch.set_rng_state(state["rng"]["cpu"])
         if self.device.type == "cuda" and state["rng"]["cuda"] is not None:
@@ -258,6 +252,11 @@ class RunState:
         """Epochs done."""
         return self.step / self.sampler.steps_per_epoch
 
+    @property
+    def lr(self) -> float:
+        """Learning rate of the next step."""
+        return self.config.optimizer.lr * self.lr_factor(self.step)
+
     def take_step(self, batch: Batch, records: Records) -> GkdLoss:
         """Train on a batch.
 
@@ -265,7 +264,8 @@ class RunState:
         skipped; in float16 the gradient scaler decides, and chooses a smaller scale for the next.
         """
         self.buffers.keep()
-        self.highest_lr = max(self.highest_lr, float(self.optimizer.param_groups[0]["lr"]))
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr
         with self._sampled(batch) as sampled:
             loss = self._loss(batch, sampled)
             self.optimizer.zero_grad(set_to_none=True)
@@ -277,10 +277,6 @@ class RunState:
             if finite or self.scaler.is_enabled():
                 self.scaler.step(self.optimizer)
             self.scaler.update()
-        with warnings.catch_warnings():
-            # If the first steps are skipped the schedule advances still; torch warns of that.
-            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
-            self.scheduler.step()
         self.step += 1
         if not finite:
             named = dict(zip(loss.means._fields, parts, strict=True))
@@ -351,23 +347,26 @@ class RunState:
             GkdError: after ``train.max_skipped`` skipped steps in a row, or if the cross-entropy
                 has long been far above its first value.
         """
-        remedy = (
-            "start again in another folder with a lower optimizer.lr or more schedule.warmup_epochs"
+        excess = self.skipped_in_a_row >= self.config.train.max_skipped
+        if not excess and not self.divergence.found:
+            return
+        highest_lr = self.config.optimizer.lr * max(map(self.lr_factor, range(self.step)))
+        fault = (
+            f"the training diverges: at step {self.step} of {self.sampler.total_steps} the running "
+            f"mean of the cross-entropy is {self.divergence.mean:.4g}, it began at "
+            f"{self.divergence.first or 0:.4g}"
         )
-        if self.skipped_in_a_row >= self.config.train.max_skipped:
-            self.ranks.fail(
-                "the loss or the gradients were not finite in "
-                f"{self.skipped_in_a_row} steps in a row (train.max_skipped), the highest learning "
-                f"rate so far was {self.highest_lr:g}; the last was {self.last_skipped} of "
-                f"{records.path}; {self.last_checkpoint}: {remedy}, or check these images"
+        if excess:
+            fault = (
+                f"the loss or the gradients were not finite in {self.skipped_in_a_row} steps in a "
+                f"row (train.max_skipped); the last was {self.last_skipped} of {records.path}, "
+                "check these images too"
             )
-        if self.divergence.found:
-            self.ranks.fail(
-                f"the training diverges: at step {self.step} of {self.sampler.total_steps} the "
-                f"running mean of the cross-entropy is {self.divergence.mean:.4g}, it began at "
-                f"{self.divergence.first:.4g}; the highest learning rate so far was "
-                f"{self.highest_lr:g}: {remedy}"
-            )
+        self.ranks.fail(
+            f"{fault}; the highest learning rate so far was {highest_lr:g}; "
+            f"{self.last_checkpoint}: start again in another folder with a lower optimizer.lr or "
+            "more schedule.warmup_epochs"
+        )
 
     @property
     def last_checkpoint(self) -> str:
@@ -382,13 +381,10 @@ def split_groups(state: dict[str, Any]) -> None:
 
     Formerly the class centres were the last parameter of the only group.
     """
-    groups, scheduler = state["optimizer"]["param_groups"], state["scheduler"]
-    if len(groups) > 1:
-        return
-    (group,) = groups
-    state["optimizer"]["param_groups"] = [
-        {**group, "name": "backbone", "params": group["params"][:-1]},
-        {**group, "name": "centers", "params": group["params"][-1:]},
-    ]
-    for name in ("base_lrs", "lr_lambdas", "_last_lr"):
-        scheduler[name] = scheduler[name] * 2
+    groups = state["optimizer"]["param_groups"]
+    if len(groups) == 1:
+        (group,) = groups
+        state["optimizer"]["param_groups"] = [
+            {**group, "name": "backbone", "params": group["params"][:-1]},
+            {**group, "name": "centers", "params": group["params"][-1:]},
+        ]

@@ -129,15 +129,6 @@ class Batch:
             self.targets.to(device) if self.targets else None,
         )
 
-    def pin_memory(self) -> "Batch":
-        """Copy to pinned memory; torch's data loader calls it by this name."""
-        return Batch(
-            self.images.pin_memory(),
-            self.labels.pin_memory(),
-            self.rows,
-            self.targets.pin_memory() if self.targets else None,
-        )
-
 
 class FaceBatches(Dataset[Batch]):
     """Complete batches by their indices."""

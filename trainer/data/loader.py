@@ -48,7 +48,7 @@ class BatchLoader(Iterator[Batch]):
         if dataset.targets is not None and isinstance(dataset.targets.store, ShardStore):
             indices = _WithTargets(sampler, dataset.targets.store, dataset.targets.rows)
         loader: DataLoader[_Item] = DataLoader(
-            _ErrorsAsItems(dataset, pack=workers > 0),
+            _ErrorsAsItems(dataset),
             batch_size=None,
             sampler=indices,
             num_workers=workers,
@@ -68,7 +68,7 @@ class BatchLoader(Iterator[Batch]):
         except BaseException:
             self.close()
             raise
-        return item.batch() if isinstance(item, _Packed) else item
+        return item.batch()
 
     def close(self) -> None:
         """End the workers."""
@@ -113,6 +113,7 @@ class _Packed:
         )
 
     def pin_memory(self) -> "_Packed":
+        """Copy to pinned memory; torch's data loader calls it by this name."""
         return replace(self, images=self.images.pin_memory(), rest=self.rest.pin_memory())
 
     def batch(self) -> Batch:
@@ -127,23 +128,22 @@ class _Packed:
         return Batch(self.images, labels, rows, GroupTargets(**targets) if targets else None)
 
 
-_Item = Batch | _Packed | GkdError | OSError
+_Item = _Packed | GkdError | OSError
 
 
 class _ErrorsAsItems(Dataset[_Item]):
     """Returns errors as items: the loader itself would wrap them in the worker's traceback."""
 
-    def __init__(self, dataset: FaceBatches, *, pack: bool) -> None:
-        self.dataset, self.pack = dataset, pack
+    def __init__(self, dataset: FaceBatches) -> None:
+        self.dataset = dataset
 
     def __getitem__(self, indices: BatchIndices | GkdError | OSError) -> _Item:
         if not isinstance(indices, BatchIndices):
             return indices
         try:
-            batch = self.dataset[indices]
+            return _Packed.pack(self.dataset[indices])
         except (GkdError, OSError) as error:
             return error
-        return _Packed.pack(batch) if self.pack else batch
 
 
 def _ignore_interrupts(_worker: int) -> None:

@@ -70,10 +70,6 @@ class GroupTargets:
             **{name: value.to(device, non_blocking=True) for name, value in self.tensors().items()}
         )
 
-    def pin_memory(self) -> "GroupTargets":
-        """Copy to pinned memory; torch's data loader calls it by this name."""
-        return GroupTargets(**{name: value.pin_memory() for name, value in self.tensors().items()})
-
     def spread(self, values: Tensor) -> Tensor:
         """Repeat each sample's value for its entries: [B] to [E]."""
         return values.index_select(0, self.rows)
