@@ -141,7 +141,7 @@ class _Training:
             workers=run.config.data.workers,
             pin=run.device.type == "cuda",
         )
-        with self._report_killed_workers(loader), closing(loader):
+        with self._report_dead_workers(loader), closing(loader):
             while run.step < run.sampler.total_steps or self._evaluation_due():
                 if not self._evaluation_due():
                     self._train_epoch(loader)
@@ -163,16 +163,16 @@ class _Training:
                     )
 
     @contextmanager
-    def _report_killed_workers(self, loader: BatchLoader) -> Iterator[None]:
-        """Report data workers that were killed; torch raises an error anywhere in this process."""
+    def _report_dead_workers(self, loader: BatchLoader) -> Iterator[None]:
+        """Report that data workers died; torch raises an error anywhere in this process then."""
         try:
             yield
         except (RuntimeError, CheckpointException, OSError) as error:
-            killed = loader.killed_workers()
-            if not killed:
+            dead = loader.dead_workers()
+            if not dead:
                 raise
             raise GkdError(
-                f"processes that prepare data were killed: {', '.join(killed)}; often memory ran "
+                f"a process that prepares data died: {', '.join(dead)}; often memory ran "
                 "out: set fewer data.workers or provide more memory, and run the same command "
                 f"again; {self.run.last_checkpoint}"
             ) from error

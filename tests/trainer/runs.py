@@ -1,4 +1,4 @@
-"""Runs in processes of their own, and what runs leave in their folders, to the bit."""
+"""Runs in other processes, and bit-for-bit comparisons of run folders."""
 
 import json
 import time

@@ -1,4 +1,4 @@
-"""Checkpoints: whole or absent, read without running anything, refused where they do not fit."""
+"""Checkpoints: complete or absent, read without running code, refused if they do not fit."""
 
 import os
 import re
@@ -54,7 +54,7 @@ def test_a_student_loads_in_eval_mode_with_its_settings(tmp_path: Path) -> None:
     assert {p.unique().item() for p in student.backbone.parameters()} == {0.25}
 
 
-def test_a_run_folder_means_its_best_checkpoint_else_its_last(tmp_path: Path) -> None:
+def test_of_a_run_folder_the_best_checkpoint_is_read_else_the_last(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints"
     folder.mkdir()
     first, second = content(0.25), content(0.75)
@@ -71,7 +71,7 @@ def test_a_run_folder_means_its_best_checkpoint_else_its_last(tmp_path: Path) ->
     ]
 
 
-def test_older_checkpoints_are_kept_as_asked(tmp_path: Path) -> None:
+def test_older_checkpoints_are_kept_as_configured(tmp_path: Path) -> None:
     for step in (5, 10, 15, 20):
         publish(tmp_path, content(step=step), CENTERS, ALONE, step=step, best_step=-1, keep=2)
     centers = sorted(path.name for path in tmp_path.glob("centers_*"))
@@ -82,9 +82,7 @@ def test_older_checkpoints_are_kept_as_asked(tmp_path: Path) -> None:
     assert read_checkpoint(tmp_path / "last.pt")["step"] == 20
 
 
-def test_where_links_are_not_known_a_copy_is_made(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_links_a_copy_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def no_links(*_: object) -> None:
         raise OSError("no links here")
 
@@ -115,24 +113,24 @@ def test_no_code_of_a_checkpoint_runs(tmp_path: Path, monkeypatch: pytest.Monkey
     assert not Path("ran").exists()
 
 
-def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_reported(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "x.pt", content())
-    whole = (tmp_path / "x.pt").read_bytes()
-    for cut in (0, 10, len(whole) // 2):
-        (tmp_path / "x.pt").write_bytes(whole[:cut])
+    complete = (tmp_path / "x.pt").read_bytes()
+    for cut in (0, 10, len(complete) // 2):
+        (tmp_path / "x.pt").write_bytes(complete[:cut])
         with pytest.raises(ConfigError, match=r"x\.pt: cannot be read as weights"):
             load_student(tmp_path / "x.pt")
 
 
 def flip(path: Path, part: bytes) -> None:
-    """Another lowest bit in the middle of where ``part`` stands in a file."""
-    whole = bytearray(path.read_bytes())
-    assert whole.count(part) == 1
-    whole[whole.index(part) + len(part) // 2] ^= 1
-    path.write_bytes(whole)
+    """Flip the lowest bit in the middle of ``part`` of a file."""
+    content = bytearray(path.read_bytes())
+    assert content.count(part) == 1
+    content[content.index(part) + len(part) // 2] ^= 1
+    path.write_bytes(content)
 
 
-def test_a_flipped_bit_is_found_and_a_whole_checkpoint_named(tmp_path: Path) -> None:
+def test_a_flipped_bit_is_found_and_an_intact_checkpoint_named(tmp_path: Path) -> None:
     mark = torch.arange(7, 1007)
     for step in (5, 10, 15):
         state = content(step=step, mark=mark)
@@ -174,7 +172,7 @@ def test_damaged_centers_are_found(tmp_path: Path, damage: str) -> None:
     assert "beside it, step_000000005.pt (step 5), remove last.pt, copy" in message
 
 
-def test_what_a_kill_left_undone_beside_the_last_is_made_good(tmp_path: Path) -> None:
+def test_names_missing_after_a_kill_are_added(tmp_path: Path) -> None:
     """Killed between the rename of last.pt and the link of best.pt."""
     for step in (5, 10):
         publish(tmp_path, content(step=step), CENTERS, ALONE, step=step, best_step=5, keep=0)
@@ -186,7 +184,7 @@ def test_what_a_kill_left_undone_beside_the_last_is_made_good(tmp_path: Path) ->
     assert [path.name for path in tmp_path.glob("centers_*")] == ["centers_000000010"]
 
 
-def test_files_of_something_else_are_named(tmp_path: Path) -> None:
+def test_other_files_are_refused(tmp_path: Path) -> None:
     torch.save({"conv1.weight": torch.zeros(1)}, tmp_path / "x.pt")
     with pytest.raises(ConfigError, match=r"x\.pt: not a checkpoint of gkd's format 1"):
         load_student(tmp_path / "x.pt")
@@ -196,20 +194,20 @@ def test_files_of_something_else_are_named(tmp_path: Path) -> None:
         load_student(tmp_path)
 
 
-def test_weights_of_another_student_are_named(tmp_path: Path) -> None:
+def test_weights_of_another_student_are_refused(tmp_path: Path) -> None:
     wide = small_config("student.width=0.125")
     write_checkpoint(tmp_path / "x.pt", {**content(), "config": msgspec.to_builtins(wide)})
     with pytest.raises(ConfigError, match=r"x\.pt: its weights do not fit its configuration"):
         load_student(tmp_path / "x.pt")
 
 
-def test_a_configuration_that_cannot_be_is_named(tmp_path: Path) -> None:
+def test_an_invalid_configuration_is_refused(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "x.pt", {**content(), "config": {"train": {"epochs": 0}}})
     with pytest.raises(ConfigError, match=r"x\.pt: its configuration is invalid: .*epochs"):
         load_student(tmp_path / "x.pt")
 
 
-def test_going_on_needs_the_same_configuration(tmp_path: Path) -> None:
+def test_resuming_needs_the_same_configuration(tmp_path: Path) -> None:
     other = small_config("train.seed=5", "optimizer.lr=0.2", "data.workers=3")
     with pytest.raises(ConfigError) as error:
         require_same_run(content(), other, DATA, tmp_path)
@@ -227,15 +225,15 @@ def test_going_on_needs_the_same_configuration(tmp_path: Path) -> None:
         (DATA._replace(num_classes=4), "number of classes: was 3, now 4"),
     ],
 )
-def test_going_on_needs_the_same_data(data: RunData, message: str, tmp_path: Path) -> None:
+def test_resuming_needs_the_same_data(data: RunData, message: str, tmp_path: Path) -> None:
     with pytest.raises(SpecMismatchError, match=message):
         require_same_run(content(), CONFIG, data, tmp_path)
 
 
-@pytest.mark.parametrize("told", ["../elsewhere", "/tmp", "..", None])
-def test_class_centres_elsewhere_are_not_looked_for(tmp_path: Path, told: str | None) -> None:
+@pytest.mark.parametrize("folder", ["../elsewhere", "/tmp", "..", None])
+def test_class_centres_in_other_folders_are_refused(tmp_path: Path, folder: str | None) -> None:
     path = tmp_path / "last.pt"
-    content: dict[str, Any] = {"centers": {"folder": told, "sha256": {"a.safetensors": ""}}}
+    content: dict[str, Any] = {"centers": {"folder": folder, "sha256": {"a.safetensors": ""}}}
     with pytest.raises(ConfigError, match=r"last\.pt: expected the name of a folder beside it"):
         centers_of(content, path)
     content = {"centers": {"folder": "centers", "sha256": {"../a": ""}}}

@@ -1,4 +1,4 @@
-"""What products are rounded to, by device and precision; no GPU is needed to say so."""
+"""Precision of products by device and dtype; needs no GPU."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from gkd.trainer.device import matmul_precision
         ("cpu", torch.bfloat16, "highest"),
     ],
 )
-def test_products_are_rounded_beside_half_precision_on_a_gpu_alone(
+def test_only_a_gpu_in_half_precision_rounds_products(
     device: str, dtype: torch.dtype, inside: str
 ) -> None:
     with matmul_precision(dtype, torch.device(device)):

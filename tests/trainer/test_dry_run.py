@@ -1,4 +1,4 @@
-"""What a dry run tells, against counts by hand and against real steps."""
+"""The results of a dry run, against counts by hand and against real steps."""
 
 import math
 from dataclasses import replace
@@ -32,17 +32,17 @@ from tests.trainer.faces import load, small_config, write_cache
 
 def test_parameters_and_steps_by_hand(faces: Path) -> None:
     records = open_records(faces / "faces")
-    told = dry_run(load_config(None, ["train.batch_size=8", "kd.enabled=false"]), records, None)
-    # MobileFaceNet of arcface_torch at scale 2 and 512 numbers has 2,059,520; its last
-    # BatchNorm's 512 weights stay at one.
-    assert told.parameters == {"backbone": 2059520, "head": 6 * 512, "trainable": 2059520 + 2560}
-    assert (told.images, told.classes) == (42, 6)
-    assert (told.steps_per_epoch, told.epochs, told.total_steps) == (5, 20, 100)
-    assert told.memory["class_centers"] == 6 * 512 * 4
-    assert told.memory["gradients"] == 4 * (2059520 + 2560)
-    assert told.memory["optimizer_state"] == 4 * (2059520 + 2560)
-    assert told.memory_total == sum(told.memory.values())
-    assert told.targets_bytes == 0
+    cost = dry_run(load_config(None, ["train.batch_size=8", "kd.enabled=false"]), records, None)
+    # MobileFaceNet of arcface_torch at scale 2 with 512 numbers has 2,059,520; the 512 weights
+    # of its last BatchNorm are not trained.
+    assert cost.parameters == {"backbone": 2059520, "head": 6 * 512, "trainable": 2059520 + 2560}
+    assert (cost.images, cost.classes) == (42, 6)
+    assert (cost.steps_per_epoch, cost.epochs, cost.total_steps) == (5, 20, 100)
+    assert cost.memory["class_centers"] == 6 * 512 * 4
+    assert cost.memory["gradients"] == 4 * (2059520 + 2560)
+    assert cost.memory["optimizer_state"] == 4 * (2059520 + 2560)
+    assert cost.memory_total == sum(cost.memory.values())
+    assert cost.targets_bytes == 0
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def test_optimizer_state_by_hand(settings: tuple[str, ...], expected: int) -> No
 
 
 @pytest.mark.parametrize("name", ["iresnet18", "mobilefacenet"])
-def test_operations_are_those_of_the_layers(name: str) -> None:
+def test_operations_are_the_sum_over_layers(name: str) -> None:
     model = student_backbone(small_config(f"student.name={name}", "student.width=0.25").student)
     counted = 0
 
@@ -68,23 +68,23 @@ def test_operations_are_those_of_the_layers(name: str) -> None:
         nonlocal counted
         match layer:
             case nn.Conv2d():
-                each = layer.weight[0].numel()
+                products = layer.weight[0].numel()
             case nn.Linear():
-                each = layer.in_features
+                products = layer.in_features
             case _:
                 return
-        counted += 2 * out[0].numel() * each
+        counted += 2 * out[0].numel() * products
 
-    told = backbone_flops(model)
+    cost = backbone_flops(model)
     for layer in model.modules():
         layer.register_forward_hook(count)
     with torch.no_grad():
         model.eval()(torch.zeros(1, 3, 112, 112))
-    assert told == counted
+    assert cost == counted
 
 
 def test_operations_of_a_transformer_by_hand() -> None:
-    """Nine patches of 64 channels, twelve blocks; attention's two products count as well."""
+    """Nine patches of 64 channels, twelve blocks; the two products of attention count too."""
     settings = small_config("student.name=vit_t", "student.width=0.25", "student.embedding_dim=8")
     patches, channels = 9, 64
     attention = 2 * patches * patches * channels
@@ -96,21 +96,21 @@ def test_operations_of_a_transformer_by_hand() -> None:
 
 
 def test_activations_by_hand() -> None:
-    """The input, and what the ReLU gave: each is saved twice and counted once."""
+    """The input and the ReLU's output: each is saved twice and counted once."""
     model = nn.Sequential(nn.Conv2d(3, 4, 1, bias=False), nn.ReLU(), nn.Conv2d(4, 2, 1, bias=False))
     pixels = 112 * 112
     expected = 7 * 4 * pixels * (3 + 4)
     assert activation_bytes(model, 7, torch.float32, last=False) == expected
 
 
-def test_the_class_layer_grows_in_a_straight_line() -> None:
+def test_the_class_layer_grows_linearly() -> None:
     config = load_config(None, ["student.embedding_dim=32"])
     sizes = [class_layer_bytes(config, 16, classes) for classes in (4096, 8192, 12288)]
     assert sizes[2] - sizes[1] == sizes[1] - sizes[0]
     assert sizes[0] < 20 * 4 * 4096 * (16 + 32)
 
 
-def test_peaks_are_counted_once_and_forgotten() -> None:
+def test_the_peak_counts_each_storage_while_it_lives() -> None:
     with PeakBytes() as peak:
         first = torch.ones(1000)
         second = first.view(10, 100) + 1
@@ -123,12 +123,12 @@ def test_peaks_are_counted_once_and_forgotten() -> None:
 
 
 @pytest.mark.parametrize("settings", [(), ("optimizer.kind=adamw",), ("train.precision=bfloat16",)])
-def test_a_real_step_takes_the_memory_that_was_told(faces: Path, settings: tuple[str, ...]) -> None:
+def test_a_real_step_takes_the_predicted_memory(faces: Path, settings: tuple[str, ...]) -> None:
     records = open_records(faces / "faces")
     config = small_config(
         *("student.width=0.25", "student.input_size=56", "kd.enabled=false", *settings)
     )
-    told = dry_run(config, records, None)
+    cost = dry_run(config, records, None)
     state = RunState.build(config, records, None)
     batches = BatchLoader(
         FaceBatches(records, None, temperature=4.0), state.sampler, workers=0, pin=False
@@ -137,12 +137,12 @@ def test_a_real_step_takes_the_memory_that_was_told(faces: Path, settings: tuple
     with PeakBytes() as peak:
         state.take_step(first, records)
         state.take_step(second, records)
-    standing = told.memory["backbone_weights"] + told.memory["class_centers"]
-    assert peak.highest == pytest.approx(told.memory_total - standing, rel=0.05)
+    persistent = cost.memory["backbone_weights"] + cost.memory["class_centers"]
+    assert peak.highest == pytest.approx(cost.memory_total - persistent, rel=0.05)
 
 
 @pytest.mark.parametrize("order", ["full", "blocks"])
-def test_targets_take_what_materialising_takes(faces: Path, tmp_path: Path, order: str) -> None:
+def test_targets_take_as_much_as_their_files(faces: Path, tmp_path: Path, order: str) -> None:
     config = small_config(f"data.order={order}", "data.block_shards=1")
     records, joined = join_targets(
         *(open_records(faces / "faces"), Cache.open(faces / "targets.gkd")),
@@ -150,31 +150,31 @@ def test_targets_take_what_materialising_takes(faces: Path, tmp_path: Path, orde
         folder=tmp_path / "unused",
         order="blocks",
     )
-    told = dry_run(config, records, joined).targets_bytes
+    cost = dry_run(config, records, joined).targets_bytes
     assert not (tmp_path / "unused").exists()
     _, targets = load(faces)
     arrays = [np.load(path) for path in sorted(targets.store.path.glob("*.npy"))]  # type: ignore[union-attr]
-    whole = sum(array.nbytes for array in arrays)
+    total = sum(array.nbytes for array in arrays)
     if order == "full":
-        assert told == whole
+        assert cost == total
     else:
-        assert 0.5 * whole < told < whole  # two shards of three, 16 + 16 of 42 samples
+        assert 0.5 * total < cost < total  # two shards of three, 16 + 16 of 42 samples
 
 
 def test_sampled_centres_by_hand(faces: Path) -> None:
-    """100,000 classes, eight labels for certain and a tenth of the others, eight numbers each."""
+    """100,000 classes: eight labels and a tenth of the others, eight numbers each."""
     records = Subset(open_records(faces / "faces"), np.arange(42), 100_000)
     settings = ("kd.enabled=false", "data.empty_classes=keep")
-    whole, some = (
+    full, sampled = (
         dry_run(small_config(*settings, f"head.sample_rate={rate}"), records, None)
         for rate in (1, 0.1)
     )
-    learning = 8 + 10_000
-    assert some.memory["sampled_centers"] == 2 * 32 * learning  # centres and momentum
-    saved = whole.memory["gradients"] - some.memory["gradients"]
-    assert saved == 32 * (100_000 - learning)
-    assert whole.flops_per_step - some.flops_per_step == 8 * 4 * 8 * (100_000 - learning)
-    assert "sampled_centers" not in whole.memory
+    trained = 8 + 10_000
+    assert sampled.memory["sampled_centers"] == 2 * 32 * trained  # centres and momentum
+    saved = full.memory["gradients"] - sampled.memory["gradients"]
+    assert saved == 32 * (100_000 - trained)
+    assert full.flops_per_step - sampled.flops_per_step == 8 * 4 * 8 * (100_000 - trained)
+    assert "sampled_centers" not in full.memory
 
 
 @pytest.mark.parametrize("signal", ["auto", "draws", "hybrid", "group"])
@@ -190,7 +190,7 @@ def test_sampled_centres_are_those_of_the_signal_in_use(
     many = Subset(records, np.arange(42), 100_000)
     settings = (f"kd.signal={signal}", "head.sample_rate=0.1", "data.empty_classes=keep")
     config = small_config(*settings)
-    told = dry_run(config, many, replace(joined, num_classes=100_000))
+    cost = dry_run(config, many, replace(joined, num_classes=100_000))
     sizes = [cache.read_shard(shard, view).sizes for shard in range(3) for view in views]
     stored = int(np.concatenate(sizes).sum()) / (2 * 42)
     assert 1 < stored < 6
@@ -199,11 +199,11 @@ def test_sampled_centres_are_those_of_the_signal_in_use(
         "draws" if signal == "auto" else signal
     ]
     wanted = 8 + int(8 * entries)
-    learning = wanted + math.ceil(0.1 * (100_000 - wanted))
-    assert told.memory["sampled_centers"] == 2 * 32 * learning
+    trained = wanted + math.ceil(0.1 * (100_000 - wanted))
+    assert cost.memory["sampled_centers"] == 2 * 32 * trained
 
 
-def test_it_refuses_what_the_training_would(faces: Path) -> None:
+def test_it_refuses_what_a_training_refuses(faces: Path) -> None:
     records = open_records(faces / "faces")
     with pytest.raises(ConfigError, match="fewer than one batch of 64"):
         dry_run(small_config("train.batch_size=64", "kd.enabled=false"), records, None)
@@ -214,7 +214,7 @@ def test_it_refuses_what_the_training_would(faces: Path) -> None:
         dry_run(small_config(*low, "train.device=cpu"), records, None)
 
 
-def test_a_gpu_need_not_be_there(faces: Path) -> None:
+def test_no_gpu_is_needed(faces: Path) -> None:
     settings = "kd.enabled=false", "train.precision=float16", "train.device=cuda"
-    told = dry_run(small_config(*settings), open_records(faces / "faces"), None)
-    assert told.precision == "float16"
+    cost = dry_run(small_config(*settings), open_records(faces / "faces"), None)
+    assert cost.precision == "float16"

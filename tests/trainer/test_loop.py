@@ -1,4 +1,4 @@
-"""Training: what it writes, what it learns and what it refuses."""
+"""Training: its files, what it learns and what it refuses."""
 
 import json
 import re
@@ -25,8 +25,10 @@ from gkd.trainer.config_file import load_config
 from gkd.trainer.data.dataset import FaceBatches
 from gkd.trainer.data.loader import BatchLoader
 from gkd.trainer.data.sampler import BatchIndices
+from gkd.trainer.head.loss import GkdLoss
 from gkd.trainer.head.targets import GroupTargets
-from gkd.trainer.loop import train
+from gkd.trainer.logging import Window
+from gkd.trainer.loop import describe_window, train
 from gkd.trainer.run_dir import read_run_info
 from gkd.trainer.state import RunState
 from tests.reference import log_softmax
@@ -36,10 +38,10 @@ from tests.trainer.runs import LAST, lines, losses, started, training_lines, wai
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-SLOW = 0.02  # seconds an image
+SLOW = 0.02  # seconds per image
 
 
-def test_a_run_leaves_everything_needed_to_judge_and_repeat_it(faces: Path, unbroken: Path) -> None:
+def test_a_run_folder_has_what_is_needed_to_repeat_the_run(faces: Path, unbroken: Path) -> None:
     config = load_config(unbroken / "config.toml")
     assert config == small_config(f'evaluation.sets=["{faces}/pairs.bin"]')
     described = json.loads((unbroken / "run.json").read_text())
@@ -57,7 +59,7 @@ def test_a_run_leaves_everything_needed_to_judge_and_repeat_it(faces: Path, unbr
     assert names == {"last.pt", "best.pt", "centers_000000015", f"centers_{best:09d}"}
 
 
-def test_metrics_tell_every_step_and_every_evaluation(unbroken: Path) -> None:
+def test_metrics_have_every_step_and_every_evaluation(unbroken: Path) -> None:
     steps = training_lines(unbroken)
     assert [line["step"] for line in steps] == list(range(1, 16))
     assert steps[0].keys() == {
@@ -118,7 +120,25 @@ def test_the_log_shows_the_wait_for_a_slow_loader(faces: Path, tmp_path: Path) -
         assert line["data_wait"] < 1  # the step takes time too
 
 
-def test_tensorboard_has_what_the_log_has(unbroken: Path) -> None:
+def test_data_wait_is_a_share_of_the_time() -> None:
+    """Three steps of 4 s, of which 3, 2 and 1 s were spent waiting for 8 images."""
+    window = Window()
+    for waited in (3.0, 2.0, 1.0):
+        window.add(GkdLoss(*torch.ones(4)), seconds=4.0, waited=waited, skipped=False)
+    means = window.means(8)
+    assert means["data_wait"] == 0.5
+    assert means["images_per_second"] == 2.0
+    assert "data wait 50%" in describe_window(means, lr=0.1, skipped=0, seconds_left=5)
+
+
+def test_losses_that_are_always_0_are_not_shown() -> None:
+    window = Window()
+    window.add(GkdLoss(*torch.tensor([2.0, 1.0, 0.25, 0.0])), seconds=1, waited=0, skipped=False)
+    words = describe_window(window.means(8), lr=0.1, skipped=0, seconds_left=3)
+    assert words == "loss 2.000  ce 1.000  primary 0.2500  lr 0.1  data wait 0%  ends in 0:00:03"
+
+
+def test_tensorboard_has_the_values_of_the_log(unbroken: Path) -> None:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     events = accumulator.EventAccumulator(str(unbroken / "tensorboard"))
     events.Reload()
@@ -138,8 +158,8 @@ def test_the_student_of_a_run_loads(unbroken: Path) -> None:
 
 
 @pytest.mark.parametrize("last", ["false", "true"])
-def test_a_student_sees_images_as_the_preset_says(faces: Path, last: str) -> None:
-    """To the bit, as ``gkd evaluate`` shows them to it."""
+def test_a_student_gets_images_preprocessed_by_the_preset(faces: Path, last: str) -> None:
+    """Bit for bit as in ``gkd evaluate``."""
     records, targets = load(faces)
     state = RunState.build(small_config(f"train.channels_last={last}"), records, targets)
     batches = BatchLoader(
@@ -154,7 +174,7 @@ def test_a_student_sees_images_as_the_preset_says(faces: Path, last: str) -> Non
 
 
 def test_training_fits_the_data(faces: Path, tmp_path: Path) -> None:
-    """Cross-entropy and both divergences fall far below where they began."""
+    """Cross-entropy and both divergences fall far below their first values."""
     run(
         faces,
         tmp_path / "out",
@@ -172,7 +192,7 @@ def test_training_fits_the_data(faces: Path, tmp_path: Path) -> None:
 
 
 class OnlineTeacher(FaceBatches):
-    """Targets from the teacher's dense logits at each step, exact, sorted densely, no cache."""
+    """Exact targets from the teacher's dense logits in each step, without a cache."""
 
     def _targets(self, plan: BatchIndices) -> GroupTargets:
         views = (teacher_logits(self.records, "original"), teacher_logits(self.records, "flipped"))
@@ -199,11 +219,11 @@ class OnlineTeacher(FaceBatches):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
-def test_the_cache_teaches_what_the_teacher_would(
+def test_training_from_the_cache_is_training_with_the_teacher(
     faces: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, temperature: float
 ) -> None:
-    """The same losses step by step, to 1e-3, as with the dense teacher asked at each step."""
-    # A small rate: a large one amplifies any difference, the last bit of a sum included.
+    """The losses of each step agree to 1e-3 with those of the dense teacher."""
+    # A large learning rate would amplify any difference, even the last bit of a sum.
     overrides = ("optimizer.lr=3e-4", "kd.ramp=0", f"kd.temperature={temperature}")
     run(faces, tmp_path / "cached", *overrides)
     monkeypatch.setattr(loop, "FaceBatches", OnlineTeacher)
@@ -261,7 +281,7 @@ def test_gradients_of_the_backbone_are_clipped(faces: Path) -> None:
     assert np.sqrt(squares[1]) > 0.25  # class centres are not clipped
 
 
-def test_a_corrupt_image_ends_the_training_by_name(faces: Path, tmp_path: Path) -> None:
+def test_a_corrupt_image_ends_the_training_with_its_name(faces: Path, tmp_path: Path) -> None:
     shutil.copytree(faces / "faces", tmp_path / "faces")
     for path in (tmp_path / "faces").rglob("*.jpg"):
         path.write_bytes(b"\xff\xd8 no face")
@@ -277,7 +297,7 @@ def test_targets_of_other_records_are_refused(faces: Path, tmp_path: Path) -> No
         train(small_config(), records, fewer, tmp_path / "out")
 
 
-def test_a_folder_of_something_else_is_left_alone(faces: Path, tmp_path: Path) -> None:
+def test_a_folder_with_other_files_is_refused(faces: Path, tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(ConfigError, match=r"got one that holds thesis\.tex; name another folder"):
         run(faces, tmp_path)
@@ -285,14 +305,14 @@ def test_a_folder_of_something_else_is_left_alone(faces: Path, tmp_path: Path) -
         run(faces, tmp_path / "thesis.tex")
 
 
-def test_two_trainings_do_not_share_a_folder(faces: Path, tmp_path: Path) -> None:
+def test_two_trainings_cannot_share_a_folder(faces: Path, tmp_path: Path) -> None:
     with started(faces, tmp_path / "out", "train.epochs=500") as process:
         wait_for_step(process, tmp_path / "out", 1)
-        with pytest.raises(ConfigError, match="another process is training into this folder"):
+        with pytest.raises(ConfigError, match=r"out: another run is writing it: process \d+ on "):
             run(faces, tmp_path / "out", "train.epochs=500")
 
 
-def test_sets_of_one_name_are_refused(faces: Path, tmp_path: Path) -> None:
+def test_sets_with_equal_names_are_refused(faces: Path, tmp_path: Path) -> None:
     (tmp_path / "pairs.bin").write_bytes((faces / "pairs.bin").read_bytes())
     sets = json.dumps([f"{faces}/pairs.bin", f"{tmp_path}/pairs.bin"])
     with pytest.raises(ConfigError, match=r"evaluation\.sets: 2 files are named pairs"):
@@ -310,12 +330,14 @@ def test_sets_of_one_name_are_refused(faces: Path, tmp_path: Path) -> None:
         ("train.precision=float16", r"train\.precision: float16 needs a GPU"),
     ],
 )
-def test_what_needs_a_gpu_says_so(faces: Path, tmp_path: Path, override: str, message: str) -> None:
+def test_settings_that_need_a_gpu_are_refused_without(
+    faces: Path, tmp_path: Path, override: str, message: str
+) -> None:
     with pytest.raises(ConfigError, match=message):
         run(faces, tmp_path / "out", override)
 
 
-def test_without_tensorboard_it_is_said_and_trains(
+def test_it_trains_without_tensorboard_and_reports_that(
     faces: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "tensorboard", None)

@@ -1,4 +1,4 @@
-"""A cache made from one form of the data trains from every other."""
+"""A cache made from one form of the records serves every other."""
 
 from pathlib import Path
 
@@ -13,14 +13,14 @@ from gkd.trainer.data.sampler import BatchSampler
 from tests.storage.records.test_forms import FORMS, write_form
 from tests.trainer.faces import write_cache
 
-PLANS = BatchSampler(num_images=42, batch_size=8, epochs=1, seed=1, flip=True)
+SAMPLER = BatchSampler(num_images=42, batch_size=8, epochs=1, seed=1, flip=True)
 
 
 def batches(records: Records, cache: Path, folder: Path, workers: int) -> list[Batch]:
     kept, targets = join_targets(records, Cache.open(cache), workers=1, folder=folder)
     assert len(kept) == 42
     dataset = FaceBatches(kept, targets, temperature=4.0)
-    return list(BatchLoader(dataset, PLANS, workers=workers, pin=False))
+    return list(BatchLoader(dataset, SAMPLER, workers=workers, pin=False))
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
@@ -30,7 +30,7 @@ def test_a_cache_serves_every_form(faces: Path, tmp_path: Path, form: str) -> No
     copy = open_records(write_form(form, folder, tmp_path / form))
     write_cache(tmp_path / "copy.gkd", copy, ["original", "flipped"])
     expected = batches(folder, faces / "targets.gkd", tmp_path / "kept", 0)
-    # Made from the folder for the copy, in workers, and the other way round.
+    # The folder's cache for the copy, with workers, and the copy's cache for the folder.
     for made in (
         batches(copy, faces / "targets.gkd", tmp_path / "kept", 2),
         batches(folder, tmp_path / "copy.gkd", tmp_path / "kept", 0),

@@ -1,4 +1,4 @@
-"""Schedules at the steps where they turn."""
+"""Schedules at their turning points."""
 
 import math
 
@@ -21,7 +21,7 @@ def rates(overrides: list[str]) -> list[float]:
     return [config.optimizer.lr * factor(step) for step in range(TOTAL)]
 
 
-def test_cosine_rises_for_four_epochs_and_ends_at_the_final_rate() -> None:
+def test_cosine_warms_up_for_four_epochs_and_ends_at_the_final_rate() -> None:
     seen = rates([])
     assert seen[0] == pytest.approx(0.1 / 41)
     assert seen[39] == pytest.approx(0.1 * 40 / 41)
@@ -62,7 +62,7 @@ def test_a_schedule_of_one_step_is_finite() -> None:
 @pytest.mark.parametrize(
     ("step", "ramp", "weight"), [(0, 0.5, 0.0), (50, 0.5, 0.5), (100, 0.5, 1.0), (0, 0.0, 1.0)]
 )
-def test_distillation_rises_over_its_share_of_the_training(
+def test_distillation_ramps_up_over_its_share_of_the_training(
     step: int, ramp: float, weight: float
 ) -> None:
     assert kd_ramp(step, ramp=ramp, total_steps=200) == weight

@@ -77,12 +77,12 @@ class BatchLoader(Iterator[Batch]):
         if isinstance(self._items, _MultiProcessingDataLoaderIter):
             self._items._shutdown_workers()
 
-    def killed_workers(self) -> list[str]:
-        """``process P (signal S)`` for each worker that a signal ended; call it once closed."""
+    def dead_workers(self) -> list[str]:
+        """``process P (exit code C)`` for each worker that died; call it once closed."""
         return [
-            f"process {worker.pid} (signal {-worker.exitcode})"
+            f"process {worker.pid} (exit code {worker.exitcode})"
             for worker in getattr(self._items, "_workers", [])
-            if worker.exitcode is not None and worker.exitcode < 0
+            if worker.exitcode not in (None, 0)
         ]
 
 
