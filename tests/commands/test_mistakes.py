@@ -1,18 +1,13 @@
 """Mistakes of a user: each ends in one message."""
 
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from unittest.mock import Mock
 
-import click
 import pytest
 import torch
 
-from gkd.cli import main
-from gkd.commands.options import OUTPUT_PATH
 from gkd.storage.cache.verify import verify
-from gkd.storage.errors import ConfigError
 from tests.caches import make_cache
 from tests.commands.running import fails, gkd
 
@@ -49,35 +44,6 @@ def test_a_mistake_ends_in_one_message(
     stderr = fails(*arguments)
     assert stderr.startswith("Error: ")
     assert message in stderr
-
-
-def test_no_option_accepts_an_output_inside_a_cache(tmp_path: Path) -> None:
-    cache = make_cache(tmp_path / "c.gkd")
-    with pytest.raises(ConfigError, match=f"inside the cache {cache.path}, which it would damage"):
-        OUTPUT_PATH.convert(f"{cache.path}/commits/x.png", None, None)
-    unguarded = {
-        (name, parameter.name)
-        for name, command in commands(main)
-        for parameter in command.params
-        if parameter.name in ("out", "plot", "cache") and parameter.type is not OUTPUT_PATH
-    }
-    # What makes these refuses it: test_targets.test_nothing_is_made_inside_a_cache.
-    assert unguarded == {
-        ("cache-teacher", "out"),
-        ("build", "out"),
-        ("confusions", "out"),
-        ("retarget", "out"),
-        ("merge", "out"),
-    }
-
-
-def commands(group: click.Group) -> Iterator[tuple[str, click.Command]]:
-    """All commands of a group and of the groups in it, by name."""
-    for name, command in group.commands.items():
-        if isinstance(command, click.Group):
-            yield from commands(command)
-        else:
-            yield name, command
 
 
 def test_no_copies_of_targets_go_into_a_cache(
