@@ -29,14 +29,12 @@ from gkd.storage.util.torchrun_env import rank
     "--threshold",
     type=float,
     default=0.93,
-    show_default=True,
     help="Probability that the primary group holds at least.",
 )
 @click.option(
     "--group-temperature",
     type=float,
     default=1.0,
-    show_default=True,
     help="Temperature of the prediction that selects the primary group.",
 )
 @target_options
@@ -44,7 +42,6 @@ from gkd.storage.util.torchrun_env import rank
     "--seed",
     type=click.IntRange(0, 2**63 - 1),
     default=0,
-    show_default=True,
     help="Random seed of the draws.",
 )
 @skip_corrupt_option

@@ -56,7 +56,6 @@ def centers_info(files: tuple[Path, ...], source: Path | None, sort: Any, as_jso
     "--seed",
     type=click.IntRange(min=0),
     default=0,
-    show_default=True,
     help="Random seed of the training order with --refine.",
 )
 @sort_option

@@ -24,7 +24,6 @@ from gkd.commands.output import emit_json
     "--batch-size",
     type=click.IntRange(min=1),
     default=128,
-    show_default=True,
     help="Images per batch.",
 )
 @click.option("--plot", type=OUTPUT_PATH, help="Plot the ROC into this PNG file.")

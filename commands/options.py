@@ -162,7 +162,6 @@ sort_option = click.option(
     "--sort",
     type=click.Choice(["natural", "plain"]),
     default="natural",
-    show_default=True,
     help="Order of the identities of an image folder: natural puts 2 before 10, plain sorts bytes.",
 )
 workers_option = click.option(
@@ -188,14 +187,11 @@ storage_option = click.option(
 arch_option = click.option(
     "--arch",
     default="auto",
-    show_default=True,
     metavar="NAME|package.module:factory",
     help="Network of a .pt, .pth, .ckpt or .safetensors file, e.g. iresnet50; auto recognises it "
     "by its keys. package.module:factory calls your own function: that code runs.",
 )
-device_option = click.option(
-    "--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."
-)
+device_option = click.option("--device", default="auto", help="auto, cpu, cuda or cuda:N.")
 # How a network other than an ONNX file is built, and what it is fed.
 network_options = combine(
     arch_option,
@@ -204,7 +200,6 @@ network_options = combine(
         "preset",
         type=click.Choice(["arcface", "imagenet", "raw"]),
         default="arcface",
-        show_default=True,
         help="(x/255 - 0.5)/0.5, ImageNet's mean and standard deviation, or raw 0..255.",
     ),
     click.option("--bgr", is_flag=True, help="The network takes BGR, not RGB."),
@@ -213,7 +208,6 @@ network_options = combine(
         "--precision",
         type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
         default="auto",
-        show_default=True,
         help="Precision of the network; auto is float32 on a CPU, half precision on a GPU.",
     ),
 )
@@ -227,7 +221,6 @@ embedder_options = combine(
         "--batch-size",
         callback=parse_auto,
         default="auto",
-        show_default=True,
         help="Images per batch; auto is 128 on a CPU, 1,024 on a GPU.",
     ),
     workers_option,
@@ -249,7 +242,6 @@ teacher_options = combine(
         "--center-precision",
         type=click.Choice(["float32", "float16", "bfloat16"]),
         default="float32",
-        show_default=True,
         help="Precision of the class centres in memory; the effect is measured and printed.",
     ),
     click.option("--compile", is_flag=True, help="torch.compile the teacher's network."),
@@ -260,63 +252,54 @@ target_options = combine(
         "--temperatures",
         callback=parse_numbers,
         default="1,2,4",
-        show_default=True,
         help="Loss temperatures to store the secondary mass for.",
     ),
     click.option(
         "--max-group",
         type=int,
         default=4096,
-        show_default=True,
         help="Most classes stored per group; larger groups are truncated and counted.",
     ),
     click.option(
         "--scale",
         type=float,
         default=64.0,
-        show_default=True,
         help="Scale of the teacher's logits.",
     ),
     click.option(
         "--margin",
         type=float,
         default=0.4,
-        show_default=True,
         help="CosFace margin on the label's cosine.",
     ),
     click.option(
         "--views",
         callback=parse_names,
         default="original,flipped",
-        show_default=True,
         help="Views of each image to store; random flips in training need both.",
     ),
     click.option(
         "--shard-samples",
         callback=parse_auto,
         default="auto",
-        show_default=True,
         help="Samples per shard; auto derives it from --max-group and --draws.",
     ),
     click.option(
         "--draws",
         type=click.IntRange(min=0),
         default=64,
-        show_default=True,
         help="Classes to draw from each prediction at --draw-temperature; 0 for none.",
     ),
     click.option(
         "--draw-temperature",
         type=float,
         default=4.0,
-        show_default=True,
         help="Temperature of the prediction that classes are drawn from.",
     ),
     click.option(
         "--draw-from",
         type=click.Choice(["all", "primary"]),
         default="all",
-        show_default=True,
         help="Draw from all classes, or from the primary group before --max-group truncates it.",
     ),
 )

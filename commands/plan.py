@@ -30,21 +30,18 @@ from gkd.commands.output import emit
     "--samples",
     type=int,
     default=4096,
-    show_default=True,
     help="Images to partition; with class means four times as many go through the teacher.",
 )
 @click.option(
     "--group-temperatures",
     callback=parse_numbers,
     default="1,2,4",
-    show_default=True,
     help="Group temperatures to compare.",
 )
 @click.option(
     "--thresholds",
     callback=parse_numbers,
     default="0.8,0.9,0.93,0.95,0.99",
-    show_default=True,
     help="Thresholds to compare.",
 )
 @target_options

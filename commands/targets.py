@@ -86,7 +86,6 @@ def targets_info(location: str, options: dict[str, Any], as_json: bool) -> None:
     "--sample",
     type=click.IntRange(min=1),
     default=256,
-    show_default=True,
     help="Images to recompute.",
 )
 @click.option("--seed", type=int, help="Random seed of the sample; by default a new one each time.")
@@ -239,7 +238,6 @@ def targets_stats(location: str, plot: Path | None, options: dict[str, Any], as_
     cls=AliasedOption,
     type=click.IntRange(min=1),
     default=200,
-    show_default=True,
     help="Items of each list on the page.",
 )
 @sort_option
