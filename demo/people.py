@@ -1,6 +1,5 @@
 """Parameters of a synthetic face: those of the person, and those of one image."""
 
-from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -33,167 +32,88 @@ IRISES: tuple[Color, ...] = (
 )
 
 
-@dataclass(frozen=True)
 class Identity:
     """Parameters of a person; lengths in units of half the image side."""
 
-    skin: Color
-    hair: Color
-    iris: Color
-    lips: Color
-    head_width: float
-    head_top: float
-    cheek: float
-    jaw: float
-    chin: float
-    chin_width: float
-    ear: float
-    hair_volume: float
-    hair_length: float
-    hair_curl: float
-    hairline: float
-    fringe: float
-    part: float
-    eye_x: float
-    eye_width: float
-    eye_height: float
-    eye_slant: float
-    iris_size: float
-    brow_height: float
-    brow_thickness: float
-    brow_length: float
-    brow_slant: float
-    brow_arch: float
-    nose_length: float
-    nose_width: float
-    nose_bridge: float
-    mouth_y: float
-    mouth_width: float
-    upper_lip: float
-    lower_lip: float
-    moustache: float
-    beard: float
-    freckles: int
-    mole: tuple[float, float] | None
-    glasses: float
-    glasses_color: Color
-
-    @classmethod
-    def draw(cls, rng: np.random.Generator) -> "Identity":
-        """Draw a person."""
-
+    def __init__(self, rng: np.random.Generator) -> None:
         near = partial(_near, rng)
 
         def maybe(chance: float, low: float, high: float) -> float:
             value = float(rng.uniform(low, high))
             return value if rng.random() < chance else 0.0
 
-        skin = _between(SKINS, rng)
-        hair = _between(HAIRS, rng)
-        return cls(
-            skin=skin,
-            hair=hair,
-            iris=mix(IRISES[rng.integers(len(IRISES))], IRISES[rng.integers(len(IRISES))], 0.3),
-            lips=mix(shade(skin, 0.82), (186, 62, 70), float(rng.uniform(0.15, 0.75))),
-            head_width=near(0.74, 0.04),
-            head_top=near(0.92, 0.04),
-            cheek=near(0.97, 0.04),
-            jaw=near(0.78, 0.06),
-            chin=near(0.99, 0.045),
-            chin_width=near(0.24, 0.05),
-            ear=near(0.19, 0.03),
-            hair_volume=near(0.12, 0.045) if rng.random() < 0.9 else 0.0,
-            hair_length=float(rng.choice([0.0, 0.0, 0.35, 0.75, 1.1])) + near(0.0, 0.06),
-            hair_curl=maybe(0.45, 0.015, 0.05),
-            hairline=near(-0.56, 0.06),
-            fringe=maybe(0.4, 0.1, 0.26),
-            part=float(rng.uniform(-0.6, 0.6)),
-            eye_x=near(0.315, 0.022),
-            eye_width=near(0.15, 0.015),
-            eye_height=near(0.078, 0.014),
-            eye_slant=near(0.0, 0.12),
-            iris_size=near(0.07, 0.006),
-            brow_height=near(0.2, 0.025),
-            brow_thickness=near(0.042, 0.013),
-            brow_length=near(0.2, 0.02),
-            brow_slant=near(0.0, 0.12),
-            brow_arch=near(0.04, 0.025),
-            nose_length=near(0.33, 0.04),
-            nose_width=near(0.135, 0.025),
-            nose_bridge=near(0.05, 0.015),
-            mouth_y=near(0.645, 0.03),
-            mouth_width=near(0.26, 0.03),
-            upper_lip=near(0.05, 0.014),
-            lower_lip=near(0.065, 0.016),
-            moustache=maybe(0.2, 0.05, 0.1),
-            beard=maybe(0.2, 0.5, 1.0),
-            freckles=int(maybe(0.2, 14, 40)),
-            mole=(near(0.0, 0.3), near(0.4, 0.2)) if rng.random() < 0.25 else None,
-            glasses=maybe(0.2, 0.19, 0.25),
-            glasses_color=shade((150, 110, 80), float(rng.uniform(0.1, 1.3))),
-        )
+        self.skin = _between(SKINS, rng)
+        self.hair = _between(HAIRS, rng)
+        self.iris = mix(IRISES[rng.integers(len(IRISES))], IRISES[rng.integers(len(IRISES))], 0.3)
+        self.lips = mix(shade(self.skin, 0.82), (186, 62, 70), float(rng.uniform(0.15, 0.75)))
+        self.head_width = near(0.74, 0.04)
+        self.head_top = near(0.92, 0.04)
+        self.cheek = near(0.97, 0.04)
+        self.jaw = near(0.78, 0.06)
+        self.chin = near(0.99, 0.045)
+        self.chin_width = near(0.24, 0.05)
+        self.ear = near(0.19, 0.03)
+        self.hair_volume = near(0.12, 0.045) if rng.random() < 0.9 else 0.0
+        self.hair_length = float(rng.choice([0.0, 0.0, 0.35, 0.75, 1.1])) + near(0.0, 0.06)
+        self.hair_curl = maybe(0.45, 0.015, 0.05)
+        self.hairline = near(-0.56, 0.06)
+        self.fringe = maybe(0.4, 0.1, 0.26)
+        self.part = float(rng.uniform(-0.6, 0.6))
+        self.eye_x = near(0.315, 0.022)
+        self.eye_width = near(0.15, 0.015)
+        self.eye_height = near(0.078, 0.014)
+        self.eye_slant = near(0.0, 0.12)
+        self.iris_size = near(0.07, 0.006)
+        self.brow_height = near(0.2, 0.025)
+        self.brow_thickness = near(0.042, 0.013)
+        self.brow_length = near(0.2, 0.02)
+        self.brow_slant = near(0.0, 0.12)
+        self.brow_arch = near(0.04, 0.025)
+        self.nose_length = near(0.33, 0.04)
+        self.nose_width = near(0.135, 0.025)
+        self.nose_bridge = near(0.05, 0.015)
+        self.mouth_y = near(0.645, 0.03)
+        self.mouth_width = near(0.26, 0.03)
+        self.upper_lip = near(0.05, 0.014)
+        self.lower_lip = near(0.065, 0.016)
+        self.moustache = maybe(0.2, 0.05, 0.1)
+        self.beard = maybe(0.2, 0.5, 1.0)
+        self.freckles = int(maybe(0.2, 14, 40))
+        self.mole = (near(0.0, 0.3), near(0.4, 0.2)) if rng.random() < 0.25 else None
+        self.glasses = maybe(0.2, 0.19, 0.25)
+        self.glasses_color = shade((150, 110, 80), float(rng.uniform(0.1, 1.3)))
 
 
-@dataclass(frozen=True)
 class Conditions:
     """Parameters that vary between images of one person."""
 
-    yaw: float
-    pitch: float
-    roll: float
-    zoom: float
-    shift: tuple[float, float]
-    smile: float
-    mouth_open: float
-    eye_open: float
-    brow_raise: float
-    gaze: float
-    backdrop: Color
-    clothes: Color
-    light: tuple[float, float]
-    cast: Color
-    gray: float
-    contrast: float
-    brightness: float
-    noise: float
-    blur: float
-    occlusion: str
-    occlusion_color: Color
-    occlusion_at: tuple[float, float]
-    without_glasses: bool
-
-    @classmethod
-    def draw(cls, rng: np.random.Generator) -> "Conditions":
-        """Draw the conditions of an image."""
-
+    def __init__(self, rng: np.random.Generator) -> None:
         near = partial(_near, rng)
 
         occlusions = ("none", "hat", "sunglasses", "scarf", "blob")
-        return cls(
-            yaw=near(0.0, 0.22),
-            pitch=near(0.0, 0.13),
-            roll=near(0.0, 0.07),
-            zoom=near(0.97, 0.04),
-            shift=(near(0.0, 0.03), near(0.0, 0.03)),
-            smile=float(rng.uniform(-0.5, 1.0)),
-            mouth_open=float(rng.choice([0.0, 0.0, rng.uniform(0.3, 1.0)])),
-            eye_open=float(rng.uniform(0.55, 1.1)),
-            brow_raise=near(0.0, 0.025),
-            gaze=near(0.0, 0.02),
-            backdrop=_random_color(rng),
-            clothes=_random_color(rng),
-            light=(near(0.0, 0.25), near(-0.08, 0.15)),
-            cast=(near(1.0, 0.11), near(1.0, 0.06), near(1.0, 0.11)),
-            gray=1.0 if rng.random() < 0.15 else float(rng.uniform(0.0, 0.5)),
-            contrast=near(0.9, 0.12),
-            brightness=near(-4.0, 16.0),
-            noise=float(rng.uniform(1.0, 9.0)),
-            blur=float(rng.choice([0.0, rng.uniform(0.3, 1.2)])),
-            occlusion=str(rng.choice(occlusions, p=(0.66, 0.1, 0.08, 0.08, 0.08))),
-            occlusion_color=_random_color(rng),
-            occlusion_at=(float(rng.uniform(-0.8, 0.8)), float(rng.uniform(-0.6, 0.9))),
-            without_glasses=bool(rng.random() < 0.2),
-        )
+        self.yaw = near(0.0, 0.22)
+        self.pitch = near(0.0, 0.13)
+        self.roll = near(0.0, 0.07)
+        self.zoom = near(0.97, 0.04)
+        self.shift = (near(0.0, 0.03), near(0.0, 0.03))
+        self.smile = float(rng.uniform(-0.5, 1.0))
+        self.mouth_open = float(rng.choice([0.0, 0.0, rng.uniform(0.3, 1.0)]))
+        self.eye_open = float(rng.uniform(0.55, 1.1))
+        self.brow_raise = near(0.0, 0.025)
+        self.gaze = near(0.0, 0.02)
+        self.backdrop = _random_color(rng)
+        self.clothes = _random_color(rng)
+        self.light = (near(0.0, 0.25), near(-0.08, 0.15))
+        self.cast = (near(1.0, 0.11), near(1.0, 0.06), near(1.0, 0.11))
+        self.gray = 1.0 if rng.random() < 0.15 else float(rng.uniform(0.0, 0.5))
+        self.contrast = near(0.9, 0.12)
+        self.brightness = near(-4.0, 16.0)
+        self.noise = float(rng.uniform(1.0, 9.0))
+        self.blur = float(rng.choice([0.0, rng.uniform(0.3, 1.2)]))
+        self.occlusion = str(rng.choice(occlusions, p=(0.66, 0.1, 0.08, 0.08, 0.08)))
+        self.occlusion_color = _random_color(rng)
+        self.occlusion_at = (float(rng.uniform(-0.8, 0.8)), float(rng.uniform(-0.6, 0.9)))
+        self.without_glasses = bool(rng.random() < 0.2)
 
 
 def shade(color: Color, factor: float) -> Color:

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -75,15 +74,6 @@ class State(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     seconds: dict[str, float]
 
 
-@dataclass(frozen=True)
-class Stage:
-    """One step of the demo."""
-
-    name: str
-    heading: str
-    run: Callable[[], object]
-
-
 def run_demo(out: Path, settings: Settings | None = None) -> None:
     """Run the demo in the folder ``out``, or resume an interrupted run of it.
 
@@ -97,16 +87,15 @@ def run_demo(out: Path, settings: Settings | None = None) -> None:
     state = _begin(out, settings)
     console = Console()
     stages = _stages(out, settings)
-    for number, stage in enumerate(stages, 1):
-        done = stage.name in state.seconds
+    for number, (name, heading, run) in enumerate(stages, 1):
+        done = name in state.seconds
         ending = " (done before)" if done else ""
-        console.rule(f"{number}/{len(stages)}  {stage.heading}{ending}", align="left")
+        console.rule(f"{number}/{len(stages)}  {heading}{ending}", align="left")
         if done:
             continue
         began = time.monotonic()
-        stage.run()
-        seconds = {**state.seconds, stage.name: time.monotonic() - began}
-        state = State(settings, seconds)
+        run()
+        state = State(settings, {**state.seconds, name: time.monotonic() - began})
         write_file(out / STATE, msgspec.json.encode(state))
     _report(out, state, console)
 
@@ -137,7 +126,8 @@ def _begin(out: Path, settings: Settings) -> State:
     return state
 
 
-def _stages(out: Path, settings: Settings) -> list[Stage]:
+def _stages(out: Path, settings: Settings) -> list[tuple[str, str, Callable[[], object]]]:
+    """Name, heading and work of each stage."""
     pack, pairs, targets = out / "pack", out / "held_out.bin", out / "targets.gkd"
     seed = f"train.seed={settings.seed}"
     evaluation = f'evaluation.sets=["{pairs.absolute()}"]'
@@ -148,26 +138,22 @@ def _stages(out: Path, settings: Settings) -> list[Stage]:
     def train_student(run: str, *options: str) -> None:
         _gkd(out, "train-student", pack, targets, out / run, *student, *options)
 
+    def cache_teacher() -> None:
+        of_teacher = ("--teacher", weights, "--centers", "class-mean")
+        _gkd(out, "cache-teacher", pack, targets, *of_teacher, *settings.cache)
+
     return [
-        Stage("draw", "Draw people", lambda: _draw(out, settings)),
-        Stage("pack", "Pack them as records", lambda: _pack(out)),
-        Stage(
+        ("draw", "Draw people", lambda: _draw(out, settings)),
+        ("pack", "Pack them as records", lambda: _pack(out)),
+        (
             "teacher",
             "Train a teacher",
             lambda: _gkd(out, "train-student", pack, out / "teacher", "--without-kd", *teacher),
         ),
-        Stage(
-            "cache",
-            "Cache the teacher's targets",
-            lambda: _gkd(
-                out,
-                *("cache-teacher", pack, targets, "--teacher", weights),
-                *("--centers", "class-mean", *settings.cache),
-            ),
-        ),
-        Stage("alone", "Train a student alone", lambda: train_student("alone", "--without-kd")),
-        Stage("gkd", "Train the same student with the targets", lambda: train_student("gkd")),
-        Stage("evaluate", "Evaluate all three on people never trained on", lambda: _evaluate(out)),
+        ("cache", "Cache the teacher's targets", cache_teacher),
+        ("alone", "Train a student alone", lambda: train_student("alone", "--without-kd")),
+        ("gkd", "Train the same student with the targets", lambda: train_student("gkd")),
+        ("evaluate", "Evaluate all three on people never trained on", lambda: _evaluate(out)),
     ]
 
 

@@ -20,8 +20,8 @@ def synthetic_image(seed: int, identity: int, image: int) -> npt.NDArray[np.uint
     """Image ``image`` of person ``identity``, RGB uint8 [112, 112, 3], from a seed."""
     # numpy ignores trailing zeros in seeds: [s, i] and [s, i, 0] give the same numbers.
     conditions_rng = np.random.default_rng([seed, identity, image + 1])
-    person = Identity.draw(np.random.default_rng([seed, identity]))
-    return draw_face(person, Conditions.draw(conditions_rng), conditions_rng)
+    person = Identity(np.random.default_rng([seed, identity]))
+    return draw_face(person, Conditions(conditions_rng), conditions_rng)
 
 
 def draw_faces(
