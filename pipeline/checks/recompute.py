@@ -206,11 +206,15 @@ def _stored(cache: Cache, rows: npt.NDArray[np.int64]) -> Iterator[Mapping[View,
     """Targets of each of ``rows``, ascending, in all views; each shard is read once."""
     spec = cache.spec
     for shard in np.unique(rows // spec.shard_samples).tolist():
+        views: dict[View, SparseTargets]
         views = {view: cache.read_shard(shard, view) for view in spec.views}
         inside = spec.shard_rows(shard)
         for row in rows[(rows >= inside.start) & (rows < inside.stop)].tolist():
             own = range(row - inside.start, row - inside.start + 1)
-            yield {view: targets.slice(own) for view, targets in views.items()}
+            sample: dict[View, SparseTargets] = {
+                v: targets.slice(own) for v, targets in views.items()
+            }
+            yield sample
 
 
 def _recompute(
@@ -226,12 +230,14 @@ def _recompute(
     for start in range(0, len(rows), size):
         part = slice(start, start + size)
         images = np.stack([records.image(int(row)) for row in rows[part]])
-        logits = {
+        logits: dict[View, npt.NDArray[np.float32]] = {
             view: _logits(embeddings, centers, labels[part], spec)
             for view, embeddings in embedder.start(images, spec.views)().items()
         }
         for i in range(len(images)):
-            yield {view: batch[i].astype(np.float64) for view, batch in logits.items()}
+            exact: dict[View, npt.NDArray[np.float64]]
+            exact = {view: batch[i].astype(np.float64) for view, batch in logits.items()}
+            yield exact
 
 
 def _logits(

@@ -247,10 +247,12 @@ class _GroupGrid:
                         clock.stop(len(labels))
                         parts[temperature, threshold].append(groups.views)
                         advance(len(labels))
-        self._computed = {
-            key: {view: Partition.concat(part[view] for part in found) for view in found[0]}
-            for key, found in parts.items()
-        }
+        self._computed: dict[tuple[float, float], Groups] = {}
+        for key, found in parts.items():
+            groups_at_key: dict[View, Partition] = {
+                view: Partition.concat(part[view] for part in found) for view in found[0]
+            }
+            self._computed[key] = groups_at_key
         self.labels = np.concatenate([part.labels for part in images])
         self.digests = np.concatenate([part.digests for part in images])
 
@@ -260,13 +262,14 @@ class _GroupGrid:
         if computed is not None:
             return computed
         old = msgspec.structs.replace(spec, threshold=self._highest)
-        return {
+        cut: dict[View, Partition] = {
             view: Partition(
                 cut_groups(groups.targets, self.labels, old, spec).targets,
                 _still_truncated(groups, self.labels, spec.threshold),
             )
             for view, groups in self._computed[spec.group_temperature, self._highest].items()
         }
+        return cut
 
 
 def _still_truncated(

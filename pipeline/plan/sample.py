@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from gkd.pipeline.centers.load import Centers
 from gkd.pipeline.centers.means import class_means
-from gkd.pipeline.checks.sample import SEED, embed_rows
+from gkd.pipeline.checks.sample import embed_rows
 from gkd.pipeline.embed import EmbeddedBatch
 from gkd.pipeline.teacher.embedder import Embedder
 from gkd.storage.cache.spec import View
@@ -23,6 +23,7 @@ from gkd.storage.errors import ConfigError
 from gkd.storage.records.base import Records
 from gkd.storage.util.progress import progress
 
+SEED = 0
 # For class means, images embedded for each image whose groups are computed.
 EMBEDDED_EACH = 4
 # An identity's mean has settled after MAX_OF_IDENTITY images.
