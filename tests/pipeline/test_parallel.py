@@ -147,7 +147,7 @@ def test_interrupts_leave_complete_shards_and_say_how_to_resume(
     assert contents(out) == expected
 
 
-SHARDS = 28
+SHARDS = 18
 
 
 def test_a_slow_disk_slows_the_teacher_and_memory_stays_flat(
@@ -185,5 +185,5 @@ def test_a_slow_disk_slows_the_teacher_and_memory_stays_flat(
     assert len(memory) == SHARDS
     # One shard waits, one is made, and of the embedded batches a bounded queue.
     assert max(ahead) <= 2 * 70 + 10 * 35
-    warm, end = np.median(memory[6:14]), np.median(memory[-8:])
-    assert end - warm < 5e6, "the 14 shards in between weigh 47 MB"
+    warm, end = np.median(memory[4:8]), np.median(memory[-4:])
+    assert end - warm < 5e6, "the 10 shards between them hold 33 MB"
