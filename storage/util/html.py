@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from markupsafe import Markup
 
 SHARED = Path(__file__).parent  # page.html, page.css and macros.html
 # The page may show what it contains and nothing else: no browser fetches anything for it.
@@ -33,7 +32,7 @@ def render(template: Path, **values: Any) -> bytes:
     if script:
         policy += f"; script-src 'sha256-{_base64(hashlib.sha256(script.encode()).digest())}'"
     page = environment.get_template(template.name).render(
-        values | {"style": Markup(style), "script": Markup(script), "policy": policy}
+        values | {"style": style, "script": script, "policy": policy}
     )
     # What UTF-8 cannot hold, such as half a surrogate pair, becomes a question mark.
     return page.encode("utf-8", "replace")

@@ -1,4 +1,4 @@
-"""Wrong labels planted among real faces are found from the cache of a real teacher."""
+"""Label errors planted among real faces are found from the cache of a real teacher."""
 
 from pathlib import Path
 
@@ -15,13 +15,13 @@ from tests.paths import SHARED_DATA, needs_shared_data
 from tests.planted import RememberingTeacher, figures, plant
 
 
-def some_faces() -> Subset:
-    """A part of the LFW pack: 60 identities of 4 or 5 images, 3 of 8 or 9, 60 of one."""
+def few_faces() -> Subset:
+    """A part of the LFW pack: 36 identities of 4 or 5 images, 3 of 8 or 9, 30 of one."""
     records = open_records(SHARED_DATA / "lfw")
     counts = np.bincount(records.labels)
-    few = np.flatnonzero((counts >= 4) & (counts <= 5))[:60]
+    few = np.flatnonzero((counts >= 4) & (counts <= 5))[:36]
     more = np.flatnonzero((counts >= 8) & (counts <= 9))[:3]
-    single = np.flatnonzero(counts == 1)[:60]
+    single = np.flatnonzero(counts == 1)[:30]
     rows = np.flatnonzero(np.isin(records.labels, np.concatenate([few, more, single])))
     part = Subset(records, rows)
     part.labels = np.unique(part.labels, return_inverse=True)[1]
@@ -30,11 +30,11 @@ def some_faces() -> Subset:
 
 
 @needs_shared_data
-def test_planted_faults_are_found(tmp_path: Path) -> None:
-    planted = plant(some_faces(), seed=0, splits=2)
+def test_planted_errors_are_found(tmp_path: Path) -> None:
+    planted = plant(few_faces(), seed=0, swaps=30, splits=2)
     settings = CacheSettings(views=("original",))
     cache_teacher(planted.records, tmp_path / "c.gkd", RememberingTeacher(), CLASS_MEAN, settings)
     found = figures(confusions(Cache.open(tmp_path / "c.gkd")), planted)
-    assert found["swapped labels among the first 100"] >= 45
-    assert found["of them named after their own identity"] >= 45
+    assert found["swapped labels among the first 100"] >= 27
+    assert found["of them named after their own identity"] >= 27
     assert found["lowest rank of a split identity"] <= 10

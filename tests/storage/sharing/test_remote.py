@@ -11,14 +11,13 @@ from pathlib import Path
 import pytest
 
 from gkd.storage.cache.reader import Cache
-from gkd.storage.errors import ConfigError, CorruptShardError, IncompleteCacheError
+from gkd.storage.errors import ConfigError, CorruptShardError, GkdError, IncompleteCacheError
 from gkd.storage.sharing import remote
 from gkd.storage.sharing.pull import pull
 from gkd.storage.sharing.push import push
 from gkd.storage.sharing.remote import Remote
 from gkd.storage.sharing.remote_cache import RemoteCache
 from tests.caches import contents, make_cache
-from tests.processes import run_command, running
 from tests.s3 import Bucket, rclone
 
 
@@ -125,13 +124,8 @@ def test_a_server_with_folders_and_one_connection_a_thread(tmp_path: Path) -> No
             wait_for_port(port, server)
             assert push(cache.path, address, options=options).whole
             assert pull(address, tmp_path / "back", options=options).whole
-            with running(
-                run_command,
-                *("targets", "info", address, "--storage-option", "username=me"),
-                *("--storage-option", f"port={port}", "--storage-option", "password=x"),
-            ) as wrong:
-                assert wrong.wait() == 1
-            assert wrong.err.startswith(f"Error: {address}: ")
+            with pytest.raises(GkdError, match=f"^{address}: .*Incorrect password"):
+                pull(address, tmp_path / "wrong", options=options | {"password": "x"})
         finally:
             server.kill()
     assert contents(tmp_path / "back") == contents(cache.path)
