@@ -36,7 +36,8 @@ from gkd.pipeline.teacher.embedder import Embedder
 from gkd.storage.cache import layout
 from gkd.storage.cache.card import write_card
 from gkd.storage.cache.metadata import committed_shards, read_spec, require_outside_caches
-from gkd.storage.cache.reader import Cache, digests_of
+from gkd.storage.cache.reader import Cache
+from gkd.storage.cache.samples import digests_of
 from gkd.storage.cache.spec import VIEWS, CacheSpec, CentersSpec, Sharding, View
 from gkd.storage.cache.writer import CacheWriter, require_writable
 from gkd.storage.errors import ConfigError

@@ -15,9 +15,10 @@ from gkd.pipeline.embed import EmbeddedBatch, RowBatch, join_rows, whole_shards
 from gkd.pipeline.groups.draws import uniform_numbers
 from gkd.pipeline.groups.partition import Partition, partition
 from gkd.pipeline.settings import PartitionSettings
+from gkd.storage.cache.samples import ShardSamples
 from gkd.storage.cache.spec import Sharding, View
 from gkd.storage.cache.targets import SparseTargets
-from gkd.storage.cache.writer import CacheWriter, ShardSamples
+from gkd.storage.cache.writer import CacheWriter
 from gkd.storage.records.base import Records
 
 

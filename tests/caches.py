@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from gkd.storage.cache import layout
 from gkd.storage.cache.reader import Cache
+from gkd.storage.cache.samples import ShardSamples
 from gkd.storage.cache.spec import (
     VIEWS,
     CacheSpec,
@@ -20,7 +21,7 @@ from gkd.storage.cache.spec import (
     preprocess_preset,
 )
 from gkd.storage.cache.targets import Draws, SparseTargets, encode_log_probs, offsets_from_sizes
-from gkd.storage.cache.writer import CacheWriter, ShardSamples
+from gkd.storage.cache.writer import CacheWriter
 from gkd.storage.sharing.push import CLAIM
 
 NO_SKIPS: dict[int, str] = {}

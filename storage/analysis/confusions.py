@@ -29,9 +29,10 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from gkd.storage.analysis.posteriors import Posteriors
-from gkd.storage.cache.reader import DIGEST_BYTES, Cache, Samples
+from gkd.storage.cache.reader import Cache, Samples
 from gkd.storage.cache.spec import CacheSpec
 from gkd.storage.cache.targets import SparseTargets, in_blocks
+from gkd.storage.records.images import DIGEST_BYTES
 from gkd.storage.util.progress import progress
 
 MAX_ROWS = 100_000

@@ -5,15 +5,13 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-import numpy as np
-
 from gkd.storage.cache.card import write_card
-from gkd.storage.cache.layout import Commit
 from gkd.storage.cache.metadata import require_outside_caches
-from gkd.storage.cache.reader import Cache, digests_of
+from gkd.storage.cache.reader import Cache
+from gkd.storage.cache.samples import ShardSamples
 from gkd.storage.cache.spec import CacheSpec, View
 from gkd.storage.cache.targets import SparseTargets
-from gkd.storage.cache.writer import CacheWriter, ShardSamples
+from gkd.storage.cache.writer import CacheWriter
 from gkd.storage.util.files import delete_temporaries
 from gkd.storage.util.lock import WriteLock
 from gkd.storage.util.parallel import ordered_map
@@ -66,19 +64,6 @@ def derive(
                 advance()
         write_card(out, licence=licence, note=note, sources=[cache.path for cache in sources])
         return writer.finish()
-
-
-def read_shard_samples(cache: Cache, shard: int, commit: Commit) -> ShardSamples:
-    """The samples of a shard, as a writer takes them."""
-    table = cache.read_samples(shard)
-    keys = table["key"].to_pylist()
-    skipped = np.flatnonzero(table["digest"].is_null().to_numpy())
-    return ShardSamples(
-        keys,
-        table["label"].to_numpy(),
-        digests_of(table),
-        {sample: commit.skipped[keys[sample]] for sample in skipped.tolist()},
-    )
 
 
 def software_versions() -> dict[str, str]:

@@ -19,14 +19,13 @@ import numpy.typing as npt
 from gkd.storage.cache.derive import (
     DerivedShard,
     derive,
-    read_shard_samples,
     software_versions,
 )
 from gkd.storage.cache.layout import METADATA
 from gkd.storage.cache.reader import Cache
+from gkd.storage.cache.samples import ShardSamples
 from gkd.storage.cache.spec import NAME_FIELDS, CacheSpec, DatasetSpec, DerivedSpec, View
 from gkd.storage.cache.targets import SparseTargets
-from gkd.storage.cache.writer import ShardSamples
 from gkd.storage.errors import ConfigError, SpecMismatchError
 from gkd.storage.util.text import describe_differences, first_few
 
@@ -187,7 +186,7 @@ class _Source:
     def _read_shard(self, number: int, shard: int) -> _Piece:
         cache = self.caches[number]
         commit = cache.commit(shard)
-        samples = read_shard_samples(cache, shard, commit)
+        samples = ShardSamples.from_table(cache.read_samples(shard), commit.skipped)
         targets: dict[View, SparseTargets] = {
             view: cache.read_verified(shard, view) for view in cache.spec.views
         }

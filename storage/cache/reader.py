@@ -9,8 +9,6 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from gkd.storage.cache import layout
 from gkd.storage.cache.chunks import check_chunks
@@ -25,23 +23,11 @@ from gkd.storage.cache.metadata import (
     read_spec,
     regular_file,
 )
+from gkd.storage.cache.samples import digests_of, parse_samples
 from gkd.storage.cache.spec import CacheSpec, View
 from gkd.storage.cache.targets import SparseTargets, offsets_from_sizes
+from gkd.storage.records.images import DIGEST_BYTES
 from gkd.storage.util.files import sha256_file
-
-DIGEST_BYTES = 16
-# Twice the longest path; a sample's complete row, unpacked.
-_MAX_KEY_BYTES = 8192
-_MAX_ROW_BYTES = _MAX_KEY_BYTES + 1024
-_MAX_BATCH_BYTES = 1 << 28
-_SAMPLES_SCHEMA = pa.schema(
-    [
-        ("row", pa.int64()),
-        ("key", pa.string()),
-        ("label", pa.int64()),
-        ("digest", pa.binary(DIGEST_BYTES)),
-    ]
-)
 
 
 @dataclass(frozen=True)
@@ -237,41 +223,20 @@ class Cache:
         return values
 
     def read_samples(self, shard: int) -> pa.Table:
-        """Table of a shard's samples: row, key, label, digest (null where skipped).
+        """Table of a shard's samples: row, key, label, digest (null if skipped).
 
         Raises:
             CorruptShardError: if the file is missing, damaged or not that of the shard's rows.
         """
         commit = self.commit(shard)
         path = self.shard_file(shard, layout.samples_file(shard), commit)
-        rows = self.spec.shard_rows(shard)
         # Into pyarrow's own memory: its threads may release the file shortly after the read, and
         # releasing Python's memory while the interpreter exits aborts it (apache/arrow#34314).
         with pa.OSFile(str(path)) as source:
             content = source.read_buffer()
         if hashlib.sha256(content).hexdigest() != commit.files[layout.samples_file(shard)].sha256:
             corrupt(path, "its sha256 is not that in its commit record")
-        try:
-            with pq.ParquetFile(pa.BufferReader(content)) as file:
-                metadata = file.metadata
-                if metadata.num_rows != len(rows) or file.schema_arrow != _SAMPLES_SCHEMA:
-                    corrupt(path, f"expected {len(rows)} rows of {_SAMPLES_SCHEMA.names}")
-                groups = map(metadata.row_group, range(metadata.num_row_groups))
-                size = sum(group.total_byte_size for group in groups)
-                if size > len(rows) * _MAX_ROW_BYTES:
-                    corrupt(path, f"{size:,} bytes unpacked for {len(rows):,} samples")
-                table = _unpack(path, file, size)
-            table.validate(full=True)
-        except (pa.ArrowException, OSError) as error:
-            corrupt(path, f"it cannot be decoded ({error})", error)
-        if not np.array_equal(table["row"].to_numpy(), np.arange(rows.start, rows.stop)):
-            corrupt(path, f"its rows are not {rows.start} to {rows.stop - 1}")
-        if table["key"].null_count or table["label"].null_count:
-            corrupt(path, "a sample without key or label")
-        skipped = table["key"].filter(table["digest"].is_null()).to_pylist()
-        if sorted(skipped) != sorted(commit.skipped):
-            corrupt(path, "samples without digest are not those that the commit record skips")
-        return table
+        return parse_samples(content, path, self.spec.shard_rows(shard), commit.skipped)
 
     def samples(self) -> Samples:
         """Labels and digests of all samples."""
@@ -287,28 +252,3 @@ class Cache:
             samples.present[here] = table["digest"].is_valid().to_numpy()
             samples.digests[here] = digests_of(table)
         return samples
-
-
-def digests_of(table: pa.Table) -> npt.NDArray[np.uint8]:
-    """Digests uint8 [n, 16] of a table of samples, zero for a skipped one."""
-    column = table["digest"].combine_chunks().fill_null(bytes(DIGEST_BYTES))
-    raw = np.frombuffer(column.buffers()[1], np.uint8)
-    start = column.offset * DIGEST_BYTES
-    return raw[start : start + len(column) * DIGEST_BYTES].reshape(-1, DIGEST_BYTES)
-
-
-def _unpack(path: Path, file: pq.ParquetFile, size: int) -> pa.Table:
-    """A table of samples of ``size`` bytes, with the length of its keys checked batch by batch.
-
-    Keys are stored without the prefix that they share with the previous one, so a small hostile
-    file may expand to many long ones; none is longer than all bytes together.
-    """
-    rows = max(1, _MAX_BATCH_BYTES // max(size, 1))
-    batches = []
-    for batch in file.iter_batches(batch_size=rows):
-        lengths = pc.call_function("binary_length", [batch["key"]])
-        longest = pc.call_function("max", [lengths]).as_py() or 0
-        if longest > _MAX_KEY_BYTES:
-            corrupt(path, f"a record key of {longest:,} bytes")
-        batches.append(batch)
-    return pa.Table.from_batches(batches, _SAMPLES_SCHEMA)

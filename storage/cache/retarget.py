@@ -25,10 +25,10 @@ import numpy.typing as npt
 from gkd.storage.cache.derive import (
     DerivedShard,
     derive,
-    read_shard_samples,
     software_versions,
 )
 from gkd.storage.cache.reader import Cache
+from gkd.storage.cache.samples import ShardSamples
 from gkd.storage.cache.spec import CacheSpec, DerivedSpec, DrawsSpec, View
 from gkd.storage.cache.targets import (
     SparseTargets,
@@ -89,7 +89,7 @@ def retarget(
 
 def _derive_shard(cache: Cache, spec: CacheSpec, shard: int) -> DerivedShard:
     commit = cache.commit(shard)
-    samples = read_shard_samples(cache, shard, commit)
+    samples = ShardSamples.from_table(cache.read_samples(shard), commit.skipped)
     groups: dict[View, CutGroups] = {
         view: cut_groups(cache.read_verified(shard, view), samples.labels, cache.spec, spec)
         for view in spec.views

@@ -2,21 +2,18 @@
 
 import errno
 import hashlib
-import itertools
 import shutil
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from gkd.storage.cache import layout
 from gkd.storage.cache.layout import ArrayLayout, Commit, ViewRecord, file_record
 from gkd.storage.cache.metadata import read_commit, read_spec
+from gkd.storage.cache.samples import ShardSamples, write_samples
 from gkd.storage.cache.spec import NAME_FIELDS, CacheSpec, View
 from gkd.storage.cache.targets import SparseTargets
 from gkd.storage.errors import (
@@ -36,44 +33,6 @@ from gkd.storage.util.files import (
 from gkd.storage.util.text import describe_differences
 
 
-@dataclass(frozen=True)
-class ShardSamples:
-    """n samples of one shard, in row order.
-
-    keys     record keys, unique within the data set
-    labels   int64 [n]
-    digests  uint8 [n, 16]  of the encoded images
-    skipped  position of a sample without targets -> the reason; it has group size 0, secondary 0
-             and no digest
-    """
-
-    keys: Sequence[str]
-    labels: npt.NDArray[np.int64]
-    digests: npt.NDArray[np.uint8]
-    skipped: Mapping[int, str]
-
-    def slice(self, rows: range) -> "ShardSamples":
-        """Consecutive samples."""
-        here = slice(rows.start, rows.stop)
-        skipped = {i - rows.start: why for i, why in self.skipped.items() if i in rows}
-        return ShardSamples(self.keys[here], self.labels[here], self.digests[here], skipped)
-
-    @classmethod
-    def concat(cls, parts: Sequence["ShardSamples"]) -> "ShardSamples":
-        """The samples of one or more parts, one part after the other."""
-        starts = itertools.accumulate((len(part.keys) for part in parts), initial=0)
-        return cls(
-            [key for part in parts for key in part.keys],
-            np.concatenate([part.labels for part in parts]),
-            np.concatenate([part.digests for part in parts]),
-            {
-                start + i: why
-                for start, part in zip(starts, parts, strict=False)
-                for i, why in part.skipped.items()
-            },
-        )
-
-
 class CacheWriter:
     """A cache being made at ``path``, created or resumed.
 
@@ -83,7 +42,7 @@ class CacheWriter:
     is committed; it raises to stop the writing.
 
     Raises:
-        SpecMismatchError: if ``path`` holds a cache of another spec (``software`` aside).
+        SpecMismatchError: if ``path`` holds a cache of another spec, apart from ``software``.
         ConfigError: if ``path`` is something else, or cannot be written.
     """
 
@@ -114,7 +73,7 @@ class CacheWriter:
         *,
         truncated: Mapping[View, int],
     ) -> None:
-        """Write one shard and commit it; ``truncated`` counts the groups cut at ``max_group``.
+        """Write one shard and commit it; ``truncated`` counts groups that were cut to size.
 
         Raises:
             ValueError: if the arguments do not follow the spec, or the shard is committed.
@@ -158,7 +117,7 @@ class CacheWriter:
             arrays = views[view].arrays() | {"sizes": views[view].sizes}
             for array in layout.arrays(self.spec, view).values():
                 _write_row(self.path, array, shard, arrays[array.name])
-        _write_samples(self.path / layout.samples_file(shard), self.spec.shard_rows(shard), samples)
+        write_samples(self.path / layout.samples_file(shard), self.spec.shard_rows(shard), samples)
 
         entries: dict[View, int] = {view: len(views[view].indices) for view in self.spec.views}
         files = layout.shard_files(self.spec, shard, entries)
@@ -322,47 +281,6 @@ def _write_row(path: Path, array: ArrayLayout, shard: int, values: npt.NDArray[A
         array.open(path, writable=True)[shard, : len(values)] = values.astype(
             array.dtype, copy=False
         )
-
-
-def _write_samples(path: Path, rows: range, samples: ShardSamples) -> None:
-    present = np.ones(len(rows), bool)
-    present[list(samples.skipped)] = False
-    digests = pa.FixedSizeBinaryArray.from_buffers(
-        pa.binary(16),
-        len(rows),
-        [
-            pa.py_buffer(np.packbits(present, bitorder="little")),
-            pa.py_buffer(np.ascontiguousarray(samples.digests, np.uint8)),
-        ],
-    )
-    table = pa.table(
-        {
-            "row": np.arange(rows.start, rows.stop, dtype=np.int64),
-            "key": pa.array(samples.keys, pa.string()),
-            "label": np.asarray(samples.labels, np.int64),
-            "digest": digests,
-        }
-    )
-    # Every option that decides the bytes, so that they do not depend on pyarrow's defaults.
-    pq.write_table(
-        table,
-        path,
-        row_group_size=len(rows),
-        version="2.6",
-        data_page_version="1.0",
-        compression="zstd",
-        compression_level=3,
-        use_dictionary=False,
-        column_encoding={
-            "row": "DELTA_BINARY_PACKED",
-            "key": "DELTA_BYTE_ARRAY",
-            "label": "DELTA_BINARY_PACKED",
-            "digest": "PLAIN",
-        },
-        write_statistics=False,
-        store_schema=False,
-        write_page_checksum=True,
-    )
 
 
 def _sync(root: Path, files: Iterable[str]) -> None:

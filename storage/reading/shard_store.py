@@ -1,4 +1,4 @@
-"""Targets straight from the cache's shards, some shards at a time: no disk, little memory."""
+"""Targets read from the cache's shards, a few at a time: no disk and little memory."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,9 +14,9 @@ from gkd.storage.reading.flat_arrays import OFFSETS, array_shapes, read_shards
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """Some shards of a cache in memory; looked up as a ``TargetStore`` is.
+    """A few shards of a cache in memory, with the lookup of a ``TargetStore``.
 
-    first  int64 [views, K], where the samples of each shard that is here begin, -1 for the others
+    first  int64 [views, K], first row of each loaded shard in ``targets``, -1 for the others
     """
 
     spec: CacheSpec
@@ -24,20 +24,20 @@ class Block:
     first: npt.NDArray[np.int64]
 
     def lookup(self, rows: npt.NDArray[np.int64], flipped: npt.NDArray[np.bool_]) -> SparseTargets:
-        """Targets of samples ``rows`` [B], each of the view that ``flipped`` [B] says.
+        """Targets of samples ``rows`` [B], of the flipped view if ``flipped`` [B], else original.
 
         Raises:
-            IndexError: for a row of another shard, or of a view that the cache does not have.
+            IndexError: if a row is of another shard, or of a view that the cache does not have.
         """
-        shards, places = np.divmod(np.asarray(rows, np.int64), self.spec.shard_samples)
+        shards, samples = np.divmod(np.asarray(rows, np.int64), self.spec.shard_samples)
         first = self.first[np.asarray(flipped, np.intp), shards]
         if len(first) and first.min() < 0:
             raise IndexError(f"row {rows[first.argmin()]} is in no shard of this block")
-        return self.targets.take(first + places)
+        return self.targets.take(first + samples)
 
 
 class ShardStore:
-    """A cache's targets, read block by block where they are asked for in the order of shards."""
+    """A cache's targets for readers that follow the order of shards, loaded block by block."""
 
     def __init__(self, cache: Cache) -> None:
         self.cache = cache
@@ -46,10 +46,10 @@ class ShardStore:
         self.views: tuple[View, ...] = cache.spec.views
 
     def load(self, shards: Sequence[int]) -> Block:
-        """Read shards, all views of them, held against their hashes.
+        """Read all views of shards, verified against their hashes.
 
         Raises:
-            CorruptShardError: where the cache is damaged.
+            CorruptShardError: if the cache is damaged.
         """
         shapes = array_shapes(self.cache, shards, self.views)
         arrays = {name: np.empty(shape, dtype) for name, (dtype, shape) in shapes.items()}
@@ -62,10 +62,10 @@ class ShardStore:
         return Block(self.spec, SparseTargets.from_arrays(arrays.pop(OFFSETS), arrays), first)
 
     def size_counts(self, view: View) -> npt.NDArray[np.int64]:
-        """How many samples of a view have a group of each size, int64 [max_group + 1].
+        """Number of samples of a view with each group size, int64 [max_group + 1].
 
         Raises:
-            CorruptShardError: where the cache is damaged.
+            CorruptShardError: if the cache is damaged.
         """
         counts = np.zeros(self.spec.max_group + 1, np.int64)
         for shard in range(self.spec.num_shards):

@@ -7,9 +7,10 @@ import numpy as np
 import numpy.typing as npt
 
 from gkd.storage.cache.reader import Cache
+from gkd.storage.cache.samples import ShardSamples
 from gkd.storage.cache.spec import CacheSpec, View
 from gkd.storage.cache.targets import SparseTargets, encode_log_probs, offsets_from_sizes
-from gkd.storage.cache.writer import CacheWriter, ShardSamples
+from gkd.storage.cache.writer import CacheWriter
 from gkd.storage.util.parallel import ordered_map
 from gkd.storage.util.progress import progress
 from tests.caches import make_spec

@@ -1,9 +1,9 @@
 """Makes the golden cache of format 1: ``python -m tests.golden.make FOLDER``.
 
-It writes FOLDER/format1.gkd, and FOLDER/format1.json with every value spelt out. Both are committed
-and stay as they are: whatever becomes of this package, it reads that cache. The values come from
-formulas, so that no library's random numbers decide them. The bytes of the tables of samples, and
-with them the id, follow the version of pyarrow.
+It writes FOLDER/format1.gkd, and FOLDER/format1.json with every value written out. Both are
+committed and never change: every later version must read that cache. The values come from formulas,
+so that they do not depend on a random number generator. The bytes of the tables of samples, and
+with them the id, depend on the version of pyarrow.
 """
 
 import hashlib
@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from gkd.storage.cache.samples import ShardSamples
 from gkd.storage.cache.spec import (
     VIEWS,
     CacheSpec,
@@ -27,7 +28,7 @@ from gkd.storage.cache.spec import (
     preprocess_preset,
 )
 from gkd.storage.cache.targets import Draws, SparseTargets, offsets_from_sizes
-from gkd.storage.cache.writer import CacheWriter, ShardSamples
+from gkd.storage.cache.writer import CacheWriter
 
 SKIPPED = {5: "expected 112x112 pixels, got 64x64"}
 ALL_MASS, NO_MASS = 8, 9
@@ -95,7 +96,7 @@ def targets(rows: range, view: View) -> SparseTargets:
     draw_codes = [[0, 0] if row in SKIPPED else [512 * row, 65535] for row in rows]
     return SparseTargets(
         offsets_from_sizes(np.array([len(classes) for classes, _ in groups])),
-        np.array([each for classes, _ in groups for each in classes], np.uint32),
+        np.array([index for classes, _ in groups for index in classes], np.uint32),
         np.array([code for _, codes in groups for code in codes], np.uint16),
         np.array([secondary(row, view) for row in rows], np.float32),
         Draws(np.array(draws, np.uint32), np.array(draw_codes, np.uint16)),
@@ -106,15 +107,15 @@ def values() -> dict[str, Any]:
     """Every value of the cache, sample by sample, as JSON can hold it."""
 
     def sample(row: int, view: View) -> dict[str, Any]:
-        whole = targets(range(row, row + 1), view)
-        assert whole.draws is not None
+        stored = targets(range(row, row + 1), view)
+        assert stored.draws is not None
         return {
-            "indices": whole.indices.tolist(),
-            "log2_probs": whole.log2_probs.tolist(),
+            "indices": stored.indices.tolist(),
+            "log2_probs": stored.log2_probs.tolist(),
             # As text: JSON has no infinity.
-            "secondary": [str(mass) for mass in whole.secondary[0].tolist()],
-            "draws": whole.draws.classes[0].tolist(),
-            "draw_log2_probs": whole.draws.log2_probs[0].tolist(),
+            "secondary": [str(mass) for mass in stored.secondary[0].tolist()],
+            "draws": stored.draws.classes[0].tolist(),
+            "draw_log2_probs": stored.draws.log2_probs[0].tolist(),
         }
 
     return {

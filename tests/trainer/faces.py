@@ -12,6 +12,7 @@ import torch
 
 from gkd.pipeline.settings import PartitionSettings
 from gkd.storage.cache.reader import Cache
+from gkd.storage.cache.samples import ShardSamples
 from gkd.storage.cache.spec import (
     CacheSpec,
     CentersSpec,
@@ -22,7 +23,7 @@ from gkd.storage.cache.spec import (
     preprocess_preset,
 )
 from gkd.storage.cache.targets import Draws, SparseTargets, encode_log_probs
-from gkd.storage.cache.writer import CacheWriter, ShardSamples
+from gkd.storage.cache.writer import CacheWriter
 from gkd.storage.records.open import Records, digests, open_records
 from gkd.trainer.config import RunConfig
 from gkd.trainer.config_file import load_config

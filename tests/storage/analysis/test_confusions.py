@@ -13,8 +13,9 @@ import pytest
 from gkd.storage.analysis import confusions as module
 from gkd.storage.analysis.confusions import Confusions, confusions, examples
 from gkd.storage.cache.reader import Cache
+from gkd.storage.cache.samples import ShardSamples
 from gkd.storage.cache.spec import VIEWS, CacheSpec, DrawsSpec, View
-from gkd.storage.cache.writer import CacheWriter, ShardSamples
+from gkd.storage.cache.writer import CacheWriter
 from gkd.storage.errors import IncompleteCacheError
 from tests.caches import add_draws, dense_targets, digest_of, make_cache, make_spec, without
 

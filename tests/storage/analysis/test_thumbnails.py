@@ -7,7 +7,8 @@ from PIL import Image
 
 from gkd.storage.analysis.thumbnails import MAX_BYTES, thumbnails
 from gkd.storage.cache.reader import Cache
-from gkd.storage.cache.writer import CacheWriter, ShardSamples
+from gkd.storage.cache.samples import ShardSamples
+from gkd.storage.cache.writer import CacheWriter
 from gkd.storage.errors import CorruptRecordError, SpecMismatchError
 from gkd.storage.records.images import digest
 from gkd.storage.records.open import open_records

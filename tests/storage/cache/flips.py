@@ -1,4 +1,4 @@
-"""Flips single bits all over a cache and asks who notices."""
+"""Flips single bits of all files of a cache and checks that each flip is detected."""
 
 from pathlib import Path
 
@@ -32,9 +32,9 @@ def every_file(path: Path) -> list[str]:
 def unnoticed_flips(
     path: Path, work: Path, *, flips: int, seed: int, level: Level = "hashes"
 ) -> list[str]:
-    """Flip ``flips`` random bits one after the other, over all files in turn; what went unnoticed.
+    """Flip ``flips`` random bits, one at a time, over all files in turn; the undetected ones.
 
-    Verifying must name the file and no other, and what training reads must be refused.
+    Verify must name the file and no other, and training must refuse the cache.
     """
     rng = np.random.default_rng(seed)
     unnoticed = []
@@ -48,15 +48,15 @@ def unnoticed_flips(
         if named != {file}:
             unnoticed.append(f"{file}, bit {bit}: verify named {named}")
         if trains(path, work / str(number)):
-            unnoticed.append(f"{file}, bit {bit}: training took it")
+            unnoticed.append(f"{file}, bit {bit}: training accepted it")
         flip_bit(path / file, bit)
-    if not verify(path).ok or not trains(path, work / "whole"):
-        unnoticed.append("the whole cache was refused")
+    if not verify(path).ok or not trains(path, work / "intact"):
+        unnoticed.append("the intact cache was refused")
     return unnoticed
 
 
 def trains(path: Path, folder: Path) -> bool:
-    """Whether all that a training reads of a cache is taken."""
+    """Whether everything that training reads of a cache is accepted."""
     try:
         cache = Cache.open(path)
         cache.samples()

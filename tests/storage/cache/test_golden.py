@@ -1,4 +1,4 @@
-"""The golden cache of format 1 stays readable for ever, by gkd and by any Zarr reader."""
+"""The golden cache of format 1 remains readable, by gkd and by any Zarr reader."""
 
 import json
 from pathlib import Path
@@ -48,7 +48,7 @@ def test_it_is_whole_and_has_its_id(expected: dict[str, Any]) -> None:
     assert cache.id == expected["id"]
     assert cache.spec == make.SPEC
     assert verify(PATH, level="hashes").faults == ()
-    # Its numbers show the codes' ends; no teacher says these together, and nothing else is wrong.
+    # Its numbers include the extreme codes, which no teacher predicts together; all else is right.
     found = {fault.problem.partition(": ")[2] for fault in verify(PATH).faults}
     tail = "a secondary mass at 1 that no tail of classes has"
     assert found == {"not the probability of its entry", tail}

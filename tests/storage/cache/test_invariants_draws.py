@@ -31,7 +31,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReques
 
 
 def problems(cache: Cache, targets: SparseTargets) -> list[tuple[str, int, str]]:
-    """Violated invariants of targets in the place of the second shard's."""
+    """Violated invariants of targets as those of the second shard."""
     labels = cache.read_samples(1)["label"].to_numpy()
     return list(check_invariants(cache.spec, targets, labels, PRESENT, deep=True))
 

@@ -11,10 +11,11 @@ import pytest
 from gkd.storage.cache import layout
 from gkd.storage.cache.merge import merge, merged_spec
 from gkd.storage.cache.reader import Cache
+from gkd.storage.cache.samples import ShardSamples
 from gkd.storage.cache.spec import CacheSpec, DerivedSpec, DrawsSpec
 from gkd.storage.cache.targets import SparseTargets, offsets_from_sizes
 from gkd.storage.cache.verify import verify
-from gkd.storage.cache.writer import CacheWriter, ShardSamples
+from gkd.storage.cache.writer import CacheWriter
 from gkd.storage.errors import ConfigError, SpecMismatchError
 from tests.caches import make_cache
 
@@ -23,21 +24,21 @@ Change = Callable[[CacheSpec], CacheSpec]
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Cache:
+def full(tmp_path_factory: pytest.TempPathFactory) -> Cache:
     draws = DrawsSpec(3, 4.0, "primary")
-    return make_cache(tmp_path_factory.mktemp("whole") / "c", skipped=SKIPPED, draws=draws)
+    return make_cache(tmp_path_factory.mktemp("full") / "c", skipped=SKIPPED, draws=draws)
 
 
 def pick_rows(cache: Cache, view: Any, rows: range) -> SparseTargets:
     """Targets of some rows, assembled sample by sample."""
     found = []
     for row in rows:
-        shard, place = divmod(row, cache.spec.shard_samples)
+        shard, sample = divmod(row, cache.spec.shard_samples)
         targets = cache.read_shard(shard, view)
-        group = slice(targets.offsets[place], targets.offsets[place + 1])
+        group = slice(targets.offsets[sample], targets.offsets[sample + 1])
         found.append(
             {
-                name: values[group if name in ("indices", "log2_probs") else [place]]
+                name: values[group if name in ("indices", "log2_probs") else [sample]]
                 for name, values in targets.arrays().items()
             }
         )
@@ -47,32 +48,35 @@ def pick_rows(cache: Cache, view: Any, rows: range) -> SparseTargets:
 
 
 def part(
-    whole: Cache,
+    full: Cache,
     path: Path,
     rows: range,
     shard_samples: int,
     change: Change = lambda spec: spec,
 ) -> Cache:
-    """A cache of some rows of the whole, with record keys from "1"."""
+    """A cache of some rows of the full one, with record keys from "1"."""
     dataset = msgspec.structs.replace(
-        whole.spec.dataset, name=path.name, num_images=len(rows), fingerprint=f"{rows.start:064x}"
+        full.spec.dataset,
+        name=path.name,
+        num_images=len(rows),
+        fingerprint=f"{rows.start:064x}",
     )
     spec = msgspec.structs.replace(
-        whole.spec, num_samples=len(rows), shard_samples=shard_samples, dataset=dataset
+        full.spec, num_samples=len(rows), shard_samples=shard_samples, dataset=dataset
     )
-    samples = whole.samples()
+    samples = full.samples()
     writer = CacheWriter(path, change(spec))
     for shard in writer.pending():
         mine = spec.shard_rows(shard)
         theirs = range(rows.start + mine.start, rows.start + mine.stop)
-        place = slice(theirs.start, theirs.stop)
+        here = slice(theirs.start, theirs.stop)
         writer.write_shard(
             shard,
-            {view: pick_rows(whole, view, theirs) for view in spec.views},
+            {view: pick_rows(full, view, theirs) for view in spec.views},
             ShardSamples(
                 [str(row + 1) for row in mine],
-                samples.labels[place],
-                samples.digests[place],
+                samples.labels[here],
+                samples.digests[here],
                 {row - theirs.start: why for row, why in SKIPPED.items() if row in theirs},
             ),
             truncated=dict.fromkeys(spec.views, 1),
@@ -82,29 +86,29 @@ def part(
 
 
 @pytest.fixture(scope="module")
-def parts(whole: Cache, tmp_path_factory: pytest.TempPathFactory) -> list[Cache]:
+def parts(full: Cache, tmp_path_factory: pytest.TempPathFactory) -> list[Cache]:
     """Rows 0 to 9, 10 to 59 and 60 to 99, in shards of 10, 40 and 17 samples."""
     folder = tmp_path_factory.mktemp("parts")
     return [
-        part(whole, folder / "a", range(10), 10),
-        part(whole, folder / "b", range(10, 60), 40),
-        part(whole, folder / "c", range(60, 100), 17),
+        part(full, folder / "a", range(10), 10),
+        part(full, folder / "b", range(10, 60), 40),
+        part(full, folder / "c", range(60, 100), 17),
     ]
 
 
-def test_merged_parts_are_the_whole(whole: Cache, parts: list[Cache], tmp_path: Path) -> None:
+def test_merged_parts_equal_the_full_cache(full: Cache, parts: list[Cache], tmp_path: Path) -> None:
     id = merge(parts, tmp_path / "out.gkd")
     merged = Cache.open(tmp_path / "out.gkd")
     assert merged.id == id
     assert verify(merged.path).faults == ()
-    ours, theirs = merged.samples(), whole.samples()
+    ours, theirs = merged.samples(), full.samples()
     np.testing.assert_array_equal(ours.labels, theirs.labels)
     np.testing.assert_array_equal(ours.digests, theirs.digests)
     np.testing.assert_array_equal(ours.present, theirs.present)
     for shard in range(3):
-        for file in layout.shard_files(whole.spec, shard, whole.commit(shard).entries):
+        for file in layout.shard_files(full.spec, shard, full.commit(shard).entries):
             if not file.endswith(".parquet"):
-                assert (merged.path / file).read_bytes() == (whole.path / file).read_bytes(), file
+                assert (merged.path / file).read_bytes() == (full.path / file).read_bytes(), file
 
 
 def test_keys_have_the_number_of_their_cache(parts: list[Cache], tmp_path: Path) -> None:
@@ -180,16 +184,16 @@ def test_an_interrupted_merge_is_resumed(
     ],
 )
 def test_caches_of_other_settings_are_refused(
-    whole: Cache, parts: list[Cache], tmp_path: Path, change: Change, message: str
+    full: Cache, parts: list[Cache], tmp_path: Path, change: Change, message: str
 ) -> None:
-    other = part(whole, tmp_path / "other", range(60, 80), 40, change)
+    other = part(full, tmp_path / "other", range(60, 80), 40, change)
     with pytest.raises(SpecMismatchError, match=f"differ in {message}; merge caches of one"):
         merge([parts[0], other], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_files_of_other_names_are_the_same_teacher_and_centres(
-    whole: Cache, parts: list[Cache], tmp_path: Path
+    full: Cache, parts: list[Cache], tmp_path: Path
 ) -> None:
     def renamed(spec: CacheSpec) -> CacheSpec:
         return msgspec.structs.replace(
@@ -198,17 +202,15 @@ def test_files_of_other_names_are_the_same_teacher_and_centres(
             centers=msgspec.structs.replace(spec.centers, name="copy.npy"),
         )
 
-    other = part(whole, tmp_path / "other", range(60, 80), 40, renamed)
+    other = part(full, tmp_path / "other", range(60, 80), 40, renamed)
     merge([parts[0], other], tmp_path / "out")
-    assert Cache.open(tmp_path / "out").spec.teacher == whole.spec.teacher
+    assert Cache.open(tmp_path / "out").spec.teacher == full.spec.teacher
     # Resuming the other one is not refused either.
-    CacheWriter(other.path, msgspec.structs.replace(other.spec, teacher=whole.spec.teacher))
+    CacheWriter(other.path, msgspec.structs.replace(other.spec, teacher=full.spec.teacher))
 
 
-def test_an_image_in_two_caches_is_refused(
-    whole: Cache, parts: list[Cache], tmp_path: Path
-) -> None:
-    other = part(whole, tmp_path / "other", range(58, 65), 40)
+def test_an_image_in_two_caches_is_refused(full: Cache, parts: list[Cache], tmp_path: Path) -> None:
+    other = part(full, tmp_path / "other", range(58, 65), 40)
     with pytest.raises(SpecMismatchError) as caught:
         merge([parts[1], other], tmp_path / "out")
     message = str(caught.value)

@@ -34,9 +34,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Cache:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Cache:
+def complete(tmp_path_factory: pytest.TempPathFactory) -> Cache:
     """No group is cut."""
-    return make_cache(tmp_path_factory.mktemp("whole") / "c", max_group=50)
+    return make_cache(tmp_path_factory.mktemp("complete") / "c", max_group=50)
 
 
 def assert_is_of_the_teacher(
@@ -164,24 +164,24 @@ def test_samples_and_draws_are_kept(made: Cache, tmp_path: Path) -> None:
             np.testing.assert_array_equal(new.arrays()[name], old.arrays()[name])
 
 
-def test_without_cut_groups_a_larger_cap_changes_nothing(whole: Cache, tmp_path: Path) -> None:
-    retarget(whole, tmp_path / "out.gkd", max_group=100)
+def test_without_cut_groups_a_larger_cap_changes_nothing(complete: Cache, tmp_path: Path) -> None:
+    retarget(complete, tmp_path / "out.gkd", max_group=100)
     cache = Cache.open(tmp_path / "out.gkd")
     assert cache.manifest is not None
     assert set(cache.manifest.truncated.values()) == {0}
     for shard in range(3):
-        old, new = whole.read_shard(shard, "original"), cache.read_shard(shard, "original")
+        old, new = complete.read_shard(shard, "original"), cache.read_shard(shard, "original")
         np.testing.assert_array_equal(new.indices, old.indices)
         np.testing.assert_array_equal(new.secondary, old.secondary)
 
 
 def test_the_loss_sees_the_same_probabilities_at_every_temperature(
-    whole: Cache, tmp_path: Path
+    complete: Cache, tmp_path: Path
 ) -> None:
-    retarget(whole, tmp_path / "out.gkd", threshold=0.6)
+    retarget(complete, tmp_path / "out.gkd", threshold=0.6)
     spec = Cache.open(tmp_path / "out.gkd").spec
     got = Cache.open(tmp_path / "out.gkd").read_shard(0, "original")
-    logits = make_logits(whole.spec, "original")[:40]
+    logits = make_logits(complete.spec, "original")[:40]
     samples = np.repeat(np.arange(40), got.sizes)
     for temperature in spec.temperatures:
         batch = at_temperature(
@@ -291,14 +291,14 @@ def test_fewer_draws_are_the_first(made: Cache, tmp_path: Path) -> None:
     assert verify(cache.path).ok
 
 
-def test_more_draws_than_there_are_are_refused(made: Cache, whole: Cache) -> None:
+def test_more_draws_than_there_are_are_refused(made: Cache, complete: Cache) -> None:
     with pytest.raises(ConfigError, match=r"--draws 4: .* exactly: 3 classes a sample were drawn"):
         stricter_spec(made, draws=4)
     with pytest.raises(ConfigError, match=r"--draws 1: .* exactly: 0 classes a sample were drawn"):
-        stricter_spec(whole, draws=1)
+        stricter_spec(complete, draws=1)
     with pytest.raises(ConfigError, match="--draws: expected 0 or more, got -1; give another"):
         stricter_spec(made, draws=-1)
-    assert stricter_spec(whole, draws=0).draws is None
+    assert stricter_spec(complete, draws=0).draws is None
 
 
 def test_settings_outside_their_range_are_refused(made: Cache) -> None:
@@ -311,7 +311,7 @@ def test_settings_outside_their_range_are_refused(made: Cache) -> None:
 def test_an_interrupted_retargeting_goes_on(
     made: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = retarget(made, tmp_path / "whole", threshold=0.8)
+    complete = retarget(made, tmp_path / "complete", threshold=0.8)
     write_shard = CacheWriter.write_shard
 
     def fail(self: CacheWriter, shard: int, *arguments: Any, **more: Any) -> None:
@@ -324,7 +324,7 @@ def test_an_interrupted_retargeting_goes_on(
         retarget(made, tmp_path / "out", threshold=0.8)
     monkeypatch.setattr(CacheWriter, "write_shard", write_shard)
     assert CacheWriter(tmp_path / "out", stricter_spec(made, threshold=0.8)).pending() != [0, 1, 2]
-    assert retarget(made, tmp_path / "out", threshold=0.8) == whole
+    assert retarget(made, tmp_path / "out", threshold=0.8) == complete
 
 
 def test_other_settings_do_not_resume_it(made: Cache, tmp_path: Path) -> None:

@@ -89,9 +89,9 @@ def test_any_truncated_file_is_found_and_named(path: Path, level: Level) -> None
     ],
 )
 def test_swapped_files_are_found_and_both_named(path: Path, left: str, right: str) -> None:
-    (path / left).rename(path / "aside")
+    (path / left).rename(path / "swap")
     (path / right).rename(path / left)
-    (path / "aside").rename(path / right)
+    (path / "swap").rename(path / right)
     assert {fault.file for fault in verify(path).faults} == {left, right}
 
 

@@ -17,10 +17,11 @@ from zarr.storage import MemoryStore
 
 from gkd.storage.cache import layout
 from gkd.storage.cache.reader import Cache
+from gkd.storage.cache.samples import ShardSamples
 from gkd.storage.cache.spec import VIEWS, CacheSpec, DrawsSpec
 from gkd.storage.cache.targets import SparseTargets, offsets_from_sizes
 from gkd.storage.cache.verify import verify
-from gkd.storage.cache.writer import CacheWriter, ShardSamples
+from gkd.storage.cache.writer import CacheWriter
 from gkd.storage.errors import ConfigError, IncompleteCacheError, SpecMismatchError
 from tests.caches import (
     add_draws,

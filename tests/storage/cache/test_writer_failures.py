@@ -61,11 +61,11 @@ def test_the_record_of_another_shard_does_not_count(tmp_path: Path) -> None:
 
 
 def test_leftovers_of_a_shard_do_not_change_its_bytes(tmp_path: Path) -> None:
-    whole = make_cache(tmp_path / "whole")
-    writer = CacheWriter(tmp_path / "c", whole.spec)
+    full = make_cache(tmp_path / "full")
+    writer = CacheWriter(tmp_path / "c", full.spec)
     write_shard(writer, 1, seed=5)
     (writer.path / layout.commit_file(1)).unlink()
-    for array in layout.arrays(whole.spec, "flipped").values():
+    for array in layout.arrays(full.spec, "flipped").values():
         leftover = writer.path / array.path / "c" / "0"
         leftover.mkdir(parents=True)
         (leftover / "0.partial").write_bytes(b"half")
@@ -73,7 +73,7 @@ def test_leftovers_of_a_shard_do_not_change_its_bytes(tmp_path: Path) -> None:
     for shard in writer.pending():
         write_shard(writer, shard)
     writer.finish()
-    assert contents(writer.path) == contents(whole.path)
+    assert contents(writer.path) == contents(full.path)
 
 
 def write_as_rank(path: Path, spec: CacheSpec, rank: int, world_size: int) -> None:
@@ -83,24 +83,24 @@ def write_as_rank(path: Path, spec: CacheSpec, rank: int, world_size: int) -> No
 
 
 def test_ranks_that_race_to_create_write_one_cache(tmp_path: Path) -> None:
-    whole = make_cache(tmp_path / "whole", num_samples=60, shard_samples=10)
+    full = make_cache(tmp_path / "full", num_samples=60, shard_samples=10)
     path = tmp_path / "c"
     context = multiprocessing.get_context("spawn")
     ranks = [
-        context.Process(target=write_as_rank, args=(path, whole.spec, rank, 3)) for rank in range(3)
+        context.Process(target=write_as_rank, args=(path, full.spec, rank, 3)) for rank in range(3)
     ]
     for process in ranks:
         process.start()
     for process in ranks:
         process.join()
     assert [process.exitcode for process in ranks] == [0] * 3
-    assert CacheWriter(path, whole.spec).finish() == whole.id
-    assert contents(path) == contents(whole.path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["c", "whole"]
+    assert CacheWriter(path, full.spec).finish() == full.id
+    assert contents(path) == contents(full.path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["c", "full"]
 
 
 def test_killed_and_resumed_gives_the_same_bytes(tmp_path: Path) -> None:
-    whole = make_cache(tmp_path / "whole", num_samples=120, shard_samples=6)
+    full = make_cache(tmp_path / "full", num_samples=120, shard_samples=6)
     path = tmp_path / "c"
     code = (
         "import sys; from pathlib import Path\n"
@@ -129,20 +129,20 @@ def test_killed_and_resumed_gives_the_same_bytes(tmp_path: Path) -> None:
     # A temporary file that the kill left does not belong to the cache.
     found = contents(path)
     assert {n: c for n, c in found.items() if not Path(n).name.startswith(".")} == contents(
-        whole.path
+        full.path
     )
-    assert Cache.open(path).id == whole.id
+    assert Cache.open(path).id == full.id
 
 
 def test_temporary_records_are_deleted(tmp_path: Path) -> None:
-    whole = make_cache(tmp_path / "whole")
-    writer = CacheWriter(tmp_path / "c", whole.spec)
+    full = make_cache(tmp_path / "full")
+    writer = CacheWriter(tmp_path / "c", full.spec)
     for file in (writer.path / layout.commit_file(1), writer.path / layout.MANIFEST):
         file.with_name(f".{file.name}.{'0' * 32}").write_text("half")
     for shard in writer.pending():
         write_shard(writer, shard)
     writer.finish()
-    assert contents(writer.path) == contents(whole.path)
+    assert contents(writer.path) == contents(full.path)
 
 
 def test_a_guard_is_asked_before_a_shard_and_before_its_commit(tmp_path: Path) -> None:
