@@ -179,6 +179,7 @@ def test_training_fits_the_data(faces: Path, tmp_path: Path) -> None:
         faces,
         tmp_path / "out",
         "train.epochs=40",
+        "checkpoint.every_epochs=40",
         "optimizer.lr=0.02",
         "head.scale=16",
         "head.margin=0.1",

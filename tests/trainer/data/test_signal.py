@@ -37,7 +37,7 @@ def test_each_signal_teaches(
     drawn: tuple[Records, JoinedTargets], tmp_path: Path, signal: Signal
 ) -> None:
     settings = "train.epochs=30", "kd.ramp=0", "optimizer.lr=0.02", "head.scale=16", "head.margin=0"
-    config = small_config(*settings, f"kd.signal={signal}")
+    config = small_config(*settings, f"kd.signal={signal}", "checkpoint.every_epochs=30")
     train(config, *drawn, tmp_path / "run")
     steps = losses(tmp_path / "run")
     first, last = (np.mean([line[3] for line in part]) for part in (steps[:10], steps[-10:]))
