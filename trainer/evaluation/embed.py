@@ -30,7 +30,6 @@ R_co = TypeVar("R_co", bound=Result, covariant=True)
 
 # Number of images below which reading shows no progress.
 QUIET = 10_000
-DECODE_THREADS = max(2, min(16, usable_cores()))
 
 
 class FaceSet(ABC, Generic[R_co]):
@@ -151,7 +150,7 @@ def faces_digest(faces: FaceSet[Result]) -> str:
     count = faces.num_faces
     with progress(f"Reading {faces.name}", count, "images", quiet_below=QUIET) as advance:
         digests = ordered_map(
-            lambda number: digest(faces.encoded(number)), range(count), workers=DECODE_THREADS
+            lambda number: digest(faces.encoded(number)), range(count), workers=_threads()
         )
         for image_digest in digests:
             joint.update(image_digest)
@@ -215,6 +214,10 @@ def _embedded(embed: Embed, faces: FaceSet[Result], batch_size: int) -> npt.NDAr
 
 def _decoded_batches(faces: FaceSet[Result], batch_size: int) -> Iterator[npt.NDArray[np.uint8]]:
     """Yield batches uint8 [<= batch_size, 112, 112, 3], decoded ahead."""
-    images = ordered_map(faces.face, range(faces.num_faces), workers=DECODE_THREADS)
+    images = ordered_map(faces.face, range(faces.num_faces), workers=_threads())
     while batch := list(itertools.islice(images, batch_size)):
         yield np.stack(batch)
+
+
+def _threads() -> int:
+    return max(2, min(16, usable_cores()))

@@ -90,19 +90,19 @@ def sample_classes(
 def borrowed(
     optimizer: torch.optim.Optimizer, weight: nn.Parameter, rows: Tensor
 ) -> Iterator[nn.Parameter]:
-    """Replace the optimizer's last parameter by a parameter of its rows int64 [m], temporarily.
+    """Replace ``weight``, alone in the optimizer's last group, by its rows int64 [m] for a while.
 
     The optimizer's per-row state follows. At the end rows and state are written back.
     """
     parameters = optimizer.param_groups[-1]["params"]
-    assert parameters[-1] is weight
+    assert [id(parameter) for parameter in parameters] == [id(weight)]
     state = optimizer.state.pop(weight, {})
     subset = nn.Parameter(weight.detach().index_select(0, rows))
 
     def is_per_row(value: object, like: Tensor) -> bool:
         return isinstance(value, Tensor) and value.shape == like.shape
 
-    parameters[-1] = subset
+    parameters[0] = subset
     optimizer.state[subset] = {
         name: value.index_select(0, rows) if is_per_row(value, weight) else value
         for name, value in state.items()
@@ -119,4 +119,4 @@ def borrowed(
             state[name] = value
         if state:
             optimizer.state[weight] = state
-        parameters[-1] = weight
+        parameters[0] = weight
