@@ -5,7 +5,7 @@ none of the code that made the cache. Differences are natural logs of probabilit
 the same for p = 0.9 and for p = 1e-9.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from gkd.pipeline.checks.differences import (
 from gkd.pipeline.checks.draw_test import DrawCounts, DrawTest
 from gkd.pipeline.teacher.embedder import Embedder
 from gkd.storage.cache.reader import Cache
-from gkd.storage.cache.spec import CacheSpec, View
+from gkd.storage.cache.spec import CacheSpec
 from gkd.storage.cache.targets import SparseTargets
 from gkd.storage.errors import ConfigError, SpecMismatchError
 from gkd.storage.records.base import Records
@@ -104,12 +104,11 @@ def verify_against(
     with progress("recompute", len(rows), "images") as advance:
         for i, (stored, logits) in enumerate(zip(_stored(cache, rows), recomputed, strict=True)):
             label = int(labels[i])
-            for view, targets in stored.items():
-                differences = compare(spec, targets, label, logits[view])
+            for view, targets, exact in zip(spec.views, stored, logits, strict=True):
+                differences = compare(spec, targets, label, exact)
                 found.append(differences)
                 if targets.draws is not None:
-                    draws = targets.draws.classes[0]
-                    log_probs = draw_log_probs(spec, label, logits[view])
+                    draws, log_probs = targets.draws.classes[0], draw_log_probs(spec, label, exact)
                     counts.add(draws, log_probs)
                     first_counts.add(draws[: -(-len(draws) // 4)], log_probs)
                 if differences.exceed(allowed):
@@ -202,19 +201,15 @@ def _find(
     return record_rows
 
 
-def _stored(cache: Cache, rows: npt.NDArray[np.int64]) -> Iterator[Mapping[View, SparseTargets]]:
+def _stored(cache: Cache, rows: npt.NDArray[np.int64]) -> Iterator[list[SparseTargets]]:
     """Targets of each of ``rows``, ascending, in all views; each shard is read once."""
     spec = cache.spec
     for shard in np.unique(rows // spec.shard_samples).tolist():
-        views: dict[View, SparseTargets]
-        views = {view: cache.read_shard(shard, view) for view in spec.views}
+        views = [cache.read_shard(shard, view) for view in spec.views]
         inside = spec.shard_rows(shard)
         for row in rows[(rows >= inside.start) & (rows < inside.stop)].tolist():
             own = range(row - inside.start, row - inside.start + 1)
-            sample: dict[View, SparseTargets] = {
-                v: targets.slice(own) for v, targets in views.items()
-            }
-            yield sample
+            yield [targets.slice(own) for targets in views]
 
 
 def _recompute(
@@ -224,20 +219,16 @@ def _recompute(
     centers: npt.NDArray[np.float32],
     rows: npt.NDArray[np.int64],
     labels: npt.NDArray[np.int64],
-) -> Iterator[Mapping[View, npt.NDArray[np.float64]]]:
+) -> Iterator[list[npt.NDArray[np.float64]]]:
     """Logits [C] of each of the records' ``rows`` in all views, computed a batch at a time."""
     size = max(1, min(64, BATCH_LOGITS // spec.num_classes))
     for start in range(0, len(rows), size):
         part = slice(start, start + size)
         images = np.stack([records.image(int(row)) for row in rows[part]])
-        logits: dict[View, npt.NDArray[np.float32]] = {
-            view: _logits(embeddings, centers, labels[part], spec)
-            for view, embeddings in embedder.start(images, spec.views)().items()
-        }
+        embeddings = embedder.start(images, spec.views)()
+        logits = [_logits(embeddings[view], centers, labels[part], spec) for view in spec.views]
         for i in range(len(images)):
-            exact: dict[View, npt.NDArray[np.float64]]
-            exact = {view: batch[i].astype(np.float64) for view, batch in logits.items()}
-            yield exact
+            yield [batch[i].astype(np.float64) for batch in logits]
 
 
 def _logits(
