@@ -97,7 +97,7 @@ class Ranks:
         """
         if self.world_size == 1:
             return part
-        gathered: Tensor = _Gather.apply(part, self)  # type: ignore[no-untyped-call]
+        gathered: Tensor = _Gather.apply(part, self)
         return gathered
 
     def run_all_or_abort(self, work: Callable[[], T]) -> T:

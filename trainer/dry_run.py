@@ -84,7 +84,7 @@ def dry_run(
     dtype = choose_dtype(train.precision, torch.device("cuda" if gpu else "cpu"))
     model = student_backbone(config.student)
     if train.channels_last:
-        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        model = model.to(memory_format=torch.channels_last)
     with torch.device("meta"):
         head = ClassCenters(records.num_classes, dim)
     sampler = BatchSampler(
@@ -235,7 +235,8 @@ def _class_layer_peak(config: RunConfig, batch: int, num_classes: int) -> int:
     spec = HeadSpec(margin=config.head.margins, scale=config.head.scale)
     embeddings = torch.ones(batch, config.student.embedding_dim, requires_grad=True)
     labels = torch.zeros(batch, dtype=torch.int64)
-    with PeakBytes() as peak:
+    peak = PeakBytes()
+    with peak:
         grouped_margin_loss(embeddings, centers.weight, labels, None, spec).total.backward()
     return peak.highest - _bytes([centers.weight])
 

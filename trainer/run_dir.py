@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -16,6 +16,8 @@ from gkd.storage.util.lock import WriteLock
 from gkd.trainer.distributed import Ranks
 from gkd.trainer.final_metrics import FinalMetrics, read_final_metrics
 from gkd.trainer.logging import METRICS, read_lines
+
+T = TypeVar("T")
 
 RUN = "run.json"
 CONFIG = "config.toml"
@@ -112,14 +114,6 @@ class SkippedLine(msgspec.Struct, frozen=True):
     records: tuple[str, ...]
 
 
-# The key that identifies each kind of line.
-KINDS: dict[str, Any] = {
-    "loss": TrainingLine,
-    "accuracy": EvaluationLine,
-    "not_finite": SkippedLine,
-}
-
-
 @dataclass(frozen=True)
 class Run:
     """The content of a run folder.
@@ -139,7 +133,10 @@ class Run:
     @property
     def step(self) -> int:
         """The last step that the folder knows of."""
-        steps = [line.step for line in (*self.training, *self.evaluations, *self.skipped)]
+        lines: list[TrainingLine | EvaluationLine | SkippedLine] = [
+            *(*self.training[-1:], *self.evaluations[-1:], *self.skipped[-1:])
+        ]
+        steps = [line.step for line in lines]
         return max([*steps, self.final_metrics.step if self.final_metrics else 0])
 
 
@@ -152,7 +149,7 @@ def read_run(run: Path) -> Run:
     try:
         info = read_run_info(run)
         config = (run / CONFIG).read_text()
-        lines = _read_metrics(run / METRICS)
+        lines = list(read_lines(run / METRICS))
     except OSError as error:
         raise ConfigError(
             f"{run}: not a gkd run folder: {error.filename} cannot be read ({error.strerror}); "
@@ -160,7 +157,15 @@ def read_run(run: Path) -> Run:
         ) from error
     except UnicodeDecodeError as error:
         raise _foreign_file(run / CONFIG, error) from error
-    return Run(run.absolute(), info, config, *lines.values(), read_final_metrics(run))
+    return Run(
+        path=run.absolute(),
+        info=info,
+        config=config,
+        training=_convert(lines, "loss", TrainingLine, run / METRICS),
+        evaluations=_convert(lines, "accuracy", EvaluationLine, run / METRICS),
+        skipped=_convert(lines, "not_finite", SkippedLine, run / METRICS),
+        final_metrics=read_final_metrics(run),
+    )
 
 
 def read_run_info(run: Path) -> RunInfo:
@@ -183,15 +188,17 @@ def _foreign_file(path: Path, error: Exception) -> ConfigError:
     )
 
 
-def _read_metrics(path: Path) -> dict[str, list[Any]]:
-    """The lines of metrics.jsonl by the keys of ``KINDS``."""
-    lines: dict[str, list[Any]] = {key: [] for key in KINDS}
-    for number, content, _ in read_lines(path):
-        for key in KINDS.keys() & content.keys():
+def _convert(
+    lines: Sequence[tuple[int, dict[str, Any], bytes]], key: str, kind: type[T], path: Path
+) -> list[T]:
+    """The lines that have ``key``, as ``kind``."""
+    converted = []
+    for number, content, _ in lines:
+        if key in content:
             try:
-                lines[key].append(msgspec.convert(content, KINDS[key]))
+                converted.append(msgspec.convert(content, kind))
             except msgspec.ValidationError as error:
                 raise ConfigError(
                     f"{path}: line {number}: not a line of metrics ({error}); remove the line"
                 ) from error
-    return lines
+    return converted

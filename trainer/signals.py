@@ -42,7 +42,8 @@ def stop_signals() -> Iterator[Stop]:
             signal.signal(number, previous[number])
             signal.raise_signal(signal.Signals(number))
 
-    previous = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    numbers = (int(signal.SIGTERM), int(signal.SIGINT))
+    previous = {number: signal.signal(number, handle) for number in numbers}
     try:
         yield stop
     finally:

@@ -105,7 +105,7 @@ class RunState:
         torch.manual_seed(train.seed)
         model = student_backbone(config.student).to(device)
         if train.channels_last:
-            model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            model = model.to(memory_format=torch.channels_last)
         head = ClassCenters(
             records.num_classes,
             config.student.embedding_dim,

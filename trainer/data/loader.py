@@ -62,7 +62,7 @@ class BatchLoader(Iterator[Batch]):
 
     def __next__(self) -> Batch:
         try:
-            item = next(self._items)
+            item: _Item = next(self._items)
             if isinstance(item, Exception):
                 raise item
         except BaseException:
