@@ -1,5 +1,6 @@
 """Merged caches of parts of a data set, compared with the cache of all of it."""
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,10 +32,11 @@ def full(tmp_path_factory: pytest.TempPathFactory) -> Cache:
 
 def pick_rows(cache: Cache, view: Any, rows: range) -> SparseTargets:
     """Targets of some rows, assembled sample by sample."""
+    read_shard = functools.cache(lambda shard: cache.read_shard(shard, view))
     found = []
     for row in rows:
         shard, sample = divmod(row, cache.spec.shard_samples)
-        targets = cache.read_shard(shard, view)
+        targets = read_shard(shard)
         group = slice(targets.offsets[sample], targets.offsets[sample + 1])
         found.append(
             {

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tensorstore
 import zarr
-from hypothesis import given
+from hypothesis import given, settings
 from zarr.codecs import BloscCodec, Crc32cCodec
 from zarr.core.buffer import default_buffer_prototype
 from zarr.storage import MemoryStore
@@ -46,6 +46,7 @@ def assert_equal_targets(left: SparseTargets, right: SparseTargets) -> None:
 
 
 @given(teaching=teachings())
+@settings(max_examples=15 * settings().max_examples // 50)
 def test_written_targets_are_read_back(
     teaching: Teaching, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

@@ -1,13 +1,13 @@
 """Writers that race, are killed, or meet damage or a full disk leave only complete shards."""
 
 import errno
-import multiprocessing
 import os
+import resource
 import shutil
 import signal
 import subprocess
-import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,9 @@ from gkd.storage.cache.spec import CacheSpec
 from gkd.storage.cache.writer import CacheWriter
 from gkd.storage.errors import ConfigError, GkdError, IncompleteCacheError
 from tests.caches import contents, make_cache, make_spec, write_shard
-from tests.paths import ROOT
+from tests.processes import finished, running
+
+LARGE = make_spec(num_samples=4000, num_classes=100, shard_samples=1000)
 
 
 @pytest.mark.parametrize("left", [b"", b'{"format": 1, "shard"', b"{}", b"\xff"])
@@ -85,46 +87,40 @@ def write_as_rank(path: Path, spec: CacheSpec, rank: int, world_size: int) -> No
 def test_ranks_that_race_to_create_write_one_cache(tmp_path: Path) -> None:
     full = make_cache(tmp_path / "full", num_samples=60, shard_samples=10)
     path = tmp_path / "c"
-    context = multiprocessing.get_context("spawn")
-    ranks = [
-        context.Process(target=write_as_rank, args=(path, full.spec, rank, 3)) for rank in range(3)
-    ]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join()
-    assert [process.exitcode for process in ranks] == [0] * 3
+    with ExitStack() as stack:
+        finished(
+            [
+                stack.enter_context(running(write_as_rank, path, full.spec, rank, 3))
+                for rank in range(3)
+            ]
+        )
     assert CacheWriter(path, full.spec).finish() == full.id
     assert contents(path) == contents(full.path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["c", "full"]
 
 
+def write_cache(path: Path, spec: CacheSpec) -> None:
+    write_as_rank(path, spec, 0, 1)
+    CacheWriter(path, spec).finish()
+
+
 def test_killed_and_resumed_gives_the_same_bytes(tmp_path: Path) -> None:
     full = make_cache(tmp_path / "full", num_samples=120, shard_samples=6)
     path = tmp_path / "c"
-    code = (
-        "import sys; from pathlib import Path\n"
-        "from tests.caches import make_spec, write_shard\n"
-        "from gkd.storage.cache.writer import CacheWriter\n"
-        "writer = CacheWriter(Path(sys.argv[1]), make_spec(num_samples=120, shard_samples=6))\n"
-        "for shard in writer.pending(): write_shard(writer, shard)\n"
-        "writer.finish()\n"
-    )
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
     rng = np.random.default_rng(7)
     kills = 0
     while not (path / layout.MANIFEST).exists():
         done = len(list((path / "commits").glob("0*.json"))) if path.exists() else 0
-        process = subprocess.Popen([sys.executable, "-c", code, str(path)], env=environment)
-        goal = done + int(rng.integers(2, 7))
-        while process.poll() is None:
-            if kills < 3 and (path / layout.commit_file(min(goal, 18))).exists():
-                time.sleep(float(rng.uniform(0, 0.02)))
-                process.send_signal(signal.SIGKILL)
-                kills += 1
-                break
-            time.sleep(0.001)
-        assert process.wait() in (0, -signal.SIGKILL)
+        goal = path / layout.commit_file(min(done + int(rng.integers(2, 7)), 18))
+        with running(write_cache, path, full.spec) as process:
+            while process.poll() is None:
+                if kills < 3 and goal.exists():
+                    time.sleep(float(rng.uniform(0, 0.02)))
+                    process.send_signal(signal.SIGKILL)
+                    kills += 1
+                    break
+                time.sleep(0.001)
+            assert process.wait() in (0, -signal.SIGKILL)
     assert kills >= 2
     # A temporary file that the kill left does not belong to the cache.
     found = contents(path)
@@ -176,45 +172,37 @@ def test_a_cache_that_is_moved_away_is_not_created_again(tmp_path: Path) -> None
     assert writer.pending() == [2]
 
 
-def fill_up(path: Path, limit: int | None) -> subprocess.CompletedProcess[str]:
-    """Write a cache in another process, whose files may have ``limit`` bytes."""
-    code = (
-        "import resource, sys; from pathlib import Path\n"
-        "from gkd.storage.errors import ConfigError\n"
-        "from gkd.storage.cache.writer import CacheWriter\n"
-        "from tests.caches import make_spec, write_shard\n"
-        "spec = make_spec(num_samples=4000, num_classes=100, shard_samples=1000)\n"
-        "writer = CacheWriter(Path(sys.argv[1]), spec)\n"
-        "write_shard(writer, 0)\n"
-        "limit = int(sys.argv[2])\n"
-        "if limit: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))\n"
-        "try:\n"
-        "    for shard in (1, 2, 3): write_shard(writer, shard)\n"
-        "except ConfigError as error: print(error)\n"
-    )
-    return subprocess.run(
-        [sys.executable, "-c", code, str(path), str(limit or 0)],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
-        check=True,
-        capture_output=True,
-        text=True,
-    )
+def fill_up(path: Path, limit: int | None) -> None:
+    """Write a cache in this process, after the first shard with files of ``limit`` bytes."""
+    writer = CacheWriter(path, LARGE)
+    write_shard(writer, 0)
+    if limit:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    try:
+        for shard in (1, 2, 3):
+            write_shard(writer, shard)
+    except ConfigError as error:
+        print(error, flush=True)
+
+
+def output_of_filling_up(path: Path, limit: int | None) -> str:
+    with running(fill_up, path, limit) as process:
+        return finished([process])[0]
 
 
 def require_complete_shards_only(path: Path, output: str) -> None:
     assert "free some space and run the same command again to resume" in output
-    spec = make_spec(num_samples=4000, num_classes=100, shard_samples=1000)
     committed = committed_shards(path)
     assert 0 in committed
     assert len(committed) < 4
     found = {name for name in contents(path) if "/c/" in name or name.startswith("samples/")}
-    assert found == {file for n in committed for file in read_commit(path, spec, n).files}
+    assert found == {file for n in committed for file in read_commit(path, LARGE, n).files}
 
 
 def test_a_limit_on_files_ends_in_one_message_and_leaves_complete_shards(tmp_path: Path) -> None:
-    done = fill_up(tmp_path / "c", 4000)
-    assert "File too large" in done.stdout
-    require_complete_shards_only(tmp_path / "c", done.stdout)
+    output = output_of_filling_up(tmp_path / "c", 4000)
+    assert "File too large" in output
+    require_complete_shards_only(tmp_path / "c", output)
 
 
 def test_a_full_disk_ends_in_one_message_and_leaves_complete_shards(tmp_path: Path) -> None:
@@ -224,9 +212,9 @@ def test_a_full_disk_ends_in_one_message_and_leaves_complete_shards(tmp_path: Pa
     if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("mounting a small disk is not permitted here")
     try:
-        done = fill_up(disk / "c", None)
-        assert "No space left on device" in done.stdout
-        require_complete_shards_only(disk / "c", done.stdout)
+        output = output_of_filling_up(disk / "c", None)
+        assert "No space left on device" in output
+        require_complete_shards_only(disk / "c", output)
     finally:
         subprocess.run(["umount", str(disk)], check=True)
 

@@ -1,6 +1,6 @@
-import multiprocessing
 import os
 import shutil
+import signal
 import time
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from gkd.storage.cache.reader import Cache
 from gkd.storage.reading.gc import DAY, Collected, collect
 from gkd.storage.reading.mmap_store import TargetStore, materialise
 from tests.caches import make_cache
+from tests.processes import running
 
 # Names of a store that a killed process left, and of the digests of a data set.
 INCOMPLETE = f".original.{'0123' * 8}"
@@ -135,25 +136,19 @@ def test_finding_a_store_again_counts_as_use(made: Cache, used: Path) -> None:
     assert not states(collect(folder=used, older_than=7))["original+flipped"][0]
 
 
-def hold(
-    path: Path, opened: "multiprocessing.Queue[int]", done: "multiprocessing.Queue[int]"
-) -> None:
+def hold(path: Path) -> None:
     store = TargetStore(path)
-    opened.put(len(store))
-    done.get()
+    print(len(store), flush=True)
+    signal.pause()
 
 
 def test_a_store_that_another_process_has_open_is_kept(made: Cache, used: Path) -> None:
-    context = multiprocessing.get_context("spawn")
-    opened, done = context.Queue(), context.Queue()
     path = used / made.id / "flipped"
-    process = context.Process(target=hold, args=(path, opened, done))
-    process.start()
-    assert opened.get(timeout=120) == 100
-    assert states(collect(folder=used))["flipped"] == (False, "in use")
-    assert path.exists()
-    done.put(0)
-    process.join()
+    with running(hold, path) as process:
+        while process.poll() is None and process.out != "100\n":
+            time.sleep(0.01)
+        assert states(collect(folder=used))["flipped"] == (False, "in use")
+        assert path.exists()
     assert states(collect(folder=used))["flipped"] == (True, "")
 
 

@@ -1,8 +1,8 @@
-import multiprocessing
 import pickle
 import shutil
 from collections import namedtuple
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +21,7 @@ from gkd.storage.errors import (
 )
 from gkd.storage.reading.mmap_store import TargetStore, materialise
 from tests.caches import make_cache, make_spec
+from tests.processes import finished, running
 from tests.tampering import FORGERIES, flip_bit, forge
 
 
@@ -225,29 +226,21 @@ def test_leftovers_of_a_killed_process_are_deleted(made: Cache, tmp_path: Path) 
     assert names(tmp_path / made.id) == ["lock", "original+flipped"]
 
 
-def lookup_in_process(
-    path: Path, folder: Path, results: "multiprocessing.Queue[tuple[str, list[int], float]]"
-) -> None:
+def lookup_in_process(path: Path, folder: Path) -> None:
     store = materialise(Cache.open(path), folder=folder)
     again: TargetStore = pickle.loads(pickle.dumps(store))
     targets = again.lookup(np.arange(100), np.arange(100) % 2 == 0)
-    results.put((str(again.path), targets.indices.tolist(), float(targets.secondary.sum())))
+    print(again.path, targets.indices.tolist(), float(targets.secondary.sum()))
 
 
 def test_concurrent_processes_make_one_store(
     made: Cache, store: TargetStore, tmp_path: Path
 ) -> None:
-    context = multiprocessing.get_context("spawn")
-    results = context.Queue()
-    arguments = (made.path, tmp_path, results)
-    processes = [context.Process(target=lookup_in_process, args=arguments) for _ in range(3)]
-    for process in processes:
-        process.start()
-    found = [results.get(timeout=120) for _ in processes]
-    for process in processes:
-        process.join()
-    assert [process.exitcode for process in processes] == [0] * 3
+    with ExitStack() as stack:
+        processes = [
+            stack.enter_context(running(lookup_in_process, made.path, tmp_path)) for _ in range(3)
+        ]
+        found = finished(processes)
     expected = store.lookup(np.arange(100), np.arange(100) % 2 == 0)
-    path = str(tmp_path / made.id / "original+flipped")
-    total = float(expected.secondary.sum())
-    assert found == [(path, expected.indices.tolist(), total)] * 3
+    path, total = tmp_path / made.id / "original+flipped", float(expected.secondary.sum())
+    assert found == [f"{path} {expected.indices.tolist()} {total}\n"] * 3
