@@ -64,17 +64,19 @@ def check_labels(records: Records) -> None:
         ConfigError: if there are none, none can be read, or a label is beyond the classes.
     """
     if not len(records):
-        raise ConfigError(f"{records.path}: expected images, got none")
+        raise ConfigError(path=records.path, expected="images", got="none")
     highest = int(records.labels.max())
     if highest < 0:
         raise ConfigError(
-            f"{records.path}: none of {len(records):,} records could be read; `gkd records verify` "
-            "lists what is wrong with each"
+            f"none of {len(records):,} records could be read",
+            path=records.path,
+            remedy="`gkd records verify` lists what is wrong with each",
         )
     if highest >= records.num_classes:
         raise ConfigError(
-            f"{records.path}: labels go up to {highest:,}, but there are {records.num_classes:,} "
-            "identities; check the first line of `property`"
+            f"labels go up to {highest:,}, but there are {records.num_classes:,} identities",
+            path=records.path,
+            remedy="check the first line of `property`",
         )
 
 

@@ -63,10 +63,8 @@ class PartitionSettings:
             rules.append(("--draws", self.draws.count, 1 <= self.draws.count <= MAX_GROUP, group))
         for option, value, holds, expected in rules:
             if not holds:
-                raise ConfigError(
-                    f"{option}: expected {expected}, got {value}; correct it, or leave it at its "
-                    "default"
-                )
+                remedy = "correct it, or leave it at its default"
+                raise ConfigError(option, expected=expected, got=value, remedy=remedy)
         if self.draws is not None and self.draws.temperature not in given:
             raise ConfigError(
                 f"--draw-temperature: expected one of --temperatures, which are {temperatures}, "
@@ -113,11 +111,14 @@ class CacheSettings:
         for option in ("--batch-size", "--workers", "--shard-samples", "class_chunk"):
             value = getattr(self, option.strip("-").replace("-", "_"))
             if value is not None and value < 1:
-                raise ConfigError(f"{option}: expected 1 or more, got {value}; give another number")
+                remedy = "give another number"
+                raise ConfigError(option, expected="1 or more", got=value, remedy=remedy)
         if not self.views or self.views != tuple(v for v in VIEWS if v in self.views):
             raise ConfigError(
-                "--views: expected original, flipped or both in this order, got "
-                f"{','.join(self.views) or 'none'}; give --views original,flipped"
+                "--views",
+                expected="original, flipped or both in this order",
+                got=",".join(self.views) or "none",
+                remedy="give --views original,flipped",
             )
 
     def samples_per_shard(self, num_samples: int) -> int:

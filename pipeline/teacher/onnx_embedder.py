@@ -50,9 +50,8 @@ class OnnxEmbedder(Embedder):
     ) -> None:
         runtime = require("onnxruntime", "onnx")
         if not path.is_file():
-            raise ConfigError(
-                f"{path}: expected a teacher's ONNX file, got nothing; check the path"
-            )
+            expected = "a teacher's ONNX file"
+            raise ConfigError(path=path, expected=expected, got="nothing", remedy="check the path")
         self.name = path.stem
         self.sha256 = onnx_sha256(path)
         self.preprocess = preprocess
@@ -67,15 +66,16 @@ class OnnxEmbedder(Embedder):
     def __call__(self, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
         """Faces RGB uint8 [B, 112, 112, 3] to embeddings float32 [B, D]."""
         pixels = self.preprocess.apply(images).astype(self._dtype, copy=False)
-        if self._fixed_batch is None:
-            return self._run(pixels)
-        batch = self._fixed_batch
-        return np.concatenate(
-            [
-                self._run_padded(pixels[start : start + batch], batch)
-                for start in range(0, len(pixels), batch)
-            ]
-        )
+        batch = self._fixed_batch or len(pixels)
+        padding = np.zeros((-len(pixels) % batch, *pixels.shape[1:]), pixels.dtype)
+        if len(padding):
+            pixels = np.concatenate([pixels, padding])
+        parts = []
+        for start in range(0, len(pixels), batch):
+            inputs = {self._input: pixels[start : start + batch]}
+            (embeddings,) = self._session.run([self._output], inputs)
+            parts.append(check_embeddings(np.asarray(embeddings), batch, self.name))
+        return np.concatenate(parts)[: len(images)]
 
     def start(
         self, images: npt.NDArray[np.uint8], views: Sequence[View]
@@ -83,14 +83,6 @@ class OnnxEmbedder(Embedder):
         """Begin to embed faces in some views; the function returned waits for the embeddings."""
         wait = super().start(images, views)
         return wait if self.device == "cpu" else self._pool.submit(wait).result
-
-    def _run_padded(self, pixels: npt.NDArray[Any], batch: int) -> npt.NDArray[np.float32]:
-        padding = np.zeros((batch - len(pixels), *pixels.shape[1:]), pixels.dtype)
-        return self._run(np.concatenate([pixels, padding]))[: len(pixels)]
-
-    def _run(self, pixels: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
-        (embeddings,) = self._session.run([self._output], {self._input: pixels})
-        return check_embeddings(np.asarray(embeddings), len(pixels), self.name)
 
 
 def _device(runtime: Any, device: str) -> str:
@@ -119,9 +111,8 @@ def _session(runtime: Any, path: Path, device: str, threads: int) -> Any:
     # onnxruntime's errors have no common base class.
     except Exception as error:
         reason = str(error).splitlines()[0]
-        raise ConfigError(
-            f"{path}: expected an ONNX network that onnxruntime can run, got {reason}"
-        ) from error
+        expected, remedy = "an ONNX network that onnxruntime can run", "export it again"
+        raise ConfigError(path=path, expected=expected, got=reason, remedy=remedy) from error
 
 
 def _image_input(session: Any, path: Path) -> tuple[str, int | None, npt.DTypeLike]:
@@ -138,9 +129,11 @@ def _image_input(session: Any, path: Path) -> tuple[str, int | None, npt.DTypeLi
         found = ", ".join(f"{i.name!r} {i.type} {list(i.shape)}" for i in inputs) or "none"
         last = shape[3:] == [3]
         raise ConfigError(
-            f"{path}: expected one input, tensor(float) or tensor(float16) of shape [N, 3, "
-            f"{FACE_SIZE}, {FACE_SIZE}], got {found}; export the network "
-            + ("with its channels first" if last else "with such an input")
+            path=path,
+            expected="one input, tensor(float) or tensor(float16) of shape "
+            f"[N, 3, {FACE_SIZE}, {FACE_SIZE}]",
+            got=found,
+            remedy=f"export the network with {'its channels first' if last else 'such an input'}",
         )
     fixed = shape[0] if isinstance(shape[0], int) and shape[0] > 0 else None
     return inputs[0].name, fixed, types[inputs[0].type]
@@ -171,10 +164,8 @@ def weight_files(path: Path) -> dict[str, int]:
         model = onnx.load(str(path), load_external_data=False)
     # protobuf's own error, whose module differs between versions.
     except Exception as error:
-        raise ConfigError(
-            f"{path}: expected an ONNX network, got a file that cannot be parsed: {error}; get it "
-            "again"
-        ) from error
+        got, remedy = f"a file that cannot be parsed: {error}", "get it again"
+        raise ConfigError(path=path, expected="an ONNX network", got=got, remedy=remedy) from error
     tensors = [*_graph_tensors(model.graph)]
     tensors += [t for function in model.functions for t in _node_tensors(function.node)]
     sizes: dict[str, int] = {}
@@ -184,10 +175,8 @@ def weight_files(path: Path) -> dict[str, int]:
             name = fields.get("location", "")
             numbers = [fields.get(key, "0") for key in ("offset", "length")]
             if not all(number.isdecimal() for number in numbers):
-                raise ConfigError(
-                    f"{path}: expected offset and length of weights in {name!r}, got {numbers}; "
-                    "export it again"
-                )
+                expected, remedy = f"offset and length of weights in {name!r}", "export it again"
+                raise ConfigError(path=path, expected=expected, got=numbers, remedy=remedy)
             sizes[name] = max(sum(map(int, numbers)), sizes.get(name, 0))
     return dict(sorted(sizes.items()))
 
@@ -212,12 +201,11 @@ def _weight_file(path: Path, name: str, size: int) -> Path:
     plain = len(PurePosixPath(name).parts) == 1 and name not in ("", "..")
     if not plain or file.is_symlink() or not file.is_file():
         raise ConfigError(
-            f"{path}: has weights in {name!r}, expected a file of that name beside it; get all of "
-            "the network's files into one folder"
+            f"has weights in {name!r}, expected a file of that name beside it",
+            path=path,
+            remedy="get all of the network's files into one folder",
         )
     if file.stat().st_size < size:
-        raise ConfigError(
-            f"{file}: expected {size:,} bytes of weights or more, got {file.stat().st_size:,}; get "
-            "it again"
-        )
+        expected, got = f"{size:,} bytes of weights or more", f"{file.stat().st_size:,}"
+        raise ConfigError(path=file, expected=expected, got=got, remedy="get it again")
     return file

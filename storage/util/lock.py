@@ -58,9 +58,10 @@ class WriteLock:
                 self._lock.acquire()
             except filelock.Timeout as error:
                 raise ConfigError(
-                    f"{self.target}: another run is writing it: "
-                    f"{self.holder() or 'an unknown process'}; wait until it ends or stop it, then "
-                    f"run the same command again (if its host is gone for good, delete {self.path})"
+                    f"another run is writing it: {self.holder() or 'an unknown process'}",
+                    path=self.target,
+                    remedy="wait until it ends or stop it, then run the same command again (if its "
+                    f"host is gone for good, delete {self.path})",
                 ) from error
             # Without flock, filelock falls back to a file whose content is its own.
             if not isinstance(self._lock, filelock.SoftFileLock):
@@ -91,8 +92,9 @@ class WriteLock:
         holder = self.holder()
         if holder is not None and holder.run != self.run:
             raise GkdError(
-                f"{self.target}: another run has taken it over: {holder}; this run writes nothing "
-                "more; run the same command again once no other run is writing"
+                f"another run has taken it over: {holder}; this run writes nothing more",
+                path=self.target,
+                remedy="run the same command again once no other run is writing",
             )
 
     def __enter__(self) -> Self:

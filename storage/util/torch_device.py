@@ -40,10 +40,11 @@ def resolve_device(device: str, *, option: str = "--device") -> str:
             return "cpu"
         torch.get_device_module(device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
         raise ConfigError(
-            f"{option}: expected auto, cpu or a GPU of this machine such as cuda:0, got {device!r} "
-            f"({reason}); use auto or cpu"
+            option,
+            expected="auto, cpu or a GPU of this machine such as cuda:0",
+            got=f"{device!r} ({str(error).splitlines()[0]})",
+            remedy="use auto or cpu",
         ) from error
     return device
 
