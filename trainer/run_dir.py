@@ -134,7 +134,9 @@ class Run:
     def step(self) -> int:
         """The last step that the folder knows of."""
         lines: list[TrainingLine | EvaluationLine | SkippedLine] = [
-            *(*self.training[-1:], *self.evaluations[-1:], *self.skipped[-1:])
+            *self.training[-1:],
+            *self.evaluations[-1:],
+            *self.skipped[-1:],
         ]
         steps = [line.step for line in lines]
         return max([*steps, self.final_metrics.step if self.final_metrics else 0])
