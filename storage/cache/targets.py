@@ -14,7 +14,6 @@ MAX_CODE = 65535
 # Above this mean group size copying slices is faster than one gather of all entries (measured).
 _SLICED_GROUP = 256
 _PACKED = ("indices", "log2_probs")
-_DRAWS = ("draws", "draw_log2_probs", "draw_secondary")
 
 
 def encode_log_probs(log_probs: npt.NDArray[np.floating]) -> npt.NDArray[np.uint16]:
@@ -99,8 +98,8 @@ class SparseTargets:
         """Targets from their arrays by their names in format 1 (``storage/FORMAT.md``)."""
         draws = None
         if "draws" in arrays:
-            draws = Draws(*(arrays.get(name) for name in _DRAWS))  # type: ignore[arg-type]
-        return cls(offsets, *(arrays[name] for name in (*_PACKED, "secondary")), draws)
+            draws = Draws(arrays["draws"], arrays["draw_log2_probs"], arrays.get("draw_secondary"))
+        return cls(offsets, arrays["indices"], arrays["log2_probs"], arrays["secondary"], draws)
 
     def arrays(self) -> dict[str, npt.NDArray[Any]]:
         """The arrays by their names in format 1, without ``offsets``."""
@@ -110,8 +109,10 @@ class SparseTargets:
             "secondary": self.secondary,
         }
         if self.draws is not None:
-            values = (self.draws.classes, self.draws.log2_probs, self.draws.secondary)
-            arrays |= {n: v for n, v in zip(_DRAWS, values, strict=True) if v is not None}
+            arrays["draws"] = self.draws.classes
+            arrays["draw_log2_probs"] = self.draws.log2_probs
+            if self.draws.secondary is not None:
+                arrays["draw_secondary"] = self.draws.secondary
         return arrays
 
     def slice(self, rows: range) -> "SparseTargets":

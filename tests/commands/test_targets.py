@@ -136,7 +136,7 @@ def test_a_run_in_blocks_needs_no_disk_and_resumes(
     state = read_checkpoint(tmp_path / "run/checkpoints/last.pt")
     assert state["data"][-1] == Cache.open(home / "targets.gkd").id
     message = fails(*train, tmp_path / "run", *TINY)
-    assert "data.order: 'blocks', now 'full'" in message
+    assert "data.order: was blocks, now full" in message
 
 
 def test_unknown_images_are_left_out_on_request(home: Path, tmp_path: Path) -> None:
@@ -232,8 +232,8 @@ def test_gc_deletes_what_training_left(home: Path, tmp_path: Path, materialised:
     works("train-student", home / "faces", home / "targets.gkd", tmp_path / "run", *TINY)
     id = Cache.open(home / "targets.gkd").id
     store = materialised / id / "original+flipped"
-    assert "stays, used within 1 days" in works("targets", "gc", "--older-than", 1)
-    assert f"{store}: would go" in works("targets", "gc", "--dry-run")
+    assert "kept, used within 1 days" in works("targets", "gc", "--older-than", 1)
+    assert f"{store}: would be deleted" in works("targets", "gc", "--dry-run")
     assert store.exists()
     (found,) = json.loads(works("targets", "gc", "--json"))
     assert (found["path"], found["removed"]) == (str(store), True)

@@ -53,7 +53,7 @@ def sample_by_sample(cache: Cache, rows: np.ndarray, flipped: np.ndarray) -> lis
         targets = shards[shard, VIEWS[int(is_flipped)]]
         group = slice(targets.offsets[sample], targets.offsets[sample + 1])
         arrays = targets.arrays()
-        packed = [targets.indices[group], targets.log2_probs[group]]
+        packed: list[np.ndarray] = [targets.indices[group], targets.log2_probs[group]]
         samples.append(packed + [arrays[name][sample] for name in DENSE])
     return samples
 
