@@ -31,7 +31,7 @@ pytestmark = pytest.mark.usefixtures("materialised")
         (("evaluate", "teacher.pt", "others.bin", "--arch", "iresnet50"), "fit iresnet50"),
         (("export", "nowhere", "out.onnx"), "nowhere"),
         (("export", "faces", "out.pt"), "expected a name that ends in .onnx or .safetensors, got"),
-        (("export", "faces", "out.onnx"), "faces: expected the folder of a run"),
+        (("export", "faces", "out.onnx"), "faces: not a gkd run folder"),
         (("evaluate", "teacher.pt", "others.bin", "--plot", "no/x.png"), "there is no folder no"),
         (("evaluate", "teacher.pt", "others.bin", "--plot", "faces"), "got a folder; name a file"),
         (("targets", "stats", "targets.gkd", "--plot", "no/x.png"), "there is no folder no"),
@@ -64,7 +64,7 @@ def test_no_copies_of_targets_go_into_a_cache(
         (("--centers", "nothing.npy"), "nothing.npy"),
         (("--device", "abacus"), "device: expected auto, cpu"),
         (("--teacher", "nothing.onnx"), "nothing.onnx"),
-        (("--teacher", "."), ".: expected the folder of a run of `gkd train-student`"),
+        (("--teacher", "."), ".: not a gkd run folder"),
     ],
 )
 def test_a_wrong_option_of_cache_teacher_is_explained(
