@@ -3,7 +3,7 @@
 import hashlib
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -41,22 +41,23 @@ class Records(ABC):
     path: Path
     name: str
     layout: Layout
-    indexed: bool
-    label_order: LabelOrder
+    indexed: bool = True
+    label_order: LabelOrder = "recordio"
     num_classes: int
     labels: npt.NDArray[np.int64]
     sizes: npt.NDArray[np.int64]
+    _paths: Sequence[Path]
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    @abstractmethod
     def key(self, row: int) -> str:
         """The record's own name: ``17``, or ``person_a/0003.jpg``."""
+        return self._identify(row)[0]
 
-    @abstractmethod
     def where(self, row: int) -> str:
         """The record's location for messages: file, key and offset."""
+        return self._identify(row)[1]
 
     def encoded(self, row: int) -> memoryview:
         """The encoded image, if possible a view of the file without a copy.
@@ -68,7 +69,8 @@ class Records(ABC):
         try:
             return self._read(row)
         except CorruptRecordError as error:
-            raise CorruptRecordError(str(error), path=self.where(row)) from error
+            error.path = self.where(row)
+            raise
 
     def face(self, row: int) -> tuple[memoryview, npt.NDArray[np.uint8]]:
         """The encoded image, and its pixels, RGB uint8 [112, 112, 3].
@@ -77,23 +79,23 @@ class Records(ABC):
             CorruptRecordError: as ``encoded``, and if the bytes are no image or one of another
                 size. The caller may add a remedy.
         """
-        encoded = self.encoded(row)
         try:
+            encoded = self._read(row)
             return encoded, decode_face(encoded)
         except CorruptRecordError as error:
-            raise CorruptRecordError(error.problem, path=self.where(row)) from error
+            error.path = self.where(row)
+            raise
 
     def image(self, row: int) -> npt.NDArray[np.uint8]:
         """The pixels of ``face``, with a remedy in its errors."""
         try:
             return self.face(row)[1]
         except CorruptRecordError as error:
-            raise CorruptRecordError(
-                error.problem,
-                path=error.path,
-                remedy="write this record again or leave it out: `gkd records verify` lists all "
-                "such records",
-            ) from error
+            error.remedy = (
+                "write this record again or leave it out: `gkd records verify` lists all such "
+                "records"
+            )
+            raise
 
     def stamps(self) -> Iterator[tuple[str, os.stat_result]]:
         """Name and current status of every file that the images come from.
@@ -112,17 +114,21 @@ class Records(ABC):
     @cached_property
     def fingerprint(self) -> str:
         """Hex sha256 of labels and encoded sizes (int64, little-endian) in row order."""
-        hashed = hashlib.sha256(self.labels.astype("<i8").tobytes())
-        hashed.update(self.sizes.astype("<i8").tobytes())
+        hashed = hashlib.sha256(np.ascontiguousarray(self.labels, "<i8"))
+        hashed.update(np.ascontiguousarray(self.sizes, "<i8"))
         return hashed.hexdigest()
+
+    @abstractmethod
+    def _identify(self, row: int) -> tuple[str, str]:
+        """Key and location of a record."""
 
     @abstractmethod
     def _read(self, row: int) -> memoryview:
         """``encoded``, with errors that do not name the location."""
 
-    @abstractmethod
     def _files(self) -> Iterator[tuple[str, str | Path]]:
         """Name and path of every file that the images come from."""
+        return ((path.name, path) for path in self._paths)
 
 
 class Subset(Records):
@@ -141,13 +147,8 @@ class Subset(Records):
         self.num_classes = records.num_classes if num_classes is None else num_classes
         self.labels, self.sizes = records.labels[rows], records.sizes[rows]
 
-    def key(self, row: int) -> str:
-        """The record's own name in the other records."""
-        return self.records.key(int(self.rows[row]))
-
-    def where(self, row: int) -> str:
-        """The record's location for messages."""
-        return self.records.where(int(self.rows[row]))
+    def _identify(self, row: int) -> tuple[str, str]:
+        return self.records._identify(int(self.rows[row]))
 
     def _read(self, row: int) -> memoryview:
         return self.records._read(int(self.rows[row]))

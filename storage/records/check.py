@@ -45,20 +45,10 @@ class RecordsInfo:
     fingerprint: str
 
 
-@dataclass(frozen=True)
-class RecordsReport:
-    """Result of ``verify_records``; ``faults`` in row order, each naming its location."""
-
-    images: int
-    identities: int
-    faults: tuple[CorruptRecordError, ...]
-
-
 def records_info(records: Records) -> RecordsInfo:
     """Facts about records from their headers, and the size of the first image."""
     readable = records.labels[records.labels >= 0]
     identities, counts = np.unique(readable, return_counts=True)
-    percentiles = np.percentile(counts, PERCENTILES) if len(counts) else np.zeros(len(PERCENTILES))
     try:
         height, width, _ = decode(records.encoded(0)).shape
         image_size = width, height
@@ -77,9 +67,21 @@ def records_info(records: Records) -> RecordsInfo:
         unreadable=len(records) - len(readable),
         image_size=image_size,
         bytes=int(records.sizes[records.sizes > 0].sum()),
-        images_per_identity=dict(zip(PERCENTILES, percentiles.tolist(), strict=True)),
+        images_per_identity={
+            percent: float(np.percentile(counts, percent)) if len(counts) else 0.0
+            for percent in PERCENTILES
+        },
         fingerprint=records.fingerprint,
     )
+
+
+@dataclass(frozen=True)
+class RecordsReport:
+    """Result of ``verify_records``; ``faults`` in row order, each naming its location."""
+
+    images: int
+    identities: int
+    faults: tuple[CorruptRecordError, ...]
 
 
 def verify_records(records: Records, *, workers: int) -> RecordsReport:
@@ -89,20 +91,21 @@ def verify_records(records: Records, *, workers: int) -> RecordsReport:
     class, a missing file, bytes that are no image, or an image that is not 112x112.
     """
 
-    def check(rows: range) -> list[CorruptRecordError]:
-        found = []
-        for row in rows:
-            try:
-                records.face(row)
-            except CorruptRecordError as error:
-                found.append(error)
-        return found
+    def check(rows: range) -> list[CorruptRecordError | None]:
+        return [_fault(records, row) for row in rows]
 
-    faults: list[CorruptRecordError] = []
-    blocks = list(row_blocks(len(records)))
+    faults = []
     with progress("verify records", len(records), "images") as advance:
-        for rows, found in zip(blocks, ordered_map(check, blocks, workers=workers), strict=True):
-            faults.extend(found)
-            advance(len(rows), f"{len(faults)} faults" if faults else "")
+        for found in ordered_map(check, row_blocks(len(records)), workers=workers):
+            faults += [fault for fault in found if fault is not None]
+            advance(len(found), f"{len(faults)} faults" if faults else "")
     identities = np.unique(records.labels[records.labels >= 0])
     return RecordsReport(len(records), len(identities), tuple(faults))
+
+
+def _fault(records: Records, row: int) -> CorruptRecordError | None:
+    try:
+        records.face(row)
+    except CorruptRecordError as error:
+        return error
+    return None

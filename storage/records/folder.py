@@ -30,10 +30,11 @@ class ImageFolder(Records):
             link that leaves the folder, a name that is not UTF-8, or a folder without images.
     """
 
+    layout = "folder"
+
     def __init__(self, path: Path, *, sort: Sort = "natural") -> None:
         self.path = path.absolute()
         self.name = self.path.name
-        self.layout, self.indexed = "folder", True
         self.label_order = sort
         sort_key = SORT_KEYS[sort]
         root = Path(os.path.realpath(self.path))
@@ -56,7 +57,13 @@ class ImageFolder(Records):
                         "inside, got another folder; move its images up or make it an identity"
                     )
                 images.sort(key=lambda entry: sort_key(entry.name))
-                names.extend(_encoded_key(folder, image) for image in images)
+                try:
+                    names.extend(f"{folder.name}/{image.name}".encode() for image in images)
+                except UnicodeEncodeError as error:
+                    raise ConfigError(
+                        f"{os.fsencode(f'{self.path}/{error.object}')!r}: expected a file name in "
+                        "UTF-8; rename it"
+                    ) from error
                 sizes.extend(image.stat().st_size for image in images)
                 if images:
                     counts.append(len(images))
@@ -71,13 +78,9 @@ class ImageFolder(Records):
         self._names = b"".join(names)
         self._ends = np.cumsum([0, *map(len, names)])
 
-    def key(self, row: int) -> str:
-        """Path below the folder, with slashes."""
-        return self._names[self._ends[row] : self._ends[row + 1]].decode()
-
-    def where(self, row: int) -> str:
-        """Folder and key."""
-        return f"{self.path}, key {self.key(row)}"
+    def _identify(self, row: int) -> tuple[str, str]:
+        key = self._names[self._ends[row] : self._ends[row + 1]].decode()
+        return key, f"{self.path}, key {key}"
 
     def _read(self, row: int) -> memoryview:
         try:
@@ -134,12 +137,3 @@ def _entries(folder: Path | Entry, root: Path) -> tuple[list[Entry], list[Entry]
                 )
             (folders if is_folder else images).append(entry)
     return folders, images
-
-
-def _encoded_key(folder: Entry, image: Entry) -> bytes:
-    try:
-        return f"{folder.name}/{image.name}".encode()
-    except UnicodeEncodeError as error:
-        raise ConfigError(
-            f"{os.fsencode(image.path)!r}: expected a file name in UTF-8; rename it"
-        ) from error

@@ -1,13 +1,12 @@
 """Records in several files: which files make up a data set, and opening them when needed."""
 
-import bisect
 import functools
 import mmap
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 from gkd.storage.errors import ConfigError, CorruptRecordError
 from gkd.storage.records.folder import natural_key
@@ -21,7 +20,7 @@ T = TypeVar("T")
 
 
 class Shards:
-    """The files of a data set, one after the other, and which rows each holds.
+    """The files of a data set, one after the other.
 
     ``path`` is a file, a folder with files of this ``suffix``, or a folder whose sub-folder
     ``data`` holds them, as hubs lay them out. They are in natural order of their names. Files whose
@@ -33,59 +32,57 @@ class Shards:
     """
 
     def __init__(self, path: Path, suffix: str) -> None:
-        self.root = path.absolute()
-        is_folder = self.root.is_dir()
-        self.paths = find_shards(self.root, suffix) if is_folder else [self.root]
-        if is_folder:
+        self.root = home = path.absolute()
+        self.paths, self.name = [home], home.name.removesuffix(suffix)
+        if home.is_dir():
+            self.paths = find_shards(home, suffix)
             _require_all(self.paths)
+        else:
+            home = home.parent
+            if self.name == "train":
+                self.name = home.name
+        self.property_path = home / "property"
         for shard in self.paths:
-            _require_fetched(shard)
-        in_folder = not is_folder and self.root.stem == "train"
-        self.name = self.root.parent.name if in_folder else self.root.name.removesuffix(suffix)
-        self.property_path = (self.root if is_folder else self.root.parent) / "property"
-        self.ends: list[int] = []
+            try:
+                with shard.open("rb") as file:
+                    start = file.read(len(_LFS_POINTER))
+            except OSError as error:
+                raise CorruptRecordError(
+                    f"{shard}: expected a readable file, got: {error.strerror}; put it back"
+                ) from error
+            if start == _LFS_POINTER:
+                raise CorruptRecordError(
+                    f"{shard}: expected the file itself, got a Git LFS pointer to it; fetch it by "
+                    "`git lfs pull`"
+                )
 
-    def append(self, rows: int) -> None:
-        """Add the number of rows in the next file."""
-        self.ends.append((self.ends[-1] if self.ends else 0) + rows)
-
-    def locate(self, row: int) -> tuple[int, int]:
-        """Number of the file that holds ``row``, and the row within it."""
-        number = bisect.bisect_right(self.ends, row)
-        return number, row - (self.ends[number - 1] if number else 0)
-
-    def key(self, number: int, inner: str) -> str:
+    def key(self, number: int, inner: object) -> str:
         """A record's key: prefixed with the file's name if there are several files."""
-        return f"{self.paths[number].stem}/{inner}" if len(self.paths) > 1 else inner
-
-    def files(self) -> Iterator[tuple[str, Path]]:
-        """Name and path of every file."""
-        return ((path.name, path) for path in self.paths)
+        return f"{self.paths[number].stem}/{inner}" if len(self.paths) > 1 else str(inner)
 
 
 class OpenFiles(Generic[T]):
     """Files opened by ``open_file`` when first used; the last ``max_open`` stay open.
 
-    Can be shared by threads and forks. Pickles by path.
-
-    Raises:
-        CorruptRecordError: on access, if a file is missing or changed its size.
+    ``get(number)`` is the opened file; it raises a CorruptRecordError if the file is missing or
+    changed its size. Can be shared by threads and forks. Pickles by path.
     """
 
-    def __init__(self, paths: Sequence[Path], open_file: Callable[[Path], T], max_open: int):
-        sizes = [path.stat().st_size for path in paths]
-        self.__setstate__((paths, sizes, open_file, max_open))
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        open_file: Callable[[Path], T],
+        max_open: int,
+        sizes: Sequence[int] | None = None,
+    ) -> None:
+        self.paths = paths
+        self.sizes = [path.stat().st_size for path in paths] if sizes is None else sizes
+        self._state = self.paths, open_file, max_open, self.sizes
+        opened = functools.partial(_open_unchanged, open_file, self.paths, self.sizes)
+        self.get: Callable[[int], T] = functools.lru_cache(max_open)(opened)
 
-    def __getstate__(self) -> tuple[Any, ...]:
-        return self.paths, self.sizes, self._open_file, self._max_open
-
-    def __setstate__(self, state: tuple[Any, ...]) -> None:
-        self.paths, self.sizes, self._open_file, self._max_open = state
-        opened = functools.partial(_open_unchanged, self._open_file, self.paths, self.sizes)
-        self._opened: Callable[[int], T] = functools.lru_cache(self._max_open)(opened)
-
-    def __getitem__(self, number: int) -> T:
-        return self._opened(number)
+    def __reduce__(self) -> tuple[object, ...]:
+        return OpenFiles, self._state
 
 
 def _open_unchanged(
@@ -132,21 +129,6 @@ def find_shards(folder: Path, suffix: str) -> list[Path]:
     return []
 
 
-def _require_fetched(path: Path) -> None:
-    try:
-        with path.open("rb") as file:
-            start = file.read(len(_LFS_POINTER))
-    except OSError as error:
-        raise CorruptRecordError(
-            f"{path}: expected a readable file, got: {error.strerror}; put it back"
-        ) from error
-    if start == _LFS_POINTER:
-        raise CorruptRecordError(
-            f"{path}: expected the file itself, got a Git LFS pointer to it; fetch it by "
-            "`git lfs pull`"
-        )
-
-
 def _require_all(paths: Sequence[Path]) -> None:
     """Refuse an incomplete set of numbered files."""
     numbers: dict[tuple[str, int], set[int]] = {}
@@ -155,8 +137,7 @@ def _require_all(paths: Sequence[Path]) -> None:
             key = found["set"], int(found["count"])
             numbers.setdefault(key, set()).add(int(found["number"]))
     for (name, count), present in numbers.items():
-        missing = sorted(set(range(count)) - present)
-        if missing:
+        if missing := sorted(set(range(count)) - present):
             raise ConfigError(
                 f"{paths[0].parent}: expected {count} files {name}-*-of-{count:05} by their names, "
                 f"got {len(present)}; missing: {first_few(missing)}; fetch them, or name one file "

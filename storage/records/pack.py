@@ -1,6 +1,8 @@
 """MXNet record packs as rows of images, in InsightFace's layout or im2rec's."""
 
-from collections.abc import Iterator, Sequence
+import bisect
+import itertools
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -39,15 +41,16 @@ class RecordFile(Records):
     def __init__(self, path: Path) -> None:
         self.path = path.absolute()
         self.name = self.path.parent.name if self.path.stem == "train" else self.path.stem
-        self.label_order = "recordio"
         self._reader = RecordReader(self.path)
         index = self.path.with_suffix(".idx")
         self.indexed = index.exists()
         if self.indexed:
+            self._paths = [self.path, index]
             keys, offsets = read_index(index)
             order = np.argsort(keys, kind="stable")
             keys, offsets = keys[order], offsets[order]
         else:
+            self._paths = [self.path]
             offsets = self._reader.scan()
             keys = np.arange(len(offsets))
         headers = _read_headers(self._reader, offsets)
@@ -65,81 +68,58 @@ class RecordFile(Records):
         self.labels = class_numbers(headers["label"], self._stated, self.sizes >= 0)
         self.num_classes = self._stated or count_classes(self.labels, self.where)
 
-    def key(self, row: int) -> str:
-        """The record's key in the index, or its number in the file."""
-        return str(self._keys[row])
-
-    def where(self, row: int) -> str:
-        """File, key and offset."""
-        return f"{self.path}, key {self._keys[row]}, offset {self._offsets[row]}"
+    def _identify(self, row: int) -> tuple[str, str]:
+        key = str(self._keys[row])
+        return key, f"{self.path}, key {key}, offset {self._offsets[row]}"
 
     def _read(self, row: int) -> memoryview:
         # ``item`` gives plain integers, without NumPy's scalars: half the time of indexing.
         offset = self._offsets.item(row)
         body = self._reader.body(offset)
         if self.labels.item(row) < 0:
-            raise CorruptRecordError(self._label_fault(float(self._reader.read(offset).labels[0])))
+            label = float(self._reader.read(offset).labels[0])
+            remedy = "write this record again or leave it out"
+            if self._stated is None:
+                remedy = "write the pack with class numbers"
+            elif label >= self._stated and label.is_integer():
+                remedy = "correct the first line of the property file if it belongs to another pack"
+            raise CorruptRecordError(label_fault(f"{label:g}", self._stated, remedy))
         return body
-
-    def _label_fault(self, label: float) -> str:
-        remedy = "write this record again or leave it out"
-        if self._stated is None:
-            remedy = "write the pack with class numbers"
-        elif label >= self._stated and label.is_integer():
-            remedy = "correct the first line of the property file if it belongs to another pack"
-        return label_fault(f"{label:g}", self._stated, remedy)
-
-    def _files(self) -> Iterator[tuple[str, Path]]:
-        for path in [self.path, self.path.with_suffix(".idx")][: 1 + self.indexed]:
-            yield path.name, path
 
 
 class RecordParts(Records):
     """The images of several packs of one folder, one pack after the other, as WebFace42M comes.
 
     The packs share one numbering of the identities, and the ``property`` file beside them. A key is
-    the pack's name, a slash and the key in that pack.
-
-    Raises:
-        ConfigError: if a pack has no image, or ``property`` cannot be read.
-        CorruptRecordError: if an index cannot be read.
+    the pack's name, a slash and the key in that pack: ``webface_03/17``. Raises what ``RecordFile``
+    raises.
     """
 
     def __init__(self, paths: Sequence[Path]) -> None:
-        self.parts = tuple(RecordFile(path) for path in paths)
-        self.path = self.parts[0].path.parent
+        self.parts = parts = [RecordFile(path) for path in paths]
+        self.path = parts[0].path.parent
         self.name = self.path.name
-        self.label_order = self.parts[0].label_order
-        layouts: set[Layout] = {part.layout for part in self.parts}
+        layouts: set[Layout] = {part.layout for part in parts}
         self.layout = layouts.pop() if len(layouts) == 1 else "mixed"
-        self.indexed = all(part.indexed for part in self.parts)
-        self.num_classes = max(part.num_classes for part in self.parts)
-        self.labels = np.concatenate([part.labels for part in self.parts])
-        self.sizes = np.concatenate([part.sizes for part in self.parts])
-        self._ends = np.cumsum([len(part) for part in self.parts])
+        self.indexed = all(part.indexed for part in parts)
+        self.num_classes = max(part.num_classes for part in parts)
+        self.labels = np.concatenate([part.labels for part in parts])
+        self.sizes = np.concatenate([part.sizes for part in parts])
+        self._paths = [path for part in parts for path in part._paths]
+        self._starts = list(itertools.accumulate(map(len, parts), initial=0))
 
-    def key(self, row: int) -> str:
-        """The pack's name and the record's key in it: ``webface_03/17``."""
+    def _identify(self, row: int) -> tuple[str, str]:
         part, inner = self._locate(row)
-        return f"{part.path.stem}/{part.key(inner)}"
-
-    def where(self, row: int) -> str:
-        """File, key and offset."""
-        part, inner = self._locate(row)
-        return part.where(inner)
+        key, where = part._identify(inner)
+        return f"{part.path.stem}/{key}", where
 
     def _read(self, row: int) -> memoryview:
         part, inner = self._locate(row)
         return part._read(inner)
 
-    def _files(self) -> Iterator[tuple[str, Path]]:
-        for part in self.parts:
-            yield from part._files()
-
     def _locate(self, row: int) -> tuple[RecordFile, int]:
-        number = int(np.searchsorted(self._ends, row, side="right"))
-        part = self.parts[number]
-        return part, row - int(self._ends[number]) + len(part)
+        number = bisect.bisect_right(self._starts, row) - 1
+        return self.parts[number], row - self._starts[number]
 
 
 def _read_headers(reader: RecordReader, offsets: npt.NDArray[np.int64]) -> npt.NDArray[np.void]:
@@ -164,11 +144,9 @@ def _metadata_records(
     ``[a, b]`` count the other records without an image, b - a.
     """
     empty: npt.NDArray[np.bool_] = (headers["flag"] == 2) & (headers["size"] == 0)
-    if not empty.any():
-        return empty
-    image_at_zero = bool(np.any((keys == 0) & (headers["size"] >= 0) & ~empty))
     first, last = headers["label"][empty], headers["second"][empty]
     # Exact only to the spacing of float32 at that size.
     miscount = np.abs((last - first) - (len(first) - 1))
-    counted = bool(np.any(miscount <= np.where(last < EXACT_FLOAT32, 0, np.spacing(last))))
+    counted = np.any(miscount <= np.where(last < EXACT_FLOAT32, 0, np.spacing(last)))
+    image_at_zero = np.any((keys == 0) & (headers["size"] >= 0) & ~empty)
     return empty if counted or not image_at_zero else np.zeros_like(empty)

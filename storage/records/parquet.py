@@ -5,10 +5,9 @@ import contextlib
 import functools
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -24,9 +23,10 @@ from gkd.storage.records.labels import (
     label_fault,
     read_property,
 )
-from gkd.storage.records.multi_file import Shards
+from gkd.storage.records.multi_file import OpenFiles, Shards
 from gkd.storage.records.parquet_blocks import (
     FEWER_ROWS,
+    MAX_FILES,
     ParquetBlocks,
     arrow_errors,
     open_parquet,
@@ -35,7 +35,7 @@ from gkd.storage.util.progress import progress
 
 PARQUET = ".parquet"
 IMAGE_NAMES = ("image", "img", "face", "jpg", "jpeg", "png", "webp", "image_bytes", "bytes")
-_BYTES = "bytes"
+_BYTES = (pa.binary(), pa.large_binary(), pa.binary_view())
 
 
 class ParquetRecords(Records):
@@ -59,25 +59,26 @@ class ParquetRecords(Records):
         CorruptRecordError: for a file that is not Parquet.
     """
 
+    layout = "parquet"
+
     def __init__(self, path: Path) -> None:
         self._shards = shards = Shards(path, PARQUET)
-        self.path, self.name = shards.root, shards.name
-        self.layout, self.indexed, self.label_order = "parquet", True, "recordio"
+        self.path, self.name, self._paths = shards.root, shards.name, shards.paths
         columns = _common_columns(shards.paths)
         self._label, self._stated = columns.label, read_property(shards.property_path)
         if self._stated is None and columns.names is not None:
             self._stated = len(columns.names)
-        self._blocks = ParquetBlocks(shards.paths, columns.image)
+        files = OpenFiles(shards.paths, open_parquet, MAX_FILES)
+        self._blocks = ParquetBlocks(files, columns.image)
         # File and number of each row group, and the rows before each.
         self._groups: list[tuple[int, int]] = []
-        self._ends = [0]
+        self._starts = [0]
         labels = [np.empty(0, np.int64)]
         for number in range(len(shards.paths)):
             group_sizes = self._group_sizes(number)
             labels.append(self._file_labels(number, group_sizes))
             self._groups.extend((number, group) for group in range(len(group_sizes)))
-            self._ends.extend(itertools.accumulate(group_sizes, initial=self._ends.pop()))
-            shards.append(sum(group_sizes))
+            self._starts.extend(itertools.accumulate(group_sizes, initial=self._starts.pop()))
         self.labels = np.concatenate(labels)
         if not len(self):
             raise ConfigError(f"{self.path}: expected rows with images, got none; name other files")
@@ -89,35 +90,28 @@ class ParquetRecords(Records):
         """Bytes of the encoded images, int64 [N], -1 if there are none, by decompressing all."""
         sizes = np.full(len(self), -1, np.int64)
         with progress("measure images", len(self), "images", quiet_below=QUIET_ROWS) as advance:
-            bounds = itertools.pairwise(self._ends)
-            for (number, group), (start, stop) in zip(self._groups, bounds, strict=True):
-                with contextlib.suppress(CorruptRecordError):  # reading a row raises it
-                    done = start
-                    for block in self._blocks.blocks(number, group):
-                        lengths = pc.call_function("binary_length", [block]).fill_null(-1)
-                        sizes[done : done + len(block)] = lengths.to_numpy()
-                        done += len(block)
+            bounds = itertools.pairwise(self._starts)
+            for group, (start, stop) in zip(self._groups, bounds, strict=True):
                 advance(stop - start)
+                with contextlib.suppress(CorruptRecordError):  # reading a row raises it
+                    for block in self._blocks.blocks(*group):
+                        lengths = pc.call_function("binary_length", [block]).fill_null(-1)
+                        sizes[start : start + len(block)] = lengths.to_numpy()
+                        start += len(block)
         return sizes
 
     @property
     def group_rows(self) -> int:
         """Number of images in the largest row group."""
-        return max(stop - start for start, stop in itertools.pairwise(self._ends))
+        return int(np.diff(self._starts).max())
 
-    def key(self, row: int) -> str:
-        """The row's number in its file."""
-        number, inner = self._shards.locate(row)
-        return self._shards.key(number, str(inner))
-
-    def where(self, row: int) -> str:
-        """File, row and row group."""
-        number, inner = self._shards.locate(row)
-        _, group, _ = self._locate(row)
-        return f"{self._shards.paths[number]}, row {inner} in row group {group}"
+    def _identify(self, row: int) -> tuple[str, str]:
+        number, group, _, inner = self._locate(row)
+        where = f"{self._paths[number]}, row {inner} in row group {group}"
+        return self._shards.key(number, inner), where
 
     def _read(self, row: int) -> memoryview:
-        number, group, inner = self._locate(row)
+        number, group, inner, _ = self._locate(row)
         if self.labels.item(row) < 0:
             label = self._read_labels(number, [group])[inner].as_py()
             raise CorruptRecordError(label_fault(label, self._stated))
@@ -129,17 +123,15 @@ class ParquetRecords(Records):
             )
         return value
 
-    def _files(self) -> Iterator[tuple[str, Path]]:
-        return self._shards.files()
-
-    def _locate(self, row: int) -> tuple[int, int, int]:
-        """File, row group and row in the row group."""
-        position = bisect.bisect_right(self._ends, row) - 1
-        return *self._groups[position], row - self._ends[position]
+    def _locate(self, row: int) -> tuple[int, int, int, int]:
+        """File, row group, row in the row group and row in the file."""
+        position = bisect.bisect_right(self._starts, row) - 1
+        number, group = self._groups[position]
+        return number, group, row - self._starts[position], row - self._starts[position - group]
 
     def _require_images(self) -> None:
         """Refuse rows that only name their images, by the first of them."""
-        number, group, _ = self._locate(0)
+        number, group, *_ = self._locate(0)
         try:
             first = next(self._blocks.blocks(number, group))
         except (CorruptRecordError, StopIteration):
@@ -153,12 +145,12 @@ class ParquetRecords(Records):
 
     def _group_sizes(self, number: int) -> list[int]:
         """Rows of each row group of a file."""
-        footer = self._blocks.files[number].metadata
+        footer = self._blocks.files.get(number).metadata
         sizes = [footer.row_group(group).num_rows for group in range(footer.num_row_groups)]
         if min(sizes, default=0) < 0 or sum(sizes) != footer.num_rows:
             raise CorruptRecordError(
-                f"{self._shards.paths[number]}: expected row groups of {footer.num_rows} rows in "
-                f"all as the file's footer says, got {sum(sizes)}; fetch or write it again"
+                f"{self._paths[number]}: expected row groups of {footer.num_rows} rows in all as "
+                f"the file's footer says, got {sum(sizes)}; fetch or write it again"
             )
         return sizes
 
@@ -167,13 +159,12 @@ class ParquetRecords(Records):
         try:
             return self._class_numbers(number, range(len(group_sizes)))
         except CorruptRecordError:
-            labels = []
-            for group, size in enumerate(group_sizes):
-                try:
-                    labels.append(self._class_numbers(number, [group]))
-                except CorruptRecordError:
-                    labels.append(np.full(size, -1, np.int64))
-            return np.concatenate(labels)
+            labels = np.full(sum(group_sizes), -1, np.int64)
+            ends = itertools.accumulate(group_sizes)
+            for group, (size, end) in enumerate(zip(group_sizes, ends, strict=True)):
+                with contextlib.suppress(CorruptRecordError):
+                    labels[end - size : end] = self._class_numbers(number, [group])
+            return labels
 
     def _class_numbers(self, number: int, groups: Sequence[int]) -> npt.NDArray[np.int64]:
         column = self._read_labels(number, groups)
@@ -183,15 +174,14 @@ class ParquetRecords(Records):
     def _read_labels(self, number: int, groups: Sequence[int]) -> Any:
         """The labels of row groups as they are stored."""
         with arrow_errors("expected labels that can be decoded", "fetch the file again"):
-            file = self._blocks.files[number]
+            file = self._blocks.files.get(number)
             column = file.read_row_groups(groups, columns=[self._label], use_threads=False)[0]
         if len(column) != sum(file.metadata.row_group(group).num_rows for group in groups):
             raise CorruptRecordError(FEWER_ROWS)
         return column
 
 
-@dataclass(frozen=True)
-class Columns:
+class Columns(NamedTuple):
     """The column of image bytes and that of labels.
 
     image  path of the bytes: ``image``, or ``image.bytes`` in a struct
@@ -201,7 +191,7 @@ class Columns:
 
     image: str
     label: str
-    names: tuple[str, ...] | None
+    names: list[str] | None
 
 
 def find_columns(path: Path, schema: Any) -> Columns:
@@ -213,17 +203,45 @@ def find_columns(path: Path, schema: Any) -> Columns:
     Raises:
         ConfigError: if there is no such column or more than one, naming all.
     """
+
+    def only(what: str, candidates: Iterable[Iterable[str]]) -> str:
+        found = next(filter(None, map(list, candidates)), [])
+        if len(found) != 1:
+            columns = ", ".join(f"{field.name} ({field.type})" for field in schema)
+            raise ConfigError(
+                f"{path}: expected one {what}, got {' and '.join(found) or 'none'} among "
+                f"{columns}; write the file again with one column of such a name"
+            )
+        return found[0]
+
     features = _features(schema)
-    images = {field.name: column for field in schema if (column := _bytes_path(field))}
-    named = _of_type(features, "Image") or [n for n in images if n.lower() in IMAGE_NAMES]
-    image = _only(
-        path, "column of image bytes", schema, [n for n in named if n in images] or images
+    described = {
+        kind: [name for name, feature in features.items() if feature.get("_type") == kind]
+        for kind in ("Image", "ClassLabel")
+    }
+    images = {
+        field.name: leaf.name
+        for field in schema
+        for leaf in field.flatten()  # the fields of a struct as ``field.inner``
+        if leaf.type in _BYTES and leaf.name in (field.name, f"{field.name}.bytes")
+    }
+    image = only(
+        "column of image bytes",
+        (
+            [name for name in described["Image"] if name in images],
+            [name for name in images if name.lower() in IMAGE_NAMES],
+            images,
+        ),
     )
-    labels = _of_type(features, "ClassLabel")
-    for names in (LABEL_NAMES, ("id",)):
-        labels = labels or [name for name in schema.names if name.lower() in names]
-    label = _only(
-        path, f"column of class numbers, named {', '.join(LABEL_NAMES)} or id", schema, labels
+    label = only(
+        f"column of class numbers, named {', '.join(LABEL_NAMES)} or id",
+        (
+            described["ClassLabel"],
+            *(
+                [name for name in schema.names if name.lower() in names]
+                for names in (LABEL_NAMES, ("id",))
+            ),
+        ),
     )
     kind = schema.field(label).type
     if not pa.types.is_integer(kind):
@@ -232,8 +250,8 @@ def find_columns(path: Path, schema: Any) -> Columns:
             'the identities there (datasets: class_encode_column("...") makes them)'
         )
     classes = features.get(label, {}).get("names")
-    is_list = isinstance(classes, list) and bool(classes)
-    return Columns(images[image], label, tuple(map(str, classes or ())) if is_list else None)
+    names = list(map(str, classes)) if isinstance(classes, list) and classes else None
+    return Columns(images[image], label, names)
 
 
 def _common_columns(paths: Sequence[Path]) -> Columns:
@@ -253,33 +271,6 @@ def _common_columns(paths: Sequence[Path]) -> Columns:
     return common
 
 
-def _only(path: Path, what: str, schema: Any, found: Iterable[str]) -> str:
-    names = list(found)
-    if len(names) != 1:
-        columns = ", ".join(f"{field.name} ({field.type})" for field in schema)
-        raise ConfigError(
-            f"{path}: expected one {what}, got {' and '.join(names) or 'none'} among {columns}; "
-            "write the file again with one column of such a name"
-        )
-    return names[0]
-
-
-def _bytes_path(field: Any) -> str | None:
-    if _is_bytes(field.type):
-        return str(field.name)
-    if pa.types.is_struct(field.type):
-        index = field.type.get_field_index(_BYTES)
-        if index >= 0 and _is_bytes(field.type.field(index).type):
-            return f"{field.name}.{_BYTES}"
-    return None
-
-
-def _is_bytes(kind: Any) -> bool:
-    return bool(
-        pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
-    )
-
-
 def _features(schema: Any) -> dict[str, dict[str, Any]]:
     """The description of the columns by ``datasets``; empty if there is none that can be read."""
     try:
@@ -288,7 +279,3 @@ def _features(schema: Any) -> dict[str, dict[str, Any]]:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}
     return {name: feature for name, feature in features if isinstance(feature, dict)}
-
-
-def _of_type(features: dict[str, dict[str, Any]], kind: str) -> list[str]:
-    return [name for name, feature in features.items() if feature.get("_type") == kind]

@@ -2,7 +2,7 @@
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,26 +23,23 @@ FEWER_ROWS = "expected as many rows as the file's footer says, got fewer; fetch 
 
 
 class ParquetBlocks:
-    """Blocks of ``BLOCK_ROWS`` images of the row groups of ``paths``; for threads and forks.
+    """Blocks of ``BLOCK_ROWS`` images of the row groups of Parquet files; for threads and forks.
 
     Parquet says where row groups start but not where values do, so a row group is decoded from its
     start. Reading the rows in order decodes each once; a random read decodes up to a whole row
     group. The last ``MAX_BYTES`` of blocks stay in memory. Pickles by path.
     """
 
-    def __init__(self, paths: Sequence[Path], column: str) -> None:
-        self.__setstate__((OpenFiles(paths, open_parquet, MAX_FILES), column))
-
-    def __getstate__(self) -> tuple[OpenFiles[Any], str]:
-        return self.files, self.column
-
-    def __setstate__(self, state: tuple[OpenFiles[Any], str]) -> None:
-        self.files, self.column = state
+    def __init__(self, files: OpenFiles[Any], column: str) -> None:
+        self.files, self.column = files, column
         self._lock = threading.Lock()
         self._kept: OrderedDict[tuple[int, int, int], Any] = OrderedDict()
         self._bytes = 0
         # Row groups being read: the number of the next block, and the iterator of the blocks.
         self._cursors: OrderedDict[tuple[int, int], tuple[int, Iterator[Any]]] = OrderedDict()
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return ParquetBlocks, (self.files, self.column)
 
     def get(self, file: int, group: int, row: int) -> memoryview | None:
         """The bytes of a row of a row group, a view of its block; None for null.
@@ -62,7 +59,7 @@ class ParquetBlocks:
     def blocks(self, file: int, group: int) -> Iterator[Any]:
         """All blocks of a row group in order, arrays of bytes, decoded one at a time."""
         with arrow_errors("expected a row group that can be decoded", "fetch the file again"):
-            for batch in self.files[file].iter_batches(
+            for batch in self.files.get(file).iter_batches(
                 BLOCK_ROWS, row_groups=[group], columns=[self.column], use_threads=False
             ):
                 (array,) = batch.columns
@@ -71,10 +68,10 @@ class ParquetBlocks:
                 yield array
 
     def _block(self, file: int, group: int, number: int) -> Any:
-        found = self._kept.get((file, group, number))
-        if found is not None:
-            self._kept.move_to_end((file, group, number))
-            return found
+        key = file, group, number
+        if key in self._kept:
+            self._kept.move_to_end(key)
+            return self._kept[key]
         first, blocks = self._cursors.pop((file, group), (number + 1, iter(())))
         if first > number:
             first, blocks = 0, self.blocks(file, group)
@@ -93,8 +90,7 @@ class ParquetBlocks:
         self._kept[key] = block
         self._bytes += block.nbytes
         while self._bytes > MAX_BYTES and len(self._kept) > 1:
-            _, dropped = self._kept.popitem(last=False)
-            self._bytes -= dropped.nbytes
+            self._bytes -= self._kept.popitem(last=False)[1].nbytes
 
 
 def open_parquet(path: Path) -> Any:

@@ -12,10 +12,10 @@ python/mxnet/recordio.py.
 
 import re
 import struct
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -31,9 +31,8 @@ MAGIC = 0xCED7230A
 LENGTH_BITS = 29
 MAX_LENGTH = (1 << LENGTH_BITS) - 1
 WHOLE, FIRST, MIDDLE, LAST = range(4)
-# Scans of smaller files show no progress; others report it in steps.
+# Scans of smaller files show no progress.
 QUIET_BYTES = 1 << 30
-PROGRESS_BYTES = 1 << 25
 # The header of a record: number of labels, 0 for the single one of the header; first label; second
 # label, 0 if there is none; bytes of the encoded image. Flag and size are -1 if it is unreadable.
 HEADER = np.dtype([("flag", "i8"), ("label", "f4"), ("second", "f4"), ("size", "i8")])
@@ -66,14 +65,16 @@ class RecordReader:
     and the record's offset: the caller knows them.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, size: int | None = None) -> None:
         self.path = path.absolute()
+        if size is not None:
+            require_unchanged(path, size)
         self._view = map_file(self.path)
         self.size = len(self._view)
         self._words = np.frombuffer(self._view[: self.size // 4 * 4], "<u4")
 
     def __reduce__(self) -> tuple[object, ...]:
-        return _reopen, (self.path, self.size)
+        return RecordReader, (self.path, self.size)
 
     def payload(self, offset: int) -> memoryview:
         """Data of the record at ``offset``: a view of the map if it is one part, else a copy.
@@ -101,9 +102,9 @@ class RecordReader:
             raise CorruptRecordError(
                 f"expected {flag} labels by the header's flag, got {len(payload)} bytes"
             )
-        labels = np.array([label], np.float32)
-        if flag:
-            labels = np.frombuffer(payload, "<f4", flag, _HEADER.size)
+        labels = np.frombuffer(payload, "<f4", flag, _HEADER.size)
+        if not flag:
+            labels = np.array([label], np.float32)
         return Record(flag, labels, id_, id2, payload[start:])
 
     def body(self, offset: int) -> memoryview:
@@ -125,21 +126,16 @@ class RecordReader:
         an error that describes it) and the walk resumes at the next start of a record.
         """
         offsets = []
-        position = reported = 0
+        position = 0
         with progress(f"scan {self.path}", self.size, "bytes", quiet_below=QUIET_BYTES) as advance:
             while position < self.size:
                 offsets.append(position)
                 try:
-                    flag, start, length = self._part(position)
-                    if flag != WHOLE:
-                        *_, (start, length) = self._parts(position)
+                    *_, (start, length) = self._parts(position)
                     position = start + (length + 3) // 4 * 4
                 except CorruptRecordError:
                     position = self._next_start(position + 4)
-                if position - reported > PROGRESS_BYTES:
-                    advance(position - reported)
-                    reported = position
-            advance(self.size - reported)
+                advance(position - offsets[-1])
         return np.array(offsets, np.int64)
 
     def headers(self, offsets: npt.NDArray[np.int64]) -> npt.NDArray[np.void]:
@@ -219,11 +215,6 @@ class RecordReader:
         return self.size
 
 
-def _reopen(path: Path, size: int) -> RecordReader:
-    require_unchanged(path, size)
-    return RecordReader(path)
-
-
 def read_index(path: Path) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """Keys int64 [n] and offsets int64 [n] of an ``.idx`` file (``key TAB offset``), in its order.
 
@@ -248,12 +239,11 @@ def read_index(path: Path) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]
             f"{path}: expected lines of key, tab, offset, got: {error}; {remedy}"
         ) from error
     keys, offsets = (table[name].to_numpy() for name in names)
-    ordered = np.sort(keys)
-    repeated = ordered[1:][ordered[1:] == ordered[:-1]]
-    if len(repeated):
+    unique, counts = np.unique(keys, return_counts=True)
+    if len(unique) < len(keys):
         raise CorruptRecordError(
-            f"{path}: expected every key once, got key {repeated[0]} again ({len(repeated)} such "
-            f"lines); {remedy}"
+            f"{path}: expected every key once, got key {unique[counts > 1][0]} again "
+            f"({len(keys) - len(unique)} such lines); {remedy}"
         )
     return keys, offsets
 
@@ -281,47 +271,39 @@ def frame(payload: bytes | memoryview) -> Iterator[bytes | memoryview]:
             f"a record holds at most {MAX_LENGTH} bytes, got {len(payload)}; use smaller images"
         )
     words = np.frombuffer(payload[: len(payload) // 4 * 4], "<u4")
-    magics = [4 * int(at) for at in np.flatnonzero(words == MAGIC)]
+    magics = (4 * np.flatnonzero(words == MAGIC)).tolist()
     starts = [0, *(at + 4 for at in magics)]
-    for start, end in zip(starts, [*magics, len(payload)], strict=True):
-        if not magics:
-            flag = WHOLE
-        elif start == 0:
-            flag = FIRST
-        else:
-            flag = MIDDLE if start != starts[-1] else LAST
+    for number, (start, end) in enumerate(zip(starts, [*magics, len(payload)], strict=True)):
+        flag = {0: FIRST, len(magics): LAST}.get(number, MIDDLE) if magics else WHOLE
         yield _FRAME.pack(MAGIC, flag << LENGTH_BITS | end - start)
         yield payload[start:end]
     yield bytes(-len(payload) % 4)
 
 
-class RecordWriter:
-    """Writes ``path`` (.rec) and its ``.idx``; both appear when the ``with`` block ends.
+@contextmanager
+def record_writer(path: Path) -> Iterator[Callable[[int, bytes | memoryview], None]]:
+    """Write ``path`` (.rec) and its ``.idx``; both appear when the block ends.
 
-    A block left by an exception leaves nothing. Raises ConfigError if either file exists.
+    Yields a function that appends a record's data (see ``encode_record``) under a key. A block
+    left by an exception leaves nothing.
+
+    Raises:
+        ConfigError: if either file exists.
     """
+    index_path = path.with_suffix(".idx")
+    for existing in (path, index_path):
+        if existing.exists():
+            raise ConfigError(f"{existing}: exists already; remove it or choose another name")
+    # Published in reverse order, the index first: a .rec file alone is a complete pack.
+    with (
+        publish_file(path) as temporary,
+        temporary.open("wb") as file,
+        publish_file(index_path) as temporary_index,
+        temporary_index.open("wb") as index,
+    ):
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.index_path = path.with_suffix(".idx")
-        for existing in (self.path, self.index_path):
-            if existing.exists():
-                raise ConfigError(f"{existing}: exists already; remove it or choose another name")
+        def write(key: int, payload: bytes | memoryview) -> None:
+            index.write(b"%d\t%d\n" % (key, file.tell()))
+            file.writelines(frame(payload))
 
-    def __enter__(self) -> Self:
-        with ExitStack() as stack:
-            # Published in reverse order, the index first: a .rec file alone is a complete pack.
-            temporary = stack.enter_context(publish_file(self.path))
-            self._file = stack.enter_context(temporary.open("wb"))
-            temporary = stack.enter_context(publish_file(self.index_path))
-            self._index = stack.enter_context(temporary.open("wb"))
-            self._stack = stack.pop_all()
-        return self
-
-    def write(self, key: int, payload: bytes | memoryview) -> None:
-        """Append a record (see ``encode_record``) under ``key``."""
-        self._index.write(b"%d\t%d\n" % (key, self._file.tell()))
-        self._file.writelines(frame(payload))
-
-    def __exit__(self, *error: object) -> None:
-        self._stack.__exit__(*error)  # type: ignore[arg-type]
+        yield write

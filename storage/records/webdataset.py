@@ -7,6 +7,8 @@ of ``json``. Other members are ignored.
 Source: webdataset/webdataset src/webdataset/tariterators.py.
 """
 
+import bisect
+import itertools
 from array import array
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,7 +29,7 @@ from gkd.storage.records.labels import (
     read_property,
 )
 from gkd.storage.records.multi_file import OpenFiles, Shards, map_file
-from gkd.storage.records.recordio import PROGRESS_BYTES, QUIET_BYTES
+from gkd.storage.records.recordio import QUIET_BYTES
 from gkd.storage.records.tar import TarFault, members, next_header
 from gkd.storage.util.progress import progress
 
@@ -49,7 +51,7 @@ class WebDatasetRecords(Records):
     largest label + 1.
 
     A sample without an image or a label, and a damaged piece, stay rows with label -1; reading
-    resumes at the next intact header.
+    resumes at the next intact header. The key of a damaged piece is ``@`` and its offset.
 
     Raises:
         ConfigError: for a compressed archive, one without a labelled image, shards that are missing
@@ -57,10 +59,11 @@ class WebDatasetRecords(Records):
         CorruptRecordError: for a file without an intact sample, or a repeated key.
     """
 
+    layout = "webdataset"
+
     def __init__(self, path: Path) -> None:
         self._shards = shards = Shards(path, TAR)
-        self.path, self.name = shards.root, shards.name
-        self.layout, self.indexed, self.label_order = "webdataset", True, "recordio"
+        self.path, self.name, self._paths = shards.root, shards.name, shards.paths
         self._stated = read_property(shards.property_path)
         self._maps = OpenFiles(shards.paths, map_file, MAX_MAPS)
         bound = MAX_CLASSES if self._stated is None else self._stated
@@ -68,8 +71,8 @@ class WebDatasetRecords(Records):
         total = sum(self._maps.sizes)
         with progress(f"index {self.path}", total, "bytes", quiet_below=QUIET_BYTES) as advance:
             for number, shard in enumerate(shards.paths):
-                parts.append(_index(shard, self._maps[number], bound, advance))
-                shards.append(len(parts[-1]))
+                parts.append(_index(shard, self._maps.get(number), bound, advance))
+        self._ends = list(itertools.accumulate(map(len, parts)))
         columns = np.ascontiguousarray(np.concatenate(parts).T)
         self._starts, self._offsets, self.sizes, self.labels = columns
         if not (self.labels >= 0).any():
@@ -80,49 +83,40 @@ class WebDatasetRecords(Records):
             )
         self.num_classes = self._stated or count_classes(self.labels, self.where)
 
-    def key(self, row: int) -> str:
-        """WebDataset's key, or the offset if the key cannot be read."""
-        number, view, start = self._locate(row)
-        return self._shards.key(number, _key_at(view, start))
-
-    def where(self, row: int) -> str:
-        """File, key and offset."""
-        number, view, start = self._locate(row)
-        return f"{self._shards.paths[number]}, key {_key_at(view, start)}, offset {start}"
+    def _identify(self, row: int) -> tuple[str, str]:
+        number, sample = self._sample(row)
+        key = sample.key.decode(errors="backslashreplace")
+        where = f"{self._paths[number]}, key {key}, offset {sample.start}"
+        return self._shards.key(number, key), where
 
     def _read(self, row: int) -> memoryview:
         if self.labels.item(row) < 0:
             raise CorruptRecordError(self._fault(row))
-        number, _ = self._shards.locate(row)
         offset = self._offsets.item(row)
-        return self._maps[number][offset : offset + self.sizes.item(row)]
+        view = self._maps.get(bisect.bisect_right(self._ends, row))
+        return view[offset : offset + self.sizes.item(row)]
 
-    def _files(self) -> Iterator[tuple[str, Path]]:
-        return self._shards.files()
-
-    def _locate(self, row: int) -> tuple[int, memoryview, int]:
-        """Number and map of the sample's shard, and the offset of its first header."""
-        number, _ = self._shards.locate(row)
-        return number, self._maps[number], self._starts.item(row)
+    def _sample(self, row: int) -> "tuple[int, _Sample]":
+        """Number of the shard, and the sample read again."""
+        number = bisect.bisect_right(self._ends, row)
+        return number, next(_samples(self._maps.get(number), self._starts.item(row)))
 
     def _fault(self, row: int) -> str:
-        _, view, start = self._locate(row)
-        try:
-            return next(_samples(view, start)).fault(self._stated)
-        except TarFault as fault:
-            return str(fault)
+        return self._sample(row)[1].fault(self._stated)
 
 
 class _Sample(NamedTuple):
     """Members with one key: offset and size of the data of each, by the name after the first dot.
 
-    ``start`` is the offset of the first member's header.
+    ``start`` is the offset of the first member's header. A damaged piece has no fields and says in
+    ``damage`` what is wrong.
     """
 
     view: memoryview
     start: int
     key: bytes
     fields: dict[bytes, tuple[int, int]]
+    damage: str = ""
 
     def images(self) -> list[bytes]:
         """The fields that are images; a valid sample has one."""
@@ -139,16 +133,16 @@ class _Sample(NamedTuple):
             content = msgspec.json.decode(self._read(b"json", _MAX_JSON_BYTES))
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             return "in broken JSON"
-        found = {}
-        if isinstance(content, dict):
-            found = {name: content[name] for name in LABEL_NAMES if name in content}
+        found = [name for name in LABEL_NAMES if isinstance(content, dict) and name in content]
         if len(found) > 1:
             return " and ".join(found)
-        value = next(iter(found.values()), None)
+        value = content[found[0]] if found else None
         return value if value is None or type(value) is int else repr(value)[:40]
 
     def fault(self, stated: int | None) -> str:
         """What is wrong with a sample without one image or without a valid label."""
+        if self.damage:
+            return self.damage
         images, label = self.images(), self.label()
         if len(images) != 1:
             got = ", ".join(name.decode() for name in images) or "none; links are not followed"
@@ -167,6 +161,34 @@ class _Sample(NamedTuple):
         return self.view[offset : offset + min(size, limit)].tobytes()
 
 
+def _samples(view: memoryview, position: int = 0) -> Iterator[_Sample]:
+    """Samples and damaged pieces from the header at ``position`` to the end."""
+    sample = fault = None
+    while True:
+        try:
+            for member in members(view, position):
+                folder, slash, last = member.name.rpartition(b"/")
+                stem, dot, field = last.partition(b".")
+                if not stem or not dot:
+                    continue
+                key, field = folder + slash + stem, field.lower()
+                if sample is None or key != sample.key or field in sample.fields:
+                    if sample is not None:
+                        yield sample
+                    sample = _Sample(view, member.start, key, {})
+                sample.fields[field] = member.data, member.size
+            position = len(view)
+        except TarFault as error:
+            fault, position = error, next_header(view, error.offset)
+        if sample is not None:
+            yield sample
+        if fault is not None:
+            yield _Sample(view, fault.offset, b"@%d" % fault.offset, {}, str(fault))
+        if position == len(view):
+            return
+        sample = fault = None
+
+
 def _index(
     path: Path, view: memoryview, bound: int, advance: Callable[[int], None]
 ) -> npt.NDArray[np.int64]:
@@ -182,75 +204,30 @@ def _index(
             )
     # Plain numbers, five per sample: millions of samples stay small.
     rows = array("q")
-    position = reported = samples = 0
-    while True:
-        try:
-            for sample in _samples(view, position):
-                samples += 1
-                images, label = sample.images(), sample.label()
-                if not images and label is None:
-                    continue
-                single = len(images) == 1
-                if not (single and isinstance(label, int) and 0 <= label < bound):
-                    label = -1
-                offset, size = sample.fields[images[0]] if single else (-1, -1)
-                rows.extend((sample.start, offset, size, label, hash(sample.key)))
-                if sample.start - reported > PROGRESS_BYTES:
-                    advance(sample.start - reported)
-                    reported = sample.start
-            break
-        except TarFault as fault:
-            position = next_header(view, fault.offset)
-            if position == len(view) and not samples:
-                raise CorruptRecordError(
-                    f"{path}: offset {fault.offset}: {fault}; fetch or write it again"
-                ) from fault
-            rows.extend((fault.offset, -1, -1, -1, hash(_offset_key(fault.offset))))
-            if position == len(view):
-                break
+    reported, intact, damaged = 0, False, None
+    for sample in _samples(view):
+        images, label = sample.images(), sample.label()
+        if sample.damage:
+            damaged = damaged or sample
+        else:
+            intact = True
+            if not images and label is None:
+                continue
+        single = len(images) == 1
+        if not (single and isinstance(label, int) and 0 <= label < bound):
+            label = -1
+        offset, size = sample.fields[images[0]] if single else (-1, -1)
+        rows.extend((sample.start, offset, size, label, hash(sample.key)))
+        advance(sample.start - reported)
+        reported = sample.start
     advance(len(view) - reported)
+    if damaged and not intact:
+        raise CorruptRecordError(
+            f"{path}: offset {damaged.start}: {damaged.damage}; fetch or write it again"
+        )
     index = np.array(rows, np.int64).reshape(-1, 5)
     _require_unique(path, view, index[:, 0], index[:, 4])
     return index[:, :4]
-
-
-def _samples(view: memoryview, position: int = 0) -> Iterator[_Sample]:
-    """Samples from the header at ``position`` to the end.
-
-    Raises:
-        TarFault: at damage, after the samples before it.
-    """
-    sample = None
-    try:
-        for member in members(view, position):
-            folder, slash, last = member.name.rpartition(b"/")
-            stem, dot, field = last.partition(b".")
-            if not stem or not dot:
-                continue
-            key, field = folder + slash + stem, field.lower()
-            if sample is None or key != sample.key or field in sample.fields:
-                if sample is not None:
-                    yield sample
-                sample = _Sample(view, member.start, key, {})
-            sample.fields[field] = member.data, member.size
-    except TarFault:
-        if sample is not None:
-            yield sample
-        raise
-    if sample is not None:
-        yield sample
-
-
-def _key_at(view: memoryview, start: int) -> str:
-    try:
-        key = next(_samples(view, start)).key
-    except TarFault:
-        key = _offset_key(start)
-    return key.decode(errors="backslashreplace")
-
-
-def _offset_key(offset: int) -> bytes:
-    return b"@%d" % offset
 
 
 def _require_unique(
@@ -261,12 +238,12 @@ def _require_unique(
 ) -> None:
     """Refuse a repeated key: its members are not together, or a file was appended."""
     order = np.argsort(hashes, kind="stable")
-    for i in np.flatnonzero(hashes[order[1:]] == hashes[order[:-1]]).tolist():
-        first, again = (int(starts[row]) for row in order[i : i + 2])
-        key = _key_at(view, first)
-        if key == _key_at(view, again):
+    for i in np.flatnonzero(hashes[order[1:]] == hashes[order[:-1]]):
+        first, again = (next(_samples(view, start)) for start in starts[order[i : i + 2]].tolist())
+        if first.key == again.key:
             raise CorruptRecordError(
-                f"{path}: expected every key once, got {key} at offset {first} and again at "
-                f"{again}; write the shard again, with the members of a sample together (tar "
-                "--sort=name does)"
+                f"{path}: expected every key once, got "
+                f"{first.key.decode(errors='backslashreplace')} at offset {first.start} and again "
+                f"at {again.start}; write the shard again, with the members of a sample together "
+                "(tar --sort=name does)"
             )

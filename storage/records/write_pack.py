@@ -1,6 +1,7 @@
 """Writing records of any form as a record pack, which MXNet can read too."""
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from gkd.storage.records.folder import Sort
 from gkd.storage.records.images import FACE_SHAPE
 from gkd.storage.records.open import Records, open_records
 from gkd.storage.records.pack import EXACT_FLOAT32
-from gkd.storage.records.recordio import RecordWriter, encode_record
+from gkd.storage.records.recordio import encode_record, record_writer
 from gkd.storage.util.files import delete_temporaries, publish_dir
 from gkd.storage.util.lock import WriteLock
 from gkd.storage.util.parallel import ordered_map, row_blocks
@@ -62,15 +63,15 @@ def pack(source: Path, out: Path, *, sort: Sort = "natural", workers: int = 1) -
     with WriteLock(out):
         delete_temporaries(out.parent, out.name)
         with publish_dir(out) as folder:
-            with RecordWriter(folder / "train.rec") as writer:
-                _write_records(records, writer, workers)
+            with record_writer(folder / "train.rec") as write:
+                _write_records(records, write, workers)
             height, width, _ = FACE_SHAPE
             (folder / "property").write_text(f"{records.num_classes},{height},{width}\n")
     size = sum(file.stat().st_size for file in out.iterdir())
     return Packed(out, len(records), records.num_classes, size)
 
 
-def _write_records(records: Records, writer: RecordWriter, workers: int) -> None:
+def _write_records(records: Records, write: Callable[[int, bytes], None], workers: int) -> None:
     count, classes, labels = len(records), records.num_classes, records.labels
     by_identity = bool((labels[1:] >= labels[:-1]).all())
 
@@ -78,23 +79,19 @@ def _write_records(records: Records, writer: RecordWriter, workers: int) -> None
         try:
             return [records.face(row)[0] for row in rows]
         except CorruptRecordError as error:
-            remedy = "align or write this image again, or leave it out"
-            raise CorruptRecordError(error.problem, path=error.path, remedy=remedy) from error
+            error.remedy = "align or write this image again, or leave it out"
+            raise
 
     first_key = int(by_identity)
     if by_identity:
-        writer.write(0, encode_record([count + 1, count + 1 + classes], b"", id=0))
-    blocks = list(row_blocks(count))
+        write(0, encode_record([count + 1, count + 1 + classes], b"", id=0))
     with progress("pack images", count, "images") as advance:
-        for rows, images in zip(
-            blocks, ordered_map(read_faces, blocks, workers=workers), strict=True
-        ):
-            for row, encoded in zip(rows, images, strict=True):
-                key = first_key + row
-                writer.write(key, encode_record(float(labels[row]), encoded, id=key))
-            advance(len(rows))
+        blocks = ordered_map(read_faces, row_blocks(count), workers=workers)
+        for key, encoded in enumerate(itertools.chain.from_iterable(blocks), first_key):
+            write(key, encode_record(float(labels[key - first_key]), encoded, id=key))
+            advance()
     if by_identity:
         # The first row of each class bounds its keys.
         bounds = np.searchsorted(labels, np.arange(classes + 1)) + 1
         for key, (first, end) in enumerate(itertools.pairwise(bounds), count + 1):
-            writer.write(key, encode_record([float(first), float(end)], b"", id=key))
+            write(key, encode_record([float(first), float(end)], b"", id=key))

@@ -28,9 +28,9 @@ from gkd.storage.records.open import Records, open_records
 from gkd.storage.records.recordio import (
     MAGIC,
     RecordReader,
-    RecordWriter,
     encode_record,
     read_index,
+    record_writer,
 )
 from gkd.storage.records.write_pack import pack
 from tests.benchmarks.harness import report
@@ -186,11 +186,11 @@ def packed_magics(folder: Path) -> Path:
     rng = np.random.default_rng(0)
     magic = struct.pack("<I", MAGIC)
     pieces = [magic, magic[:1], magic[1:], b"abcd", b"x", bytes(4)]
-    with RecordWriter(folder / "magics.rec") as writer:
+    with record_writer(folder / "magics.rec") as write:
         for key in rng.permutation(2000).tolist():
             body = b"".join(pieces[at] for at in rng.integers(0, len(pieces), rng.integers(0, 30)))
             label = [float(key), 1.0, 2.0][: key % 4] or float(key)
-            writer.write(key, encode_record(label, body, id=key, id2=2 * key))
+            write(key, encode_record(label, body, id=key, id2=2 * key))
     return folder / "magics.rec"
 
 

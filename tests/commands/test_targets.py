@@ -11,7 +11,7 @@ import torch
 from gkd.demo.synthetic import draw_faces
 from gkd.storage.cache.reader import Cache
 from gkd.storage.records.open import Records, open_records
-from gkd.storage.records.recordio import RecordWriter, encode_record
+from gkd.storage.records.recordio import encode_record, record_writer
 from gkd.trainer.backbones import build_backbone
 from gkd.trainer.checkpoint import read_checkpoint
 from tests.commands.running import TINY, fails, gkd, works
@@ -90,10 +90,10 @@ def test_retargeting_that_is_not_exact_is_refused(home: Path, tmp_path: Path) ->
 def write_part(folder: Path, records: Records, people: range) -> Path:
     """A pack of some of the people, in the numbering of all."""
     folder.mkdir()
-    with RecordWriter(folder / "train.rec") as writer:
+    with record_writer(folder / "train.rec") as write:
         for row in np.flatnonzero(np.isin(records.labels, people)).tolist():
             record = encode_record(float(records.labels[row]), records.encoded(row), id=row)
-            writer.write(row, record)
+            write(row, record)
     (folder / "property").write_text(f"{records.num_classes},112,112\n")
     return folder
 

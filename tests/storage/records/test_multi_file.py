@@ -50,12 +50,8 @@ def test_missing_numbered_files_are_reported(tmp_path: Path) -> None:
     assert len(Shards(tmp_path, ".parquet").paths) == 8
 
 
-def test_rows_are_located_in_their_file(tmp_path: Path) -> None:
+def test_keys_name_their_file_if_there_are_several(tmp_path: Path) -> None:
     shards = Shards(touch(tmp_path / "set", "a.tar", "b.tar", "c.tar"), ".tar")
-    for rows in (3, 0, 2):
-        shards.append(rows)
-    located = [shards.locate(row) for row in range(5)]
-    assert located == [(0, 0), (0, 1), (0, 2), (2, 0), (2, 1)]
     assert (shards.name, shards.key(2, "k")) == ("set", "c/k")
 
 

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gkd.storage.errors import ConfigError, CorruptRecordError, GkdError
-from gkd.storage.records import parquet_blocks
+from gkd.storage.records import parquet, parquet_blocks
 from gkd.storage.records.check import records_info, verify_records
 from gkd.storage.records.open import ParquetRecords, Records, open_records
 from tests.storage.records.forms import (
@@ -201,7 +201,7 @@ def test_a_row_without_image_or_label_stays_a_row(
 def test_threads_read_at_random(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parquet_blocks, "BLOCK_ROWS", 4)
     monkeypatch.setattr(parquet_blocks, "MAX_BYTES", 3 * 4 * 50)
-    monkeypatch.setattr(parquet_blocks, "MAX_FILES", 1)
+    monkeypatch.setattr(parquet, "MAX_FILES", 1)
     monkeypatch.setattr(parquet_blocks, "MAX_CURSORS", 2)
     rng = np.random.default_rng(0)
     expected = [rng.bytes(int(rng.integers(30, 70))) for _ in range(200)]

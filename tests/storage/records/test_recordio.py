@@ -16,10 +16,10 @@ from gkd.storage.records.recordio import (
     MAX_LENGTH,
     Record,
     RecordReader,
-    RecordWriter,
     encode_record,
     frame,
     read_index,
+    record_writer,
 )
 from tests.paths import SHARED_DATA, needs_shared_data
 from tests.storage.records.packs import MAGIC, part, payload
@@ -77,10 +77,10 @@ def test_corner_cases_read_as_mxnet_reads_them(indexed: bool) -> None:
 def test_corner_cases_are_written_as_mxnet_writes_them(tmp_path: Path) -> None:
     source = SHARED_DATA / "recordio/odd.rec"
     reader = RecordReader(source)
-    with RecordWriter(tmp_path / "odd.rec") as writer:
+    with record_writer(tmp_path / "odd.rec") as write:
         keys, offsets = read_index(source.with_suffix(".idx"))
         for key, offset in zip(keys.tolist(), offsets.tolist(), strict=True):
-            writer.write(key, reader.payload(offset))
+            write(key, reader.payload(offset))
     for suffix in (".rec", ".idx"):
         copy = (tmp_path / "odd.rec").with_suffix(suffix)
         assert copy.read_bytes() == source.with_suffix(suffix).read_bytes()
@@ -104,9 +104,9 @@ def test_headers_gathered_at_once_equal_records_read_one_by_one(name: str) -> No
 def test_written_records_read_back(datas: list[bytes]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "x.rec"
-        with RecordWriter(path) as writer:
+        with record_writer(path) as write:
             for key, data in enumerate(datas):
-                writer.write(key * 10, data)
+                write(key * 10, data)
         assert path.read_bytes() == b"".join(map(dmlc_frame, datas))
         reader = RecordReader(path)
         keys, offsets = read_index(path.with_suffix(".idx"))
@@ -242,8 +242,8 @@ def test_a_damaged_index_is_refused(tmp_path: Path, content: str, message: str) 
 
 def test_an_interrupted_writer_leaves_nothing(tmp_path: Path) -> None:
     def write_and_stop() -> None:
-        with RecordWriter(tmp_path / "x.rec") as writer:
-            writer.write(0, b"data")
+        with record_writer(tmp_path / "x.rec") as write:
+            write(0, b"data")
             assert not (tmp_path / "x.rec").exists()
             raise KeyboardInterrupt
 
@@ -256,7 +256,7 @@ def test_an_interrupted_writer_leaves_nothing(tmp_path: Path) -> None:
 def test_a_writer_refuses_existing_files(tmp_path: Path, existing: str) -> None:
     (tmp_path / existing).write_text("precious")
     with pytest.raises(ConfigError, match=rf"{existing}: exists already; remove it or choose"):
-        RecordWriter(tmp_path / "x.rec")
+        record_writer(tmp_path / "x.rec").__enter__()
 
 
 def test_a_record_that_is_too_large_is_refused() -> None:

@@ -77,7 +77,7 @@ def test_few_maps_are_open_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         read = list(pool.map(lambda row: bytes(records.encoded(row)), rows))
     assert read == [BODIES[row] for row in rows]
     assert list(map(bytes, held)) == BODIES
-    assert records._maps._opened.cache_info().currsize <= 2  # type: ignore[attr-defined]
+    assert records._maps.get.cache_info().currsize <= 2  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(
