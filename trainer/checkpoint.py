@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.hf_storage import (
 from torch.distributed.tensor import DTensor
 
 from gkd.storage.errors import ConfigError, SpecMismatchError
-from gkd.storage.util.files import publish_file, sha256_file, sync_file, sync_folder
+from gkd.storage.util.files import publish_file, sha256_file, sync_path
 from gkd.storage.util.text import describe_differences
 from gkd.storage.util.torch_files import read_torch_file
 from gkd.trainer.backbones import build_backbone
@@ -236,7 +236,7 @@ def settle(folder: Path, *, step: int, best_step: int, keep: int) -> None:
     for old in folder.glob(f"{CENTERS}_*"):
         if old.name.removeprefix(f"{CENTERS}_") not in steps:
             shutil.rmtree(old)
-    sync_folder(folder)
+    sync_path(folder)
 
 
 def _link(path: Path, name: Path) -> None:
@@ -267,8 +267,8 @@ def _write_centers(folder: Path, centers: Mapping[str, Tensor], ranks: Ranks) ->
         )
     if ranks.first:
         for file in folder.iterdir():
-            sync_file(file)
-        sync_folder(folder)
+            sync_path(file)
+        sync_path(folder)
 
 
 @contextmanager

@@ -26,8 +26,7 @@ from gkd.storage.util.files import (
     delete_temporaries,
     disk_errors,
     publish_dir,
-    sync_file,
-    sync_folder,
+    sync_path,
     write_file,
 )
 from gkd.storage.util.text import describe_differences
@@ -287,7 +286,7 @@ def _sync(root: Path, files: Iterable[str]) -> None:
     """Make files durable, and the entries of all folders above them."""
     folders: set[Path] = set()
     for file in files:
-        sync_file(root / file)
+        sync_path(root / file)
         folders.update((root / file).relative_to(root).parents)
     for folder in folders:
-        sync_folder(root / folder)
+        sync_path(root / folder)

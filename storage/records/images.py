@@ -58,7 +58,8 @@ def decode_face(encoded: bytes | memoryview, where: str | None = None) -> npt.ND
     try:
         pixels = decode(encoded)
     except CorruptRecordError as error:
-        raise CorruptRecordError(str(error), path=where) from error
+        error.path = where
+        raise
     if pixels.shape != FACE_SHAPE:
         height, width, _ = pixels.shape
         raise CorruptRecordError(

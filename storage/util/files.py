@@ -29,11 +29,11 @@ def publish_file(path: Path) -> Iterator[Path]:
     temporary = temporary_path(path)
     try:
         yield temporary
-        sync_file(temporary)
+        sync_path(temporary)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-    sync_folder(path.parent)
+    sync_path(path.parent)
 
 
 @contextmanager
@@ -50,12 +50,13 @@ def publish_dir(path: Path) -> Iterator[Path]:
     temporary.mkdir()
     try:
         yield temporary
-        sync_tree(temporary)
+        for inner in (*temporary.rglob("*"), temporary):
+            sync_path(inner)
         temporary.rename(path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    sync_folder(path.parent)
+    sync_path(path.parent)
 
 
 def write_file(path: Path, content: bytes) -> None:
@@ -91,29 +92,13 @@ def delete_temporaries(folder: Path, name: str | None = None) -> None:
                     path.unlink()
 
 
-def sync_file(path: Path) -> None:
-    """Make a file's content durable."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
-def sync_folder(folder: Path) -> None:
-    """Make a folder's entries (creations, renames) durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync_path(path: Path) -> None:
+    """Make a file's content, or a folder's entries (creations, renames), durable."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def sync_tree(folder: Path) -> None:
-    """Make a folder durable with all its files and sub-folders."""
-    for path in folder.rglob("*"):
-        if path.is_dir():
-            sync_folder(path)
-        else:
-            sync_file(path)
-    sync_folder(folder)
 
 
 def sha256_file(path: Path) -> str:

@@ -1,5 +1,6 @@
 """Threads for work that releases the interpreter's lock: decoding, hashing, reading files."""
 
+import itertools
 import queue
 import threading
 from collections import deque
@@ -40,18 +41,17 @@ def write_behind(write: Callable[[T], object], items: Iterable[T]) -> None:
     The next item waits for the one before, so a slow disk slows its producer and fills no memory.
     The first error is raised. Whatever ends the loop, the write that has begun is finished.
     """
-    latest: Future[object] | None = None
+    latest: Future[object] = Future()
+    latest.set_result(None)
     with ThreadPoolExecutor(1) as pool:
         try:
             for item in items:
-                if latest is not None:
-                    latest.result()
+                latest.result()
                 latest = pool.submit(write, item)
                 del item  # or it would stay in memory while the next one is made
-            if latest is not None:
-                latest.result()
+            latest.result()
         except BaseException as error:
-            second = None if latest is None else latest.exception()
+            second = latest.exception()
             if second is not None and second is not error:
                 error.add_note(f"and writing failed as well: {second}")
             raise
@@ -63,28 +63,23 @@ def for_each(function: Callable[[T], object], items: Iterable[T], *, workers: in
     The first exception is raised at once, and so is an interrupt: nothing waits for calls that
     hang on a network. They end by themselves or with the process; no further call starts.
     """
-    todo = deque(items)
+    todo, numbers = list(items), itertools.count()  # ``next`` of a count is atomic
     results: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
     stop = threading.Event()
 
     def work() -> None:
-        while not stop.is_set():
+        while not stop.is_set() and (number := next(numbers)) < len(todo):
             try:
-                item = todo.popleft()
-            except IndexError:
-                return
-            try:
-                function(item)
+                function(todo[number])
             except BaseException as error:
                 results.put(error)
                 return
             results.put(None)
 
-    calls = len(todo)
     try:
-        for _ in range(min(workers, calls)):
+        for _ in range(min(workers, len(todo))):
             threading.Thread(target=work, daemon=True).start()
-        for _ in range(calls):
+        for _ in todo:
             error = results.get()
             if error is not None:
                 raise error

@@ -37,20 +37,19 @@ def describe_differences(
     >>> describe_differences({"scale": 64.0, "views": {"flipped": 1}}, {"scale": 32, "views": {}})
     ['scale: expected 64, got 32', 'views.flipped: expected 1, got nothing']
     """
-    ours, theirs = dict(_flatten(old, ignore)), dict(_flatten(new, ignore))
+    ours, theirs = (dict(_flatten(msgspec.to_builtins(value), ignore)) for value in (old, new))
     lines = []
     for field in ours | theirs:
         pair = ours.get(field, _ABSENT), theirs.get(field, _ABSENT)
         if pair[0] != pair[1]:
-            shown = [_format(value) for value in pair]
-            if shown[0] == shown[1]:
-                shown = [repr(value) for value in pair]
-            lines.append(f"{field}: {old_name} {shown[0]}, {new_name} {shown[1]}")
+            first, second = map(_format, pair)
+            if first == second:
+                first, second = map(repr, pair)
+            lines.append(f"{field}: {old_name} {first}, {new_name} {second}")
     return lines
 
 
-def _flatten(value: object, ignore: Collection[str], name: str = "") -> Iterator[tuple[str, Any]]:
-    value = msgspec.to_builtins(value) if name == "" else value
+def _flatten(value: Any, ignore: Collection[str], name: str = "") -> Iterator[tuple[str, Any]]:
     if name in ignore:
         return
     if not isinstance(value, Mapping):

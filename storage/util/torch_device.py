@@ -3,6 +3,7 @@
 The rest of storage needs no torch, so it is imported where it is used.
 """
 
+import functools
 import os
 import threading
 from collections.abc import Callable, Iterable
@@ -16,7 +17,6 @@ Precision = Literal["float32", "float16", "bfloat16"]
 T = TypeVar("T")
 R = TypeVar("R")
 
-_pools: dict[tuple[int, int], ThreadPoolExecutor] = {}
 _pools_lock = threading.Lock()
 
 
@@ -54,9 +54,8 @@ def own_cuda(device: str) -> str:
     import torch
 
     gpus = torch.cuda.device_count()
-    if device != "cuda" or local_rank() is None or not gpus:
-        return device
-    return f"cuda:{own_gpu(gpus)}"
+    shared = device == "cuda" and local_rank() is not None and gpus
+    return f"cuda:{own_gpu(gpus)}" if shared else device
 
 
 def resolve_precision(
@@ -85,11 +84,15 @@ def map_single_threaded(function: Callable[[T], R], items: Iterable[T]) -> list[
     threads = torch.get_num_threads()
     if threads == 1:
         return [function(item) for item in items]
-    return list(_single_threaded_pool(threads).map(function, items))
+    with _pools_lock:
+        # A forked process has none of its parent's threads.
+        pool = _single_threaded_pool(os.getpid(), threads)
+    return list(pool.map(function, items))
 
 
-def _single_threaded_pool(threads: int) -> ThreadPoolExecutor:
-    """This process's pool of threads whose torch operations use one thread each.
+@functools.cache
+def _single_threaded_pool(_process: int, threads: int) -> ThreadPoolExecutor:
+    """A pool of threads whose torch operations use one thread each.
 
     ``torch.set_num_threads`` acts on the calling thread, and on the process by being the default
     of threads to come. So it is called once for each thread of a pool, which stays, and the
@@ -103,11 +106,7 @@ def _single_threaded_pool(threads: int) -> ThreadPoolExecutor:
         torch.set_num_threads(1)
         all_started.wait()
 
-    key = os.getpid(), threads  # a forked process has none of its parent's threads
-    with _pools_lock:
-        if key not in _pools:
-            pool, all_started = ThreadPoolExecutor(threads), threading.Barrier(threads)
-            list(pool.map(use_one_thread, range(threads)))
-            torch.set_num_threads(threads)
-            _pools[key] = pool
-        return _pools[key]
+    pool, all_started = ThreadPoolExecutor(threads), threading.Barrier(threads)
+    list(pool.map(use_one_thread, range(threads)))
+    torch.set_num_threads(threads)
+    return pool

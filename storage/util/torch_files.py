@@ -61,8 +61,7 @@ def read_torch_file(
             f"tensors only and none that would run code, got {_described(path, error)}"
             + (f"; {remedy}" if remedy else "")
         ) from error
-    damaged = _damaged_part(path)
-    if damaged:
+    if damaged := _damaged_part(path):
         raise ConfigError(
             f"{path}: its bytes are not those that were written: the checksum of {damaged} does "
             "not match" + ("; get it again" if remedy else "")
@@ -94,14 +93,12 @@ def _damaged_part(path: Path) -> str:
 
     torch writes a CRC of each part, unless switched off, and does not check it on reading.
     """
-    with path.open("rb") as file:
-        if file.read(len(ZIP_START)) != ZIP_START:
-            return ""
+    if _start(path) != ZIP_START:
+        return ""
     try:
         with zipfile.ZipFile(path) as archive:
-            if not any(part.CRC for part in archive.infolist()):
-                return ""
-            return archive.testzip() or ""
+            checked = any(part.CRC for part in archive.infolist())
+            return (checked and archive.testzip()) or ""
     # Damaged headers: zipfile's own errors, and those of any wrong field.
     except (zipfile.BadZipFile, zlib.error, RuntimeError, ValueError, EOFError) as error:
         return f"its directory ({error})"
@@ -109,14 +106,16 @@ def _damaged_part(path: Path) -> str:
 
 def _described(path: Path, error: Exception) -> str:
     """What the refused file is; torch's own message advises running its code."""
-    named = re.search(r"GLOBAL ([\w.]+)", str(error))
-    if named:
+    if named := re.search(r"GLOBAL ([\w.]+)", str(error)):
         return f"one that names {named[1]}"
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        start = file.read(len(ZIP_START))
     if zipfile.is_zipfile(path):
         return "another zip archive, or a damaged one"
+    size, start = path.stat().st_size, _start(path)
     if start == ZIP_START:
         return f"one that is cut off after {size:,} bytes"
     return f"{size:,} bytes starting {start.hex()}" if size else "an empty file"
+
+
+def _start(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(len(ZIP_START))
