@@ -102,7 +102,8 @@ def _load(
     source: Path, targets: Path | None, *, sort: Any, drop_unmatched: bool, order: "Order"
 ) -> "tuple[Records, JoinedTargets | None]":
     from gkd.storage.cache.reader import Cache
-    from gkd.storage.records.open import ParquetRecords, open_records
+    from gkd.storage.records.open import open_records
+    from gkd.storage.records.parquet import ParquetRecords
     from gkd.trainer.data.dataset import join_targets
 
     records = open_records(source, sort=sort)

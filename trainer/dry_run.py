@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from gkd.storage.reading.flat_arrays import array_shapes
 from gkd.storage.reading.shard_store import ShardStore
-from gkd.storage.records.open import Records
+from gkd.storage.records.base import Records
 from gkd.trainer.backbones.common import FACE_SIZE
 from gkd.trainer.checkpoint import student_backbone
 from gkd.trainer.config import RunConfig

@@ -7,7 +7,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from gkd.storage.records.open import Records
+from gkd.storage.records.base import Records
 from gkd.trainer.distributed import ALONE, Ranks
 
 # Steps whose cosines stay on the device: few enough for its memory, enough to fetch seldom.

@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from gkd.storage.cache.spec import preprocess_preset
 from gkd.storage.errors import ConfigError, GkdError
 from gkd.storage.reading.shard_store import ShardStore
-from gkd.storage.records.open import Records
+from gkd.storage.records.base import Records
 from gkd.storage.util.files import delete_temporaries, disk_errors, write_file
 from gkd.storage.util.progress import progress
 from gkd.storage.util.torchrun_env import log_rank0

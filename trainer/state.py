@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from gkd.storage.cache.spec import preprocess_preset
 from gkd.storage.errors import ConfigError
-from gkd.storage.records.open import Records
+from gkd.storage.records.base import Records
 from gkd.trainer.checkpoint import (
     RunData,
     centers_of,

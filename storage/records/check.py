@@ -17,17 +17,7 @@ PERCENTILES = (0, 5, 25, 50, 75, 95, 100)
 
 @dataclass(frozen=True)
 class RecordsInfo:
-    """Facts about records from their headers; only the first image is decoded.
-
-    layout, indexed       as in ``Records``
-    num_classes           stated by a file or the folders, else by the largest label
-    identities            number of different labels that occur
-    labels                smallest and largest label
-    unreadable            records whose header is broken or whose label names no class
-    image_size            (width, height) of the first image, None if it cannot be read
-    bytes                 of all encoded images
-    images_per_identity   {percentile: images}, over the identities that occur
-    """
+    """Facts about records from their headers; the first image is decoded for its size."""
 
     path: Path
     name: str
@@ -35,13 +25,13 @@ class RecordsInfo:
     indexed: bool
     label_order: LabelOrder
     images: int
-    num_classes: int
-    identities: int
-    labels: tuple[int, int]
-    unreadable: int
-    image_size: tuple[int, int] | None
-    bytes: int
-    images_per_identity: dict[int, float]
+    num_classes: int  # stated by a file or the folders, else by the largest label
+    identities: int  # different labels that occur
+    labels: tuple[int, int]  # smallest and largest
+    unreadable: int  # records whose header is broken or whose label names no class
+    image_size: tuple[int, int] | None  # width and height; None if it cannot be read
+    bytes: int  # of all encoded images
+    images_per_identity: dict[int, float]  # by percentile, over the identities that occur
     fingerprint: str
 
 

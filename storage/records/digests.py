@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import io
 import os
 import time
 import zipfile
@@ -15,7 +14,7 @@ import numpy.typing as npt
 from gkd.storage.errors import CorruptRecordError
 from gkd.storage.records.base import QUIET_ROWS, Records
 from gkd.storage.records.images import DIGEST_BYTES, digest
-from gkd.storage.util.files import disk_errors, write_file
+from gkd.storage.util.files import disk_errors, publish_file
 from gkd.storage.util.parallel import ordered_map, row_blocks
 from gkd.storage.util.progress import progress
 
@@ -29,21 +28,18 @@ def digests(records: Records, *, workers: int) -> npt.NDArray[np.uint8]:
 
     Zero for a row that cannot be read.
     """
+    hashed = np.zeros(len(records), f"V{DIGEST_BYTES}")
 
-    hashed = np.zeros(len(records) * DIGEST_BYTES, np.uint8)
-    view = hashed.data
-
-    def hash_rows(rows: range) -> None:
+    def hash_rows(rows: range) -> int:
         for row in rows:
             with contextlib.suppress(CorruptRecordError):
-                start = row * DIGEST_BYTES
-                view[start : start + DIGEST_BYTES] = digest(records.encoded(row))
+                hashed[row] = digest(records.encoded(row))
+        return len(rows)
 
     with progress("hash images", len(records), "images", quiet_below=QUIET_ROWS) as advance:
-        blocks = list(row_blocks(len(records)))
-        for rows, _ in zip(blocks, ordered_map(hash_rows, blocks, workers=workers), strict=True):
-            advance(len(rows))
-    return hashed.reshape(-1, DIGEST_BYTES)
+        for count in ordered_map(hash_rows, row_blocks(len(records)), workers=workers):
+            advance(count)
+    return hashed.view(np.uint8).reshape(-1, DIGEST_BYTES)
 
 
 def cached_digests(records: Records, folder: Path, *, workers: int) -> npt.NDArray[np.uint8]:
@@ -63,23 +59,18 @@ def cached_digests(records: Records, folder: Path, *, workers: int) -> npt.NDArr
     found = _read_cached(path, len(records))
     if found is not None:
         return found
-    lock = filelock.FileLock(path.with_suffix(".lock"))
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire()  # one rank of a node reads the data, the others find its result
-    try:
-        found = _read_cached(path, len(records))
-        if found is not None:
-            return found
-        hashed = digests(records, workers=workers)
-        if time.time() - newest >= SETTLED_SECONDS and _cache_path(records, folder)[0] == path:
-            buffer = io.BytesIO()
-            np.savez(buffer, digests=hashed)
-            with disk_errors(path):
-                write_file(path, buffer.getvalue())
-        return hashed
-    finally:
-        lock.release()
+        # One rank of a node reads the data, the others find its result.
+        with filelock.FileLock(path.with_suffix(".lock")):
+            found = _read_cached(path, len(records))
+            if found is None:
+                found = digests(records, workers=workers)
+                settled = time.time() - newest >= SETTLED_SECONDS
+                if settled and _cache_path(records, folder)[0] == path:
+                    with publish_file(path) as temporary, temporary.open("wb") as file:
+                        np.savez(file, digests=found)
+    return found
 
 
 def _cache_path(records: Records, folder: Path) -> tuple[Path, float]:

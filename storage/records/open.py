@@ -4,26 +4,11 @@ from pathlib import Path
 
 from gkd.storage.errors import ConfigError
 from gkd.storage.records.base import FORMS, Records
-from gkd.storage.records.digests import digests
 from gkd.storage.records.folder import ImageFolder, Sort, natural_key
-from gkd.storage.records.images import digest
 from gkd.storage.records.multi_file import find_shards
 from gkd.storage.records.pack import RecordFile, RecordParts
 from gkd.storage.records.parquet import PARQUET, ParquetRecords
 from gkd.storage.records.webdataset import TAR, WebDatasetRecords
-
-__all__ = [
-    "ImageFolder",
-    "ParquetRecords",
-    "RecordFile",
-    "RecordParts",
-    "Records",
-    "Sort",
-    "WebDatasetRecords",
-    "digest",
-    "digests",
-    "open_records",
-]
 
 _COMPRESSED_TAR = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 

@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 
 from gkd.storage.errors import ConfigError, CorruptRecordError
+from gkd.storage.records.base import Records
 from gkd.storage.records.folder import Sort
 from gkd.storage.records.images import FACE_SHAPE
-from gkd.storage.records.open import Records, open_records
+from gkd.storage.records.open import open_records
 from gkd.storage.records.pack import EXACT_FLOAT32
 from gkd.storage.records.recordio import encode_record, record_writer
 from gkd.storage.util.files import delete_temporaries, publish_dir

@@ -18,7 +18,8 @@ from gkd.pipeline.run import cache_teacher
 from gkd.pipeline.settings import DRAWS, CacheSettings, PartitionSettings
 from gkd.pipeline.teacher.onnx_embedder import OnnxEmbedder
 from gkd.storage.cache.spec import preprocess_preset
-from gkd.storage.records.open import Records, open_records
+from gkd.storage.records.base import Records
+from gkd.storage.records.open import open_records
 from gkd.storage.util.parallel import ordered_map
 from tests.benchmarks.harness import report
 from tests.paths import SHARED_DATA

@@ -29,8 +29,8 @@ from gkd.pipeline.settings import DRAWS, CacheSettings, PartitionSettings
 from gkd.pipeline.teacher.torch_embedder import TorchEmbedder
 from gkd.storage.cache.reader import Cache
 from gkd.storage.cache.spec import preprocess_preset
-from gkd.storage.records.base import Subset
-from gkd.storage.records.open import Records, open_records
+from gkd.storage.records.base import Records, Subset
+from gkd.storage.records.open import open_records
 from gkd.storage.util.torchrun_env import usable_cores
 from gkd.trainer.backbones import build_backbone
 from gkd.trainer.config_file import load_config

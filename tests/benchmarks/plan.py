@@ -27,8 +27,8 @@ from gkd.pipeline.teacher.onnx_embedder import OnnxEmbedder
 from gkd.storage.analysis.stats import stats
 from gkd.storage.cache.reader import Cache
 from gkd.storage.cache.spec import preprocess_preset
-from gkd.storage.records.base import Subset
-from gkd.storage.records.open import Records, open_records
+from gkd.storage.records.base import Records, Subset
+from gkd.storage.records.open import open_records
 from tests.benchmarks.harness import Bar, report
 from tests.paths import SHARED_DATA
 

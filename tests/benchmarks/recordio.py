@@ -24,7 +24,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from gkd.storage.records.open import Records, open_records
+from gkd.storage.records.base import Records
+from gkd.storage.records.open import open_records
 from gkd.storage.records.recordio import (
     MAGIC,
     RecordReader,

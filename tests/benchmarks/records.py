@@ -19,7 +19,8 @@ import numpy as np
 import pyarrow as pa
 
 from gkd.storage.records import parquet_blocks
-from gkd.storage.records.open import Records, open_records
+from gkd.storage.records.base import Records
+from gkd.storage.records.open import open_records
 from tests.benchmarks.harness import in_turns, report
 from tests.paths import SHARED_DATA
 from tests.storage.records.forms import image_column, samples, write_parquet, write_tar

@@ -22,8 +22,8 @@ from gkd.storage.analysis.stats import stats
 from gkd.storage.cache.reader import Cache
 from gkd.storage.reading.mmap_store import TargetStore, materialise
 from gkd.storage.reading.shard_store import ShardStore
-from gkd.storage.records.base import Subset
-from gkd.storage.records.open import Records, open_records
+from gkd.storage.records.base import Records, Subset
+from gkd.storage.records.open import open_records
 from gkd.trainer.data.dataset import FaceBatches, JoinedTargets
 from gkd.trainer.data.loader import BatchLoader
 from gkd.trainer.data.sampler import BatchSampler

@@ -10,7 +10,8 @@ import torch
 
 from gkd.demo.synthetic import draw_faces
 from gkd.storage.cache.reader import Cache
-from gkd.storage.records.open import Records, open_records
+from gkd.storage.records.base import Records
+from gkd.storage.records.open import open_records
 from gkd.storage.records.recordio import encode_record, record_writer
 from gkd.trainer.backbones import build_backbone
 from gkd.trainer.checkpoint import read_checkpoint

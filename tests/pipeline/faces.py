@@ -18,7 +18,8 @@ from gkd.pipeline.settings import CacheSettings, PartitionSettings
 from gkd.pipeline.teacher.embedder import Embedder
 from gkd.storage.cache.spec import preprocess_preset
 from gkd.storage.cache.writer import CacheWriter
-from gkd.storage.records.open import Records, open_records
+from gkd.storage.records.base import Records
+from gkd.storage.records.open import open_records
 from gkd.storage.util.torch_device import Precision
 from tests.storage.records.packs import payload, write_pack
 

@@ -22,7 +22,8 @@ from gkd.storage.cache.targets import decode_log_probs
 from gkd.storage.cache.verify import verify
 from gkd.storage.cache.writer import CacheWriter
 from gkd.storage.errors import CorruptRecordError
-from gkd.storage.records.open import digest, open_records
+from gkd.storage.records.images import digest
+from gkd.storage.records.open import open_records
 from tests.paths import SHARED_DATA, needs_shared_data
 from tests.pipeline.faces import SETTINGS, PixelEmbedder, centers, failing, make, write_folder
 from tests.reference import dense_group, dense_secondary, log_sum_exp

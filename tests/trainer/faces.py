@@ -24,7 +24,9 @@ from gkd.storage.cache.spec import (
 )
 from gkd.storage.cache.targets import Draws, SparseTargets, encode_log_probs
 from gkd.storage.cache.writer import CacheWriter
-from gkd.storage.records.open import Records, digests, open_records
+from gkd.storage.records.base import Records
+from gkd.storage.records.digests import digests
+from gkd.storage.records.open import open_records
 from gkd.trainer.config import RunConfig
 from gkd.trainer.config_file import load_config
 from gkd.trainer.data.dataset import JoinedTargets, join_targets

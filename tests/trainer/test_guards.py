@@ -14,8 +14,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from gkd.storage.errors import ConfigError, GkdError
-from gkd.storage.records.base import Subset
-from gkd.storage.records.open import Records, open_records
+from gkd.storage.records.base import Records, Subset
+from gkd.storage.records.open import open_records
 from gkd.storage.util.files import sha256_file
 from gkd.trainer.checkpoint import publish, read_checkpoint, write_checkpoint
 from gkd.trainer.data.dataset import Batch, FaceBatches

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from gkd.storage.cache.reader import Cache
-from gkd.storage.records.open import Records, open_records
+from gkd.storage.records.base import Records
+from gkd.storage.records.open import open_records
 from gkd.trainer.data.dataset import Batch, FaceBatches, join_targets
 from gkd.trainer.data.loader import BatchLoader
 from gkd.trainer.data.sampler import BatchSampler

@@ -4,7 +4,7 @@ import numpy as np
 
 from gkd.storage.cache.spec import CacheSpec
 from gkd.storage.errors import ConfigError, CorruptRecordError, SpecMismatchError
-from gkd.storage.records.open import Records
+from gkd.storage.records.base import Records
 from gkd.storage.util.text import first_few
 from gkd.trainer.config import KdConfig, RunConfig
 from gkd.trainer.data.dataset import JoinedTargets, chosen_signal

@@ -22,9 +22,8 @@ from gkd.storage.cache.targets import SparseTargets, TargetBatch, at_temperature
 from gkd.storage.reading.join import SKIPPED, join
 from gkd.storage.reading.mmap_store import DIGESTS, TargetStore, default_folder, materialise
 from gkd.storage.reading.shard_store import ShardStore
-from gkd.storage.records.base import Subset
+from gkd.storage.records.base import Records, Subset
 from gkd.storage.records.digests import cached_digests
-from gkd.storage.records.open import Records
 from gkd.trainer.config import Signal
 from gkd.trainer.data.sampler import BatchIndices, Blocks
 from gkd.trainer.head.targets import GroupTargets

@@ -26,7 +26,8 @@ from gkd.pipeline.settings import CacheSettings, PartitionSettings
 from gkd.pipeline.teacher.onnx_embedder import OnnxEmbedder
 from gkd.storage.cache.spec import DrawsSpec, Preprocess, preprocess_preset
 from gkd.storage.errors import GkdError
-from gkd.storage.records.open import Records, open_records
+from gkd.storage.records.base import Records
+from gkd.storage.records.open import open_records
 from tests.caches import contents
 from tests.paths import SHARED_DATA, needs_shared_data
 from tests.pipeline.faces import EMBEDDING_DIM, PixelEmbedder, centers, write_folder

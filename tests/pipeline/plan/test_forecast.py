@@ -16,8 +16,8 @@ from gkd.storage.cache.reader import Cache
 from gkd.storage.cache.spec import DrawsSpec, preprocess_preset
 from gkd.storage.cache.targets import decode_log_probs
 from gkd.storage.errors import ConfigError
-from gkd.storage.records.base import Subset
-from gkd.storage.records.open import Records, open_records
+from gkd.storage.records.base import Records, Subset
+from gkd.storage.records.open import open_records
 from tests.paths import SHARED_DATA, needs_shared_data
 from tests.pipeline.faces import PixelEmbedder, centers, records_of, write_folder
 

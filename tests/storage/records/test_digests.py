@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from gkd.storage.records import digests as digests_module
-from gkd.storage.records.digests import cached_digests
-from gkd.storage.records.open import Records, digests, open_records
+from gkd.storage.records.base import Records
+from gkd.storage.records.digests import cached_digests, digests
+from gkd.storage.records.open import open_records
 from gkd.storage.records.write_pack import pack
 from tests.storage.records.packs import jpeg, write_folder
 

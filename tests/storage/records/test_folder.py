@@ -4,8 +4,8 @@ from pathlib import Path
 import pytest
 
 from gkd.storage.errors import ConfigError, CorruptRecordError
-from gkd.storage.records.folder import Sort
-from gkd.storage.records.open import ImageFolder, open_records
+from gkd.storage.records.folder import ImageFolder, Sort
+from gkd.storage.records.open import open_records
 from tests.storage.records.packs import jpeg, write_folder
 
 NAMES = ["10/b10.jpg", "10/b9.jpg", "9/x.PNG", "B/1.jpeg", "a/1.webp", "a/1.txt", "empty/readme"]

@@ -8,8 +8,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from gkd.storage.records.base import Subset
-from gkd.storage.records.open import Records, digests, open_records
+from gkd.storage.records.base import Records, Subset
+from gkd.storage.records.digests import digests
+from gkd.storage.records.open import open_records
 from gkd.storage.records.pack import RecordFile
 from gkd.storage.records.write_pack import pack
 from tests.paths import SHARED_DATA, needs_shared_data

@@ -7,7 +7,9 @@ import pytest
 
 from gkd.storage.errors import ConfigError, CorruptRecordError
 from gkd.storage.records.check import records_info, verify_records
-from gkd.storage.records.open import RecordFile, RecordParts, digests, open_records
+from gkd.storage.records.digests import digests
+from gkd.storage.records.open import open_records
+from gkd.storage.records.pack import RecordFile, RecordParts
 from tests.paths import SHARED_DATA, needs_shared_data
 from tests.storage.records.packs import insightface_records, jpeg, part, payload, write_pack
 

@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 
 from gkd.storage.errors import ConfigError, CorruptRecordError, GkdError
 from gkd.storage.records import parquet, parquet_blocks
+from gkd.storage.records.base import Records
 from gkd.storage.records.check import records_info, verify_records
-from gkd.storage.records.open import ParquetRecords, Records, open_records
+from gkd.storage.records.open import open_records
+from gkd.storage.records.parquet import ParquetRecords
 from tests.storage.records.forms import (
     BODIES,
     IMAGE,

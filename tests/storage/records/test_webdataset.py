@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 
 from gkd.storage.errors import ConfigError, CorruptRecordError, GkdError
 from gkd.storage.records import webdataset as webdataset_records
+from gkd.storage.records.base import Records
 from gkd.storage.records.check import records_info, verify_records
-from gkd.storage.records.open import Records, WebDatasetRecords, open_records
+from gkd.storage.records.open import open_records
+from gkd.storage.records.webdataset import WebDatasetRecords
 from tests.storage.records.forms import BODIES, LABELS, Members, samples, write_tar
 
 

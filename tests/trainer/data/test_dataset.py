@@ -20,7 +20,8 @@ from gkd.storage.errors import (
     SpecMismatchError,
 )
 from gkd.storage.reading.shard_store import Block, ShardStore
-from gkd.storage.records.open import Records, open_records
+from gkd.storage.records.base import Records
+from gkd.storage.records.open import open_records
 from gkd.trainer.data.checks import check_data
 from gkd.trainer.data.dataset import (
     Batch,

@@ -9,7 +9,8 @@ import torch
 from gkd.storage.cache.reader import Cache
 from gkd.storage.cache.spec import DrawsSpec
 from gkd.storage.errors import ConfigError
-from gkd.storage.records.open import Records, open_records
+from gkd.storage.records.base import Records
+from gkd.storage.records.open import open_records
 from gkd.trainer.config import Signal
 from gkd.trainer.data.dataset import FaceBatches, JoinedTargets, join_targets
 from gkd.trainer.data.loader import BatchLoader
