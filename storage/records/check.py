@@ -9,7 +9,7 @@ from gkd.storage.errors import CorruptRecordError
 from gkd.storage.records.base import Layout, Records
 from gkd.storage.records.images import decode
 from gkd.storage.records.labels import LabelOrder
-from gkd.storage.util.parallel import ordered_map, row_blocks
+from gkd.storage.util.parallel import map_rows
 from gkd.storage.util.progress import progress
 
 PERCENTILES = (0, 5, 25, 50, 75, 95, 100)
@@ -81,21 +81,18 @@ def verify_records(records: Records, *, workers: int) -> RecordsReport:
     class, a missing file, bytes that are no image, or an image that is not 112x112.
     """
 
-    def check(rows: range) -> list[CorruptRecordError | None]:
-        return [_fault(records, row) for row in rows]
+    def check(row: int) -> CorruptRecordError | None:
+        try:
+            records.face(row)
+        except CorruptRecordError as error:
+            return error
+        return None
 
     faults = []
     with progress("verify records", len(records), "images") as advance:
-        for found in ordered_map(check, row_blocks(len(records)), workers=workers):
-            faults += [fault for fault in found if fault is not None]
-            advance(len(found), f"{len(faults)} faults" if faults else "")
+        for fault in map_rows(check, len(records), workers=workers):
+            if fault is not None:
+                faults.append(fault)
+            advance(1, f"{len(faults)} faults" if faults else "")
     identities = np.unique(records.labels[records.labels >= 0])
     return RecordsReport(len(records), len(identities), tuple(faults))
-
-
-def _fault(records: Records, row: int) -> CorruptRecordError | None:
-    try:
-        records.face(row)
-    except CorruptRecordError as error:
-        return error
-    return None

@@ -15,7 +15,7 @@ from gkd.storage.errors import CorruptRecordError
 from gkd.storage.records.base import QUIET_ROWS, Records
 from gkd.storage.records.images import DIGEST_BYTES, digest
 from gkd.storage.util.files import disk_errors, publish_file
-from gkd.storage.util.parallel import ordered_map, row_blocks
+from gkd.storage.util.parallel import map_rows
 from gkd.storage.util.progress import progress
 
 # Hashing fewer bytes takes no longer than looking for a cached result.
@@ -30,15 +30,13 @@ def digests(records: Records, *, workers: int) -> npt.NDArray[np.uint8]:
     """
     hashed = np.zeros(len(records), f"V{DIGEST_BYTES}")
 
-    def hash_rows(rows: range) -> int:
-        for row in rows:
-            with contextlib.suppress(CorruptRecordError):
-                hashed[row] = digest(records.encoded(row))
-        return len(rows)
+    def hash_row(row: int) -> None:
+        with contextlib.suppress(CorruptRecordError):
+            hashed[row] = digest(records.encoded(row))
 
     with progress("hash images", len(records), "images", quiet_below=QUIET_ROWS) as advance:
-        for count in ordered_map(hash_rows, row_blocks(len(records)), workers=workers):
-            advance(count)
+        for _ in map_rows(hash_row, len(records), workers=workers):
+            advance()
     return hashed.view(np.uint8).reshape(-1, DIGEST_BYTES)
 
 

@@ -102,9 +102,9 @@ class RecordReader:
             raise CorruptRecordError(
                 f"expected {flag} labels by the header's flag, got {len(payload)} bytes"
             )
-        labels = np.frombuffer(payload, "<f4", flag, _HEADER.size)
-        if not flag:
-            labels = np.array([label], np.float32)
+        labels = np.array([label], np.float32)
+        if flag:
+            labels = np.frombuffer(payload, "<f4", flag, _HEADER.size)
         return Record(flag, labels, id_, id2, payload[start:])
 
     def body(self, offset: int) -> memoryview:

@@ -79,7 +79,10 @@ def members(view: memoryview, position: int = 0) -> Iterator[Member]:
         if kind in _WITHOUT_DATA:
             length = 0
         if kind == _SPARSE:
-            data = _after_sparse_map(view, header, data)
+            more = header[482]  # the rest of the member's map of holes
+            while more and data + BLOCK <= end:
+                more = view[data + 504]
+                data += BLOCK
         position = data + (length + BLOCK - 1) // BLOCK * BLOCK
         if data + length > end:
             raise TarFault(
@@ -141,15 +144,6 @@ def _name(header: bytes) -> bytes:
     if header[257:263] == b"ustar\0" and header[345]:
         return header[345:500].partition(b"\0")[0] + b"/" + name
     return name
-
-
-def _after_sparse_map(view: memoryview, header: bytes, data: int) -> int:
-    """Offset of the data of GNU's old sparse member: after the rest of its map."""
-    more = header[482]
-    while more and data + BLOCK <= len(view):
-        more = view[data + 504]
-        data += BLOCK
-    return data
 
 
 def _pax_fields(content: bytes) -> dict[bytes, bytes]:

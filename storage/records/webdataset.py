@@ -226,17 +226,13 @@ def _index(
             f"{path}: offset {damaged.start}: {damaged.damage}; fetch or write it again"
         )
     index = np.array(rows, np.int64).reshape(-1, 5)
-    _require_unique(path, view, index[:, 0], index[:, 4])
+    _require_unique(path, view, index)
     return index[:, :4]
 
 
-def _require_unique(
-    path: Path,
-    view: memoryview,
-    starts: npt.NDArray[np.int64],
-    hashes: npt.NDArray[np.int64],
-) -> None:
+def _require_unique(path: Path, view: memoryview, index: npt.NDArray[np.int64]) -> None:
     """Refuse a repeated key: its members are not together, or a file was appended."""
+    starts, hashes = index[:, 0], index[:, 4]
     order = np.argsort(hashes, kind="stable")
     for i in np.flatnonzero(hashes[order[1:]] == hashes[order[:-1]]):
         first, again = (next(_samples(view, start)) for start in starts[order[i : i + 2]].tolist())

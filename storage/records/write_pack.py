@@ -16,7 +16,7 @@ from gkd.storage.records.pack import EXACT_FLOAT32
 from gkd.storage.records.recordio import encode_record, record_writer
 from gkd.storage.util.files import delete_temporaries, publish_dir
 from gkd.storage.util.lock import WriteLock
-from gkd.storage.util.parallel import ordered_map, row_blocks
+from gkd.storage.util.parallel import map_rows
 from gkd.storage.util.progress import progress
 
 
@@ -76,9 +76,9 @@ def _write_records(records: Records, write: Callable[[int, bytes], None], worker
     count, classes, labels = len(records), records.num_classes, records.labels
     by_identity = bool((labels[1:] >= labels[:-1]).all())
 
-    def read_faces(rows: range) -> list[memoryview]:
+    def read_face(row: int) -> memoryview:
         try:
-            return [records.face(row)[0] for row in rows]
+            return records.face(row)[0]
         except CorruptRecordError as error:
             error.remedy = "align or write this image again, or leave it out"
             raise
@@ -87,9 +87,9 @@ def _write_records(records: Records, write: Callable[[int, bytes], None], worker
     if by_identity:
         write(0, encode_record([count + 1, count + 1 + classes], b"", id=0))
     with progress("pack images", count, "images") as advance:
-        blocks = ordered_map(read_faces, row_blocks(count), workers=workers)
-        for key, encoded in enumerate(itertools.chain.from_iterable(blocks), first_key):
-            write(key, encode_record(float(labels[key - first_key]), encoded, id=key))
+        for row, encoded in enumerate(map_rows(read_face, count, workers=workers)):
+            key = first_key + row
+            write(key, encode_record(float(labels[row]), encoded, id=key))
             advance()
     if by_identity:
         # The first row of each class bounds its keys.

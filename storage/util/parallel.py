@@ -9,6 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 AHEAD = 4
+BLOCK_ROWS = 256
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -33,6 +34,13 @@ def ordered_map(
         finally:
             for future in waiting:
                 future.cancel()
+
+
+def map_rows(function: Callable[[int], R], count: int, *, workers: int) -> Iterator[R]:
+    """``function`` of rows 0 to ``count - 1`` in order; each thread takes blocks of rows."""
+    blocks = (range(at, min(at + BLOCK_ROWS, count)) for at in range(0, count, BLOCK_ROWS))
+    for results in ordered_map(lambda rows: list(map(function, rows)), blocks, workers=workers):
+        yield from results
 
 
 def write_behind(write: Callable[[T], object], items: Iterable[T]) -> None:
@@ -85,9 +93,3 @@ def for_each(function: Callable[[T], object], items: Iterable[T], *, workers: in
                 raise error
     finally:
         stop.set()
-
-
-def row_blocks(count: int, size: int = 256) -> Iterator[range]:
-    """Rows 0..count in blocks of ``size``, the last one shorter."""
-    for start in range(0, count, size):
-        yield range(start, min(start + size, count))

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from gkd.storage.util.parallel import AHEAD, for_each, ordered_map, row_blocks, write_behind
+from gkd.storage.util.parallel import AHEAD, for_each, map_rows, ordered_map, write_behind
 
 
 def test_results_come_in_order_from_several_threads() -> None:
@@ -76,9 +76,9 @@ def test_an_exception_does_not_wait_for_calls_that_hang() -> None:
         free.set()
 
 
-def test_blocks_cover_all_rows() -> None:
-    assert list(row_blocks(600)) == [range(256), range(256, 512), range(512, 600)]
-    assert list(row_blocks(0)) == []
+@pytest.mark.parametrize("count", [0, 1, 512, 600])
+def test_all_rows_are_mapped_in_order(count: int) -> None:
+    assert list(map_rows(lambda row: 2 * row, count, workers=3)) == list(range(0, 2 * count, 2))
 
 
 def test_one_item_is_written_while_the_next_is_made_and_no_more() -> None:
