@@ -114,8 +114,8 @@ class Records(ABC):
     @cached_property
     def fingerprint(self) -> str:
         """Hex sha256 of labels and encoded sizes (int64, little-endian) in row order."""
-        hashed = hashlib.sha256(np.ascontiguousarray(self.labels, "<i8"))
-        hashed.update(np.ascontiguousarray(self.sizes, "<i8"))
+        hashed = hashlib.sha256(np.ascontiguousarray(self.labels, "<i8").data)
+        hashed.update(np.ascontiguousarray(self.sizes, "<i8").data)
         return hashed.hexdigest()
 
     @abstractmethod

@@ -36,27 +36,24 @@ class ImageFolder(Records):
         self.path = path.absolute()
         self.name = self.path.name
         self.label_order = sort
-        sort_key = SORT_KEYS[sort]
         root = Path(os.path.realpath(self.path))
-        folders, images = _entries(self.path, root)
+        folders, images = _entries(self.path, root, sort)
         if images:
             raise ConfigError(
                 f"{self.path}: expected one folder per identity, got the image {images[0].name} "
                 "beside them; move it into its identity's folder"
             )
-        folders.sort(key=lambda entry: sort_key(entry.name))
         names: list[bytes] = []
         sizes: list[int] = []
         counts: list[int] = []
         with progress("list", len(folders), "identities", quiet_below=QUIET_FOLDERS) as advance:
             for folder in folders:
-                inner, images = _entries(folder, root)
+                inner, images = _entries(folder, root, sort)
                 if inner:
                     raise ConfigError(
                         f"{inner[0].path}: expected one folder per identity with its images "
                         "inside, got another folder; move its images up or make it an identity"
                     )
-                images.sort(key=lambda entry: sort_key(entry.name))
                 try:
                     names.extend(f"{folder.name}/{image.name}".encode() for image in images)
                 except UnicodeEncodeError as error:
@@ -119,12 +116,12 @@ SORT_KEYS: dict[Sort, Callable[[str], Any]] = {"natural": natural_key, "plain": 
 Entry = os.DirEntry[str]
 
 
-def _entries(folder: Path | Entry, root: Path) -> tuple[list[Entry], list[Entry]]:
-    """Sub-folders and images of a folder; links are followed inside ``root``, refused elsewhere."""
+def _entries(folder: Path | Entry, root: Path, sort: Sort) -> tuple[list[Entry], list[Entry]]:
+    """Sorted sub-folders and images of a folder; links are followed only inside ``root``."""
     folders: list[Entry] = []
     images: list[Entry] = []
     with os.scandir(folder) as found:
-        for entry in found:
+        for entry in sorted(found, key=lambda entry: SORT_KEYS[sort](entry.name)):
             if entry.name.startswith("."):
                 continue
             is_folder = entry.is_dir()

@@ -42,9 +42,12 @@ def decode(encoded: bytes | memoryview) -> npt.NDArray[np.uint8]:
         raise
     # Pillow's decoders raise almost any exception on damaged bytes.
     except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        if isinstance(error, UnidentifiedImageError):  # its own text holds a memory address
+            reason = f"none of {', '.join(PILLOW_FORMATS)}"
         raise CorruptRecordError(
             f"expected an encoded image, got {len(encoded)} bytes starting "
-            f"{bytes(encoded[:8]).hex() or 'nowhere'} ({_reason(error)})"
+            f"{bytes(encoded[:8]).hex() or 'nowhere'} ({reason})"
         ) from error
 
 
@@ -91,9 +94,3 @@ def _check_pixels(width: int, height: int) -> None:
         raise CorruptRecordError(
             f"expected at most {MAX_PIXELS} pixels, got an image of {width}x{height}"
         )
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, UnidentifiedImageError):
-        return f"none of {', '.join(PILLOW_FORMATS)}"  # its own text holds a memory address
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -10,6 +10,7 @@ from typing import Generic, TypeVar
 
 from gkd.storage.errors import ConfigError, CorruptRecordError
 from gkd.storage.records.folder import natural_key
+from gkd.storage.records.labels import read_property
 from gkd.storage.util.text import first_few
 
 _NUMBERED = re.compile(r"(?P<set>.*)-(?P<number>\d{1,6})-of-(?P<count>\d{1,6})(?:-\w+)?")
@@ -25,9 +26,11 @@ class Shards:
     ``path`` is a file, a folder with files of this ``suffix``, or a folder whose sub-folder
     ``data`` holds them, as hubs lay them out. They are in natural order of their names. Files whose
     names mark them as validation or test splits are left out unless there are no others.
+    ``num_classes`` is stated by the file ``property`` in the folder or beside the file, or None.
 
     Raises:
-        ConfigError: if files are missing by the numbers in the names (``00003-of-00042``).
+        ConfigError: if files are missing by the numbers in the names (``00003-of-00042``), or
+            ``property`` cannot be read.
         CorruptRecordError: if a file cannot be read, or is a Git LFS pointer.
     """
 
@@ -41,7 +44,7 @@ class Shards:
             home = home.parent
             if self.name == "train":
                 self.name = home.name
-        self.property_path = home / "property"
+        self.num_classes = read_property(home / "property")
         for shard in self.paths:
             try:
                 with shard.open("rb") as file:

@@ -16,21 +16,9 @@ import pyarrow.compute as pc
 
 from gkd.storage.errors import ConfigError, CorruptRecordError
 from gkd.storage.records.base import QUIET_ROWS, Records
-from gkd.storage.records.labels import (
-    LABEL_NAMES,
-    class_numbers,
-    count_classes,
-    label_fault,
-    read_property,
-)
+from gkd.storage.records.labels import LABEL_NAMES, class_numbers, count_classes, label_fault
 from gkd.storage.records.multi_file import OpenFiles, Shards
-from gkd.storage.records.parquet_blocks import (
-    FEWER_ROWS,
-    MAX_FILES,
-    ParquetBlocks,
-    arrow_errors,
-    open_parquet,
-)
+from gkd.storage.records.parquet_blocks import MAX_FILES, ParquetBlocks, open_parquet
 from gkd.storage.util.progress import progress
 
 PARQUET = ".parquet"
@@ -65,7 +53,7 @@ class ParquetRecords(Records):
         self._shards = shards = Shards(path, PARQUET)
         self.path, self.name, self._paths = shards.root, shards.name, shards.paths
         columns = _common_columns(shards.paths)
-        self._label, self._stated = columns.label, read_property(shards.property_path)
+        self._label, self._stated = columns.label, shards.num_classes
         if self._stated is None and columns.names is not None:
             self._stated = len(columns.names)
         files = OpenFiles(shards.paths, open_parquet, MAX_FILES)
@@ -113,7 +101,7 @@ class ParquetRecords(Records):
     def _read(self, row: int) -> memoryview:
         number, group, inner, _ = self._locate(row)
         if self.labels.item(row) < 0:
-            label = self._read_labels(number, [group])[inner].as_py()
+            label = self._blocks.labels(number, [group], self._label)[inner].as_py()
             raise CorruptRecordError(label_fault(label, self._stated))
         value = self._blocks.get(number, group, inner)
         if value is None:
@@ -167,18 +155,9 @@ class ParquetRecords(Records):
             return labels
 
     def _class_numbers(self, number: int, groups: Sequence[int]) -> npt.NDArray[np.int64]:
-        column = self._read_labels(number, groups)
+        column = self._blocks.labels(number, groups, self._label)
         valid = column.is_valid().to_numpy()
         return class_numbers(column.fill_null(0).to_numpy(), self._stated, valid)
-
-    def _read_labels(self, number: int, groups: Sequence[int]) -> Any:
-        """The labels of row groups as they are stored."""
-        with arrow_errors("expected labels that can be decoded", "fetch the file again"):
-            file = self._blocks.files.get(number)
-            column = file.read_row_groups(groups, columns=[self._label], use_threads=False)[0]
-        if len(column) != sum(file.metadata.row_group(group).num_rows for group in groups):
-            raise CorruptRecordError(FEWER_ROWS)
-        return column
 
 
 class Columns(NamedTuple):

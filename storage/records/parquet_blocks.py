@@ -2,7 +2,7 @@
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -66,6 +66,19 @@ class ParquetBlocks:
                 if pa.types.is_struct(array.type):
                     (array,) = array.flatten()  # a struct that is null has no bytes
                 yield array
+
+    def labels(self, file: int, groups: Sequence[int], column: str) -> Any:
+        """The labels of row groups as they are stored.
+
+        Raises:
+            CorruptRecordError: if they cannot be decoded.
+        """
+        with arrow_errors("expected labels that can be decoded", "fetch the file again"):
+            opened = self.files.get(file)
+            labels = opened.read_row_groups(groups, columns=[column], use_threads=False)[0]
+        if len(labels) != sum(opened.metadata.row_group(group).num_rows for group in groups):
+            raise CorruptRecordError(FEWER_ROWS)
+        return labels
 
     def _block(self, file: int, group: int, number: int) -> Any:
         key = file, group, number

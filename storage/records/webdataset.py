@@ -21,13 +21,7 @@ import numpy.typing as npt
 from gkd.storage.errors import ConfigError, CorruptRecordError
 from gkd.storage.records.base import Records
 from gkd.storage.records.folder import SUFFIXES
-from gkd.storage.records.labels import (
-    LABEL_NAMES,
-    MAX_CLASSES,
-    count_classes,
-    label_fault,
-    read_property,
-)
+from gkd.storage.records.labels import LABEL_NAMES, MAX_CLASSES, count_classes, label_fault
 from gkd.storage.records.multi_file import OpenFiles, Shards, map_file
 from gkd.storage.records.recordio import QUIET_BYTES
 from gkd.storage.records.tar import TarFault, members, next_header
@@ -64,7 +58,7 @@ class WebDatasetRecords(Records):
     def __init__(self, path: Path) -> None:
         self._shards = shards = Shards(path, TAR)
         self.path, self.name, self._paths = shards.root, shards.name, shards.paths
-        self._stated = read_property(shards.property_path)
+        self._stated = shards.num_classes
         self._maps = OpenFiles(shards.paths, map_file, MAX_MAPS)
         bound = MAX_CLASSES if self._stated is None else self._stated
         parts = []

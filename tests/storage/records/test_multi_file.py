@@ -57,6 +57,7 @@ def test_keys_name_their_file_if_there_are_several(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("file", "name"), [("train.tar", "set"), ("faces.tar", "faces")])
 def test_a_single_file_names_the_data_set(tmp_path: Path, file: str, name: str) -> None:
-    shards = Shards(touch(tmp_path / "set", file) / file, ".tar")
-    assert (shards.name, shards.key(0, "k")) == (name, "k")
-    assert shards.property_path == tmp_path / "set/property"
+    folder = touch(tmp_path / "set", file)
+    (folder / "property").write_text("7,112,112\n")
+    shards = Shards(folder / file, ".tar")
+    assert (shards.name, shards.key(0, "k"), shards.num_classes) == (name, "k", 7)
