@@ -74,7 +74,7 @@ def centers_build(
     A centre is the mean embedding of both views of an identity's images. OUT records its teacher
     and data; cache-teacher --centers OUT refuses it for any other.
     """
-    from gkd.pipeline.centers.build import build_centers
+    from gkd.pipeline.build_centers import build_centers
     from gkd.pipeline.centers.refine import refine_settings
     from gkd.storage.records.open import open_records
 

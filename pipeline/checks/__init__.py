@@ -1,4 +1,4 @@
 """Checks that preprocessing, centres and stored targets are those of the teacher.
 
-May be imported by the run, ``plan``, ``centers.build`` and the commands.
+May be imported by ``run``, ``plan``, ``build_centers`` and the commands.
 """

@@ -11,8 +11,8 @@ import safetensors
 import torch
 import torch.nn.functional as F
 
+from gkd.pipeline.build_centers import BuildSummary, build_centers
 from gkd.pipeline.centers import refine as module
-from gkd.pipeline.centers.build import BuildSummary, build_centers
 from gkd.pipeline.centers.load import open_centers
 from gkd.pipeline.centers.means import centers_path
 from gkd.pipeline.centers.refine import measure, refine, refine_settings
@@ -125,7 +125,7 @@ class Interrupted(PixelEmbedder):
 def test_an_interrupted_build_resumes_to_the_same_bytes(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gkd.pipeline.centers.build.PART_SAMPLES", 8)
+    monkeypatch.setattr("gkd.pipeline.build_centers.PART_SAMPLES", 8)
     reference, broken = tmp_path / "reference.safetensors", tmp_path / "broken.safetensors"
     expected = build(folder, reference, 2)
     with pytest.raises(KeyboardInterrupt):
