@@ -19,8 +19,8 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow
-import pyarrow.csv
+import pyarrow as pa
+from pyarrow import csv
 
 from gkd.storage.errors import ConfigError, CorruptRecordError
 from gkd.storage.records.multi_file import map_file, require_unchanged
@@ -226,15 +226,13 @@ def read_index(path: Path) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]
         return np.empty(0, np.int64), np.empty(0, np.int64)
     names = ["key", "offset"]
     try:
-        table = pyarrow.csv.read_csv(
+        table = csv.read_csv(
             path,
-            read_options=pyarrow.csv.ReadOptions(column_names=names),
-            parse_options=pyarrow.csv.ParseOptions(delimiter="\t"),
-            convert_options=pyarrow.csv.ConvertOptions(
-                column_types=dict.fromkeys(names, pyarrow.int64()), null_values=[]
-            ),
+            csv.ReadOptions(column_names=names),
+            csv.ParseOptions(delimiter="\t"),
+            csv.ConvertOptions(column_types=dict.fromkeys(names, pa.int64()), null_values=[]),
         )
-    except pyarrow.ArrowInvalid as error:
+    except pa.ArrowInvalid as error:
         raise CorruptRecordError(
             f"{path}: expected lines of key, tab, offset, got: {error}; {remedy}"
         ) from error

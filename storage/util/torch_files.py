@@ -57,14 +57,17 @@ def read_torch_file(
         if isinstance(error, OSError) and error.filename is not None:
             raise
         raise ConfigError(
-            f"{path}: cannot be read as {what}: expected a file that torch.save wrote, of "
-            f"tensors only and none that would run code, got {_described(path, error)}"
-            + (f"; {remedy}" if remedy else "")
+            f"cannot be read as {what}",
+            path=path,
+            expected="a file that torch.save wrote, of tensors only and none that would run code",
+            got=_described(path, error),
+            remedy=remedy,
         ) from error
     if damaged := _damaged_part(path):
         raise ConfigError(
-            f"{path}: its bytes are not those that were written: the checksum of {damaged} does "
-            "not match" + ("; get it again" if remedy else "")
+            f"its bytes are not those that were written: the checksum of {damaged} does not match",
+            path=path,
+            remedy=remedy and "get it again",
         )
     return content
 
