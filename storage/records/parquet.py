@@ -5,7 +5,7 @@ import contextlib
 import functools
 import itertools
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -183,8 +183,22 @@ def find_columns(path: Path, schema: Any) -> Columns:
         ConfigError: if there is no such column or more than one, naming all.
     """
 
-    def only(what: str, candidates: Iterable[Iterable[str]]) -> str:
-        found = next(filter(None, map(list, candidates)), [])
+    features = _features(schema)
+    images = {
+        field.name: leaf.name
+        for field in schema
+        for leaf in field.flatten()  # the fields of a struct as ``field.inner``
+        if leaf.type in _BYTES and leaf.name in (field.name, f"{field.name}.bytes")
+    }
+
+    def described(kind: str) -> list[str]:
+        return [name for name in schema.names if features.get(name, {}).get("_type") == kind]
+
+    def named(*names: str) -> list[str]:
+        return [name for name in schema.names if name.lower() in names]
+
+    def only(what: str, *candidates: list[str]) -> str:
+        found = next(filter(None, candidates), [])
         if len(found) != 1:
             columns = ", ".join(f"{field.name} ({field.type})" for field in schema)
             raise ConfigError(
@@ -193,34 +207,13 @@ def find_columns(path: Path, schema: Any) -> Columns:
             )
         return found[0]
 
-    features = _features(schema)
-    described = {
-        kind: [name for name, feature in features.items() if feature.get("_type") == kind]
-        for kind in ("Image", "ClassLabel")
-    }
-    images = {
-        field.name: leaf.name
-        for field in schema
-        for leaf in field.flatten()  # the fields of a struct as ``field.inner``
-        if leaf.type in _BYTES and leaf.name in (field.name, f"{field.name}.bytes")
-    }
-    image = only(
-        "column of image bytes",
-        (
-            [name for name in described["Image"] if name in images],
-            [name for name in images if name.lower() in IMAGE_NAMES],
-            images,
-        ),
-    )
+    candidates = described("Image"), named(*IMAGE_NAMES), schema.names
+    image = only("column of image bytes", *([n for n in c if n in images] for c in candidates))
     label = only(
         f"column of class numbers, named {', '.join(LABEL_NAMES)} or id",
-        (
-            described["ClassLabel"],
-            *(
-                [name for name in schema.names if name.lower() in names]
-                for names in (LABEL_NAMES, ("id",))
-            ),
-        ),
+        described("ClassLabel"),
+        named(*LABEL_NAMES),
+        named("id"),
     )
     kind = schema.field(label).type
     if not pa.types.is_integer(kind):

@@ -10,11 +10,16 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from gkd.storage.records.base import Records
 from tests.storage.records.packs import jpeg
 
 Members = Iterable[tuple[str, bytes]]
 LABELS = [1, 0, 2, 1, 1, 0, 2, 0]
 BODIES = [jpeg(seed) for seed in range(8)]
+
+
+def bodies(records: Records) -> list[bytes]:
+    return [bytes(records.encoded(row)) for row in range(len(records))]
 
 
 def write_tar(path: Path, members: Members, *, format: int = tarfile.PAX_FORMAT) -> Path:

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from gkd.storage.errors import ConfigError, CorruptRecordError, GkdError
 from gkd.storage.records import parquet, parquet_blocks
-from gkd.storage.records.base import Records
 from gkd.storage.records.check import records_info, verify_records
 from gkd.storage.records.open import open_records
 from gkd.storage.records.parquet import ParquetRecords
@@ -21,6 +20,7 @@ from tests.storage.records.forms import (
     BODIES,
     IMAGE,
     LABELS,
+    bodies,
     class_label,
     features,
     image_column,
@@ -32,10 +32,6 @@ def opened(path: Path) -> ParquetRecords:
     records = open_records(path)
     assert isinstance(records, ParquetRecords)
     return records
-
-
-def bodies(records: Records) -> list[bytes]:
-    return [bytes(records.encoded(row)) for row in range(len(records))]
 
 
 def faces(labels: Any = None, **others: Any) -> dict[str, Any]:
@@ -136,6 +132,7 @@ TWO_IMAGES = {"first": image_column(BODIES), "second": image_column(BODIES)}
         (faces(), {b"huggingface": b"{"}),
         (faces(), {b"huggingface": b'{"info": {"features": []}}'}),
         (faces(), {b"huggingface": b"[]"}),
+        (faces(), features(other=class_label("a"))),
     ],
 )
 def test_columns_are_found(

@@ -13,21 +13,16 @@ from hypothesis import strategies as st
 
 from gkd.storage.errors import ConfigError, CorruptRecordError, GkdError
 from gkd.storage.records import webdataset as webdataset_records
-from gkd.storage.records.base import Records
 from gkd.storage.records.check import records_info, verify_records
 from gkd.storage.records.open import open_records
 from gkd.storage.records.webdataset import WebDatasetRecords
-from tests.storage.records.forms import BODIES, LABELS, Members, samples, write_tar
+from tests.storage.records.forms import BODIES, LABELS, Members, bodies, samples, write_tar
 
 
 def opened(path: Path) -> WebDatasetRecords:
     records = open_records(path)
     assert isinstance(records, WebDatasetRecords)
     return records
-
-
-def bodies(records: Records) -> list[bytes]:
-    return [bytes(records.encoded(row)) for row in range(len(records))]
 
 
 def test_a_shard_is_read_in_order(tmp_path: Path) -> None:
