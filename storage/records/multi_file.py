@@ -78,21 +78,17 @@ class OpenFiles(Generic[T]):
         max_open: int,
         sizes: Sequence[int] | None = None,
     ) -> None:
-        self.paths = paths
-        self.sizes = [path.stat().st_size for path in paths] if sizes is None else sizes
-        self._state = self.paths, open_file, max_open, self.sizes
-        opened = functools.partial(_open_unchanged, open_file, self.paths, self.sizes)
-        self.get: Callable[[int], T] = functools.lru_cache(max_open)(opened)
+        self.sizes = known = [path.stat().st_size for path in paths] if sizes is None else sizes
+        self._arguments = paths, open_file, max_open, self.sizes
+
+        def get(number: int) -> T:
+            require_unchanged(paths[number], known[number])
+            return open_file(paths[number])
+
+        self.get: Callable[[int], T] = functools.lru_cache(max_open)(get)
 
     def __reduce__(self) -> tuple[object, ...]:
-        return OpenFiles, self._state
-
-
-def _open_unchanged(
-    open_file: Callable[[Path], T], paths: Sequence[Path], sizes: Sequence[int], number: int
-) -> T:
-    require_unchanged(paths[number], sizes[number])
-    return open_file(paths[number])
+        return OpenFiles, self._arguments
 
 
 def require_unchanged(path: Path, size: int) -> None:
