@@ -67,6 +67,11 @@ class PairScores:
         """Mean score."""
         return float(self.scores.mean())
 
+    @property
+    def options(self) -> str:
+        """The options that choose this preprocessing."""
+        return f"--preprocess {self.preprocess.name}" + " --bgr" * self.preprocess.bgr
+
     def __str__(self) -> str:
         return (
             f"{self.genuine:.3f} within an identity, {self.impostor:.3f} between identities: "
@@ -94,10 +99,8 @@ class PresetCheck:
 
 def check_preprocessing(
     records: Records, embedder: Embedder, views: Sequence[View], *, workers: int
-) -> PresetCheck | None:
-    """Check the preprocessing of a run over all ``views`` and log the result.
-
-    None, with a line that says so, if the run is too short for the check or has too few pairs.
+) -> None:
+    """Check the preprocessing of a run over all ``views``, if it is long enough; log the result.
 
     Raises:
         GkdError: if embeddings of the sample have no direction.
@@ -105,20 +108,15 @@ def check_preprocessing(
     pairs = pairs_to_score(records.labels, len(records) * len(views))
     check = check_presets(records, embedder, pairs, workers=workers) if len(pairs) else None
     if check is not None:
-        lines = describe_preset(check)
-    elif len(pairs):
-        lines = [
-            "calibration: the preprocessing was not checked, as too few of the images can be "
-            "read; `gkd records verify` lists those that cannot"
-        ]
-    else:
-        lines = [
-            "calibration: the preprocessing was not checked, which requires "
-            f"{MIN_PAIRS} identities of two images and {MIN_PASSES // 2} images in both views"
-        ]
-    for line in lines:
-        log_rank0(line)
-    return check
+        log_rank0("\n".join(describe_preset(check)))
+        return
+    reason = (
+        "as too few of the images can be read; `gkd records verify` lists those that cannot"
+        if len(pairs)
+        else f"which requires {MIN_PAIRS} identities of two images and {MIN_PASSES // 2} images in "
+        "both views"
+    )
+    log_rank0(f"calibration: the preprocessing was not checked, {reason}")
 
 
 def sample_images(
@@ -173,15 +171,14 @@ def check_presets(
     given = embedder.preprocess
     first = 2 * max(2, len(faces) // 2 // FIRST_ROUND)
     begun = {}
-    for preset in (given, *(preset for preset in PRESETS if preset != given)):
-        embeddings = _embed(embedder, preset, faces[:first], required=preset == given)
-        if embeddings is not None:
+    for preset in dict.fromkeys((given, *PRESETS)):
+        if (embeddings := _embed(embedder, preset, faces[:first])) is not None:
             begun[preset] = embeddings
     means = {preset: score(preset, embeddings).mean for preset, embeddings in begun.items()}
     scored = []
     for preset, embeddings in begun.items():
         if preset == given or means[preset] >= HOPELESS * max(means.values()):
-            rest = _embed(embedder, preset, faces[first:], required=preset == given)
+            rest = _embed(embedder, preset, faces[first:])
             if rest is not None:
                 scored.append(score(preset, np.concatenate([embeddings, rest])))
     return compare(scored[0], scored)
@@ -207,35 +204,34 @@ def read_faces(
             return None  # the run itself reports or skips it
 
     faces = list(ordered_map(read, rows.tolist(), workers=workers))
-    readable = np.array([face is not None for face in faces])
     found = [face for face in faces if face is not None]
+    readable = np.array([face is not None for face in faces])
     return np.stack(found) if found else np.empty((0, 112, 112, 3), np.uint8), readable
 
 
 def _embed(
-    embedder: Embedder, preset: Preprocess, faces: npt.NDArray[np.uint8], *, required: bool
+    embedder: Embedder, preset: Preprocess, faces: npt.NDArray[np.uint8]
 ) -> npt.NDArray[np.float64] | None:
-    """L2-normalised embeddings [n, D] by another preprocessing, None if some have no direction.
+    """L2-normalised embeddings [n, D] by any preprocessing, None if some have no direction.
 
     Raises:
-        GkdError: instead of None, if ``required``.
+        GkdError: instead of None, if the preprocessing is the embedder's own.
     """
     other = copy.copy(embedder)  # the same network; weights are not loaded again
     other.preprocess = preset
     parts = [other(faces[rows.start : rows.stop]) for rows in split_rows(range(len(faces)), BATCH)]
-    embeddings = np.concatenate(parts)
-    faulty = faulty_rows(embeddings)
-    if len(faulty) and required:
+    unit = np.concatenate(parts)
+    faulty = faulty_rows(unit)
+    if len(faulty) and preset == embedder.preprocess:
         raise GkdError(
             f"{embedder.name}: NaN, infinite or zero embeddings of {len(faulty)} of {len(faces)} "
-            f"images of a first sample, computed in {embedder.precision}; try --precision float32, "
-            "and check the weights and the preprocessing"
+            f"images of a first sample, computed in {embedder.precision}",
+            remedy="try --precision float32, and check the weights and the preprocessing",
         )
     if len(faulty):
         return None
-    unit = embeddings.astype(np.float64)
-    unit /= np.linalg.norm(unit, axis=1, keepdims=True)
-    return unit
+    unit = unit.astype(np.float64)
+    return unit / np.linalg.norm(unit, axis=1, keepdims=True)
 
 
 def score(preset: Preprocess, embeddings: npt.NDArray[np.float64]) -> PairScores:
@@ -253,23 +249,18 @@ def score(preset: Preprocess, embeddings: npt.NDArray[np.float64]) -> PairScores
 
 def describe_preset(check: PresetCheck) -> list[str]:
     """The result of a check as lines, with a warning if another preprocessing fits better."""
-
-    def options(scores: PairScores) -> str:
-        return f"--preprocess {scores.preprocess.name}" + " --bgr" * scores.preprocess.bgr
-
     given, best = check.given, check.best
-    lines = [f"calibration: cosines {given} ({len(given.scores)} pairs, {options(given)})"]
+    gain = f"{check.gain:.2f} +- {check.error:.2f}"
+    lines = [f"calibration: cosines {given} ({len(given.scores)} pairs, {given.options})"]
     if check.doubtful:
         lines.append(
-            f"warning: {options(given)} looks wrong for this teacher. On the same pairs "
-            f"{options(best)} gives cosines {best}, better by {check.gain:.2f} +- "
-            f"{check.error:.2f}; unless the teacher's documentation says otherwise, stop and use "
-            f"{options(best)}"
+            f"warning: {given.options} looks wrong for this teacher. On the same pairs "
+            f"{best.options} gives cosines {best}, better by {gain}; unless the teacher's "
+            f"documentation says otherwise, stop and use {best.options}"
         )
     elif best is not given:
         lines[0] += (
-            f"; {options(best)} seems better by {check.gain:.2f} +- {check.error:.2f}, which is "
-            "not significant with so few pairs"
+            f"; {best.options} seems better by {gain}, which is not significant with so few pairs"
         )
     if best.mean < MIN_DISCRIMINATION:
         lines.append(
@@ -300,6 +291,7 @@ def report_group_sizes(
     sizes, truncated = groups.targets.sizes, float(groups.truncated.mean())
     accuracy, single = float((own > nearest).mean()), float((sizes == 1).mean())
     part_of = " (a mean that includes the image)" if own_means else ""
+    temperature = f"--group-temperature (now {settings.group_temperature:g})"
     lines = [
         f"calibration, {len(sizes):,} images: cosine to the own centre{part_of}: mean "
         f"{own.mean():.3f}, median {np.median(own):.3f}; to the nearest other: mean "
@@ -314,26 +306,21 @@ def report_group_sizes(
             "the nearest; the centres may number the identities differently or belong to another "
             "teacher, or --preprocess may be wrong"
         )
-    raise_temperature = f"raise --group-temperature (now {settings.group_temperature:g})"
     if single >= MAX_SINGLE:
         if settings.draws is None:
-            remedy = f"{raise_temperature}, or use --draws 64"
+            remedy = "use --draws 64"
         elif settings.draws_from_group:
-            remedy = f"all draws are from these groups: {raise_temperature}, or use --draw-from all"
+            remedy = "use --draw-from all, as all draws are from these groups"
         else:
-            remedy = (
-                f"train from the draws, as train-student does by default, or {raise_temperature}"
-            )
+            remedy = "train from the draws, as train-student does by default"
         lines.append(
             f"warning: {single:.1%} of the groups contain only the label, which teaches "
-            f"little; {remedy}"
+            f"little; raise {temperature}, or {remedy}"
         )
     if truncated >= MAX_TRUNCATED:
         lines.append(
             f"warning: --max-group {settings.max_group:,} truncates {truncated:.1%} of the "
-            "groups; raise it, or lower --group-temperature (now "
-            f"{settings.group_temperature:g}) or --threshold (now {settings.threshold:g})"
-            + ("; or use --draws 64 instead" if settings.draws is None else "")
+            f"groups; raise it, or lower {temperature} or --threshold (now "
+            f"{settings.threshold:g})" + "; or use --draws 64 instead" * (settings.draws is None)
         )
-    for line in lines:
-        log_rank0(line)
+    log_rank0("\n".join(lines))

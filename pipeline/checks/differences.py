@@ -1,7 +1,7 @@
 """Differences of stored targets from dense logits, each quantity by its definition in float64."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,13 +35,18 @@ class Differences:
 
     def exceed(self, allowed: "Differences") -> bool:
         """Whether one of them is above what is allowed, or NaN."""
-        inside = (
-            self.membership <= allowed.membership
-            and self.log_probs <= allowed.log_probs
-            and self.draws <= allowed.draws
-            and all(value <= allowed.secondary[t] for t, value in self.secondary.items())
-        )
-        return not inside
+        return not bool((self.values() <= allowed.values()).all())
+
+    def values(self) -> npt.NDArray[np.float64]:
+        """All of them, the secondary masses last."""
+        return np.array([self.membership, self.log_probs, self.draws, *self.secondary.values()])
+
+
+def largest(found: Sequence[Differences]) -> Differences:
+    """The maximum of each kind of difference."""
+    membership, log_probs, draws, *masses = np.max([d.values() for d in found], axis=0).tolist()
+    secondary = dict(zip(found[0].secondary, masses, strict=True))
+    return Differences(membership, log_probs, secondary, draws)
 
 
 def allowed_differences(spec: CacheSpec) -> Differences:
@@ -66,17 +71,15 @@ def compare(
     """Differences of one sample's stored targets from its recomputed logits float64 [C]."""
     group = stored.indices.astype(np.int64)
     log_probs = _log_softmax(logits / spec.group_temperature)
-    kept = np.maximum(log_probs[group], MIN_LOG_PROB)
-    secondary = {}
-    for column, temperature in enumerate(spec.temperatures):
-        log_mass = _log_mass_outside(logits / temperature, group)
-        secondary[f"{temperature:g}"] = _distance(float(stored.secondary[0, column]), log_mass)
     return Differences(
         membership=group_gap(
             log_probs, group, label, threshold=spec.threshold, max_group=spec.max_group
         ),
-        log_probs=float(np.abs(decode_log_probs(stored.log2_probs) - kept).max()),
-        secondary=secondary,
+        log_probs=_largest_error(stored.log2_probs, log_probs[group]),
+        secondary={
+            f"{t:g}": _distance(float(mass), _log_mass_outside(logits / t, group))
+            for t, mass in zip(spec.temperatures, stored.secondary[0], strict=True)
+        },
         draws=_draws_difference(spec, stored, label, logits),
     )
 
@@ -87,23 +90,26 @@ def _draws_difference(
     if spec.draws is None:
         return 0.0
     assert stored.draws is not None
-    drawn = stored.draws.classes[0].astype(np.int64)
-    log_probs = _log_softmax(logits / spec.draws.temperature)
-    kept = np.maximum(log_probs[drawn], MIN_LOG_PROB)
-    difference = float(np.abs(decode_log_probs(stored.draws.log2_probs[0]) - kept).max())
+    scaled = logits / spec.draws.temperature
+    log_probs = _log_softmax(scaled)
+    drawn = log_probs[stored.draws.classes[0].astype(np.int64)]
+    difference = _largest_error(stored.draws.log2_probs[0], drawn)
     if stored.draws.secondary is None:
         return difference
+    mass = float(stored.draws.secondary[0])
     outside = min(
         max(
-            _distance(
-                float(stored.draws.secondary[0]),
-                _log_mass_outside(logits / spec.draws.temperature, group),
-            ),
-            float(log_probs[group].min() - log_probs[drawn].min()),
+            _distance(mass, _log_mass_outside(scaled, group)),
+            float(log_probs[group].min() - drawn.min()),
         )
         for group in _untruncated_groups(spec, label, logits)
     )
     return max(difference, outside)
+
+
+def _largest_error(codes: npt.NDArray[np.uint16], log_probs: npt.NDArray[np.float64]) -> float:
+    exact = np.maximum(log_probs, MIN_LOG_PROB)
+    return float(np.abs(decode_log_probs(codes) - exact).max())
 
 
 def _untruncated_groups(
@@ -162,20 +168,17 @@ def group_gap(
     prefixes = [inside]
     if log_probs[label] == log_probs[group].min():
         prefixes.append(inside[:-1])  # the label was added to a prefix without it
-    truncated = len(group) == max_group
-    return gap + min(_threshold_gap(prefix, threshold, truncated) for prefix in prefixes)
-
-
-def _threshold_gap(prefix: npt.NDArray[np.float64], threshold: float, truncated: bool) -> float:
-    too_long = max(0.0, float(prefix[:-1].sum()) - threshold)
-    too_short = 0.0 if truncated else max(0.0, threshold - float(prefix.sum()))
-    return max(too_long, too_short)
+    # A truncated group may be too short.
+    needed = -math.inf if len(group) == max_group else threshold
+    return gap + min(
+        max(0.0, float(prefix[:-1].sum()) - threshold, needed - float(prefix.sum()))
+        for prefix in prefixes
+    )
 
 
 def _log_softmax(logits: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     shifted = logits - logits.max()
-    log_probs: npt.NDArray[np.float64] = shifted - math.log(np.exp(shifted).sum())
-    return log_probs
+    return np.asarray(shifted - math.log(np.exp(shifted).sum()))
 
 
 def _log_mass_outside(logits: npt.NDArray[np.float64], group: npt.NDArray[np.int64]) -> float:
@@ -189,16 +192,4 @@ def _log_mass_outside(logits: npt.NDArray[np.float64], group: npt.NDArray[np.int
 
 def _distance(left: float, right: float) -> float:
     # Masses this small underflow in a float64 sum and count as zero.
-    if max(left, right) < -700:
-        return 0.0
-    return abs(left - right)
-
-
-def largest(found: list[Differences]) -> Differences:
-    """The maximum of each kind of difference."""
-    return Differences(
-        membership=max(d.membership for d in found),
-        log_probs=max(d.log_probs for d in found),
-        secondary={t: max(d.secondary[t] for d in found) for t in found[0].secondary},
-        draws=max(d.draws for d in found),
-    )
+    return 0.0 if max(left, right) < -700 else abs(left - right)

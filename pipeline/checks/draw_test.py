@@ -43,7 +43,7 @@ class DrawCounts:
         """Add draws [n] of a sample from exp(log_probs) [C], which sum to 1."""
         order = np.argsort(-log_probs, kind="stable")
         probs = np.exp(log_probs[order])
-        # A class belongs to the bin of its middle, so a class of large mass leaves bins empty.
+        # A class belongs to the bin of its middle, so one of large mass leaves bins empty.
         middles = np.cumsum(probs) - probs / 2
         bins = np.empty(len(order), np.int64)
         bins[order] = np.minimum(middles * BINS, BINS - 1).astype(np.int64)

@@ -105,13 +105,12 @@ def verify_against(
         for i, (stored, logits) in enumerate(zip(_stored(cache, rows), recomputed, strict=True)):
             label = int(labels[i])
             for view, targets, exact in zip(spec.views, stored, logits, strict=True):
-                differences = compare(spec, targets, label, exact)
-                found.append(differences)
+                found.append(compare(spec, targets, label, exact))
                 if targets.draws is not None:
                     draws, log_probs = targets.draws.classes[0], draw_log_probs(spec, label, exact)
                     counts.add(draws, log_probs)
                     first_counts.add(draws[: -(-len(draws) // 4)], log_probs)
-                if differences.exceed(allowed):
+                if found[-1].exceed(allowed):
                     where = records.where(int(record_rows[i]))
                     wrong.append(f"{where}, row {rows[i]} of the cache, {view} view")
             advance()
@@ -124,8 +123,8 @@ def verify_against(
         other_groups=sum(differences.membership > 0 for differences in found),
         wrong=len(wrong),
         first_wrong=wrong[0] if wrong else "",
-        drawn=None if spec.draws is None else counts.test(),
-        first_drawn=None if spec.draws is None else first_counts.test(),
+        drawn=counts.test() if spec.draws else None,
+        first_drawn=first_counts.test() if spec.draws else None,
     )
 
 
@@ -149,29 +148,20 @@ def load_named_centers(cache: Cache, files: Sequence[Path]) -> Centers:
 
 
 def _require_named(spec: CacheSpec, embedder: Embedder, centers: Centers) -> None:
+    teacher = spec.teacher
+    named = teacher.sha256, teacher.embedding_dim, spec.preprocess, spec.precision
+    given = embedder.sha256, embedder.embedding_dim, embedder.preprocess, embedder.precision
+    fields = "teacher's sha256", "embedding_dim", "preprocess", "precision", "centres' sha256"
     differences = describe_differences(
-        {
-            "teacher's sha256": spec.teacher.sha256,
-            "embedding_dim": spec.teacher.embedding_dim,
-            "preprocess": spec.preprocess,
-            "precision": spec.precision,
-            "centres' sha256": spec.centers.sha256,
-        },
-        {
-            "teacher's sha256": embedder.sha256,
-            "embedding_dim": embedder.embedding_dim,
-            "preprocess": embedder.preprocess,
-            "precision": embedder.precision,
-            "centres' sha256": centers.spec.sha256,
-        },
+        dict(zip(fields, (*named, spec.centers.sha256), strict=True)),
+        dict(zip(fields, (*given, centers.spec.sha256), strict=True)),
     )
     if differences:
         raise SpecMismatchError(
-            f"the cache names the teacher {spec.teacher.name} and the centres {spec.centers.name}, "
+            f"the cache names the teacher {teacher.name} and the centres {spec.centers.name}, "
             "which differ from the given ones:\n  "
             + "\n  ".join(differences)
-            + "\nGive those that "
-            "the cache names."
+            + "\nGive those that the cache names."
         )
 
 
@@ -225,20 +215,13 @@ def _recompute(
     for start in range(0, len(rows), size):
         part = slice(start, start + size)
         images = np.stack([records.image(int(row)) for row in rows[part]])
-        embeddings = embedder.start(images, spec.views)()
-        logits = [_logits(embeddings[view], centers, labels[part], spec) for view in spec.views]
+        by_view = embedder.start(images, spec.views)()
+        logits = []
+        for embeddings in (by_view[view] for view in spec.views):
+            # z = scale * (cos - margin * [class = label])
+            unit = embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True)
+            cosines = unit @ centers.T
+            cosines[np.arange(len(images)), labels[part]] -= spec.margin
+            logits.append(np.asarray(spec.scale * cosines, np.float32))
         for i in range(len(images)):
-            yield [batch[i].astype(np.float64) for batch in logits]
-
-
-def _logits(
-    embeddings: npt.NDArray[np.float32],
-    centers: npt.NDArray[np.float32],
-    labels: npt.NDArray[np.int64],
-    spec: CacheSpec,
-) -> npt.NDArray[np.float32]:
-    """z = scale * (cos - margin * [class = label]), float32 [B, C]."""
-    unit = embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True)
-    cosines = unit @ centers.T
-    cosines[np.arange(len(labels)), labels] -= spec.margin
-    return np.asarray(spec.scale * cosines, np.float32)
+            yield [of_view[i].astype(np.float64) for of_view in logits]
