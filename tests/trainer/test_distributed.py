@@ -177,7 +177,7 @@ def test_killed_and_resumed_by_other_numbers_of_ranks(faces: Path, tmp_path: Pat
 def test_an_error_of_all_ranks_is_printed_once(faces: Path, tmp_path: Path) -> None:
     run(faces, tmp_path / "out", *FAST)
     with ranks_training(faces, tmp_path / "out", 2, "train.seed=1") as ranks:
-        assert failed(ranks).count("the run was begun with another configuration") == 1
+        assert failed(ranks).count("the run was started with another configuration") == 1
 
 
 def test_if_the_first_rank_fails_the_others_do_not_wait_for_it(faces: Path, tmp_path: Path) -> None:
