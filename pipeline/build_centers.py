@@ -4,6 +4,7 @@ import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 import numpy as np
@@ -79,7 +80,15 @@ def build_centers(
         GkdError: if the teacher's output is unusable.
     """
     began, out = time.monotonic(), out.absolute()
-    _require_new(out)
+    if out.suffix != SUFFIX:
+        raise ConfigError(
+            f"{out}: expected a file name with the suffix {SUFFIX}, as the file also records the "
+            "origin of the centres; choose such a name"
+        )
+    if out.exists():
+        raise ConfigError(f"{out}: exists already; choose another name, or remove it first")
+    if not out.parent.is_dir():
+        raise ConfigError(f"{out}: there is no folder {out.parent}; create it, or write elsewhere")
     check_labels(records)
     require_all_classes(records)
     device = embedder.device if torch.cuda.is_available() else "cpu"
@@ -90,7 +99,13 @@ def build_centers(
         store = EmbeddingStore(
             work_path(out), records, embedder, PART_SAMPLES, skip_corrupt=skip_corrupt
         )
-        _store_embeddings(store, records, embedder, batch_size, workers)
+        if missing := store.missing():
+            store.require_room()
+            if not store.shards():
+                check_preprocessing(records, embedder, VIEWS, workers=workers)
+            done = len(records) - store.sharding.count_rows(missing)
+            with progress("run teacher", len(records), "images", done) as advance:
+                store.fill(missing, advance, batch_size=batch_size, workers=workers)
         parts = range(store.sharding.num_shards)
         images = sum(len(store.load(part, []).kept) for part in parts)
         array = class_means(
@@ -103,15 +118,25 @@ def build_centers(
             load = partial(_load, store, records.labels)
             array = refine(array, len(parts), load, settings, images=seen, device=device)
             after = measure(array, *sample, device=device)
-        centers = Centers(array, "class-mean" if settings is None else "refined", out.name)
-        _write(out, centers, records, embedder, settings)
+        kind: Literal["class-mean", "refined"] = "class-mean" if settings is None else "refined"
+        origin = BuiltCenters(
+            kind,
+            teacher_spec(embedder),
+            embedder.preprocess,
+            embedder.precision,
+            dataset_spec(records),
+            settings,
+        )
+        metadata = {METADATA: msgspec.json.encode(origin).decode()}
+        with disk_errors(out), publish_file(out) as temporary:
+            save_file({"centers": array}, temporary, metadata)
         store.remove()
     return BuildSummary(
         path=str(out),
-        kind=centers.kind,
+        kind=kind,
         centers=len(array),
         embedding_dim=array.shape[1],
-        sha256=centers.spec.sha256,
+        sha256=Centers(array, kind, out.name).spec.sha256,
         images=images,
         skipped=len(records) - images,
         measured=len(sample[1]),
@@ -119,38 +144,6 @@ def build_centers(
         refined=after,
         seconds=time.monotonic() - began,
     )
-
-
-def _require_new(out: Path) -> None:
-    if out.suffix != SUFFIX:
-        raise ConfigError(
-            f"{out}: expected a file name with the suffix {SUFFIX}, as the file also records the "
-            "origin of the centres; choose such a name"
-        )
-    if out.exists():
-        raise ConfigError(f"{out}: exists already; choose another name, or remove it first")
-    if not out.parent.is_dir():
-        raise ConfigError(f"{out}: there is no folder {out.parent}; create it, or write elsewhere")
-
-
-def _store_embeddings(
-    store: EmbeddingStore,
-    records: Records,
-    embedder: Embedder,
-    batch_size: int | None,
-    workers: int,
-) -> None:
-    """Run the teacher on all parts that are not stored yet."""
-    missing = store.missing()
-    if not missing:
-        return
-    store.require_room()
-    if not store.shards():
-        check_preprocessing(records, embedder, VIEWS, workers=workers)
-    total = len(records)
-    done = total - store.sharding.count_rows(missing)
-    with progress("run teacher", total, "images", done) as advance:
-        store.fill(missing, advance, batch_size=batch_size, workers=workers)
 
 
 def _load(store: EmbeddingStore, labels: npt.NDArray[np.int64], part: int) -> Labelled:
@@ -171,21 +164,3 @@ def _sample(store: EmbeddingStore, labels: npt.NDArray[np.int64]) -> Labelled:
         samples.append((batch.embeddings["original"][chosen], labels[rows[chosen]]))
     embeddings, own = zip(*samples, strict=True)
     return np.concatenate(embeddings), np.concatenate(own)
-
-
-def _write(
-    out: Path, centers: Centers, records: Records, embedder: Embedder, settings: RefineSpec | None
-) -> None:
-    """Publish the centres, with their origin in the file's metadata."""
-    assert centers.kind != "file"
-    origin = BuiltCenters(
-        centers.kind,
-        teacher_spec(embedder),
-        embedder.preprocess,
-        embedder.precision,
-        dataset_spec(records),
-        settings,
-    )
-    metadata = {METADATA: msgspec.json.encode(origin).decode()}
-    with disk_errors(out), publish_file(out) as temporary:
-        save_file({"centers": centers.array}, temporary, metadata)

@@ -123,24 +123,24 @@ def read_center_files(paths: Sequence[Path], embedding_dim: int | None = None) -
 def _rank_span(path: Path) -> tuple[int, int] | None:
     """Start and end of the rank in the file name of a part."""
     match = RANKED.fullmatch(path.name)
-    return None if match is None or match.lastindex is None else match.span(match.lastindex)
+    return match and match.span(match.lastindex or 0)
 
 
 def _expand(path: Path) -> list[Path]:
     """The files that a path, folder or pattern names."""
     if path.is_dir():
         files = sorted(file for file in path.iterdir() if _rank_span(file))
-        if not files:
-            raise ConfigError(
-                f"{path}: expected a folder of parts of class centres, such as checkpoint_gpu_0.pt "
-                "or classifier_rank0.pt, found none; give the files themselves"
-            )
-        return files
-    if path.exists() or not any(wildcard in path.name for wildcard in "*?["):
+        expected = (
+            "a folder of parts of class centres, such as checkpoint_gpu_0.pt or "
+            "classifier_rank0.pt, found none; give the files themselves"
+        )
+    elif path.exists() or not any(wildcard in path.name for wildcard in "*?["):
         return [path]
-    files = sorted(path.parent.glob(path.name))
+    else:
+        files = sorted(path.parent.glob(path.name))
+        expected = "files of class centres, but no file name matches"
     if not files:
-        raise ConfigError(f"{path}: expected files of class centres, but no file name matches")
+        raise ConfigError(f"{path}: expected {expected}")
     return files
 
 
@@ -184,14 +184,17 @@ def _read_file(path: Path, embedding_dim: int | None) -> CenterFile:
     layout, key = _find_centers(path, tensors, embedding_dim)
     matrix = tensors[key].detach().float().numpy()
     transposed = _is_transposed(path, layout, key, matrix.shape, embedding_dim)
-    return CenterFile(
-        path=path,
-        layout=layout,
-        key=key,
-        transposed=transposed,
-        array=np.ascontiguousarray(matrix.T if transposed else matrix),
-        built=_decode_origin(path, metadata[METADATA]) if METADATA in metadata else None,
-    )
+    built = None
+    if METADATA in metadata:
+        try:
+            built = msgspec.json.decode(metadata[METADATA], type=BuiltCenters)
+        except msgspec.DecodeError as error:
+            raise ConfigError(
+                f"{path}: expected metadata as `gkd centers build` writes it, got {error}; build "
+                "the centres again"
+            ) from error
+    array = np.ascontiguousarray(matrix.T if transposed else matrix)
+    return CenterFile(path, layout, key, transposed, array, built)
 
 
 def _find_centers(
@@ -214,13 +217,13 @@ def _find_centers(
     is_network = any(tensor.dim() > 2 for tensor in tensors.values())
     fitting = [key for key in matrices if embedding_dim in (None, *matrices[key].shape)]
     if is_network or len(fitting) != 1:
-        length = "D" if embedding_dim is None else embedding_dim
+        shape = f"[C, {embedding_dim or 'D'}]"
         got = "a network" if is_network else f"{len(fitting)} such matrices"
         sources = ", ".join(dict.fromkeys(layout.source for layout in LAYOUTS[1:]))
         raise ConfigError(
-            f"{path}: expected class centres under a key of {sources}, or exactly one matrix [C, "
-            f"{length}], got {got}: {_describe(tensors)}; save the centres alone, as .npy [C, "
-            f"{length}], or use --centers class-mean"
+            f"{path}: expected class centres under a key of {sources}, or exactly one matrix "
+            f"{shape}, got {got}: {_describe(tensors)}; save the centres alone, as .npy {shape}, "
+            "or use --centers class-mean"
         )
     return PLAIN, fitting[0]
 
@@ -278,16 +281,6 @@ def read_npy(path: Path) -> npt.NDArray[Any]:
         got = getattr(array, "dtype", type(array).__name__)
         raise ConfigError(f"{path}: expected a .npy array of floats, got {got}")
     return array
-
-
-def _decode_origin(path: Path, text: str) -> BuiltCenters:
-    try:
-        return msgspec.json.decode(text, type=BuiltCenters)
-    except msgspec.DecodeError as error:
-        raise ConfigError(
-            f"{path}: expected metadata as `gkd centers build` writes it, got {error}; build the "
-            "centres again"
-        ) from error
 
 
 def _tensors(prefix: str, value: Any) -> Iterator[tuple[str, Tensor]]:

@@ -47,7 +47,7 @@ def round_centers(array: npt.NDArray[np.float32], precision: CenterPrecision) ->
 def on_device(
     centers: npt.NDArray[np.float32],
     embedder: Embedder,
-    precision: CenterPrecision = "float32",
+    precision: CenterPrecision,
 ) -> torch.Tensor:
     """Centres [C, D] on the device of the matrix product: the teacher's GPU, if it has one."""
     array = round_centers(centers, precision)
@@ -57,12 +57,9 @@ def on_device(
 
 def max_cosine_error(array: npt.NDArray[np.float32], precision: CenterPrecision) -> float:
     """Bound on the change of a cosine by rounding the centres: the longest rounding error."""
-    largest = 0.0
-    for start in range(0, len(array), BLOCK):
-        block = array[start : start + BLOCK]
-        error = round_centers(block, precision).float() - torch.from_numpy(block)
-        largest = max(largest, float(torch.linalg.vector_norm(error, dim=1).max()))
-    return largest
+    blocks = (array[start : start + BLOCK] for start in range(0, len(array), BLOCK))
+    errors = (round_centers(block, precision).float() - torch.from_numpy(block) for block in blocks)
+    return max(float(torch.linalg.vector_norm(error, dim=1).max()) for error in errors)
 
 
 def open_centers(paths: Sequence[Path], records: Records, embedder: Embedder) -> Centers:
@@ -74,12 +71,14 @@ def open_centers(paths: Sequence[Path], records: Records, embedder: Embedder) ->
             made them for another teacher or another numbering of the identities.
     """
     files = read_center_files(paths, embedder.embedding_dim)
-    built = [file.built for file in files if file.built is not None]
-    for origin in built:
-        _require_same_origin(files[0].path, origin, records, embedder)
+    for file in files:
+        if file.built is not None:
+            _require_same_origin(files[0].path, file.built, records, embedder)
     array = join_centers(files, records.num_classes)
-    kind: CentersKind = built[0].kind if len(built) == len(files) == 1 else "file"
-    return Centers(array, kind, " ".join(file.path.name for file in files))
+    built = files[0].built if len(files) == 1 else None
+    return Centers(
+        array, built.kind if built else "file", " ".join(file.path.name for file in files)
+    )
 
 
 def load_centers(
@@ -114,10 +113,10 @@ def join_centers(files: Sequence[CenterFile], num_classes: int) -> npt.NDArray[n
     for start in range(0, num_classes, BLOCK):
         block = centers[start : start + BLOCK]
         lengths = np.linalg.norm(block.astype(np.float64), axis=1, keepdims=True)
-        usable = np.isfinite(lengths[:, 0]) & (lengths[:, 0] > 0)
+        usable = np.isfinite(lengths) & (lengths > 0)
         unusable += (start + np.flatnonzero(~usable)).tolist()
         # Dividing by a length that differs from 1 by rounding only would change the digest.
-        lengths[(np.abs(lengths - 1) < UNIT_TOLERANCE) | ~usable[:, None]] = 1
+        lengths[(np.abs(lengths - 1) < UNIT_TOLERANCE) | ~usable] = 1
         block[:] = block / lengths
     if unusable:
         raise ConfigError(
@@ -202,22 +201,18 @@ def _padding(files: Sequence[CenterFile], num_classes: int) -> int:
     surplus = sum(counts) - num_classes
     if surplus == 0 or (files[-1].layout.padded and 0 < surplus < len(files)):
         return surplus
-    message = f"{_paths(files)}: {sum(counts):,} centres, but the records have {num_classes:,}"
-    message += " identities"
-    if len(files) > 1:
-        message += f" (files of {', '.join(f'{count:,}' for count in counts)})"
-    if surplus < 0:
-        reason = (
-            "a shard of another rank may be missing, or the teacher was trained on a smaller or "
-            "older copy of the data set (published MS1MV3 shards sum to 91,180 for 93,431)"
-        )
-    else:
-        reason = (
-            "the teacher was trained on more identities, or its centres are padded to a multiple "
-            "of its ranks"
-        )
+    of_files = f" (files of {', '.join(f'{count:,}' for count in counts)})" * (len(files) > 1)
+    reason = (
+        "a shard of another rank may be missing, or the teacher was trained on a smaller or older "
+        "copy of the data set (published MS1MV3 shards sum to 91,180 for 93,431)"
+        if surplus < 0
+        else "the teacher was trained on more identities, or its centres are padded to a multiple "
+        "of its ranks"
+    )
     raise SpecMismatchError(
-        f"{message}; {reason}. Give the centres of these records, or --centers class-mean"
+        f"{_paths(files)}: {sum(counts):,} centres, but the records have {num_classes:,} "
+        f"identities{of_files}; {reason}. Give the centres of these records, or --centers "
+        "class-mean"
     )
 
 
@@ -228,20 +223,11 @@ def _paths(files: Sequence[CenterFile]) -> str:
 def _require_same_origin(
     path: Path, built: BuiltCenters, records: Records, embedder: Embedder
 ) -> None:
-    dataset = built.dataset
+    dataset, fields = built.dataset, ("teacher's sha256", "preprocess", "identities", "label order")
+    made = built.teacher.sha256, built.preprocess, dataset.num_classes, dataset.label_order
+    given = embedder.sha256, embedder.preprocess, records.num_classes, records.label_order
     differences = describe_differences(
-        {
-            "teacher's sha256": built.teacher.sha256,
-            "preprocess": built.preprocess,
-            "identities": dataset.num_classes,
-            "label order": dataset.label_order,
-        },
-        {
-            "teacher's sha256": embedder.sha256,
-            "preprocess": embedder.preprocess,
-            "identities": records.num_classes,
-            "label order": records.label_order,
-        },
+        dict(zip(fields, made, strict=True)), dict(zip(fields, given, strict=True))
     )
     if differences:
         raise SpecMismatchError(

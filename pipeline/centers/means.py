@@ -72,8 +72,7 @@ def require_all_classes(records: Records) -> None:
 
 
 def _require_images(counts: npt.NDArray[np.int64]) -> None:
-    without = np.flatnonzero(counts == 0)
-    if len(without):
+    if len(without := np.flatnonzero(counts == 0)):
         raise ConfigError(
             f"class-mean centres: {len(without):,} of {len(counts):,} classes have no image, such "
             f"as {first_few(without.tolist(), 5)}; give the teacher's own centres by --centers "

@@ -94,8 +94,9 @@ def measure(
     weight = torch.from_numpy(centers).to(device)
     sums = np.zeros(4)
     for start in range(0, len(labels), BATCH_SIZE):
-        unit = F.normalize(torch.from_numpy(embeddings[start : start + BATCH_SIZE]).to(device))
-        own_class = torch.from_numpy(labels[start : start + BATCH_SIZE]).to(device)
+        batch = slice(start, start + BATCH_SIZE)
+        unit = F.normalize(torch.from_numpy(embeddings[batch]).to(device))
+        own_class = torch.from_numpy(labels[batch]).to(device)
         own, nearest = own_and_nearest(unit, own_class, weight)
         loss = _log_sums(unit, own_class, weight, SCALE, MARGIN) - SCALE * (own - MARGIN)
         columns = ((own > nearest).float(), own, nearest, loss)
@@ -134,8 +135,8 @@ def _step(
 
 
 def _log_sums(unit: Tensor, labels: Tensor, weight: Tensor, scale: float, margin: float) -> Tensor:
-    sums = [z.logsumexp(1) for _, z in _logits(unit, labels, weight, scale, margin)]
-    return torch.stack(sums).logsumexp(0)
+    chunks = _logits(unit, labels, weight, scale, margin)
+    return torch.stack([logits.logsumexp(1) for _, logits in chunks]).logsumexp(0)
 
 
 def _logits(
