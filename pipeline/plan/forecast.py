@@ -8,6 +8,7 @@ group are computed for each threshold. Bytes are those of the sample's groups, w
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from itertools import product
 from typing import Literal
 
 import msgspec
@@ -73,9 +74,8 @@ class PlanSettings:
                 raise ConfigError(
                     f"{option}: expected one or more different numbers, got {got}; give each once"
                 )
-        for temperature in self.group_temperatures:
-            for threshold in self.thresholds:
-                self.partition(temperature, threshold)
+        for point in product(self.group_temperatures, self.thresholds):
+            self.partition(*point)
 
     def partition(self, group_temperature: float, threshold: float) -> PartitionSettings:
         """The settings of one point of the grid."""
@@ -149,11 +149,12 @@ def plan(
         GkdError: if the teacher's output is unusable.
     """
     check_labels(records)
+    config = settings.cache
+    views = config.views
     if centers == CLASS_MEAN:
         require_all_classes(records)
-    config = settings.cache
+        views = VIEWS
     began = time.perf_counter()
-    views = VIEWS if centers == CLASS_MEAN else config.views
     check_preprocessing(records, embedder, views, workers=config.workers)
     checking = time.perf_counter() - began
 
@@ -182,17 +183,16 @@ def plan(
         shard_samples=config.samples_per_shard(len(records)),
     )
     points = []
-    keys = [(t, p) for t in settings.group_temperatures for p in settings.thresholds]
+    keys = list(product(settings.group_temperatures, settings.thresholds))
     with progress("measure size", len(keys), "settings") as advance:
         for temperature, threshold in keys:
             at_point = msgspec.structs.replace(
                 spec, group_temperature=temperature, threshold=threshold
             )
             groups = grid.at(at_point)
-            measured = measure_bytes(at_point, records, groups, grid.digests)
-            per_image = teacher.per_image + grid.clocks[temperature].per_image + measured.seconds
+            size, writing = measure_bytes(at_point, records, groups, grid.digests)
+            per_image = teacher.per_image + grid.clocks[temperature].per_image + writing
             seconds = checking + per_image * len(records)
-            size = measured.total(at_point)
             points.append(_point(at_point, groups, grid.labels, size, seconds))
             advance()
     return Plan(
@@ -227,7 +227,7 @@ class _GroupGrid:
         self._highest = max(settings.thresholds)
         from_group = settings.cache.partition.draws_from_group
         thresholds = settings.thresholds if from_group else (self._highest,)
-        keys = [(t, p) for t in settings.group_temperatures for p in thresholds]
+        keys = list(product(settings.group_temperatures, thresholds))
         parts: dict[tuple[float, float], list[Groups]] = {key: [] for key in keys}
         self.clocks = {t: Clock() for t in settings.group_temperatures}
         images: list[EmbeddedImages] = []
@@ -235,9 +235,8 @@ class _GroupGrid:
             centers = on_device(array, embedder, settings.cache.center_precision)
             images.append(part)
             with progress("partition", len(part) * len(keys), "images") as advance:
-                for temperature, threshold in keys:
-                    config = settings.partition(temperature, threshold)
-                    clock = self.clocks[temperature]
+                for key in keys:
+                    config, clock = settings.partition(*key), self.clocks[key[0]]
                     clock.restart()
                     for batch in split_batch(part.batch(), batch_size):
                         labels = part.labels[batch.rows.start : batch.rows.stop]
@@ -245,14 +244,12 @@ class _GroupGrid:
                             batch, labels, centers, config, settings.cache.class_chunk
                         )
                         clock.stop(len(labels))
-                        parts[temperature, threshold].append(groups.views)
+                        parts[key].append(groups.views)
                         advance(len(labels))
-        self._computed: dict[tuple[float, float], Groups] = {}
-        for key, found in parts.items():
-            groups_at_key: dict[View, Partition] = {
-                view: Partition.concat(part[view] for part in found) for view in found[0]
-            }
-            self._computed[key] = groups_at_key
+        self._computed: dict[tuple[float, float], Groups] = {
+            key: {view: Partition.concat(part[view] for part in found) for view in found[0]}
+            for key, found in parts.items()
+        }
         self.labels = np.concatenate([part.labels for part in images])
         self.digests = np.concatenate([part.digests for part in images])
 
@@ -262,14 +259,13 @@ class _GroupGrid:
         if computed is not None:
             return computed
         old = msgspec.structs.replace(spec, threshold=self._highest)
-        cut: dict[View, Partition] = {
+        return {
             view: Partition(
                 cut_groups(groups.targets, self.labels, old, spec).targets,
                 _still_truncated(groups, self.labels, spec.threshold),
             )
             for view, groups in self._computed[spec.group_temperature, self._highest].items()
         }
-        return cut
 
 
 def _still_truncated(
@@ -305,10 +301,10 @@ def _point(
 ) -> PlanPoint:
     by_view = [view.targets.sizes for view in groups.values()]
     sizes = np.concatenate(by_view)
-    masses = [
+    mass = sum(
         np.exp(decode_log_probs(view.targets.log2_probs), dtype=np.float64).sum()
         for view in groups.values()
-    ]
+    )
     # The device with the most shards takes longest.
     shares = {devices: -(-spec.num_shards // devices) / spec.num_shards for devices in DEVICES}
     return PlanPoint(
@@ -317,7 +313,7 @@ def _point(
         median_size=float(np.median(sizes)),
         mean_size=float(sizes.mean()),
         p95_size=float(np.quantile(sizes, 0.95)),
-        mass=float(sum(masses)) / len(sizes),
+        mass=float(mass) / len(sizes),
         truncated=float(np.concatenate([view.truncated for view in groups.values()]).mean()),
         bytes_per_sample=size / spec.num_samples,
         bytes=size,

@@ -3,8 +3,8 @@
 import tempfile
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
@@ -23,8 +23,7 @@ from gkd.storage.records.base import Records, Subset
 INDEX_ENTRY_BYTES, CRC_BYTES = 16, 4  # of a packed array's index, an entry for each inner chunk
 
 
-@dataclass(frozen=True)
-class SampleBytes:
+class _SampleBytes(NamedTuple):
     """Bytes that grow with the samples, with the shards, and with neither.
 
     per_sample  data of arrays and of the table of samples, all views
@@ -38,41 +37,33 @@ class SampleBytes:
     fixed: int
     seconds: float
 
-    def total(self, spec: CacheSpec) -> int:
-        """Bytes of all files of the finished cache."""
-        data = self.per_sample * spec.num_samples
-        return round(data + self.per_shard * spec.num_shards + self.fixed)
-
 
 def measure_bytes(
     spec: CacheSpec,
     records: Records,
     views: Mapping[View, Partition],
     digests: npt.NDArray[np.uint8],
-) -> SampleBytes:
-    """Measure the files of a temporary cache of the groups of n images.
+) -> tuple[int, float]:
+    """Bytes of all files of the finished cache, and seconds of writing for each sample.
 
-    ``spec`` is that of the complete cache. Keys and labels are those of consecutive records, as in
-    a shard; ``digests`` uint8 [n, 16] are the sample's.
+    Measured on temporary caches of the groups of n images. ``spec`` is that of the complete cache.
+    Keys and labels are those of consecutive records, as in a shard; ``digests`` uint8 [n, 16] are
+    the sample's.
 
     Raises:
         ConfigError: if the temporary folder has no room.
     """
     shard_samples = min(spec.shard_samples, len(digests))
-    count = len(digests) // shard_samples * shard_samples
-    shards = count // shard_samples
+    shards = len(digests) // shard_samples
+    count = shards * shard_samples
     written = _write(spec, records, views, digests, range(count), shard_samples)
     # Even a minimal shard has headers, footers and checksums, so their bytes belong to each shard.
-    sizes = sum(view.targets.sizes for view in views.values())
-    smallest = int(np.argmin(sizes))
+    smallest = int(np.argmin(sum(view.targets.sizes for view in views.values())))
     least = _write(spec, records, views, digests, range(smallest, smallest + 1), 1).per_sample
     per_sample = (written.per_sample * count - shards * least) / max(count - shards, 1)
-    return SampleBytes(
-        per_sample=per_sample,
-        per_shard=round(written.per_shard + _index_bytes(spec) + least - per_sample),
-        fixed=written.fixed,
-        seconds=written.seconds,
-    )
+    per_shard = round(written.per_shard + _index_bytes(spec) + least - per_sample)
+    total = per_sample * spec.num_samples + per_shard * spec.num_shards + written.fixed
+    return round(total), written.seconds
 
 
 def _write(
@@ -82,7 +73,7 @@ def _write(
     digests: npt.NDArray[np.uint8],
     rows: range,
     shard_samples: int,
-) -> SampleBytes:
+) -> _SampleBytes:
     """Bytes of a cache of ``rows`` of the sample, without the indices of packed arrays."""
     first = (len(records) - len(rows)) // 2
     neighbours = Subset(records, np.arange(first, first + len(rows)))
@@ -109,7 +100,7 @@ def _write(
         ]
     one, two = (len(layout.manifest_content(small, files, commits[:1] * n)) for n in (1, 2))
     arrays = sum(file.bytes for commit, _ in commits for file in commit.files.values())
-    return SampleBytes(
+    return _SampleBytes(
         per_sample=(arrays - len(shards) * _index_bytes(small)) / len(rows),
         per_shard=commits[0][1].bytes + two - one,
         fixed=sum(file.bytes for file in files.values()) + 2 * one - two,
