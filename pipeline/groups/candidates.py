@@ -1,7 +1,8 @@
 """Candidates for the primary group: sortable keys, and the cutoffs at which they start."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,20 +34,17 @@ def key_classes(keys: Tensor) -> Tensor:
     return LOW_BITS - (keys & LOW_BITS)
 
 
-@dataclass(frozen=True)
-class Extracted:
+class Extracted(NamedTuple):
     """Entries [n] extracted from a chunk, which holds -inf at their rows and columns."""
 
     rows: Tensor
     columns: Tensor
     logits: Tensor
 
-    def __add__(self, other: "Extracted") -> "Extracted":
-        return Extracted(
-            torch.cat([self.rows, other.rows]),
-            torch.cat([self.columns, other.columns]),
-            torch.cat([self.logits, other.logits]),
-        )
+    @classmethod
+    def concat(cls, parts: Iterable["Extracted"]) -> "Extracted":
+        """The entries of one or more parts, one part after the other."""
+        return cls(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
 
 
 class Candidates:
@@ -129,8 +127,8 @@ def estimate_cutoff(
     """
     sample = sample.sort(1, descending=True).values
     peak = torch.maximum(sample[:, 0], label_logits)[:, None]
-    both = (torch.cat([sample, label_logits[:, None]], 1) - peak) / settings.group_temperature
-    terms = both.clamp_(min=math.log(MIN_TERM)).exp_()
+    terms = (torch.cat([sample, label_logits[:, None]], 1) - peak) / settings.group_temperature
+    terms.clamp_(min=math.log(MIN_TERM)).exp_()
     mass, label_mass = terms[:, :-1].cumsum(1), terms[:, -1:]
     rest = torch.exp(log_rest[:, None] - peak / settings.group_temperature)
     # The part of the share's mass that belongs to the group's prefix without the label.

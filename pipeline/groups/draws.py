@@ -86,10 +86,7 @@ class BlockSums:
         """Add the extracted entries of all chunks; each span's shift, float64 [B, spans]."""
         device = self.sums.device
         ends = torch.tensor(self._ends, device=device)
-        rows, columns, logits = (
-            torch.cat([getattr(extracted, name) for extracted in self._extracted])
-            for name in ("rows", "columns", "logits")
-        )
+        rows, columns, logits = Extracted.concat(self._extracted)
         counts = torch.tensor([len(extracted.rows) for extracted in self._extracted], device=device)
         chunks = torch.repeat_interleave(counts, output_size=len(rows))  # of each entry
 

@@ -34,7 +34,7 @@ from gkd.pipeline.groups.log_sums import RestLogSums
 from gkd.pipeline.groups.logits import ACCELERATOR_LOGITS, CPU_LOGITS, Logits
 from gkd.pipeline.groups.primary_group import PrimaryGroups, cut_primary_groups
 from gkd.pipeline.settings import PartitionSettings
-from gkd.storage.cache.targets import Draws, SparseTargets
+from gkd.storage.cache.targets import SparseTargets
 from gkd.storage.util.torch_device import map_single_threaded
 
 BLOCK_ROWS = 64
@@ -142,16 +142,17 @@ def _partition_rows(
 
 
 def _empty(settings: PartitionSettings) -> Partition:
-    draws = None
+    arrays = {
+        "indices": np.empty(0, np.uint32),
+        "log2_probs": np.empty(0, np.uint16),
+        "secondary": np.empty((0, len(settings.temperatures)), np.float32),
+    }
     if settings.draws:
-        draws = Draws(
-            np.empty((0, settings.draws.count), np.uint32),
-            np.empty((0, settings.draws.count), np.uint16),
-            np.empty(0, np.float32) if settings.draws_from_group else None,
-        )
-    secondary = np.empty((0, len(settings.temperatures)), np.float32)
-    entries = np.empty(0, np.uint32), np.empty(0, np.uint16)
-    targets = SparseTargets(np.zeros(1, np.int64), *entries, secondary, draws)
+        arrays["draws"] = np.empty((0, settings.draws.count), np.uint32)
+        arrays["draw_log2_probs"] = np.empty((0, settings.draws.count), np.uint16)
+    if settings.draws_from_group:
+        arrays["draw_secondary"] = np.empty(0, np.float32)
+    targets = SparseTargets.from_arrays(np.zeros(1, np.int64), arrays)
     return Partition(targets, np.empty(0, np.bool_))
 
 
@@ -173,8 +174,7 @@ def _scan_classes(
     candidates = Candidates(batch, label_logits.device)
     buffer = torch.empty(batch * min(class_chunk, logits.num_classes), device=label_logits.device)
     certain = cutoff is not None or settings.threshold == 1
-    estimate = cutoff
-    estimated_at = 0
+    estimate, estimated_at = cutoff, 0
     for start in range(0, logits.num_classes, class_chunk):
         width = min(class_chunk, logits.num_classes - start)
         chunk = buffer[: batch * width].view(batch, width)
@@ -183,7 +183,7 @@ def _scan_classes(
         if cutoff is None or estimate is None:
             cutoff = estimate = initial_cutoff(chunk, label_logits, logits.num_classes, settings)
         extracted = candidates.extract_above(chunk, start, cutoff)
-        rest.add(chunk, blocks, extracted + label)
+        rest.add(chunk, blocks, Extracted.concat([extracted, label]))
         if candidates.width > 2 * settings.max_candidates:
             # Later classes lose ties, so from here on only a larger logit can enter.
             smallest, dropped = candidates.keep_largest(settings.max_group)
@@ -192,18 +192,19 @@ def _scan_classes(
             cutoff = torch.maximum(cutoff, above)
         seen = start + width
         if not certain and seen >= 2 * estimated_at and 0 < candidates.width <= MAX_SAMPLED:
-            share = seen / logits.num_classes
-            log_rest = rest.at(settings.group_temperature)
-            sample = key_logits(candidates.keys)
-            refined = estimate_cutoff(sample, log_rest, label_logits, share, settings)
+            refined = estimate_cutoff(
+                key_logits(candidates.keys),
+                rest.at(settings.group_temperature),
+                label_logits,
+                seen / logits.num_classes,
+                settings,
+            )
             estimate = torch.maximum(estimate, refined)
             cutoff = torch.maximum(cutoff, estimate)
             estimated_at = seen
     label_keys = make_keys(label_logits, logits.labels)
     keys = torch.cat([candidates.keys, label_keys[:, None]], 1)
-    draws = None
-    if blocks is not None and uniforms is not None:
-        draws = draw_from_all(blocks, logits, uniforms)
+    draws = draw_from_all(blocks, logits, uniforms) if blocks and uniforms is not None else None
     complete_above = None if certain else estimate
     return cut_primary_groups(keys, label_keys, rest, complete_above, settings, uniforms, draws)
 

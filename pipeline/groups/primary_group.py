@@ -96,23 +96,17 @@ def cut_primary_groups(
     rest.add(logits)
     log_total = scaled_peak + total.log()
     log_probs = primary[inside] / settings.group_temperature - log_total.repeat_interleave(sizes)
+    # log(o / (o + i)) without the cancellation of a difference of logarithms.
+    secondary = [
+        functional.logsigmoid(rest.at(temperature) - (primary / temperature).logsumexp(1))
+        for temperature in settings.temperatures
+    ]
     targets = SparseTargets(
         offsets=offsets_from_sizes(sizes.cpu().numpy()),
         indices=key_classes(chosen[inside]).cpu().numpy().astype(np.uint32),
         log2_probs=encode_log_probs(log_probs.cpu().numpy()),
-        secondary=_secondary(primary, rest, settings).cpu().numpy(),
+        secondary=torch.stack(secondary, 1).to(torch.float32).cpu().numpy(),
         draws=draws,
     )
     truncated = (full_sizes > settings.max_group).cpu().numpy()
     return PrimaryGroups(targets, truncated, proved.cpu().numpy(), log_total)
-
-
-def _secondary(primary: Tensor, rest: RestLogSums, settings: PartitionSettings) -> Tensor:
-    """Natural log of the mass outside the group, float32 [b, temperatures]."""
-    columns = []
-    for temperature in settings.temperatures:
-        outside = rest.at(temperature)
-        inside = (primary / temperature).logsumexp(1)
-        # log(o / (o + i)) without the cancellation of a difference of logarithms.
-        columns.append(functional.logsigmoid(outside - inside))
-    return torch.stack(columns, 1).to(torch.float32)

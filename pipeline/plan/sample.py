@@ -7,7 +7,7 @@ images of each half are compared with synthetic centres derived from the other.
 """
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +17,7 @@ from gkd.pipeline.centers.load import Centers
 from gkd.pipeline.centers.means import class_means
 from gkd.pipeline.checks.sample import embed_rows
 from gkd.pipeline.embed import EmbeddedBatch
-from gkd.pipeline.teacher.embedder import Embedder
+from gkd.pipeline.teacher.embedder import Embedder, Embeddings
 from gkd.storage.cache.spec import View
 from gkd.storage.errors import ConfigError
 from gkd.storage.records.base import Records
@@ -61,7 +61,7 @@ class Clock:
 class EmbeddedImages:
     """Embeddings view -> float32 [n, D], digests uint8 [n, 16] and labels int64 [n] of images."""
 
-    embeddings: Mapping[View, npt.NDArray[np.float32]]
+    embeddings: Embeddings
     digests: npt.NDArray[np.uint8]
     labels: npt.NDArray[np.int64]
 
@@ -70,11 +70,8 @@ class EmbeddedImages:
 
     def take(self, indices: npt.NDArray[np.int64], views: Sequence[View]) -> "EmbeddedImages":
         """A selection of the images, in some of the views."""
-        return EmbeddedImages(
-            {view: self.embeddings[view][indices] for view in views},
-            self.digests[indices],
-            self.labels[indices],
-        )
+        embeddings: Embeddings = {view: self.embeddings[view][indices] for view in views}
+        return EmbeddedImages(embeddings, self.digests[indices], self.labels[indices])
 
     def batch(self) -> EmbeddedBatch:
         """The images as embeddings of n consecutive rows."""
@@ -111,12 +108,12 @@ def embed_images(
         GkdError: if the teacher's output is unusable.
     """
     with progress("run teacher", len(rows), "images") as advance:
-        clock.restart()
 
         def count(images: int) -> None:
             clock.stop(images)
             advance(images)
 
+        clock.restart()
         batch = embed_rows(
             records,
             rows,
