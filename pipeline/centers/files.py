@@ -258,13 +258,13 @@ def _read_content(path: Path) -> tuple[Any, Mapping[str, str]]:
                 return content, file.metadata() or {}
         except SafetensorError as error:
             raise ConfigError(f"{path}: expected a safetensors file, got {error}") from error
-    if path.suffix in (".pt", ".pth", ".ckpt") or _rank_span(path):
-        remedy = "get it again, or save the centres alone, as a tensor or .npy"
-        return read_torch_file(path, what="class centres", remedy=remedy), {}
-    raise ConfigError(
-        f"{path}: expected class centres as .npy, .pt, .pth, .ckpt or .safetensors, got "
-        f"{path.suffix!r}"
-    )
+    if path.suffix not in (".pt", ".pth", ".ckpt") and not _rank_span(path):
+        raise ConfigError(
+            f"{path}: expected class centres as .npy, .pt, .pth, .ckpt or .safetensors, got "
+            f"{path.suffix!r}"
+        )
+    remedy = "get it again, or save the centres alone, as a tensor or .npy"
+    return read_torch_file(path, what="class centres", remedy=remedy), {}
 
 
 def read_npy(path: Path) -> npt.NDArray[Any]:

@@ -173,13 +173,11 @@ def describe_centers(files: Sequence[CenterFile], records: Records | None) -> Ce
     if not len(usable):
         raise ConfigError(f"{first.path}: all of {len(lengths):,} centres are zero or not finite")
     return CentersInfo(
-        kind="file" if first.built is None else first.built.kind,
+        kind=first.built.kind if first.built else "file",
         source=first.layout.source,
         key=first.key,
         orientation="D x C" if first.transposed else "C x D",
-        shapes={
-            str(file.path): file.array.shape[:: -1 if file.transposed else 1] for file in files
-        },
+        shapes={str(f.path): f.array.shape[:: -1 if f.transposed else 1] for f in files},
         centers=len(lengths),
         embedding_dim=first.array.shape[1],
         unusable=len(lengths) - len(usable),

@@ -220,8 +220,8 @@ def _embed(
     other = copy.copy(embedder)  # the same network; weights are not loaded again
     other.preprocess = preset
     parts = [other(faces[rows.start : rows.stop]) for rows in split_rows(range(len(faces)), BATCH)]
-    unit = np.concatenate(parts)
-    faulty = faulty_rows(unit)
+    embeddings = np.concatenate(parts)
+    faulty = faulty_rows(embeddings)
     if len(faulty) and preset == embedder.preprocess:
         raise GkdError(
             f"{embedder.name}: NaN, infinite or zero embeddings of {len(faulty)} of {len(faces)} "
@@ -230,8 +230,9 @@ def _embed(
         )
     if len(faulty):
         return None
-    unit = unit.astype(np.float64)
-    return unit / np.linalg.norm(unit, axis=1, keepdims=True)
+    unit = embeddings.astype(np.float64)
+    unit /= np.linalg.norm(unit, axis=1, keepdims=True)
+    return unit
 
 
 def score(preset: Preprocess, embeddings: npt.NDArray[np.float64]) -> PairScores:

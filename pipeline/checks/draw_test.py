@@ -63,9 +63,8 @@ class DrawCounts:
         observed_counts = np.add.reduceat(self._observed, starts)
         expected_counts = np.add.reduceat(self._expected, starts)
         statistic = float(((observed_counts - expected_counts) ** 2 / expected_counts).sum())
-        degrees = len(starts) - 1
-        p_value = 1.0
+        degrees, p_value = len(starts) - 1, 1.0
         if degrees:
             halves = torch.tensor([degrees / 2, statistic / 2], dtype=torch.float64)
-            p_value = float(torch.special.gammaincc(halves[0], halves[1]))
+            p_value = float(torch.special.gammaincc(*halves))
         return DrawTest(int(observed_counts.sum()), statistic, degrees, p_value)

@@ -12,6 +12,7 @@ repeated with a cutoff that is certain: a class with p < (1 - threshold) / C is 
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -142,7 +143,7 @@ def _partition_rows(
 
 
 def _empty(settings: PartitionSettings) -> Partition:
-    arrays = {
+    arrays: dict[str, npt.NDArray[Any]] = {
         "indices": np.empty(0, np.uint32),
         "log2_probs": np.empty(0, np.uint16),
         "secondary": np.empty((0, len(settings.temperatures)), np.float32),

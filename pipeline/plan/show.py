@@ -20,20 +20,25 @@ def plan_table(plan: Plan) -> Table:
         padding=0,
         show_header=False,
     )
-    for temperature in dict.fromkeys(point.group_temperature for point in plan.points):
-        points = [point for point in plan.points if point.group_temperature == temperature]
+    for temperature, points in _by_temperature(plan):
         for start in range(0, len(points), MAX_COLUMNS):
             columns = points[start : start + MAX_COLUMNS]
             table.add_row(f"[bold]group temperature {temperature:g}[/bold]")
             rows = list(zip(_LABELS, *map(_cells, columns), strict=True))
             for row in rows:
                 table.add_row(*row, end_section=row is rows[-1])
-    for column in table.columns:
+    for number, column in enumerate(table.columns):
         column.no_wrap = True
-    for column in table.columns[1:]:
-        column.justify = "right"
-        column.min_width = 8
+        if number:
+            column.justify, column.min_width = "right", 8
     return table
+
+
+def _by_temperature(plan: Plan) -> list[tuple[float, list[PlanPoint]]]:
+    points: dict[float, list[PlanPoint]] = {}
+    for point in plan.points:
+        points.setdefault(point.group_temperature, []).append(point)
+    return list(points.items())
 
 
 _LABELS = (
@@ -87,9 +92,7 @@ def plot_plan(plan: Plan, out: Path) -> None:
     """
     figure = new_figure(10, 4)
     sizes, caches = figure.subplots(1, 2)
-    temperatures = dict.fromkeys(point.group_temperature for point in plan.points)
-    for number, temperature in enumerate(temperatures):
-        points = [point for point in plan.points if point.group_temperature == temperature]
+    for number, (temperature, points) in enumerate(_by_temperature(plan)):
         points.sort(key=lambda point: point.threshold)
         thresholds = [point.threshold for point in points]
         colour, label = f"C{number}", f"{temperature:g}"
