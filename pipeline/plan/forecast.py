@@ -26,10 +26,9 @@ from gkd.pipeline.plan.sample import (
     EMBEDDED_EACH,
     Clock,
     EmbeddedImages,
-    Sample,
+    Parts,
     embed_images,
     identities_rows,
-    images_of_file,
     images_of_means,
 )
 from gkd.pipeline.plan.size_model import measure_bytes
@@ -167,13 +166,16 @@ def plan(
     pool = embed_images(
         records, rows, embedder, views, teacher, batch_size=batch_size, workers=config.workers
     )
+    parts: Parts
     if centers == CLASS_MEAN:
-        sample = images_of_means(pool, records.num_classes, settings.samples, config.views)
+        parts, basis = images_of_means(pool, records.num_classes, settings.samples, config.views)
         named = CentersSpec(CLASS_MEAN, CLASS_MEAN, "0" * 64)
     else:
-        sample, named = images_of_file(pool, centers, config.views), centers.spec
+        parts = [(pool, centers.array)]
+        basis = f"group sizes are estimated from {len(pool):,} random images"
+        named = centers.spec
 
-    grid = _GroupGrid(sample, settings, embedder, batch_size)
+    grid = _GroupGrid(parts, settings, embedder, batch_size)
     spec = cache_spec(
         dataset_spec(records),
         embedder,
@@ -207,10 +209,10 @@ def plan(
         device=embedder.device,
         precision=embedder.precision,
         sampled=len(grid.labels),
-        embedded=sample.embedded,
+        embedded=len(pool),
         teacher_images_per_second=1 / teacher.per_image,
         basis=(
-            sample.basis,
+            basis,
             f"times are of one process on {embedder.device} that runs teacher, partition and "
             "writing in sequence; several devices share the shards",
         ),
@@ -222,16 +224,16 @@ class _GroupGrid:
     """Groups of a sample at all points of the grid, ``clocks`` by group temperature."""
 
     def __init__(
-        self, sample: Sample, settings: PlanSettings, embedder: Embedder, batch_size: int
+        self, parts: Parts, settings: PlanSettings, embedder: Embedder, batch_size: int
     ) -> None:
         self._highest = max(settings.thresholds)
         from_group = settings.cache.partition.draws_from_group
         thresholds = settings.thresholds if from_group else (self._highest,)
         keys = list(product(settings.group_temperatures, thresholds))
-        parts: dict[tuple[float, float], list[Groups]] = {key: [] for key in keys}
+        found: dict[tuple[float, float], list[Groups]] = {key: [] for key in keys}
         self.clocks = {t: Clock() for t in settings.group_temperatures}
         images: list[EmbeddedImages] = []
-        for part, array in sample.parts:
+        for part, array in parts:
             centers = on_device(array, embedder, settings.cache.center_precision)
             images.append(part)
             with progress("partition", len(part) * len(keys), "images") as advance:
@@ -244,11 +246,11 @@ class _GroupGrid:
                             batch, labels, centers, config, settings.cache.class_chunk
                         )
                         clock.stop(len(labels))
-                        parts[key].append(groups.views)
+                        found[key].append(groups.views)
                         advance(len(labels))
         self._computed: dict[tuple[float, float], Groups] = {
-            key: {view: Partition.concat(part[view] for part in found) for view in found[0]}
-            for key, found in parts.items()
+            key: {view: Partition.concat(part[view] for part in of_parts) for view in of_parts[0]}
+            for key, of_parts in found.items()
         }
         self.labels = np.concatenate([part.labels for part in images])
         self.digests = np.concatenate([part.digests for part in images])

@@ -7,13 +7,12 @@ images of each half are compared with synthetic centres derived from the other.
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from gkd.pipeline.centers.load import Centers
 from gkd.pipeline.centers.means import class_means
 from gkd.pipeline.checks.sample import embed_rows
 from gkd.pipeline.embed import EmbeddedBatch
@@ -79,16 +78,8 @@ class EmbeddedImages:
         return EmbeddedBatch(range(count), np.arange(count), self.digests, {}, self.embeddings)
 
 
-@dataclass(frozen=True)
-class Sample:
-    """Images in parts, each with the centres float32 [C, D] that it is compared with.
-
-    ``embedded`` images went through the teacher; ``basis`` describes the sample in words.
-    """
-
-    parts: Iterator[tuple[EmbeddedImages, npt.NDArray[np.float32]]]
-    embedded: int
-    basis: str
+# Images in parts, each with the centres float32 [C, D] that it is compared with.
+Parts = Iterable[tuple[EmbeddedImages, npt.NDArray[np.float32]]]
 
 
 def embed_images(
@@ -150,17 +141,12 @@ def identities_rows(records: Records, count: int) -> npt.NDArray[np.int64]:
     return np.sort(order[(ranks < MAX_OF_IDENTITY) & chosen[records.labels[order]]])
 
 
-def images_of_file(pool: EmbeddedImages, centers: Centers, views: Sequence[View]) -> Sample:
-    """All images with known centres."""
-    images = pool.take(np.arange(len(pool)), views)
-    basis = f"group sizes are estimated from {len(pool):,} random images"
-    return Sample(iter([(images, centers.array)]), len(pool), basis)
-
-
 def images_of_means(
     pool: EmbeddedImages, num_classes: int, samples: int, views: Sequence[View]
-) -> Sample:
+) -> tuple[Parts, str]:
     """``samples`` images with the class means of the pool, and synthetic centres for the others.
+
+    Returns the parts and a description of the sample.
 
     Raises:
         ConfigError: if the embeddings of a class cancel.
@@ -173,7 +159,7 @@ def images_of_means(
     missing = num_classes - len(classes)
     if not missing:
         basis += f"the class means of all {len(pool):,} images"
-        return Sample(iter([(pool.take(chosen, views), known)]), len(pool), basis)
+        return [(pool.take(chosen, views), known)], basis
     basis += (
         f"the class means of {len(classes):,} of {num_classes:,} identities "
         f"({len(pool):,} images), and synthetic centres with the same distribution for the others"
@@ -181,7 +167,7 @@ def images_of_means(
     second = np.zeros(len(classes), bool)
     second[rng.permutation(len(classes))[: len(classes) // 2]] = True
 
-    def halves() -> Iterator[tuple[EmbeddedImages, npt.NDArray[np.float32]]]:
+    def halves() -> Parts:
         unknown = np.setdiff1d(np.arange(num_classes), classes)
         for half in (second, ~second):
             centers = np.empty((num_classes, known.shape[1]), np.float32)
@@ -189,7 +175,7 @@ def images_of_means(
             centers[unknown] = synthetic_centers(known[~half], missing, rng)
             yield pool.take(chosen[half[local[chosen]]], views), centers
 
-    return Sample(halves(), len(pool), basis)
+    return halves(), basis
 
 
 def synthetic_centers(

@@ -97,8 +97,8 @@ def test_half_of_the_means_and_synthetic_centres_give_the_groups_of_all_means() 
     truth = torch.from_numpy(class_means([images.batch()], images.labels, classes))
     half = np.sort(rng.permutation(classes)[: classes // 2])
     rows = np.flatnonzero(np.isin(images.labels, half))
-    sample = images_of_means(images.take(rows, VIEWS), classes, 1000, VIEWS)
-    assert "class means of 1,000 of 2,000 identities (3,000 images)" in sample.basis
+    halves, basis = images_of_means(images.take(rows, VIEWS), classes, 1000, VIEWS)
+    assert "class means of 1,000 of 2,000 identities (3,000 images)" in basis
 
     def sizes(part: EmbeddedImages, array: torch.Tensor, temperature: float) -> list[int]:
         settings = PartitionSettings(group_temperature=temperature)
@@ -106,7 +106,7 @@ def test_half_of_the_means_and_synthetic_centres_give_the_groups_of_all_means() 
         found = partition(torch.from_numpy(embeddings), labels, array, settings)
         return [int(size) for size in found.targets.sizes]
 
-    parts = list(sample.parts)
+    parts = list(halves)
     assert sum(len(part) for part, _ in parts) == 1000
     for temperature in (2.0, 4.0):
         forecast = [
