@@ -96,7 +96,7 @@ def train(
         return used, _load_sets(config.evaluation.sets)
 
     targets, sets = ranks.run_all_or_abort(check)
-    run = RunState.build(config, records, targets, ranks)
+    run = RunState(config, records, targets, ranks)
 
     def open_log() -> AbstractContextManager[RunLog | None]:
         if not ranks.first:

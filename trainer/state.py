@@ -1,9 +1,8 @@
 """The state that training changes: networks, optimizer, and the position in the data."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +40,8 @@ from gkd.trainer.schedules import kd_ramp, lr_factor, make_optimizer
 _PLAIN = ("step", "best", "best_step", "evaluated", "accuracy")
 
 
-@dataclass
 class RunState:
-    """One rank's part of a training.
+    """One rank's part of a training, at its beginning: from a configuration and its seed.
 
     step              steps done, including skipped ones
     skipped           steps that were not finite and changed no weight
@@ -56,116 +54,79 @@ class RunState:
 
     ``forward`` is ``model`` as all ranks run it, on the result of ``pixels`` for images; ``head``
     holds this rank's class centres. The optimizer has two groups, named backbone and centers.
+
+    Raises:
+        ConfigError: if the student or the device is impossible.
     """
 
-    config: RunConfig
-    data: RunData
-    sampler: BatchSampler
-    device: torch.device
-    dtype: torch.dtype
-    model: nn.Module
-    forward: nn.Module
-    pixels: Callable[[Tensor], Tensor]
-    head: ClassCenters
-    head_spec: HeadSpec
-    optimizer: torch.optim.Optimizer
-    lr_factor: Callable[[int], float]
-    scaler: torch.amp.GradScaler
-    ranks: Ranks
-    buffers: BufferSnapshot
-    identity_cosines: IdentityCosineStatistics
-    step: int = 0
-    saved: int = -1
-    skipped: int = 0
-    skipped_in_a_row: int = 0
-    last_skipped: SkippedStep | None = None
-    divergence: Divergence = field(default_factory=Divergence)
-    best: float | None = None
-    best_step: int = -1
-    evaluated: int = 0
-    window: Window = field(default_factory=Window)
-    accuracy: dict[str, float] = field(default_factory=dict)
-
-    @classmethod
-    def build(
-        cls,
+    def __init__(
+        self,
         config: RunConfig,
         records: Records,
         targets: JoinedTargets | None,
         ranks: Ranks = ALONE,
-    ) -> "RunState":
-        """The state at the beginning, from the configuration and its seed.
-
-        Raises:
-            ConfigError: if the student or the device is impossible.
-        """
-        train, in_blocks = config.train, targets and config.data.order == "blocks"
-        device = choose_device(train.device)
-        dtype = choose_dtype(train.precision, device)
+    ) -> None:
+        train, classes = config.train, records.num_classes
+        self.config, self.ranks = config, ranks
+        cache_id = targets.store.cache_id if targets else ""
+        self.data = RunData(len(records), classes, records.fingerprint, cache_id)
+        self.device = choose_device(train.device)
+        self.dtype = choose_dtype(train.precision, self.device)
         torch.manual_seed(train.seed)
-        model = student_backbone(config.student).to(device)
+        self.model = student_backbone(config.student).to(self.device)
         if train.channels_last:
-            model = model.to(memory_format=torch.channels_last)
-        head = ClassCenters(
-            records.num_classes,
-            config.student.embedding_dim,
-            rows=ranks.rows(records.num_classes),
-        ).to(device)
-        sampler = BatchSampler(
+            self.model = self.model.to(memory_format=torch.channels_last)
+        rows = ranks.rows(classes)
+        self.head = ClassCenters(classes, config.student.embedding_dim, rows=rows).to(self.device)
+        blocks = None
+        if targets and config.data.order == "blocks":
+            blocks = targets.blocks(config.data.block_shards)
+        self.sampler = BatchSampler(
             len(records),
             train.batch_size,
             train.epochs,
             train.seed,
             config.data.flip,
-            blocks=targets.blocks(config.data.block_shards) if targets and in_blocks else None,
+            blocks=blocks,
             rank=ranks.rank,
             world_size=ranks.world_size,
         )
-        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        optimizer = make_optimizer(
+        trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.optimizer = make_optimizer(
             config.optimizer,
             [
                 {"name": "backbone", "params": trainable},
-                {"name": "centers", "params": [head.weight]},
+                {"name": "centers", "params": [self.head.weight]},
             ],
         )
-        return cls(
-            config=config,
-            data=RunData(
-                len(records),
-                records.num_classes,
-                records.fingerprint,
-                targets.store.cache_id if targets else "",
-            ),
-            sampler=sampler,
-            device=device,
-            dtype=dtype,
-            model=model,
-            forward=ranks.parallel(model, allreduce_dtype=train.allreduce_dtype),
-            pixels=preprocess_preset("arcface").on_device(device),
-            head=head,
-            head_spec=HeadSpec(
-                margin=config.head.margins,
-                scale=config.head.scale,
-                temperature=config.kd.temperature,
-                w_binary=config.kd.w_binary,
-                w_primary=config.kd.w_primary,
-                compiled=train.compile,
-                ranks=ranks,
-                first_class=head.rows.start,
-            ),
-            optimizer=optimizer,
-            lr_factor=lr_factor(
-                config.schedule,
-                lr=config.optimizer.lr,
-                steps_per_epoch=sampler.steps_per_epoch,
-                total_steps=sampler.total_steps,
-            ),
-            scaler=ranks.scaler(device, enabled=dtype == torch.float16),
+        self.forward = ranks.parallel(self.model, allreduce_dtype=train.allreduce_dtype)
+        self.pixels = preprocess_preset("arcface").on_device(self.device)
+        self.head_spec = HeadSpec(
+            margin=config.head.margins,
+            scale=config.head.scale,
+            temperature=config.kd.temperature,
+            w_binary=config.kd.w_binary,
+            w_primary=config.kd.w_primary,
+            compiled=train.compile,
             ranks=ranks,
-            buffers=BufferSnapshot(model),
-            identity_cosines=IdentityCosineStatistics(len(records), ranks),
+            first_class=self.head.rows.start,
         )
+        self.lr_factor = lr_factor(
+            config.schedule,
+            lr=config.optimizer.lr,
+            steps_per_epoch=self.sampler.steps_per_epoch,
+            total_steps=self.sampler.total_steps,
+        )
+        self.scaler = ranks.scaler(self.device, enabled=self.dtype == torch.float16)
+        self.buffers = BufferSnapshot(self.model)
+        self.identity_cosines = IdentityCosineStatistics(len(records), ranks)
+        self.step = self.evaluated = self.skipped = self.skipped_in_a_row = 0
+        self.saved = self.best_step = -1
+        self.last_skipped: SkippedStep | None = None
+        self.divergence = Divergence()
+        self.best: float | None = None
+        self.window = Window()
+        self.accuracy: dict[str, float] = {}
 
     def state(self) -> dict[str, Any]:
         """Everything that the rest of the training depends on, except the class centres.
@@ -226,11 +187,9 @@ class RunState:
         split_groups(state)
         self.optimizer.load_state_dict(state["optimizer"])
         kept = dict(state["centers_optimizer"])
-        kept |= {
-            name: torch.empty_like(self.head.weight)
-            for name in state["centers"]["tensors"]
-            if name != "weight"
-        }
+        for name in state["centers"]["tensors"]:
+            if name != "weight":
+                kept[name] = torch.empty_like(self.head.weight)
         if kept:
             self.optimizer.state[self.head.weight] = kept
         folder, digests = centers_of(state, path)
@@ -304,23 +263,17 @@ class RunState:
 
     def _loss(self, batch: Batch, sampled: SampledCenters | None) -> LayerLoss:
         weight, labels, targets = self.head.weight, batch.labels, batch.targets
+        spec = self.head_spec
         # The host waits for the device here, so this comes before the backbone's work.
-        lookup = look_up_classes(labels, targets, weight, self.head_spec, sampled=sampled)
+        lookup = look_up_classes(labels, targets, weight, spec, sampled=sampled)
         images = self.pixels(batch.images)
         if not self.config.train.channels_last:
             images = images.contiguous()
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             embeddings = self.forward(images)
-        ramp, total = self.config.kd.ramp, self.sampler.total_steps
+        ramp = kd_ramp(self.step, ramp=self.config.kd.ramp, total_steps=self.sampler.total_steps)
         return grouped_margin_loss(
-            embeddings,
-            weight,
-            labels,
-            targets,
-            self.head_spec,
-            ramp=kd_ramp(self.step, ramp=ramp, total_steps=total),
-            sampled=sampled,
-            lookup=lookup,
+            embeddings, weight, labels, targets, spec, ramp=ramp, sampled=sampled, lookup=lookup
         )
 
     def _clip(self) -> Tensor:

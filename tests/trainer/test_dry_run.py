@@ -129,7 +129,7 @@ def test_a_real_step_takes_the_predicted_memory(faces: Path, settings: tuple[str
         *("student.width=0.25", "student.input_size=56", "kd.enabled=false", *settings)
     )
     cost = dry_run(config, records, None)
-    state = RunState.build(config, records, None)
+    state = RunState(config, records, None)
     batches = BatchLoader(
         FaceBatches(records, None, temperature=4.0), state.sampler, workers=0, pin=False
     )

@@ -34,7 +34,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def start(faces: Path, *overrides: str) -> tuple[RunState, Iterator[Batch]]:
     records, targets = load(faces)
     config = small_config(*overrides)
-    state = RunState.build(config, records, targets)
+    state = RunState(config, records, targets)
     dataset = FaceBatches(records, targets, temperature=config.kd.temperature)
     return state, BatchLoader(dataset, state.sampler, workers=0, pin=False)
 
@@ -216,7 +216,7 @@ def test_counts_survive_an_interruption(faces: Path, tmp_path: Path) -> None:
     state.head.weight.register_hook(spoil)
     for _ in range(3):
         state.take_step(next(batches), records)
-    again = RunState.build(state.config, records, targets)
+    again = RunState(state.config, records, targets)
     publish(tmp_path, state.state(), state.centers(), ALONE, step=3, best_step=-1, keep=0)
     again.restore(read_checkpoint(tmp_path / "last.pt"), tmp_path / "last.pt")
     assert (again.step, again.skipped, again.skipped_in_a_row) == (3, 3, 3)

@@ -161,7 +161,7 @@ def test_the_student_of_a_run_loads(unbroken: Path) -> None:
 def test_a_student_gets_images_preprocessed_by_the_preset(faces: Path, last: str) -> None:
     """Bit for bit as in ``gkd evaluate``."""
     records, targets = load(faces)
-    state = RunState.build(small_config(f"train.channels_last={last}"), records, targets)
+    state = RunState(small_config(f"train.channels_last={last}"), records, targets)
     batches = BatchLoader(
         FaceBatches(records, targets, temperature=4.0), state.sampler, workers=0, pin=False
     )
@@ -267,7 +267,7 @@ def test_other_settings_train(faces: Path, tmp_path: Path, overrides: tuple[str,
 def test_gradients_of_the_backbone_are_clipped(faces: Path) -> None:
     records, targets = load(faces)
     config = small_config("optimizer.clip_norm=0.25", "train.epochs=1")
-    state = RunState.build(config, records, targets)
+    state = RunState(config, records, targets)
     batches = BatchLoader(
         FaceBatches(records, targets, temperature=4.0), state.sampler, workers=0, pin=False
     )

@@ -117,7 +117,7 @@ def test_verification_uses_the_last_weights(faces: Path, finished: Path) -> None
     page = parsed(finished)
     records, targets = load(faces)
     config = small_config(f'evaluation.sets=["{faces}/pairs.bin"]')
-    state = RunState.build(config, records, targets)
+    state = RunState(config, records, targets)
     last = finished / "checkpoints/last.pt"
     state.restore(torch.load(last, weights_only=True), last)
     embed = module_embed(state.model.eval(), preprocess_preset("arcface"), state.device)
