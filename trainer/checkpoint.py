@@ -4,7 +4,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -129,27 +129,24 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 def _read(path: Path) -> dict[str, Any]:
     content = read_torch_file(path, remedy="")
-    if not isinstance(content, Mapping) or content.get("format") != FORMAT:
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ConfigError(
             f"{path}: not a checkpoint of gkd's format {FORMAT}; weights of other programs are "
             "read as a backbone, not as a run"
         )
-    return dict(content)
+    return content
 
 
 def _alternatives(damaged: Path) -> str:
     """What to do if a checkpoint, or a folder of class centres, is ``damaged``."""
-    intact: dict[str, int] = {}
+    intact: list[tuple[int, str]] = []
     for path in damaged.parent.glob("*.pt"):
-        try:
+        with suppress(ConfigError, OSError, KeyError):
             content = _read(path)
             folder, digests = centers_of(content, path)
             if folder != damaged and not _fault(folder, digests):
-                intact[path.name] = content["step"]
-        except (ConfigError, OSError, KeyError):
-            continue
-    newest = sorted(intact, key=lambda name: -intact[name])
-    names = ", ".join(f"{name} (step {intact[name]})" for name in newest)
+                intact.append((content["step"], path.name))
+    names = ", ".join(f"{name} (step {step})" for step, name in sorted(intact, reverse=True))
     if not names:
         return "no intact checkpoint is beside it: train into another folder"
     if damaged.suffix == ".pt" and damaged.name != LAST:
@@ -225,9 +222,14 @@ def settle(folder: Path, *, step: int, best_step: int, keep: int) -> None:
     """
     names = [BEST] if step == best_step else []
     names += [f"step_{step:09d}.pt"] if keep else []
-    for name in names:
-        if not ((folder / name).exists() and (folder / name).samefile(folder / LAST)):
-            _link(folder / LAST, folder / name)
+    last = folder / LAST
+    for path in (folder / name for name in names):
+        if not (path.exists() and path.samefile(last)):
+            with publish_file(path) as temporary:
+                try:
+                    os.link(last, temporary)
+                except OSError:  # a file system without links
+                    shutil.copyfile(last, temporary)
     if keep:
         for old in sorted(folder.glob("step_*.pt"))[: -(keep + 1)]:
             old.unlink()
@@ -237,15 +239,6 @@ def settle(folder: Path, *, step: int, best_step: int, keep: int) -> None:
         if old.name.removeprefix(f"{CENTERS}_") not in steps:
             shutil.rmtree(old)
     sync_path(folder)
-
-
-def _link(path: Path, name: Path) -> None:
-    """A second name for a file: a link, or a copy if the file system has no links."""
-    with publish_file(name) as temporary:
-        try:
-            os.link(path, temporary)
-        except OSError:
-            shutil.copyfile(path, temporary)
 
 
 def _write_centers(folder: Path, centers: Mapping[str, Tensor], ranks: Ranks) -> None:
@@ -365,8 +358,8 @@ def require_same_run(
         {name: value or "none" for name, value in zip(names, values, strict=True)}
         for values in (content["data"], data)
     )
-    if old != new:
-        faults = describe_differences(old, new, old_name="was", new_name="now")
+    faults = describe_differences(old, new, old_name="was", new_name="now")
+    if faults:
         raise SpecMismatchError(
             f"{path}: the run was started with other data ({'; '.join(faults)}); give the same "
             "records and targets to resume, or train into another folder"

@@ -60,10 +60,6 @@ class Ranks:
         dist.all_reduce(values, dist.ReduceOp.MAX)
         return values.cpu()
 
-    def barrier(self) -> None:
-        """Wait until all ranks are here."""
-        self.all_reduce_max(0)
-
     def sum(self, values: Tensor) -> Tensor:
         """The sum of the ranks' tensors of one shape; overwrites this rank's."""
         if self.world_size > 1:

@@ -84,10 +84,13 @@ class RunInfo(msgspec.Struct, frozen=True):
     total_steps: int
 
 
-class TrainingLine(msgspec.Struct, frozen=True):
+class _Line(msgspec.Struct, frozen=True):
+    step: int
+
+
+class TrainingLine(_Line, frozen=True):
     """A line of metrics.jsonl about a window of steps; losses are None if all were skipped."""
 
-    step: int
     epoch: float
     loss: float | None
     ce: float | None
@@ -98,18 +101,16 @@ class TrainingLine(msgspec.Struct, frozen=True):
     data_wait: float
 
 
-class EvaluationLine(msgspec.Struct, frozen=True):
+class EvaluationLine(_Line, frozen=True):
     """A line of metrics.jsonl about an evaluation; accuracy by verification set."""
 
-    step: int
     epoch: float
     accuracy: dict[str, float]
 
 
-class SkippedLine(msgspec.Struct, frozen=True):
+class SkippedLine(_Line, frozen=True):
     """A line of metrics.jsonl about a skipped step, see ``SkippedStep``."""
 
-    step: int
     not_finite: dict[str, str]
     records: tuple[str, ...]
 
@@ -133,13 +134,9 @@ class Run:
     @property
     def step(self) -> int:
         """The last step that the folder knows of."""
-        lines: list[TrainingLine | EvaluationLine | SkippedLine] = [
-            *self.training[-1:],
-            *self.evaluations[-1:],
-            *self.skipped[-1:],
-        ]
-        steps = [line.step for line in lines]
-        return max([*steps, self.final_metrics.step if self.final_metrics else 0])
+        lines = [*self.training[-1:], *self.evaluations[-1:], *self.skipped[-1:]]
+        final = self.final_metrics.step if self.final_metrics else 0
+        return max([final, *(line.step for line in lines)])
 
 
 def read_run(run: Path) -> Run:

@@ -67,21 +67,13 @@ def _check_batches(batch_size: int, records: Records, world_size: int) -> None:
 
 
 def _check_labels(records: Records, *, keep_empty: bool) -> None:
-    unlabelled = np.flatnonzero(records.labels < 0)
-    if len(unlabelled):
+    faulty = np.flatnonzero((records.labels < 0) | (records.labels >= records.num_classes))
+    if len(faulty):
         raise ConfigError(
-            f"{len(unlabelled)} records of {records.path} have no label that is a class, the "
-            f"first: {_label_fault(records, int(unlabelled[0]))}; `gkd records verify` lists them "
-            "all"
-        )
-    outside = np.flatnonzero(records.labels >= records.num_classes)
-    if len(outside):
-        first = int(outside[0])
-        raise ConfigError(
-            f"{len(outside)} labels of {records.path} are outside its {records.num_classes} "
-            f"classes, the first: {records.labels[first]} of {records.where(first)}; expected 0 to "
-            f"{records.num_classes - 1}: `gkd records verify` lists damaged records, and the "
-            "`property` file of a pack has the number of classes"
+            f"{len(faulty)} records of {records.path} have no label among its "
+            f"{records.num_classes} classes, the first: {_label_fault(records, int(faulty[0]))}; "
+            "`gkd records verify` lists them all, and the `property` file of a pack has the number "
+            "of classes"
         )
     present = np.unique(records.labels)
     if len(present) < 2:
@@ -102,12 +94,11 @@ def _check_labels(records: Records, *, keep_empty: bool) -> None:
 
 
 def _label_fault(records: Records, row: int) -> str:
-    """The records' own explanation of a row without a label."""
     try:
         records.encoded(row)
     except CorruptRecordError as error:
         return str(error)
-    return records.where(row)
+    return f"{records.labels[row]} of {records.where(row)}"
 
 
 def _check_signal(spec: CacheSpec, kd: KdConfig) -> None:

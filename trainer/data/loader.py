@@ -10,8 +10,9 @@ read once per epoch and few are in memory.
 """
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -19,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from gkd.storage.cache.targets import SparseTargets
@@ -44,9 +45,9 @@ class BatchLoader(Iterator[Batch]):
         self, dataset: FaceBatches, sampler: BatchSampler, *, workers: int, pin: bool
     ) -> None:
         workers = min(workers, usable_cores())
-        indices: Sampler[Any] = sampler
+        indices: Iterable[Any] = sampler
         if dataset.targets is not None and isinstance(dataset.targets.store, ShardStore):
-            indices = _WithTargets(sampler, dataset.targets.store, dataset.targets.rows)
+            indices = _with_targets(sampler, dataset.targets.store, dataset.targets.rows)
         loader: DataLoader[_Item] = DataLoader(
             _ErrorsAsItems(dataset),
             batch_size=None,
@@ -153,45 +154,33 @@ def _ignore_interrupts(_worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-@dataclass(frozen=True)
-class _WithTargets(Sampler[BatchIndices | GkdError | OSError]):
+def _with_targets(
+    sampler: BatchSampler, store: ShardStore, rows: npt.NDArray[np.int64]
+) -> Iterator[BatchIndices | GkdError | OSError]:
     """A sampler's indices with their targets, read by a thread that is one block ahead.
 
     An error is the last item: raised inside the loader, it would keep the loader and its workers
     alive.
     """
-
-    sampler: BatchSampler
-    store: ShardStore
-    rows: npt.NDArray[np.int64]
-
-    def __len__(self) -> int:
-        return len(self.sampler)
-
-    def __iter__(self) -> Iterator[BatchIndices | GkdError | OSError]:
-        try:
-            yield from self._look_up()
-        except (GkdError, OSError) as error:
-            yield error
-
-    def _look_up(self) -> Iterator[BatchIndices]:
-        loaded: dict[int, Future[Block]] = {}
-        with ThreadPoolExecutor(1, "read blocks") as pool:
-            try:
-                for indices in self.sampler:
-                    assert indices.blocks is not None
-                    first, last = int(indices.blocks[0]), int(indices.blocks[-1])
-                    for number in [number for number in loaded if number < first]:
-                        del loaded[number]
-                    for number in range(first, max(first + 1, last) + 1):
-                        shards = self.sampler.block_shards(number) if number not in loaded else None
-                        if shards is not None:
-                            loaded[number] = pool.submit(self.store.load, shards)
-                    parts = []
-                    for number in np.unique(indices.blocks).tolist():
-                        of_block = indices.blocks == number
-                        rows, flipped = indices.rows[of_block], indices.flipped[of_block]
-                        parts.append(loaded[number].result().lookup(self.rows[rows], flipped))
-                    yield replace(indices, targets=SparseTargets.concat(parts))
-            finally:
-                pool.shutdown(cancel_futures=True)
+    loaded: dict[int, Future[Block]] = {}
+    try:
+        with ExitStack() as stack:
+            pool = ThreadPoolExecutor(1, "read blocks")
+            stack.callback(pool.shutdown, cancel_futures=True)
+            for indices in sampler:
+                assert indices.blocks is not None
+                first, last = int(indices.blocks[0]), int(indices.blocks[-1])
+                for number in [number for number in loaded if number < first]:
+                    del loaded[number]
+                for number in range(first, max(first + 1, last) + 1):
+                    shards = sampler.block_shards(number) if number not in loaded else None
+                    if shards is not None:
+                        loaded[number] = pool.submit(store.load, shards)
+                parts = []
+                for number in np.unique(indices.blocks).tolist():
+                    of_block = indices.blocks == number
+                    of_cache, flipped = rows[indices.rows[of_block]], indices.flipped[of_block]
+                    parts.append(loaded[number].result().lookup(of_cache, flipped))
+                yield replace(indices, targets=SparseTargets.concat(parts))
+    except (GkdError, OSError) as error:
+        yield error

@@ -368,7 +368,7 @@ def test_a_record_without_a_label_is_refused(faces: Path) -> None:
     records = open_records(faces / "faces")
     records.labels = records.labels.copy()
     records.labels[9] = -1
-    with pytest.raises(ConfigError, match=r"1 records of .* the first: .*person_1.2\.jpg"):
+    with pytest.raises(ConfigError, match=r"1 records of .* the first: -1 of .*person_1.2\.jpg"):
         check_data(small_config("train.batch_size=8"), records, None)
 
 
@@ -377,7 +377,7 @@ def test_a_label_outside_the_classes_is_explained(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as error:
         check_data(small_config("train.batch_size=4"), records, None)
     message = str(error.value)
-    assert message.startswith(f"4 records of {tmp_path}/train.rec have no label that is a class")
+    assert message.startswith(f"4 records of {tmp_path}/train.rec have no label among its 2")
     assert "key 6, offset" in message
     assert "`gkd records verify` lists them all" in message
 
