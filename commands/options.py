@@ -192,7 +192,7 @@ arch_option = click.option(
     "by its keys. package.module:factory calls your own function: that code runs.",
 )
 device_option = click.option("--device", default="auto", help="auto, cpu, cuda or cuda:N.")
-# How a network other than an ONNX file is built, and what it is fed.
+# How a network is built, and what its input is.
 network_options = combine(
     arch_option,
     click.option(

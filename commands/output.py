@@ -32,7 +32,7 @@ def emit_json(value: Any) -> None:
 
 
 def printable(text: str) -> str:
-    """Replace control characters: names in caches and records come from strangers."""
+    """Replace control characters: names in caches and records are not trusted."""
     return "".join(
         char if char.isprintable() or char == "\n" else "\N{REPLACEMENT CHARACTER}" for char in text
     )

@@ -1,4 +1,4 @@
-"""Where the shared test data stands, and the mark of tests that need it."""
+"""The path of the shared test data, and the mark of tests that need it."""
 
 from pathlib import Path
 

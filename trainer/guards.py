@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from gkd.storage.util.text import first_few
 
-# The running mean that judges a divergence averages over about this many steps.
+# The running mean that detects a divergence averages over about this many steps.
 MEMORY = 100
 # A healthy warm-up raises the cross-entropy by less; a scale of 64 leaves room for far more.
 DIVERGED = 1.5

@@ -1,11 +1,11 @@
 """Whether preprocessing, centres and settings suit the teacher, measured before the long run.
 
-Preprocessing is judged by pairs of images of one identity, which needs no centres: class means of
+Preprocessing is scored on pairs of images of one identity, which needs no centres: class means of
 wrong preprocessing look right, because every image is part of its own mean. The score of a pair is
 
     d' = (cosine of the pair - mean cosine to images of others) / standard deviation of all of these
 
-and every candidate is scored on the same pairs, so a difference is judged by its own standard
+and every candidate is scored on the same pairs, so a difference is compared with its own standard
 error: swapped channels change a score by a few hundredths of it, and are still detected.
 """
 

@@ -14,7 +14,7 @@ FLIPS = 200
 
 
 def main() -> None:
-    """Flip bits and tell how many of them went unnoticed."""
+    """Flip bits and report how many went unnoticed."""
     flips = int(sys.argv[1]) if len(sys.argv) > 1 else FLIPS
     with tempfile.TemporaryDirectory() as folder:
         cache = make_small_cache(Path(folder) / "faces.gkd")

@@ -67,7 +67,7 @@ def cached(records: Records, embedder: OnnxEmbedder) -> float:
 
 
 def main() -> None:
-    """Measure in turns, best of ROUNDS each."""
+    """Measure both alternately, the best of ROUNDS each."""
     records = first_images(int(sys.argv[1]) if len(sys.argv) > 1 else 10**9)
     embedder = OnnxEmbedder(
         SHARED_DATA / "teachers" / "mobilefacenet.onnx", preprocess_preset("imagenet")

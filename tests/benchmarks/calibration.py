@@ -4,7 +4,7 @@ python -m tests.benchmarks.calibration
 
 The shared teacher takes ImageNet's mean and deviation in RGB. Two images of every identity that has
 them are embedded by each preset; then samples of as many pairs as 10,562 images are worth are drawn
-and judged as `cache-teacher` judges its one sample.
+and checked as `cache-teacher` checks its one sample.
 """
 
 import sys

@@ -45,8 +45,8 @@ def main(seeds: tuple[int, ...]) -> None:
             seconds = time.perf_counter() - began
         rows.append(figures(found, planted) | {"seconds": seconds})
         doubtful = len(found.label_noise)
-        told = ", ".join(f"{name} {value:.4g}" for name, value in rows[-1].items())
-        print(f"seed {seed}: {told}; {doubtful} labels in doubt", file=sys.stderr)
+        shown = ", ".join(f"{name} {value:.4g}" for name, value in rows[-1].items())
+        print(f"seed {seed}: {shown}; {doubtful} labels in doubt", file=sys.stderr)
     ratios = {
         SWAPPED: min(row[SWAPPED] for row in rows),
         NAMED: min(row[NAMED] for row in rows),

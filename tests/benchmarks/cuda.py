@@ -1,7 +1,7 @@
 """What runs on a GPU: the class layer, a student's step, the partition, and both stages whole.
 
 ``python -m tests.benchmarks.cuda`` needs a GPU, and for the stages the LFW pack. Each time is the
-least of some rounds, taken in turns, of the host and the device together; of `cache-teacher` it is
+least of some alternating rounds, of the host and the device together; of `cache-teacher` it is
 one run's, of `train-student` the median of its log's windows. The teacher is an IResNet-50 in
 bfloat16 whose weights are random, its BatchNorm statistics those of faces; 93,431 classes, whose
 centres are the means of LFW's identities and random beyond.
@@ -61,13 +61,13 @@ def seconds(works: dict[str, Callable[[], object]], rounds: int = ROUNDS) -> dic
             torch.cuda.synchronize()
             if counted:
                 best[name] = min(best[name], time.perf_counter() - began)
-    told = {name: f"{value * 1e3:.2f} ms" for name, value in best.items()}
-    print(told, file=sys.stderr, flush=True)
+    shown = {name: f"{value * 1e3:.2f} ms" for name, value in best.items()}
+    print(shown, file=sys.stderr, flush=True)
     return best
 
 
 def peak_bytes(work: Callable[[], object]) -> int:
-    """What a work holds at its peak above what stood before it."""
+    """Peak memory of a function above what was allocated before it."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -172,7 +172,7 @@ def groups(device: torch.device) -> dict[str, float]:
 
 
 def make_teacher(records: Records) -> TorchEmbedder:
-    """An IResNet-50 whose random weights tell faces apart."""
+    """An IResNet-50 whose random weights separate faces."""
     torch.manual_seed(0)
     network = build_backbone("iresnet50")
     for module in network.modules():
@@ -232,8 +232,8 @@ def stages(folder: Path) -> dict[str, float]:
         config = load_config(None, [*common, f"kd.enabled={str(distil).lower()}"])
         train(config, joined, targets, folder / name)
         rates[name] = median(logged_rates(folder / name)[1:])  # libraries load in the first
-    told = {"teacher alone": alone, "cache-teacher": cached, **rates}
-    print({name: f"{rate:.0f} images/s" for name, rate in told.items()}, file=sys.stderr)
+    rates = {"teacher alone": alone, "cache-teacher": cached, **rates}
+    print({name: f"{rate:.0f} images/s" for name, rate in rates.items()}, file=sys.stderr)
     return {
         "cache-teacher / its teacher alone, images a second": cached / alone,
         "cache-teacher, images a second, both views": cached,

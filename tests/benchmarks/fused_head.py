@@ -113,7 +113,7 @@ class Layer:
 
 
 def least_seconds(works: dict[str, Callable[[], None]]) -> dict[str, float]:
-    """Least time of each, taken in turns: noise only ever adds."""
+    """Least time of each, measured alternately: noise only adds."""
     least = in_turns(list(works.values()), ROUNDS, time.process_time).min(0)
     return dict(zip(works, least.tolist(), strict=True))
 

@@ -1,4 +1,4 @@
-"""What benchmarks share: works measured in turns, and the one JSON object at the end."""
+"""What benchmarks share: alternating measurements, and the JSON object at the end."""
 
 import gc
 import json
@@ -52,8 +52,8 @@ def report(
     """Say which bars hold, then print the result as one JSON line and write it to RESULTS.
 
     ``ratios`` is {what: value}, ``bars`` {what: (op, bound)} over the same names; a ratio without
-    a bar is told only. ``accelerator`` is what the machine has besides. Exits with 1 where a bar is
-    missed, after the line is printed.
+    a bar is only reported. ``accelerator`` names the machine's. Exits with 1 if a bar is missed, after
+    the line is printed.
     """
     missed = []
     for what, (op, bound) in bars.items():

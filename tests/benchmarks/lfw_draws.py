@@ -2,12 +2,12 @@
 
     python -m tests.benchmarks.lfw_draws [FOLDER]
 
-Runs the public commands: one cache with 128 draws at temperature 4 from all 4,859 classes, cut to n
-by `gkd targets retarget`; one whose groups are all classes, which is plain distillation; and
+Runs the public commands: one cache with 128 draws at temperature 4 from all 4,859 classes, cut to
+n by `gkd targets retarget`; one whose groups are all classes, which is plain distillation; and
 `--without-kd`. The curve over n is of seed 0. The student is that of lfw_student.toml with
-`w_primary` 1, judged on the pairs of lfw_fold9.bin in turns of both kinds. As many students as
-there are cores are trained at a time, on a thread each. FOLDER keeps caches, runs and curve.png;
-what is finished there is not run again.
+`w_primary` 1, evaluated on the pairs of lfw_fold9.bin with both kinds alternating. As many
+students as there are cores are trained at a time, on a thread each. FOLDER keeps caches, runs and
+curve.png; what is finished there is not run again.
 """
 
 import json
@@ -57,14 +57,14 @@ def scores_of(out: Path, cache: Path, pairs: Path, seed: int, *flags: str) -> di
     """Train one student to its end and verify it."""
     settings = ("--config", CONFIG, "--set", "kd.w_primary=1", "--set", f"train.seed={seed}")
     gkd("train-student", RECORDS, cache, out, *settings, *flags)
-    (judged,) = json.loads(gkd("evaluate", out, pairs, "--json"))
-    return {"accuracy": judged["accuracy"], "AUC": judged["auc"]}
+    (result,) = json.loads(gkd("evaluate", out, pairs, "--json"))
+    return {"accuracy": result["accuracy"], "AUC": result["auc"]}
 
 
 def bytes_of(cache: Path) -> float:
     """Of a sample and view, all in."""
-    told = json.loads(gkd("targets", "stats", cache, "--json"))
-    return float(told["bytes_per_sample"]) / 2
+    stats = json.loads(gkd("targets", "stats", cache, "--json"))
+    return float(stats["bytes_per_sample"]) / 2
 
 
 def run(folder: Path) -> None:

@@ -4,13 +4,13 @@
 
 Runs the public commands: one cache from the shared teacher with groups of about two thousand
 classes, then the student of lfw_student.toml with the targets and `--without-kd`, each with seeds
-0, 1 and 2, each judged on lfw_fold9.bin after its last epoch. FOLDER keeps the cache and the
+0, 1 and 2, each evaluated on lfw_fold9.bin after its last epoch. FOLDER keeps the cache and the
 runs, and what is finished there is not run again.
 
 lfw_fold9.bin is one fold of LFW: 300 genuine pairs, then 300 impostors. Cut into ten it gives
-folds of one kind, whose thresholds are biased against the fold that they judge. So the pairs are
-judged in turns of both kinds, which balances the folds as those of the published sets are; the
-accuracy in the file's own order is told beside.
+folds of one kind, whose thresholds are biased against the fold that they are used for. So the
+pairs are evaluated with both kinds alternating, which balances the folds as those of the published
+sets are; the accuracy in the file's own order is reported too.
 """
 
 import json

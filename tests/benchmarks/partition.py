@@ -81,7 +81,7 @@ def many_classes() -> tuple[float, int]:
 
 
 def main() -> None:
-    """Measure, tell and hold against the bars."""
+    """Measure, report and compare with the bars."""
     gib, differing = many_classes()
     logits, labels = teacher_logits()
     soft = PartitionSettings(group_temperature=2.0)

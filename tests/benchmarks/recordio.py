@@ -5,7 +5,7 @@
 MXNet cannot be installed beside numpy 2, so it runs in an environment of its own, made once under
 $XDG_CACHE_HOME (or ~/.cache) by pip; it needs a python3.11. Both read the same random keys, in
 turns, in one run. A read of ours copies the image, as MXNet's does; reads without the copy, as
-gkd uses them, are told beside.
+gkd uses them, are reported too.
 """
 
 import hashlib
@@ -57,7 +57,7 @@ def main() -> None:
 
 
 def mxnet_python() -> Path:
-    """The interpreter of MXNet's environment, which is made where it is missing."""
+    """The interpreter of MXNet's environment, which is created if it is missing."""
     cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
     home = cache / "gkd-benchmarks" / "mxnet-1.9.1"
     python = home / "bin" / "python"
@@ -97,7 +97,7 @@ def mxnet_reader(python: Path, pack: Path, keys: npt.NDArray[np.int64]) -> Itera
 
 
 def random_reads(python: Path) -> dict[str, float]:
-    """MXNet's seconds over ours for the same random reads: each one's best of rounds in turns."""
+    """Seconds of MXNet / ours for the same random reads, each the best of alternating rounds."""
     path = SHARED_DATA / "lfw" / "train.rec"
     records = open_records(path)
     rows = np.random.default_rng(0).integers(0, len(records), READS)

@@ -2,11 +2,11 @@
 
     python -m tests.benchmarks.records
 
-The same images stand in every form, Parquet with rows in groups of 100 (as hubs publish images) and
-of 1,000. Reads are those of ``encoded``, in turns in one run, the best of the rounds; beside them
-``pread`` of the same bytes out of the ``.rec``. Of Parquet's last blocks so few are kept as hold a
-hundredth of the images: of a large data set no more stay either. The walk through a tar's headers
-stands beside tarfile's, which makes no index of samples and labels.
+The same images are in every form, Parquet with rows in groups of 100 (as hubs publish images) and
+of 1,000. Reads are those of ``encoded``, alternating in one run, the best of the rounds; beside
+them ``pread`` of the same bytes out of the ``.rec``. Of Parquet's last blocks so few are kept as
+hold a hundredth of the images: of a large data set no more stay either. The walk through a tar's
+headers is compared with tarfile's, which makes no index of samples and labels.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Trainings killed at random steps and gone on with: they must end in the bits of an unbroken one.
+"""Trainings killed at random steps and resumed: they must end in the bits of an uninterrupted one.
 
 ``python -m tests.benchmarks.resumed [KILLS]`` kills one process again and again, then two ranks at
 as many steps, each time by ``kill -9``, and starts the same command again.

@@ -146,8 +146,8 @@ def main() -> None:
         ratios["lookup, samples a second"] = speed
         turns = epoch_seconds(folder)
         plain, with_targets, in_blocks = np.median(turns, axis=0)
-        told = f"with targets {with_targets:.2f} s, in blocks {in_blocks:.2f} s"
-        print(f"epoch {plain:.2f} s, {told}", file=sys.stderr)
+        shown = f"with targets {with_targets:.2f} s, in blocks {in_blocks:.2f} s"
+        print(f"epoch {plain:.2f} s, {shown}", file=sys.stderr)
         quotients = np.median(turns[:, :1] / turns, axis=0)
         ratios["epoch of two workers without / with targets"] = float(quotients[1])
         ratios["epoch of two workers without / with targets in blocks"] = float(quotients[2])

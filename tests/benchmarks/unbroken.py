@@ -15,7 +15,7 @@ ROUNDS = 50
 
 
 def main() -> None:
-    """Kill, go on, compare."""
+    """Kill, resume, compare."""
     rounds = int(sys.argv[1]) if len(sys.argv) > 1 else ROUNDS
     with tempfile.TemporaryDirectory() as folder:
         faces = write_folder(Path(folder) / "faces")
@@ -23,7 +23,7 @@ def main() -> None:
     for each in tally.wrong:
         print(each, file=sys.stderr)
     killed = "kill -9 rounds with 1 to 3 ranks"
-    resumed = "caches gone on with after a kill"
+    resumed = "caches resumed after a kill"
     wrong = "caches that differ from an unbroken run"
     ratios = {killed: tally.kills, resumed: tally.resumed, wrong: len(tally.wrong)}
     report("unbroken", ratios, {killed: (">=", ROUNDS), wrong: ("==", 0)})

@@ -176,7 +176,7 @@ def test_a_cache_of_one_view_trains_as_its_card_says(home: Path, tmp_path: Path)
 def test_a_cache_that_lost_a_file_is_not_trained_on(
     home: Path, tmp_path: Path, damage: str, order: str
 ) -> None:
-    """Even where its targets stand ready from before."""
+    """Even if its targets are already materialised."""
     path = Path(shutil.copytree(home / "targets.gkd", tmp_path / "targets.gkd"))
     reading = (*TINY, "--set", f"data.order={order}")
     train = ("train-student", home / "faces", path, tmp_path / "run", *reading)

@@ -67,7 +67,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(faces: Path, part: str, c
     assert before.keys() == after.keys()
     assert [name for name in before if not torch.equal(before[name], after[name])] == []
     assert (state.step, state.skipped, state.skipped_in_a_row) == (2, 1, 1)
-    assert state.lr > rate  # warm-up goes on
+    assert state.lr > rate  # warm-up continues
     assert state.last_skipped is not None
     assert np.isnan(state.last_skipped.parts["gradient_norm"])
     assert np.isfinite(state.last_skipped.parts["total"])
