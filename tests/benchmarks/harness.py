@@ -51,9 +51,9 @@ def report(
 ) -> None:
     """Say which bars hold, then print the result as one JSON line and write it to RESULTS.
 
-    ``ratios`` is {what: value}, ``bars`` {what: (op, bound)} over the same names; a ratio without
-    a bar is only reported. ``accelerator`` names the machine's. Exits with 1 if a bar is missed, after
-    the line is printed.
+    ``ratios`` is {what: value}, ``bars`` {what: (op, bound)} over the same names; a ratio
+    without a bar is only reported. ``accelerator`` names one. Exits with 1 if a bar is missed,
+    after the line is printed.
     """
     missed = []
     for what, (op, bound) in bars.items():
