@@ -128,7 +128,9 @@ def embed(
     ahead = 0
     if embedder.device != "cpu":
         ahead, workers = IN_FLIGHT, min(workers, ACCELERATOR_DECODERS)
-    nothing = {view: np.empty((0, embedder.embedding_dim), np.float32) for view in views}
+    nothing: Embeddings = {
+        view: np.empty((0, embedder.embedding_dim), np.float32) for view in views
+    }
     started: deque[tuple[DecodedBatch, Callable[[], Embeddings]]] = deque()
     decode = partial(_decode, records, skip_corrupt)
     with closing(ordered_map(decode, batches, workers=workers)) as decoded:

@@ -64,7 +64,7 @@ class Ranks:
 
     def _wait_for(self, keys: dict[int, str]) -> None:
         """Wait until these ranks have set their keys, as long as they are alive."""
-        heard = dict.fromkeys(keys, (-1, time.monotonic()))
+        heard: dict[int, tuple[int, float]] = dict.fromkeys(keys, (-1, time.monotonic()))
         while keys and not self._has(*keys.values()):
             self.check()
             for rank, key in keys.items():

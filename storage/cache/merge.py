@@ -132,7 +132,9 @@ def _require_disjoint(caches: Sequence[Cache]) -> None:
         owner = int(owners[sample])
         return f"key {samples[owner].keys([rows[sample]])[0]} of {caches[owner].path}"
 
-    pairs = [f"{name(order[i])} is {name(order[i + 1])}" for i in shared[:_EXAMPLES].tolist()]
+    first = shared[:_EXAMPLES]
+    names = zip(order[first].tolist(), order[first + 1].tolist(), strict=True)
+    pairs = [f"{name(one)} is {name(other)}" for one, other in names]
     raise SpecMismatchError(
         f"{len(shared)} images are in more than one of the caches: "
         f"{first_few(pairs, _EXAMPLES, count=len(shared))}",

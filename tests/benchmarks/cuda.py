@@ -123,7 +123,7 @@ def large_class_layer(device: torch.device) -> dict[str, float]:
 def student_steps(device: torch.device) -> dict[str, float]:
     """Whole steps of MobileFaceNet in bfloat16, and what a teacher's forward would add to them."""
     ratios = {}
-    teacher = build_backbone("iresnet50").eval().to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    teacher = build_backbone("iresnet50").eval().to(device).to(memory_format=torch.channels_last)
     images = torch.randn(STEP_BATCH, 3, 112, 112, device=device)
 
     def forward() -> None:

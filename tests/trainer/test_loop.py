@@ -195,10 +195,10 @@ def test_training_fits_the_data(faces: Path, tmp_path: Path) -> None:
 class OnlineTeacher(FaceBatches):
     """Exact targets from the teacher's dense logits in each step, without a cache."""
 
-    def _targets(self, plan: BatchIndices) -> GroupTargets:
+    def _targets(self, indices: BatchIndices) -> GroupTargets:
         views = (teacher_logits(self.records, "original"), teacher_logits(self.records, "flipped"))
         classes, log_probs, rest = [], [], []
-        for row, flipped in zip(plan.rows, plan.flipped, strict=True):
+        for row, flipped in zip(indices.rows, indices.flipped, strict=True):
             logits = views[int(flipped)][row].astype(np.float64)
             order = np.argsort(-logits, kind="stable")
             mass = np.exp(log_softmax(logits / SETTINGS.group_temperature))[order].cumsum()
