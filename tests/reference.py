@@ -5,9 +5,6 @@ from typing import TypedDict, Unpack
 
 import numpy as np
 import numpy.typing as npt
-import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 Array = npt.NDArray[np.float64]
 
@@ -119,31 +116,6 @@ def dense_gkd_gradient(
             by_u[~group] -= weights["w_binary"] * surplus * np.exp(log_softmax(z[~group]))
         gradient[i] += weights["ramp"] * temperature * by_u
     return gradient / len(labels)
-
-
-def dense_margin_logits(
-    embeddings: Tensor,
-    centers: Tensor,
-    labels: Tensor,
-    *,
-    margin: tuple[float, float, float],
-    scale: float,
-) -> Tensor:
-    """Logits [B, C] by autograd: scale * cosine, at the label scale * (psi(m1 theta + m2) - m3).
-
-    Cosines are clamped 1e-6 inside the boundary before the angle, as the head's contract says.
-    """
-    unit = embeddings / embeddings.norm(dim=1, keepdim=True)
-    cosines = unit @ (centers / centers.norm(dim=1, keepdim=True)).T
-    m1, m2, m3 = margin
-    rows = torch.arange(len(labels))
-    at_label = cosines[rows, labels]
-    if (m1, m2) != (1.0, 0.0):
-        phi = m1 * torch.acos(at_label.clamp(1e-6 - 1, 1 - 1e-6)) + m2
-        turns = torch.floor(phi.detach() / torch.pi)
-        at_label = torch.where(turns % 2 == 0, 1.0, -1.0) * torch.cos(phi) - 2 * turns
-    onehot = F.one_hot(labels, len(centers)).bool()
-    return scale * torch.where(onehot, (at_label - m3)[:, None], cosines)
 
 
 # ---- Partition: primary groups and secondary mass -------------------------------------------

@@ -21,11 +21,10 @@ from tests.reference import (
     Array,
     DenseTerms,
     dense_gkd_gradient,
-    dense_margin_logits,
     dense_terms,
     log_softmax,
 )
-from tests.trainer.head.problems import loss_at_logits
+from tests.trainer.head.problems import dense_margin_logits, loss_at_logits
 
 ROWS, CLASSES, TEMPERATURE = 10_000, 40, 2.0
 ALL_CLASSES = np.ones(CLASSES, np.bool_)

@@ -18,10 +18,14 @@ from tests.reference import (
     LossWeights,
     dense_gkd_gradient,
     dense_gkd_loss,
-    dense_margin_logits,
     log_sum_exp,
 )
-from tests.trainer.head.problems import Problem, group_targets, plain_gkd_loss
+from tests.trainer.head.problems import (
+    Problem,
+    dense_margin_logits,
+    group_targets,
+    plain_gkd_loss,
+)
 
 COSFACE, ARCFACE = Margin(m3=0.4), Margin(m2=0.5)
 MARGINS = [COSFACE, ARCFACE, Margin(0.9, 0.4, 0.15), Margin(), Margin(m1=4.0)]
