@@ -2,9 +2,8 @@
 
 import math
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import Any
 
 import torch
@@ -86,28 +85,28 @@ def dry_run(
     if train.channels_last:
         model = model.to(memory_format=torch.channels_last)
     with torch.device("meta"):
-        head = ClassCenters(records.num_classes, dim)
+        weight = ClassCenters(records.num_classes, dim).weight
     sampler = BatchSampler(
         len(records), train.batch_size, train.epochs, train.seed, config.data.flip
     )
     flops = backbone_flops(model)
     trained = trained_centers(config, targets, records.num_classes)
     # The first rank has the most centres.
-    centers = len(Ranks(0, world_size).rows(records.num_classes))
-    own = trained_centers(config, targets, centers)
-    memory = _memory(config, model, head.weight[:centers], own, dtype, world_size)
+    centers = weight[: len(Ranks(0, world_size).rows(records.num_classes))]
+    own = trained_centers(config, targets, len(centers))
+    memory = _memory(config, model, centers, own, dtype, world_size)
     return DryRun(
         images=len(records),
         classes=records.num_classes,
         ranks=world_size,
         precision=str(dtype).removeprefix("torch."),
         parameters={
-            "backbone": _count(model.parameters()),
-            "head": _count(head.parameters()),
-            "trainable": _count([*_trainable(model), head.weight]),
+            "backbone": sum(parameter.numel() for parameter in model.parameters()),
+            "head": weight.numel(),
+            "trainable": sum(parameter.numel() for parameter in (*_trainable(model), weight)),
         },
         flops_per_image=flops,
-        flops_per_step=train.batch_size * (3 * flops + 2 * dim * (len(head.weight) + 2 * trained)),
+        flops_per_step=train.batch_size * (3 * flops + 2 * dim * (len(weight) + 2 * trained)),
         memory=memory,
         memory_total=sum(memory.values()),
         targets_bytes=_targets_bytes(config, targets),
@@ -132,33 +131,34 @@ def activation_bytes(model: nn.Module, batch: int, dtype: torch.dtype, *, last: 
     Counts each storage of saved tensors that are neither parameters nor buffers once. ``last``:
     images are in channels_last format.
     """
-    few, more = (_saved_bytes(model, images, dtype, last=last) for images in PROBES)
-    return round(few + (more - few) / (PROBES[1] - PROBES[0]) * (batch - PROBES[0]))
+    layout = torch.channels_last if last else torch.contiguous_format
+    own = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers())}
+
+    def saved_bytes(count: int) -> int:
+        saved: dict[int, torch.UntypedStorage] = {}
+
+        def save(tensor: Tensor) -> Tensor:
+            # The storage is kept too: the address of a freed one is soon used again.
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                saved[storage.data_ptr()] = storage
+            return tensor
+
+        images = torch.zeros(count, 3, FACE_SIZE, FACE_SIZE).contiguous(memory_format=layout)
+        with (
+            torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor),
+            torch.autocast("cpu", dtype, enabled=dtype != torch.float32),
+        ):
+            model(images)
+        return sum(storage.nbytes() for storage in saved.values())
+
+    return _extrapolate(saved_bytes, PROBES, batch)
 
 
-def _saved_bytes(model: nn.Module, batch: int, dtype: torch.dtype, *, last: bool) -> int:
-    own = {_address(tensor) for tensor in (*model.parameters(), *model.buffers())}
-    saved: dict[int, Tensor] = {}
-
-    def save(tensor: Tensor) -> Tensor:
-        # The tensor is kept too: the address of a freed storage is soon used again.
-        if _address(tensor) not in own:
-            saved[_address(tensor)] = tensor
-        return tensor
-
-    images = torch.zeros(batch, 3, FACE_SIZE, FACE_SIZE)
-    if last:
-        images = images.contiguous(memory_format=torch.channels_last)
-    with (
-        torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor),
-        torch.autocast("cpu", dtype, enabled=dtype != torch.float32),
-    ):
-        model(images)
-    return sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
-
-
-def _address(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
+def _extrapolate(measure: Callable[[int], int], probes: tuple[int, int], size: int) -> int:
+    """What ``measure`` would return for ``size``, if it is linear between two ``probes``."""
+    few, more = map(measure, probes)
+    return round(few + (more - few) / (probes[1] - probes[0]) * (size - probes[0]))
 
 
 def trained_centers(config: RunConfig, targets: JoinedTargets | None, num_classes: int) -> int:
@@ -166,23 +166,19 @@ def trained_centers(config: RunConfig, targets: JoinedTargets | None, num_classe
 
     It is largest if no two images of a batch, and no two draws of an image, share a class.
     """
-    rate, wanted = config.head.sample_rate, config.train.batch_size
+    wanted = images = config.train.batch_size
     if targets is not None:
-        wanted += int(wanted * _entries_per_image(config, targets))
+        assert isinstance(targets.store, ShardStore)
+        manifest = targets.store.cache.manifest
+        assert manifest is not None
+        signal, draws = chosen_signal(config.kd.signal, targets.spec), targets.spec.draws
+        if signal != "draws":
+            groups = manifest.num_samples * len(manifest.entries)
+            wanted += images * sum(manifest.entries.values()) // groups
+        if signal != "group" and draws is not None:
+            wanted += images * draws.count
     wanted = min(wanted, num_classes)
-    return wanted + math.ceil(rate * (num_classes - wanted))
-
-
-def _entries_per_image(config: RunConfig, targets: JoinedTargets) -> Fraction:
-    """Mean entries of the signal in use: those of the stored groups, the draws, or both."""
-    assert isinstance(targets.store, ShardStore)
-    manifest = targets.store.cache.manifest
-    assert manifest is not None
-    signal, draws = chosen_signal(config.kd.signal, targets.spec), targets.spec.draws
-    groups = manifest.num_samples * len(manifest.entries)
-    stored = 0 if signal == "draws" else sum(manifest.entries.values())
-    drawn = 0 if signal == "group" or draws is None else draws.count
-    return Fraction(stored, groups) + drawn
+    return wanted + math.ceil(config.head.sample_rate * (num_classes - wanted))
 
 
 def _memory(
@@ -200,16 +196,14 @@ def _memory(
     if world_size > 1:
         # DistributedDataParallel sends copies of the gradients.
         extra["gradients_sent"] = _bytes(backbone)
-    gradients = _bytes([*backbone, weight])
+    sample = nn.Parameter(centers[:trained].detach())
     if trained < len(weight):
-        sample = nn.Parameter(centers[:trained].detach())
-        gradients += _bytes([sample]) - _bytes([weight])
-        extra["sampled_centers"] = _bytes([sample]) + optimizer_bytes(config, [sample])
+        extra["sampled_centers"] = sample.nbytes + optimizer_bytes(config, [sample])
     return {
         **extra,
         "backbone_weights": _bytes([*model.parameters(), *model.buffers()]),
-        "class_centers": _bytes([weight]),
-        "gradients": gradients,
+        "class_centers": weight.nbytes,
+        "gradients": _bytes([*backbone, sample]),
         "optimizer_state": optimizer_bytes(config, [*backbone, weight]),
         # As read, and as floats if the backbone keeps its own, shorter copy.
         "images": batch * 3 * FACE_SIZE**2 * (1 if dtype == torch.float32 else 5),
@@ -225,20 +219,17 @@ def class_layer_bytes(config: RunConfig, batch: int, num_classes: int) -> int:
     The peak of a real forward and backward pass for each number of ``PROBE_CLASSES``,
     extrapolated linearly.
     """
-    few, more = (_class_layer_peak(config, batch, classes) for classes in PROBE_CLASSES)
-    slope = (more - few) / (PROBE_CLASSES[1] - PROBE_CLASSES[0])
-    return int(few + slope * (num_classes - PROBE_CLASSES[0]))
-
-
-def _class_layer_peak(config: RunConfig, batch: int, num_classes: int) -> int:
-    centers = ClassCenters(num_classes, config.student.embedding_dim)
     spec = HeadSpec(margin=config.head.margins, scale=config.head.scale)
-    embeddings = torch.ones(batch, config.student.embedding_dim, requires_grad=True)
     labels = torch.zeros(batch, dtype=torch.int64)
-    peak = PeakBytes()
-    with peak:
-        grouped_margin_loss(embeddings, centers.weight, labels, None, spec).total.backward()
-    return peak.highest - _bytes([centers.weight])
+
+    def peak_bytes(classes: int) -> int:
+        weight = ClassCenters(classes, config.student.embedding_dim).weight
+        embeddings = torch.ones(batch, config.student.embedding_dim, requires_grad=True)
+        with PeakBytes() as peak:
+            grouped_margin_loss(embeddings, weight, labels, None, spec).total.backward()
+        return peak.highest - weight.nbytes
+
+    return _extrapolate(peak_bytes, PROBE_CLASSES, num_classes)
 
 
 class PeakBytes(TorchDispatchMode):
@@ -279,8 +270,7 @@ def optimizer_bytes(config: RunConfig, parameters: list[nn.Parameter]) -> int:
     for shadow in shadows:
         shadow.grad = torch.empty_like(shadow)
     optimizer.step()
-    states: list[dict[str, Any]] = list(optimizer.state.values())
-    return _bytes(v for state in states for v in state.values() if isinstance(v, Tensor))
+    return sum(storage.nbytes() for storage in _storages(list(optimizer.state.values())))
 
 
 def _targets_bytes(config: RunConfig, targets: JoinedTargets | None) -> int:
@@ -300,10 +290,6 @@ def _targets_bytes(config: RunConfig, targets: JoinedTargets | None) -> int:
 
 def _trainable(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
-
-
-def _count(tensors: Iterable[Tensor]) -> int:
-    return sum(tensor.numel() for tensor in tensors)
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
