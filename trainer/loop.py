@@ -101,7 +101,16 @@ def train(
     def open_log() -> AbstractContextManager[RunLog | None]:
         if not ranks.first:
             return nullcontext()
-        _prepare_folder(out, run, _describe(run, records, targets, command))
+        # The rest of the folder is made to fit its last checkpoint.
+        folder = out / FOLDER
+        info = _describe(run, records, targets, command)
+        write_file(out / RUN, msgspec.json.format(msgspec.json.encode(info)))
+        write_file(out / CONFIG, to_toml(config).encode())
+        folder.mkdir(exist_ok=True)
+        delete_temporaries(folder)
+        if run.saved >= 0:
+            keep = config.checkpoint.keep
+            settle(folder, step=run.saved, best_step=run.best_step, keep=keep)
         return RunLog(out, step=run.step)
 
     with locked(out, ranks):
@@ -179,13 +188,13 @@ class _Training:
 
     def _train_epoch(self, loader: BatchLoader) -> None:
         """Train to the end of the epoch or to a signal, with the checkpoints due before."""
-        run, config = self.run, self.run.config
-        size, steps = config.train.batch_size, run.sampler.steps_per_epoch
+        run, config = self.run, self.run.config.train
+        size, steps = config.batch_size, run.sampler.steps_per_epoch
         epoch, done = divmod(run.step, steps)
-        run.model.train()
         total = steps * size
+        run.model.train()
         with progress(
-            f"epoch {epoch + 1}/{config.train.epochs}",
+            f"epoch {epoch + 1}/{config.epochs}",
             total,
             "images",
             done * size,
@@ -196,17 +205,15 @@ class _Training:
                 batch = self._next(loader)
                 if batch is None:
                     break
-                waited = time.perf_counter() - started
-                lr = run.lr
+                waited, lr = time.perf_counter() - started, run.lr
                 loss = run.take_step(batch, self.records)
-                skipped = run.skipped_in_a_row > 0
-                seconds = time.perf_counter() - started
+                seconds, skipped = time.perf_counter() - started, run.skipped_in_a_row > 0
                 run.window.add(loss, seconds=seconds, waited=waited, skipped=skipped)
                 if skipped and run.last_skipped is not None:
                     self._write_log(run.last_skipped.to_log())
                 run.require_sound(self.records)
                 # At the end of an epoch too, so that each line is about one epoch.
-                log_due = run.step % config.train.log_every == 0 or run.step % steps == 0
+                log_due = run.step % config.log_every == 0 or run.step % steps == 0
                 advance(size, self._log_window(lr) if log_due else "")
                 if run.step % steps and self._checkpoint_due():
                     self._save()
@@ -244,14 +251,10 @@ class _Training:
 
     def _evaluation_due(self) -> bool:
         run = self.run
-        epoch, rest = divmod(run.step, run.sampler.steps_per_epoch)
-        last = run.step == run.sampler.total_steps
-        return (
-            not rest
-            and run.evaluated < run.step
-            and bool(self.sets)
-            and (last or epoch % run.config.evaluation.every_epochs == 0)
-        )
+        if not self.sets or run.evaluated == run.step:
+            return False
+        every = run.config.evaluation.every_epochs * run.sampler.steps_per_epoch
+        return run.step % every == 0 or run.step == run.sampler.total_steps
 
     def _checkpoint_due(self) -> bool:
         run = self.run
@@ -261,14 +264,13 @@ class _Training:
     def _evaluate(self) -> bool:
         """Evaluate all sets on the first rank; returns whether their mean is the best so far."""
         run = self.run
-        improved = run.ranks.run_all_or_abort(lambda: run.ranks.first and self._evaluate_here())
-        improved, run.accuracy, run.best = run.ranks.broadcast((improved, run.accuracy, run.best))
+        run.ranks.run_all_or_abort(lambda: self._evaluate_here() if run.ranks.first else None)
+        evaluated = run.accuracy, run.best, run.best_step
+        run.accuracy, run.best, run.best_step = run.ranks.broadcast(evaluated)
         run.evaluated = run.step
-        if improved:
-            run.best_step = run.step
-        return improved
+        return run.best_step == run.step
 
-    def _evaluate_here(self) -> bool:
+    def _evaluate_here(self) -> None:
         run = self.run
         run.model.eval()
         embed = module_embed(run.model, preprocess_preset("arcface"), run.device)
@@ -278,12 +280,11 @@ class _Training:
             values = {"epoch": run.epoch, "accuracy": run.accuracy}
             self.log.write(run.step, values, group="evaluation")
         mean = sum(run.accuracy.values()) / len(run.accuracy)
-        improved = run.best is None or mean > run.best
-        run.best = mean if improved else run.best
+        best = f" (best mean {run.best or 0:.2%})"
+        if run.best is None or mean > run.best:
+            run.best, run.best_step, best = mean, run.step, " (the best so far)"
         shown = ", ".join(f"{name} {value:.2%}" for name, value in run.accuracy.items())
-        best = " (the best so far)" if improved else f" (best mean {run.best:.2%})"
         log_rank0(f"accuracy after epoch {run.epoch:g}: {shown}{best}")
-        return improved
 
     def _write_final_metrics(self) -> None:
         """Write report.json once the training has ended, before its last checkpoint."""
@@ -339,11 +340,8 @@ def describe_window(means: dict[str, Any], *, lr: float, skipped: int, seconds_l
         for name, places in digits.items()
         if means[name] != 0
     ]
-    parts += [
-        f"lr {lr:.2g}",
-        f"data wait {means['data_wait']:.0%}",
-        f"ends in {timedelta(seconds=round(seconds_left))}",
-    ]
+    parts += [f"lr {lr:.2g}", f"data wait {means['data_wait']:.0%}"]
+    parts += [f"ends in {timedelta(seconds=round(seconds_left))}"]
     parts += [f"skipped {skipped}"] if skipped else []
     return "  ".join(parts)
 
@@ -357,18 +355,6 @@ def _load_sets(paths: Sequence[str]) -> list[VerificationSet]:
                 "them; rename all but one"
             )
     return sets
-
-
-def _prepare_folder(out: Path, run: RunState, info: RunInfo) -> None:
-    """Write what the run is, and make the rest of the folder fit its last checkpoint."""
-    write_file(out / RUN, msgspec.json.format(msgspec.json.encode(info)))
-    write_file(out / CONFIG, to_toml(run.config).encode())
-    folder = out / FOLDER
-    folder.mkdir(exist_ok=True)
-    delete_temporaries(folder)
-    if run.saved >= 0:
-        keep = run.config.checkpoint.keep
-        settle(folder, step=run.saved, best_step=run.best_step, keep=keep)
 
 
 def _describe(
