@@ -225,7 +225,8 @@ def class_layer_bytes(config: RunConfig, batch: int, num_classes: int) -> int:
     def peak_bytes(classes: int) -> int:
         weight = ClassCenters(classes, config.student.embedding_dim).weight
         embeddings = torch.ones(batch, config.student.embedding_dim, requires_grad=True)
-        with PeakBytes() as peak:
+        peak = PeakBytes()
+        with peak:
             grouped_margin_loss(embeddings, weight, labels, None, spec).total.backward()
         return peak.highest - weight.nbytes
 
