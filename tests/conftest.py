@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +19,10 @@ settings.load_profile("check")
 
 # The tests' processes share the cores already; torch.compile needs no pool of its own.
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+# torch.compile would take what it kept for one processor's kernels for another's.
+if capability := os.environ.get("ATEN_CPU_CAPABILITY"):
+    kept = Path(tempfile.gettempdir(), f"torchinductor_{os.getuid()}_{capability}")
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(kept))
 
 
 @pytest.fixture(scope="session", autouse=True)
