@@ -96,11 +96,15 @@ def confusions(cache: Cache, *, max_rows: int = MAX_ROWS, max_pairs: int = MAX_P
                 noise.add(columns, present & (columns["lead"] > 0))
                 hard.add(columns, present & (columns["claim"] < 0.5))
             advance()
+    doubtful = hard.finish()
     return Confusions(
         samples,
         _identities(pairs.finish(max_rows), samples, images, own),
         _label_noise(noise.finish(), samples, images),
-        _hard(hard.finish(), samples, images),
+        pa.table(
+            _sample_columns(doubtful["row"], samples, images)
+            | {name: doubtful[name] for name in ("claim", "captured", "entropy", "likeliest")}
+        ),
         own,
         pairs.left_out,
     )
@@ -295,13 +299,6 @@ def _label_noise(found: Columns, samples: Samples, images: npt.NDArray[np.int64]
             "lead": found["lead"],
             "swapped": pa.array(swapped, pa.bool_()),
         }
-    )
-
-
-def _hard(found: Columns, samples: Samples, images: npt.NDArray[np.int64]) -> pa.Table:
-    names = ("claim", "captured", "entropy", "likeliest")
-    return pa.table(
-        _sample_columns(found["row"], samples, images) | {name: found[name] for name in names}
     )
 
 

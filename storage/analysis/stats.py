@@ -266,16 +266,13 @@ def _draw_masses(axes: Any, views: Sequence[ViewStats]) -> None:
             for mass in view.secondary.values()
         ]
         positions = np.arange(len(boxes)) + 0.35 * (number - (len(views) - 1) / 2)
-        colour = {"color": f"C{number}"}
+        lines = ("boxprops", "medianprops", "whiskerprops", "capprops")
         axes.bxp(
             boxes,
             positions=positions,
             widths=0.3,
             showfliers=False,
-            boxprops=colour,
-            medianprops=colour,
-            whiskerprops=colour,
-            capprops=colour,
+            **{line: {"color": f"C{number}"} for line in lines},
         )
     axes.set_xticks(np.arange(len(views[0].secondary)), [f"T={t:g}" for t in views[0].secondary])
     axes.set(ylabel="secondary mass (5, 25, 50, 75, 95 %)", ylim=(0, 1))

@@ -95,7 +95,10 @@ def pull(
             _fetch(source.remote, file, path, files[file], copying.advance)
 
     with WriteLock(path), disk_errors(path), transfer("pull", files) as copying:
-        _delete_temporaries(path)
+        # Delete what a killed pull left; a linked folder belongs to something else.
+        inside = (item for item in path.rglob("*") if item.is_dir() and not item.is_symlink())
+        for folder in (path, *inside):
+            delete_temporaries(folder)
         # The root's zarr.json comes first: a later pull knows the folder by it.
         for part in (metadata, data, records, last):
             copying.copy(
@@ -238,13 +241,6 @@ def _is_right(path: Path, file: str, record: FileRecord) -> bool:
     except CorruptShardError:
         return False
     return _has_size(found, record) and file_record(found) == record
-
-
-def _delete_temporaries(path: Path) -> None:
-    """Delete what a killed pull left; a linked folder belongs to something else."""
-    inside = (item for item in path.rglob("*") if item.is_dir() and not item.is_symlink())
-    for folder in (path, *inside):
-        delete_temporaries(folder)
 
 
 def _fetch(remote: Remote, file: str, path: Path, record: FileRecord, advance: Advance) -> None:

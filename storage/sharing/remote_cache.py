@@ -67,7 +67,7 @@ class RemoteCache:
     @property
     def id(self) -> str:
         """Hex sha256 of the manifest."""
-        return hashlib.sha256(self.content).hexdigest()
+        return record_of(self.content).sha256
 
     def commits(self, shards: Iterable[int] | None = None) -> dict[int, Commit]:
         """Commit records of ``shards``, by default of all, checked against the manifest.
@@ -105,7 +105,7 @@ class RemoteCache:
 
     def _read(self, file: str, sha256: str) -> bytes:
         content = self.remote.read(file, MAX_RECORD_BYTES)
-        if content is None or hashlib.sha256(content).hexdigest() != sha256:
+        if content is None or record_of(content).sha256 != sha256:
             problem = "missing" if content is None else "its sha256 is not that in manifest.json"
             raise CorruptShardError(problem, path=self.remote.location(file), remedy=_PUSH_AGAIN)
         return content
