@@ -167,7 +167,7 @@ sort_option = click.option(
 workers_option = click.option(
     "--workers",
     type=click.IntRange(min=1),
-    default=usable_cores(),
+    default=usable_cores,  # called when it is needed, not on import
     show_default="cores of this rank",
     help="Threads that decode images.",
 )

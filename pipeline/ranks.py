@@ -11,8 +11,9 @@ from uuid import uuid4
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
-from gkd.storage.errors import ConfigError, IncompleteCacheError
+from gkd.storage.errors import IncompleteCacheError
 from gkd.storage.util import rendezvous, torchrun_env
+from gkd.storage.util.torch_device import gpu_id
 
 BEAT_SECONDS = 5.0
 SILENT_SECONDS = 60.0
@@ -65,6 +66,7 @@ class Ranks:
     def _wait_for(self, keys: dict[int, str]) -> None:
         """Wait until these ranks have set their keys, as long as they are alive."""
         heard: dict[int, tuple[int, float]] = dict.fromkeys(keys, (-1, time.monotonic()))
+        wait = rendezvous.Wait("to go on", None)
         while keys and not self._has(*keys.values()):
             self.check()
             for rank, key in keys.items():
@@ -74,6 +76,7 @@ class Ranks:
                     heard[rank] = beats, now
                 elif now - heard[rank][1] > SILENT_SECONDS and not self._has(key):
                     raise self._ended(rank)
+            wait.say(lambda: [rank for rank, key in keys.items() if not self._has(key)])
             time.sleep(POLL_SECONDS)
 
     def _has(self, *keys: str) -> bool:
@@ -124,26 +127,18 @@ class Ranks:
 
 
 @contextmanager
-def joined_ranks() -> Iterator[Ranks]:
+def joined_ranks(device: str = "cpu") -> Iterator[Ranks]:
     """The ranks that torchrun started, once all have arrived, or this process alone.
 
     Raises:
-        IncompleteCacheError: if not all arrive in time.
-        ConfigError: if the environment does not say where they meet.
+        ConfigError: if not all arrive in time, the environment does not say where they meet, or
+            two of them take the same GPU as their ``device``.
     """
-    world_size, store, run = torchrun_env.world_size(), None, ""
-    try:
-        if world_size > 1:
-            shared, run = rendezvous.meet(rendezvous.ARRIVAL)
-            store = PrefixStore(run, shared)
-    except RuntimeError as error:
-        raise IncompleteCacheError(
-            f"not all of the {world_size} ranks arrived within {rendezvous.ARRIVAL} ({error}); see "
-            f"why in their own output, and {RESUME}"
-        ) from error
-    except ValueError as error:
-        raise ConfigError(
-            f"WORLD_SIZE={world_size}: the ranks cannot meet ({error}); start them with torchrun"
-        ) from error
-    with Ranks(torchrun_env.rank(), world_size, store, run) as ranks:
+    rank, world_size, store, run = torchrun_env.rank(), torchrun_env.world_size(), None, ""
+    if world_size == 1:
+        torchrun_env.note_other_launcher()
+    else:
+        shared, run = rendezvous.meet(rendezvous.ARRIVAL, gpu=gpu_id(device))
+        store = PrefixStore(run, shared)
+    with Ranks(rank, world_size, store, run) as ranks:
         yield ranks

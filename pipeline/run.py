@@ -103,7 +103,7 @@ def cache_teacher(
     began, out = time.monotonic(), out.absolute()
     check_labels(records)
     require_outside_caches(out, may_be_cache=True)
-    with ranks or joined_ranks() as ranks, _locked(out, ranks) as guard:
+    with ranks or joined_ranks(embedder.device) as ranks, _locked(out, ranks) as guard:
         images = _Run(records, out, embedder, settings, ranks, guard).make(centers)
         return _summary(out, images, time.monotonic() - began)
 

@@ -2,10 +2,11 @@
 
 import functools
 import gc
+import threading
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, Literal, NoReturn, TypeVar
 
@@ -15,14 +16,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
 from gkd.storage.errors import ConfigError, GkdError
 from gkd.storage.util import torchrun_env
-from gkd.storage.util.rendezvous import ARRIVAL, meet
+from gkd.storage.util.rendezvous import ARRIVAL, Wait, meet
+from gkd.storage.util.torch_device import gpu_id
 
 T = TypeVar("T")
 
@@ -37,6 +39,7 @@ class Ranks:
 
     rank: int = 0
     world_size: int = 1
+    watch: "Watch | None" = field(default=None, compare=False, repr=False)
 
     @property
     def first(self) -> bool:
@@ -56,9 +59,10 @@ class Ranks:
         """The elementwise maximum of the ranks' CPU tensors of one shape."""
         if self.world_size == 1:
             return values
-        values = values.to(_collective_device())
-        dist.all_reduce(values, dist.ReduceOp.MAX)
-        return values.cpu()
+        with self.watch or nullcontext():
+            values = values.to(_collective_device())
+            dist.all_reduce(values, dist.ReduceOp.MAX)
+            return values.cpu()
 
     def sum(self, values: Tensor) -> Tensor:
         """The sum of the ranks' tensors of one shape; overwrites this rank's."""
@@ -124,7 +128,8 @@ class Ranks:
         if self.world_size == 1:
             return value
         values = [value]
-        dist.broadcast_object_list(values, src=0, device=_collective_device())
+        with self.watch or nullcontext():
+            dist.broadcast_object_list(values, src=0, device=_collective_device())
         return values[0]
 
     def parallel(
@@ -161,6 +166,45 @@ class Ranks:
         return init_device_mesh(_collective_device().type, (self.world_size,))
 
 
+class Watch:
+    """Says for which ranks this one waits; its context is the wait, of all ranks for each other.
+
+    They wait in C++, so a thread looks on. Each rank that has waited for a second says in the store
+    which of its waits this is: who has not got as far is waited for.
+    """
+
+    def __init__(self, store: Store, rank: int, world_size: int) -> None:
+        self._store, self._rank = store, rank
+        self._others = [other for other in range(world_size) if other != rank]
+        self._count = 0
+        self._wait: Wait | None = None
+        self._ended = threading.Event()
+        threading.Thread(target=self._look_on, name="watch", daemon=True).start()
+
+    def __enter__(self) -> None:
+        self._count += 1
+        self._wait = Wait("to go on", PATIENCE)
+
+    def __exit__(self, *_: object) -> None:
+        self._wait = None
+
+    def end(self) -> None:
+        """End the thread."""
+        self._ended.set()
+
+    def _look_on(self) -> None:
+        with suppress(RuntimeError):  # the store is gone: the wait itself reports it
+            while not self._ended.wait(1.0):
+                count, wait = self._count, self._wait
+                if wait is not None:
+                    self._store.set(f"wait/{self._rank}", str(count))
+                    wait.say(lambda: [n for n in self._others if self._waits_of(n) < self._count])
+
+    def _waits_of(self, rank: int) -> int:
+        key = f"wait/{rank}"
+        return int(self._store.get(key)) if self._store.check([key]) else 0
+
+
 ALONE = Ranks()
 
 
@@ -190,19 +234,23 @@ def joined_ranks(device: str) -> Iterator[Ranks]:
     Raises:
         ConfigError: if the other ranks cannot be reached, or a rank has no GPU.
     """
-    world_size = torchrun_env.world_size()
+    rank, world_size = torchrun_env.rank(), torchrun_env.world_size()
     if world_size == 1:
+        torchrun_env.note_other_launcher()
         yield ALONE
         return
+    gpu = ""
     if device == "cuda":
         _take_gpu(torch.cuda.device_count())
+        gpu = gpu_id(f"cuda:{torch.cuda.current_device()}")
+    shared, attempt = meet(ARRIVAL, gpu=gpu)
+    store = PrefixStore(attempt, shared)
+    shared.set_timeout(PATIENCE)
     try:
-        store, attempt = meet(ARRIVAL)
-        store.set_timeout(PATIENCE)
         dist.init_process_group(
             "nccl" if device == "cuda" else "gloo",
-            store=PrefixStore(attempt, store),
-            rank=torchrun_env.rank(),
+            store=store,
+            rank=rank,
             world_size=world_size,
             timeout=PATIENCE,
         )
@@ -211,12 +259,14 @@ def joined_ranks(device: str) -> Iterator[Ranks]:
             f"the other ranks of WORLD_SIZE={world_size} cannot be reached ({error}); see why they "
             "ended, or start all of them with torchrun"
         ) from error
+    watch = Watch(store, rank, world_size)
     try:
-        yield Ranks(dist.get_rank(), dist.get_world_size())
+        yield Ranks(rank, world_size, watch)
     except BaseException as error:
         _clear_frames(error)
         raise
     finally:
+        watch.end()
         # If DDP's reducer were the last to hold the group, it would destroy it while holding the
         # interpreter's lock, and wait for a thread of the group that may want the lock.
         gc.collect()

@@ -8,7 +8,7 @@ import os
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from gkd.storage.errors import ConfigError
 from gkd.storage.util.torchrun_env import local_rank, own_gpu
@@ -56,6 +56,20 @@ def own_cuda(device: str) -> str:
     gpus = torch.cuda.device_count()
     shared = device == "cuda" and local_rank() is not None and gpus
     return f"cuda:{own_gpu(gpus)}" if shared else device
+
+
+def gpu_id(device: str) -> str:
+    """The GPU that ``device`` names, as no other on any machine is called; empty for the CPU."""
+    import torch
+
+    try:
+        if torch.device(device).type != "cuda":
+            return ""
+        properties: Any = torch.cuda.get_device_properties(device)
+    except (RuntimeError, AssertionError):  # another package's GPU, which torch cannot see
+        return ""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    return f"{properties.uuid} {visible if 'MIG' in visible else ''}".strip()
 
 
 def resolve_precision(

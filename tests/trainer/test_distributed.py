@@ -203,6 +203,7 @@ def test_a_rank_without_a_gpu_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         raise RuntimeError("CUDA-capable device(s) is/are busy\nmore words")
 
     monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("RANK", "3")
     monkeypatch.setenv("LOCAL_RANK", "3")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     with (
@@ -219,7 +220,7 @@ def test_a_rank_without_a_gpu_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         pass
 
 
-UNREACHED = "ConfigError: the other ranks of WORLD_SIZE=2 cannot be reached"
+UNREACHED = "of WORLD_SIZE=2 did not arrive at localhost:"
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -227,18 +228,19 @@ def test_a_rank_whose_torchrun_died_gives_up_soon(rank: int) -> None:
     env = {"RANK": f"{rank}", "WORLD_SIZE": "2"}
     env |= {"MASTER_ADDR": "localhost", "MASTER_PORT": f"{free_port()}"}
     with running(meet, "ARRIVAL", 2, 0, env=env) as process:
-        assert UNREACHED in failed([process])
+        assert f"ConfigError: rank {1 - rank} {UNREACHED}" in failed([process])
 
 
 def test_a_rank_that_never_arrives_is_given_up_soon() -> None:
     with running_ranks(2, meet, "ARRIVAL", 2, 0, start=1) as ranks:
-        assert UNREACHED in failed(ranks)
+        assert f"rank 1 {UNREACHED}" in failed(ranks)
 
 
 def test_ranks_that_have_met_wait_for_each_other_as_long_as_patience_says() -> None:
-    with running_ranks(2, meet, "PATIENCE", 3, 9) as ranks:
+    with running_ranks(2, meet, "PATIENCE", 5, 9) as ranks:
         printed = failed(ranks)
         assert "Timed out" in ranks[1].err
+        assert re.search(r"rank 1 of 2 has waited [34] s for rank 0 to go on", ranks[1].err)
     assert UNREACHED not in printed
 
 
