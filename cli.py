@@ -64,7 +64,9 @@ def _interrupt(signum: int, frame: object) -> None:
 @click.version_option(package_name="gkd", prog_name="gkd")
 def main() -> None:
     """Cache a face-recognition teacher once, distil any number of students from it."""
-    signal.signal(signal.SIGTERM, _interrupt)
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
+            signal.signal(number, _interrupt)
     # The call that lost its connection reports it; asyncio's tasks would repeat it.
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     # Read when torch is loaded: waiting threads must not spin on the decoders' cores.

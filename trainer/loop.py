@@ -76,8 +76,8 @@ def train(
     number.
 
     ``out`` holds config.toml, run.json (``command``, versions, data, sizes), metrics.jsonl,
-    tensorboard/ and checkpoints/, and at the end report.json and report.html. SIGTERM and SIGINT
-    end the training after a checkpoint.
+    tensorboard/ and checkpoints/, and at the end report.json and report.html. ``STOP_SIGNALS`` end
+    the training after a checkpoint.
 
     Raises:
         ConfigError: if settings or data cannot be trained on, or ``out`` is another run's.
@@ -181,9 +181,7 @@ class _Training:
             if not dead:
                 raise
             raise GkdError(
-                f"a process that prepares data died: {', '.join(dead)}; often memory ran "
-                "out: set fewer data.workers or provide more memory, and run the same command "
-                f"again; {self.run.last_checkpoint}"
+                f"{dead}, and run the same command again; {self.run.last_checkpoint}"
             ) from error
 
     def _train_epoch(self, loader: BatchLoader) -> None:
@@ -224,7 +222,7 @@ class _Training:
         batch: Batch | None = None
         if not self.stop.received:
             try:
-                batch = next(loader)
+                batch = loader.take(lambda: bool(self.stop.received))
             except (GkdError, OSError, RuntimeError) as met:  # torch's RuntimeError: a dead worker
                 error = met
         status = _FAILED if error else _STOP if self.stop.received else _CONTINUE

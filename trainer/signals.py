@@ -1,6 +1,7 @@
 """Signals that request the end of a training."""
 
 import math
+import os
 import signal
 import threading
 import time
@@ -10,6 +11,8 @@ from dataclasses import dataclass
 from types import FrameType
 
 ECHO_SECONDS = 1.0
+# Ctrl-C and kill; a terminal that closes; what schedulers send before a job's time is up.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 @dataclass
@@ -22,10 +25,11 @@ class Stop:
 
 @contextmanager
 def stop_signals() -> Iterator[Stop]:
-    """Let SIGTERM and SIGINT end the training after a step; a second one ends it at once.
+    """Let ``STOP_SIGNALS`` end the training after a step; a second one ends it at once.
 
     A scheduler signals every process, and torchrun signals its ranks again: a repetition within
-    ``ECHO_SECONDS`` is no second signal.
+    ``ECHO_SECONDS`` is no second signal. A signal that was ignored before, as ``nohup`` ignores
+    SIGHUP, stays so.
     """
     stop, first = Stop(), math.inf
     if threading.current_thread() is not threading.main_thread():
@@ -35,6 +39,9 @@ def stop_signals() -> Iterator[Stop]:
     def handle(number: int, frame: FrameType | None) -> None:
         nonlocal first
         now = time.monotonic()
+        if number == signal.SIGHUP:
+            for terminal in terminals:  # it closes: a word to it would be an error
+                os.dup2(nowhere, terminal)
         if not stop.received:
             first = now
             stop.received = signal.Signals(number).name
@@ -42,10 +49,13 @@ def stop_signals() -> Iterator[Stop]:
             signal.signal(number, previous[number])
             signal.raise_signal(signal.Signals(number))
 
-    numbers = (int(signal.SIGTERM), int(signal.SIGINT))
-    previous = {number: signal.signal(number, handle) for number in numbers}
+    terminals = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    heard = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+    previous = {int(number): signal.signal(number, handle) for number in heard}
     try:
         yield stop
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+        os.close(nowhere)

@@ -232,13 +232,15 @@ def test_a_killed_data_worker_is_reported(faces: Path, tmp_path: Path) -> None:
         assert process.wait(timeout=30) == 1
     message = process.err.strip().splitlines()[-1]
     # 255: the worker's parent, another child of the run's process, was killed as well.
-    dead = r"a process that prepares data died: process \d+ \(exit code (-9|255)\); often memory"
+    dead = (
+        r"a process that prepares data died: process \d+ \((SIGKILL|exit code 255)\); often memory"
+    )
     assert re.search(dead, message), process.err
     assert "fewer data.workers or provide more memory, and run the same command again" in message
     assert re.search(r"the checkpoint of step \d+ is unchanged", message)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2])
 def test_a_signal_ends_a_run_after_a_checkpoint(
     faces: Path, tmp_path: Path, number: signal.Signals
 ) -> None:

@@ -9,42 +9,60 @@ images of a block in random order, and the training process looks up targets, so
 read once per epoch and few are in memory.
 """
 
+import os
 import signal
-from collections.abc import Iterable, Iterator
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
+from multiprocessing import queues
+from multiprocessing.process import BaseProcess
 from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from gkd.storage.cache.targets import SparseTargets
 from gkd.storage.errors import GkdError
 from gkd.storage.reading.shard_store import Block, ShardStore
-from gkd.storage.util.torchrun_env import usable_cores
+from gkd.storage.util.torchrun_env import log_rank0, usable_cores
 from gkd.trainer.data.dataset import Batch, FaceBatches
 from gkd.trainer.data.sampler import BatchIndices, BatchSampler
+from gkd.trainer.data.shared_memory import MORE, batch_bytes, fit, free_bytes
 from gkd.trainer.head.targets import GroupTargets
+from gkd.trainer.signals import STOP_SIGNALS
 
-PREFETCH = 4
+# A batch that has not come by then never will: a disk or a network does not answer.
+STUCK_SECONDS = 600.0
+_SPEAK_SECONDS = 30.0
+# Workers that do not end when asked are killed.
+_END_SECONDS = 5.0
+_CANNOT_SEND = 70
 
 
 class BatchLoader(Iterator[Batch]):
     """The batches of ``sampler``, made ahead by ``workers`` processes (0: here, when requested).
 
-    There is at most one worker per core of this rank. ``close`` ends them. ``next`` raises what a
-    worker raised, as a GkdError or OSError.
+    There is at most one worker per core of this rank, and fewer if shared memory has no room for
+    their batches. ``close`` ends them. ``next`` raises what a worker raised, as a GkdError or
+    OSError, and a GkdError if nothing came for ``STUCK_SECONDS``.
     """
 
     def __init__(
         self, dataset: FaceBatches, sampler: BatchSampler, *, workers: int, pin: bool
     ) -> None:
-        workers = min(workers, usable_cores())
+        rows = sampler.batch_size // sampler.world_size
+        batch = batch_bytes(rows, dataset.targets, dataset.signal)
+        self._workers, ahead, fewer = fit(min(workers, usable_cores()), batch, free_bytes())
+        if fewer:
+            log_rank0(fewer)
         indices: Iterable[Any] = sampler
         if dataset.targets is not None and isinstance(dataset.targets.store, ShardStore):
             indices = _with_targets(sampler, dataset.targets.store, dataset.targets.rows)
@@ -52,39 +70,116 @@ class BatchLoader(Iterator[Batch]):
             _ErrorsAsItems(dataset),
             batch_size=None,
             sampler=indices,
-            num_workers=workers,
+            num_workers=self._workers,
             pin_memory=pin,
-            prefetch_factor=PREFETCH if workers else None,
-            worker_init_fn=_ignore_interrupts,
+            prefetch_factor=ahead if self._workers else None,
+            worker_init_fn=_prepare_worker,
+            # So that a wait for a batch can be looked at, and left, once a second.
+            timeout=1.0 if self._workers else 0.0,
             # Without its own generator the loader would draw from the one that a resume restores.
             generator=torch.Generator(),
         )
-        self._items = iter(loader)
+        self._taken = 0
+        try:
+            self._items = iter(loader)
+        except (OSError, RuntimeError) as error:
+            raise GkdError(
+                f"data.workers: {self._workers} processes cannot be started ({error}); set "
+                "data.workers=0, or raise the limits of processes and open files (ulimit -u, -n)"
+            ) from error
 
     def __next__(self) -> Batch:
+        batch = self.take(lambda: False)
+        assert batch is not None
+        return batch
+
+    def take(self, stopped: Callable[[], bool]) -> Batch | None:
+        """The next batch; None if ``stopped`` becomes true while it is waited for."""
+        began, speak = time.monotonic(), _SPEAK_SECONDS
         try:
-            item: _Item = next(self._items)
+            while True:
+                try:
+                    item: _Item = next(self._items)
+                    break
+                except RuntimeError as error:
+                    if not str(error).startswith("DataLoader timed out"):
+                        raise
+                waited = time.monotonic() - began
+                if stopped():
+                    return None
+                if waited > min(speak, STUCK_SECONDS):
+                    speak += _SPEAK_SECONDS
+                    self._report_wait(waited)
             if isinstance(item, Exception):
                 raise item
         except BaseException:
             self.close()
             raise
+        self._taken += 1
         return item.batch()
+
+    def _report_wait(self, waited: float) -> None:
+        """Say which worker has not delivered; an error if it has not for too long."""
+        # Torch deals batches to the workers in turn.
+        process = getattr(self._items, "_workers", [])[self._taken % self._workers]
+        late = f"process {process.pid}, which prepares data, has not delivered for {waited:.0f} s"
+        if waited > STUCK_SECONDS:
+            raise GkdError(
+                f"{late}; see whether the disk or network of the records answers, and run the "
+                "same command again"
+            )
+        print(late, file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """End the workers."""
         # Not left to the garbage collector: a traceback may hold the loader, and living workers,
         # which ignore SIGTERM, would block the interpreter's exit.
         if isinstance(self._items, _MultiProcessingDataLoaderIter):
-            self._items._shutdown_workers()
+            kill = threading.Timer(_END_SECONDS, _kill, [self._items._workers])
+            kill.daemon = True
+            kill.start()
+            with suppress(RuntimeError):  # torch reports the killed
+                self._items._shutdown_workers()
+            kill.cancel()
 
-    def dead_workers(self) -> list[str]:
-        """``process P (exit code C)`` for each worker that died; call it once closed."""
-        return [
-            f"process {worker.pid} (exit code {worker.exitcode})"
+    def dead_workers(self) -> str:
+        """Which workers died, of what and probably why; empty if none. Call it once closed."""
+        codes = {
+            worker.pid: worker.exitcode
             for worker in getattr(self._items, "_workers", [])
             if worker.exitcode not in (None, 0)
-        ]
+        }
+        if not codes:
+            return ""
+        named = ", ".join(f"process {pid} ({_ended_by(code)})" for pid, code in codes.items())
+        # Those that were killed for the death of another come later, by SIGKILL.
+        why = next((_CAUSES[code] for code in codes.values() if code in _CAUSES), _OUT_OF_MEMORY)
+        return f"a process that prepares data died: {named}; {why}"
+
+
+def _kill(workers: list[BaseProcess]) -> None:
+    for worker in workers:
+        worker.kill()
+
+
+_OUT_OF_MEMORY = "often memory ran out: set fewer data.workers or provide more memory"
+_CRASHED = "native code crashed: check the records with `gkd records verify`"
+_CAUSES = {
+    -signal.SIGBUS: "a file that it had mapped was cut or its disk failed: check with `gkd records "
+    "verify` and `gkd targets verify`, and write no file that a training reads",
+    -signal.SIGSEGV: _CRASHED,
+    -signal.SIGABRT: _CRASHED,
+    -signal.SIGILL: _CRASHED,
+    -signal.SIGFPE: _CRASHED,
+    _CANNOT_SEND: "it could not send a batch, for the reason that it printed above",
+}
+
+
+def _ended_by(code: int) -> str:
+    if code < 0:
+        with suppress(ValueError):
+            return signal.Signals(-code).name
+    return f"exit code {code}"
 
 
 @dataclass(frozen=True)
@@ -112,6 +207,22 @@ class _Packed:
             torch.cat([value.contiguous().view(torch.uint8) for _, value in fields]),
             tuple((name, value.dtype, len(value)) for name, value in fields),
         )
+
+    def shared(self) -> Self:
+        """Move to shared memory, for another process.
+
+        Raises:
+            GkdError: if there is no room.
+        """
+        try:
+            self.images.share_memory_()
+            self.rest.share_memory_()
+        except (RuntimeError, OSError) as error:
+            raise GkdError(
+                f"a batch of {self.images.nbytes / 2**20:,.1f} MiB finds no room in shared memory "
+                f"({error}); {MORE}, or set fewer data.workers or a smaller train.batch_size"
+            ) from error
+        return self
 
     def pin_memory(self) -> "_Packed":
         """Copy to pinned memory; torch's data loader calls it by this name."""
@@ -142,16 +253,32 @@ class _ErrorsAsItems(Dataset[_Item]):
         if not isinstance(indices, BatchIndices):
             return indices
         try:
-            return _Packed.pack(self.dataset[indices])
+            packed = _Packed.pack(self.dataset[indices])
+            # Torch would do this in a thread, whose errors it prints, and then wait for ever.
+            return packed.shared() if get_worker_info() else packed
         except (GkdError, OSError) as error:
             return error
 
 
-def _ignore_interrupts(_worker: int) -> None:
-    # Ctrl-C or a scheduler's SIGTERM reaches the whole process group: the training process finishes
+def _prepare_worker(_worker: int) -> None:
+    # Ctrl-C or a scheduler's signal reaches the whole process group: the training process finishes
     # its step and stops the workers itself.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    # Torch's handlers blame shared memory, whatever was cut.
+    for number in (signal.SIGBUS, signal.SIGSEGV, signal.SIGFPE):
+        signal.signal(number, signal.SIG_DFL)
+    # A batch that the sending thread drops would be waited for: end instead.
+    queues.Queue._on_queue_feeder_error = staticmethod(_cannot_send)  # type: ignore[attr-defined]
+
+
+def _cannot_send(error: Exception, _item: object) -> None:
+    print(
+        f"process {os.getpid()}, which prepares data, cannot send a batch: {error}",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(_CANNOT_SEND)
 
 
 def _with_targets(
