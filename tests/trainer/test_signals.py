@@ -35,10 +35,10 @@ def test_words_to_a_terminal_that_closed_are_no_error(tmp_path: Path) -> None:
     if not child:  # a leader of a session of its own, on a terminal of its own
         try:
             with stop_signals() as stop:
-                print("ready", flush=True)
+                os.write(1, b"ready")
                 while not stop.received:
                     time.sleep(0.01)
-                print("a checkpoint is being written", flush=True)
+                os.write(2, b"a checkpoint is being written")
                 (tmp_path / "received").write_text(stop.received)
         finally:
             os._exit(0)
