@@ -10,12 +10,12 @@ import click
 from gkd.commands.cache_teacher import cache_teacher
 from gkd.commands.centers import centers
 from gkd.commands.models import demo, evaluate, export, report
-from gkd.commands.output import printable
 from gkd.commands.plan import plan
 from gkd.commands.records import records
 from gkd.commands.targets import targets
 from gkd.commands.train_student import train_student
 from gkd.storage.errors import GkdError
+from gkd.storage.util.text import printable
 
 
 class Commands(click.Group):

@@ -13,7 +13,7 @@ from gkd.commands.options import (
     description_options,
     network_options,
 )
-from gkd.commands.output import emit_json
+from gkd.commands.output import echo, emit_json
 
 
 @click.command("evaluate", short_help="Verification and identification accuracy.")
@@ -72,7 +72,7 @@ def evaluate(
         plot_results(results, plot)
     for result in results:
         if result.warning:
-            click.echo(f"{result.name}: {result.warning}", err=True)
+            echo(f"{result.name}: {result.warning}", err=True)
     if as_json:
         emit_json([{"protocol": result.protocol, **result.to_builtins()} for result in results])
     else:
@@ -85,7 +85,7 @@ def report(run: Path) -> None:
     """Write RUN/report.html again, from the files of the run folder RUN alone."""
     from gkd.trainer.report.page import write_report
 
-    click.echo(write_report(run))
+    echo(write_report(run))
 
 
 @click.command("export", short_help="Export a student as ONNX or safetensors.")
@@ -106,7 +106,7 @@ def export(run: Path, out: Path, licence: str | None, note: str | None, as_json:
         emit_json(exported.to_builtins())
     else:
         checked = ", checked against torch" if out.suffix == ".onnx" else ""
-        click.echo(f"{out}: {exported.bytes:,} bytes{checked}; model card {exported.card}")
+        echo(f"{out}: {exported.bytes:,} bytes{checked}; model card {exported.card}")
 
 
 @click.command("demo", short_help="Small end-to-end run on synthetic faces.")

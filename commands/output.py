@@ -1,9 +1,12 @@
 """Results and messages as the commands print them: for people, or as one JSON line."""
 
+import re
 from typing import Any
 
 import click
 import msgspec
+
+from gkd.storage.util.text import printable
 
 
 def emit(value: Any, as_json: bool) -> None:
@@ -23,19 +26,31 @@ def emit_lines(lines: dict[str, str]) -> None:
     """Print names and values in two columns."""
     width = max(map(len, lines))
     for name, text in lines.items():
-        click.echo(f"{name:{width}}  {text}")
+        echo(f"{name:{width}}  {text}")
 
 
 def emit_json(value: Any) -> None:
     """Print any value as one line of JSON; numbers that are not finite become null."""
-    click.echo(msgspec.json.encode(value, enc_hook=str))
+    builtins = msgspec.to_builtins(value, str_keys=True, enc_hook=str)
+    click.echo(msgspec.json.encode(_encodable(builtins)))
 
 
-def printable(text: str) -> str:
-    """Replace control characters: names in caches and records are not trusted."""
-    return "".join(
-        char if char.isprintable() or char == "\n" else "\N{REPLACEMENT CHARACTER}" for char in text
-    )
+def echo(text: object = "", *, err: bool = False) -> None:
+    """Print lines for people, on stderr if ``err``; names in them need not be trusted."""
+    click.echo(printable(str(text)), err=err)
+
+
+def _encodable(value: Any) -> Any:
+    """Replace what UTF-8 cannot hold, such as bytes of a file name in another encoding."""
+    match value:
+        case str():
+            return value.encode("utf-8", "replace").decode()
+        case dict():
+            return {_encodable(name): _encodable(item) for name, item in value.items()}
+        case list():
+            return [_encodable(item) for item in value]
+        case _:
+            return value
 
 
 def _format(value: Any) -> str:
@@ -43,7 +58,7 @@ def _format(value: Any) -> str:
         case bool() | None:
             return str(value)
         case str():
-            return printable(value).replace("\n", "\N{REPLACEMENT CHARACTER}")
+            return re.sub(r"[\n\t]", "\N{REPLACEMENT CHARACTER}", value)
         case int():
             return f"{value:,}"
         case float():

@@ -20,7 +20,7 @@ from gkd.commands.options import (
     target_options,
     teacher_options,
 )
-from gkd.commands.output import emit
+from gkd.commands.output import echo, emit
 
 
 @click.command("plan", short_help="Forecast the size, time and groups of a cache.")
@@ -92,8 +92,6 @@ def plan(
     draws = result.draws
     if draws:
         source_name = "all classes" if draws.source == "all" else "the primary group"
-        click.echo(
-            f"bytes include {draws.count} draws from {source_name} at T = {draws.temperature:g}"
-        )
+        echo(f"bytes include {draws.count} draws from {source_name} at T = {draws.temperature:g}")
     for line in result.basis:
-        click.echo(line)
+        echo(line)

@@ -7,7 +7,7 @@ import click
 import msgspec
 
 from gkd.commands.options import LOCAL_PATH, OUTPUT_PATH, as_json, sort_option, workers_option
-from gkd.commands.output import emit, emit_json, printable
+from gkd.commands.output import echo, emit, emit_json
 
 
 @click.group(short_help="Inspect, verify and pack face records.")
@@ -52,10 +52,8 @@ def records_verify(source: Path, sort: Any, workers: int, as_json: bool) -> None
         emit_json({**counts, "faults": faults})
     else:
         for fault in faults:
-            click.echo(printable(fault))
-        click.echo(
-            f"{report.images:,} images, {report.identities:,} identities, {len(faults):,} faults"
-        )
+            echo(fault)
+        echo(f"{report.images:,} images, {report.identities:,} identities, {len(faults):,} faults")
     if faults:
         raise SystemExit(1)
 

@@ -24,7 +24,7 @@ from gkd.commands.options import (
     storage_option,
     workers_option,
 )
-from gkd.commands.output import emit, emit_json, printable
+from gkd.commands.output import echo, emit, emit_json
 from gkd.storage.util.torchrun_env import usable_cores
 
 if TYPE_CHECKING:
@@ -124,8 +124,8 @@ def targets_verify(
             emit_json({**msgspec.to_builtins(report, enc_hook=str), "ok": ok})
         else:
             for fault in report.faults:
-                click.echo(printable(str(fault)))
-            click.echo(
+                echo(fault)
+            echo(
                 f"{report.shards:,} shards of {report.files:,} files, {report.bytes:,} bytes in "
                 f"shards, {report.entries:,} entries, {len(report.faults):,} faults"
             )
@@ -217,10 +217,10 @@ def targets_stats(location: str, plot: Path | None, options: dict[str, Any], as_
     emit(total, False)
     for view in views:
         view.pop("histogram", None)
-        click.echo()
+        echo()
         emit(view, False)
     if not isinstance(result, CacheStats):
-        click.echo("\nQuantiles and masses need the arrays: `gkd targets pull` the cache for them.")
+        echo("\nQuantiles and masses need the arrays: `gkd targets pull` the cache for them.")
 
 
 @targets.command("confusions", short_help="Label-noise report from the cache alone.")
@@ -382,6 +382,6 @@ def targets_gc(older_than: float, dry_run: bool, as_json: bool) -> None:
         return
     for item in found:
         action = f"kept, {item.why}" if item.why else "would be deleted" if dry_run else "deleted"
-        click.echo(f"{item.path}: {action}; {item.bytes:,} bytes, used {item.days:.1f} days ago")
+        echo(f"{item.path}: {action}; {item.bytes:,} bytes, used {item.days:.1f} days ago")
     freed = sum(item.bytes for item in found if item.removed)
-    click.echo(f"{freed:,} bytes {'would be ' if dry_run else ''}freed")
+    echo(f"{freed:,} bytes {'would be ' if dry_run else ''}freed")

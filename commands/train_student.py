@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from gkd.commands.options import LOCAL_PATH, Resumable, as_json, sort_option
-from gkd.commands.output import emit, emit_lines
+from gkd.commands.output import echo, emit, emit_lines
 from gkd.storage.util.torchrun_env import all_cores, local_world_size, log_rank0, rank, world_size
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def train_student(
         summary = train(run, records, joined, out, command=own_command(), ranks=ranks)
     if ranks.first:
         emit(summary, as_json)
-        click.echo(f"see {out / REPORT}", err=True)
+        echo(f"see {out / REPORT}", err=True)
 
 
 def _split_paths(paths: tuple[Path, ...], *, needs_targets: bool) -> tuple[Path, Path | None, Path]:

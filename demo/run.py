@@ -226,9 +226,9 @@ def _report(out: Path, state: State, console: Console) -> None:
     try:
         plot_demo(out, results, out / "demo.png")
     except ConfigError as error:  # matplotlib is optional
-        console.print(f"no plot: {error}", highlight=False)
+        console.print(f"no plot: {error}", highlight=False, markup=False)
     else:
-        console.print(f"Plot: {out / 'demo.png'}", highlight=False)
+        console.print(f"Plot: {out / 'demo.png'}", highlight=False, markup=False)
 
 
 def _result(path: Path) -> dict[str, Any]:

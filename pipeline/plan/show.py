@@ -4,18 +4,20 @@ from pathlib import Path
 
 from rich import box
 from rich.table import Table
+from rich.text import Text
 
 from gkd.pipeline.plan.forecast import DEVICES, Plan, PlanPoint
 from gkd.storage.util.plotting import new_figure, write_png
+from gkd.storage.util.text import printable
 
 MAX_COLUMNS = 5  # thresholds side by side in 80 columns
 
 
 def plan_table(plan: Plan) -> Table:
     """A section for each group temperature, with a row for each quantity."""
+    title = f"{plan.images:,} images of {plan.classes:,} identities, {plan.shards:,} shards"
     table = Table(
-        title=f"{plan.records}: {plan.images:,} images of {plan.classes:,} identities, "
-        f"{plan.shards:,} shards",
+        title=Text(printable(f"{plan.records}: {title}")),
         box=box.SIMPLE,
         padding=0,
         show_header=False,

@@ -19,6 +19,7 @@ from gkd.storage.cache.metadata import read_commit, read_spec
 from gkd.storage.cache.spec import CacheSpec
 from gkd.storage.errors import ConfigError
 from gkd.storage.util.files import delete_temporaries, write_file
+from gkd.storage.util.text import printable
 
 ABOUT = (
     "A cache of targets for Grouped Knowledge Distillation of face recognisers: for every "
@@ -68,7 +69,7 @@ def write_card(
 def _check_terms(card: Path, terms: Mapping[str, str | None]) -> None:
     text = card.read_text() if card.exists() else ""
     for option, given in terms.items():
-        if given and given.strip() not in text:
+        if given and stated(given) not in text:
             raise ConfigError(
                 f"the cache is finished and its id covers this card, which differs from {option}",
                 path=card,
@@ -98,9 +99,10 @@ def card_text(
         ],
         name="".join(c if c.isalnum() or c in "-_." else "-" for c in spec.dataset.name),
         code=code,
+        plain=plain,
         about=ABOUT,
-        note=note and note.strip(),
-        licence=licence.strip() if licence else NO_LICENCE,
+        note=note and stated(note),
+        licence=stated(licence) if licence else NO_LICENCE,
         content_heading=CONTENT,
         terms_heading=TERMS,
         terms_end=TERMS_END,
@@ -169,4 +171,14 @@ def bullets(lines: Sequence[str]) -> str:
 
 def code(name: str) -> str:
     """A name as Markdown code, whatever characters it has."""
-    return f"`{' '.join(name.replace('`', ' ').split())}`"
+    return f"`{' '.join(printable(name).replace('`', ' ').split())}`"
+
+
+def plain(name: str) -> str:
+    """A name or version, as code unless Markdown gives none of its characters a meaning."""
+    return name if re.fullmatch(r"[\w .+-]*", name) else code(name)
+
+
+def stated(text: str) -> str:
+    """A licence or a note, Markdown in its maker's words, without control characters."""
+    return printable(text).strip()

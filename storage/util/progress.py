@@ -10,6 +10,8 @@ from rich import progress as bars
 from rich.console import Console, RenderableType
 from rich.text import Text
 
+from gkd.storage.util.text import printable
+
 LINE_SECONDS = 10.0
 _BAR_SECONDS = 0.1
 
@@ -62,7 +64,7 @@ def progress(
             show(now - began)
 
     def show_bar(_seconds: float) -> None:
-        bar.update(task, completed=count, note=latest)
+        bar.update(task, completed=count, note=printable(latest))
 
     def print_line(seconds: float) -> None:
         rate = (count - done) / max(seconds, 1e-9)
@@ -70,7 +72,7 @@ def progress(
         if count < total:  # how long is left is unknown until something was done
             ending = f", {(total - count) / rate:,.0f} s left" if rate else ""
         text = f"{what}: {count:,}/{total:,} ({rate:,.1f} {unit}/s{ending})"
-        print(f"{text} {latest}".rstrip(), file=sys.stderr, flush=True)
+        print(printable(f"{text} {latest}".rstrip()), file=sys.stderr, flush=True)
 
     show: Callable[[float], None] = print_line
     interval = LINE_SECONDS
@@ -78,9 +80,10 @@ def progress(
     if sys.stderr.isatty():
         show, interval = show_bar, _BAR_SECONDS
         columns = (bars.BarColumn(), bars.MofNCompleteColumn(), _RateColumn())
+        title = bars.TextColumn("{task.description}", markup=False)
         times = bars.TimeElapsedColumn(), bars.TimeRemainingColumn()
-        display = bar = _Bar("{task.description}", *columns, *times, console=Console(stderr=True))
-        task = bar.add_task(what, total=total, completed=done, note="", unit=unit)
+        display = bar = _Bar(title, *columns, *times, console=Console(stderr=True))
+        task = bar.add_task(printable(what), total=total, completed=done, note="", unit=unit)
     with display:
         yield advance
         show(time.monotonic() - began)

@@ -1,4 +1,4 @@
-"""Parts of messages: the first few of many items, and the fields in which two values differ."""
+"""Parts of messages: names that are not trusted, many items, fields in which values differ."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
@@ -6,6 +6,21 @@ from typing import Any
 import msgspec
 
 _ABSENT = object()
+
+
+def printable(text: str) -> str:
+    r"""Replace control characters, but for ends of lines and tabs, and what UTF-8 cannot hold.
+
+    Names in files of others could otherwise move the cursor, set the window's title or reverse
+    the direction of the text.
+
+    >>> printable("a\x1b[2J")
+    'a\ufffd[2J'
+    """
+    return "".join(
+        char if char.isprintable() or char in "\n\t" else "\N{REPLACEMENT CHARACTER}"
+        for char in text
+    )
 
 
 def first_few(items: Sequence[object], n: int = 3, *, count: int | None = None) -> str:

@@ -30,6 +30,8 @@ def world_size() -> int:
     """
     return _number("WORLD_SIZE", 1, 10**6) or 1
 
+from gkd.storage.util.text import printable
+
 
 def rank() -> int:
     """This process's number among those that torchrun started; 0 without it."""
@@ -165,6 +167,6 @@ def usable_cores() -> int:
 
 
 def log_rank0(text: str) -> None:
-    """Print a line on stderr, on rank 0 only."""
+    """Print a line on stderr, on rank 0 only; names in it need not be trusted."""
     if rank() == 0:
-        print(text, file=sys.stderr, flush=True)
+        print(printable(text), file=sys.stderr, flush=True)

@@ -1,7 +1,6 @@
 """Embeddings saved on disk, so that a model embeds a set of faces only once."""
 
 import hashlib
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from gkd.storage.cache.spec import Preprocess
 from gkd.storage.errors import CorruptDataError
 from gkd.storage.reading.mmap_store import EMBEDDINGS, default_folder, touch
 from gkd.storage.util.files import publish_file
+from gkd.storage.util.torchrun_env import log_rank0
 
 # Increased whenever the same images would reach a network as different input.
 FORMAT = 1
@@ -59,10 +59,7 @@ class EmbeddingCache:
                 return None
             embeddings = _read(path, count)
         except (CorruptDataError, safetensors.SafetensorError, OSError) as error:
-            print(
-                f"{path}: damaged or unreadable ({error}); the images are embedded again",
-                file=sys.stderr,
-            )
+            log_rank0(f"{path}: damaged or unreadable ({error}); the images are embedded again")
             return None
         touch(path)
         return embeddings
@@ -76,10 +73,9 @@ class EmbeddingCache:
                 safetensors.numpy.save_file({ARRAY: embeddings}, temporary, metadata)
         except (OSError, safetensors.SafetensorError) as error:
             # Only the speed of the next evaluation depends on them.
-            print(
+            log_rank0(
                 f"{self.folder}: the embeddings cannot be saved ({error}); set GKD_CACHE_DIR or "
-                "--cache to a folder that you may write to, or use --no-cache",
-                file=sys.stderr,
+                "--cache to a folder that you may write to, or use --no-cache"
             )
 
 

@@ -5,8 +5,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
+
+from gkd.storage.util.text import printable
 
 # Of a rich table: a border or separator and a blank on both sides of each column.
 COLUMN_FRAME, LAST_FRAME = 3, 1
@@ -65,7 +67,7 @@ def result_tables(results: Sequence[Result], width: int) -> Iterator[Table]:
         table = Table(title=results[start].title)
         table.add_column("set", no_wrap=True)
         for result in results[start:stop]:
-            table.add_column(escape(result.name), justify="right", overflow="fold")
+            table.add_column(Text(printable(result.name)), justify="right", overflow="fold")
         for name in names:
             table.add_row(name, *(metrics.get(name, "-") for metrics in values[start:stop]))
         yield table

@@ -21,7 +21,8 @@ from gkd.storage.records.images import FACE_SHAPE
 from gkd.storage.util.extras import require
 from gkd.storage.util.files import write_file
 
-OPSET = 18
+OPSET = 18  # of torch's exporter
+OLDEST_OPSET = 9  # that the runtimes of today read, TensorRT among them
 INPUT, OUTPUT = "input", "embedding"
 CHECKED_BATCHES = (1, 2, 5)
 TOLERANCE = 1e-4
@@ -30,7 +31,8 @@ TOLERANCE = 1e-4
 def export_onnx(model: nn.Module, out: Path, *, preprocess: Preprocess, name: str) -> None:
     """Write ``model`` to ``out``: ``input`` float32 [batch, 3, 112, 112] to ``embedding``.
 
-    The file is self-contained and carries ``metadata``. It is written only after onnxruntime has
+    The file is self-contained and carries ``metadata``. It has the oldest opset that holds the
+    network, so that older runtimes read it too, and is written only after onnxruntime has
     reproduced torch's embeddings for batches of 1, 2 and 5.
 
     Raises:
@@ -47,9 +49,7 @@ def export_onnx(model: nn.Module, out: Path, *, preprocess: Preprocess, name: st
         exported = _exported(model, out)
         embedding_dim = exported.graph.output[0].type.tensor_type.shape.dim[1].dim_value
         onnx.helper.set_model_props(exported, metadata(preprocess, name, embedding_dim))
-        onnx.checker.check_model(exported, full_check=True)
-        content = exported.SerializeToString()
-        _check_against(model, content, out)
+        content = _in_oldest_opset(exported, model, out)
     finally:
         model.to(device).train(was_training)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -115,6 +115,33 @@ def _exported(model: nn.Module, out: Path) -> Any:
             ) from error
     assert program is not None  # None only without dynamo
     return program.model_proto
+
+
+def _in_oldest_opset(exported: Any, model: nn.Module, out: Path) -> bytes:
+    """Serialise in the oldest opset, and IR version, that holds the network.
+
+    An opset holds it if it has each operator with each attribute, by ONNX's checker, and
+    onnxruntime still computes torch's embeddings. What most networks need has not changed its
+    meaning since opset 9: newer versions of the operators only take more types.
+    """
+    onnx = require("onnx", "onnx")
+    for node in exported.graph.node:
+        if node.op_type == "Reshape":  # allowzero is about dimensions of 0, and no batch is empty
+            del node.attribute[:]
+    (operators,) = (entry for entry in exported.opset_import if entry.domain == "")
+    for opset in range(OLDEST_OPSET, OPSET + 1):
+        operators.version = opset
+        exported.ir_version = onnx.helper.find_min_ir_version_for(exported.opset_import)
+        try:
+            onnx.checker.check_model(exported, full_check=True)
+            content: bytes = exported.SerializeToString()
+            _check_against(model, content, out)
+        except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError, ConfigError):
+            if opset == OPSET:
+                raise
+        else:
+            break
+    return content
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jinja2
 import msgspec
 
-from gkd.storage.cache.card import code
+from gkd.storage.cache.card import code, plain, stated
 from gkd.storage.cache.spec import preprocess_preset
 from gkd.storage.errors import ConfigError
 from gkd.storage.util.files import sha256_file, write_file
@@ -110,7 +110,7 @@ def card_text(
         trim_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"code": code, "quoted": json.dumps}
+    environment.filters |= {"code": code, "plain": plain, "stated": stated, "quoted": json.dumps}
     # Without the paths of the publisher's files.
     sets = tuple(Path(path).name for path in config.evaluation.sets)
     evaluation = msgspec.structs.replace(config.evaluation, sets=sets)

@@ -30,7 +30,7 @@ def point(temperature: float, threshold: float) -> PlanPoint:
 
 def test_a_table_of_long_values_is_complete_in_80_columns() -> None:
     plan = Plan(
-        records="ms1m-retinaface-t1",
+        records="[red]ms1m\x1b[2J",
         images=5_822_653,
         classes=93_431,
         shards=89,
@@ -49,7 +49,12 @@ def test_a_table_of_long_values_is_complete_in_80_columns() -> None:
     output = io.StringIO()
     Console(file=output, width=80).print(plan_table(plan))
     text = output.getvalue()
-    for words in ("group temperature 2.5", "95th percentile of sizes", "time on 8 devices"):
+    for words in (
+        "[red]ms1m\ufffd[2J: ",
+        "group temperature 2.5",
+        "95th percentile of sizes",
+        "time on 8 devices",
+    ):
         assert words in text
     for cell in ("0.995", "36,232", "93,431", "246,123", "2.89 GB", "±3%", "83.3 h", "10.4 h"):
         assert text.count(cell) >= 2, cell

@@ -145,3 +145,14 @@ def test_names_are_quoted_for_markdown_and_the_shell(made: Made) -> None:
     text = card_text(spec, [read_commit(made.path, make_spec(), shard) for shard in range(3)])
     assert text.startswith("# What `a b # c` says of `my faces; rm *`\n")
     assert "gkd targets pull ADDRESS my-faces--rm--.gkd\n" in text
+
+
+def test_what_others_wrote_stays_text(made: Made) -> None:
+    software = {"gkd": "1.0", "<script>x()</script>": "2\x1b[2J", "zarr": "[a](http://b)"}
+    spec = msgspec.structs.replace(make_spec(), software=software)
+    commits = [read_commit(made.path, make_spec(), shard) for shard in range(3)]
+    text = card_text(spec, commits, note="See\x1b]0;title\x07 **this**.", licence="CC\u202e BY")
+    assert "`<script>x()</script>` `2\ufffd[2J`, gkd 1.0, zarr `[a](http://b)`\n" in text
+    assert "See\ufffd]0;title\ufffd **this**.\n" in text
+    assert "CC\ufffd BY\n" in text
+    assert all(char.isprintable() or char == "\n" for char in text)

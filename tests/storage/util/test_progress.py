@@ -35,3 +35,18 @@ def test_a_log_gets_plain_lines(capfd: pytest.CaptureFixture[str]) -> None:
     assert re.fullmatch(
         rf"epoch 1/20: 400/400 \([\d,.]+ images/s in [\d.]+ s\) {re.escape(NOTE)}", line
     )
+
+
+def odd_names() -> None:
+    with progress("[red]a\x1b]0;b\x07", 2, "images") as advance:
+        advance(2, "[/] of\x1b[2J")
+
+
+def test_names_of_others_are_shown_as_text(capfd: pytest.CaptureFixture[str]) -> None:
+    shown = on_a_terminal(200, odd_names)
+    assert "[red]a\ufffd]0;b\ufffd " in shown
+    assert "[/] of\ufffd[2J" in shown
+    odd_names()
+    line = capfd.readouterr().err
+    assert line.startswith("[red]a\ufffd]0;b\ufffd: 2/2 ")
+    assert line.endswith(" [/] of\ufffd[2J\n")

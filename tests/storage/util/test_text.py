@@ -2,7 +2,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from gkd.storage.util.text import describe_differences, first_few
+from gkd.storage.util.text import describe_differences, first_few, printable
 
 
 @pytest.mark.parametrize(
@@ -49,3 +49,17 @@ def test_values_that_look_alike_are_written_in_full() -> None:
     assert line == "x: expected 0.30000000000000004, got 0.3"
     (line,) = describe_differences({"x": "1"}, {"x": 1})
     assert line == "x: expected '1', got 1"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("one\n\ttwo ü 识", "one\n\ttwo ü 识"),
+        ("\x1b]0;title\x07", "\ufffd]0;title\ufffd"),
+        ("gpj.\u202eexe", "gpj.\ufffdexe"),
+        (b"caf\xe9".decode(errors="surrogateescape"), "caf\ufffd"),
+        ("over\rwritten", "over\ufffdwritten"),
+    ],
+)
+def test_control_characters_are_replaced(text: str, expected: str) -> None:
+    assert printable(text) == expected

@@ -246,8 +246,8 @@ def cells(table: str) -> list[list[str]]:
 
 def test_a_table_shows_the_rates_that_a_set_is_large_enough_for() -> None:
     # Not even one impostor pair of the large set is a rate of one in a thousand.
-    assert cells(printed(results_of({"small": 40, "large": 400}), 80)) == [
-        ["set", "small", "large"],
+    assert cells(printed(results_of({"[red]small": 40, "la\x1brge": 400}), 80)) == [
+        ["set", "[red]small", "la\ufffdrge"],
         ["pairs", "40", "400"],
         ["accuracy", "100.00%", "100.00%"],
         ["± over folds", "0.00%", "0.00%"],

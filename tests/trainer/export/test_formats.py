@@ -58,6 +58,48 @@ def test_export_gives_torchs_embeddings_for_any_batch_and_leaves_the_model(tmp_p
     assert metadata["gkd_version"]
 
 
+class Attending(nn.Module):
+    """Normalises over a dimension in the middle, which Softmax can since opset 13."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(12, 4))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images[:, :, :3, :4].softmax(dim=1).mean(dim=1).flatten(1) @ self.weight
+
+
+class Normalising(nn.Module):
+    """Normalises a layer, an operator since opset 17."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.linear = nn.LayerNorm(12), nn.Linear(12, 4)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        features: torch.Tensor = self.linear(self.norm(images[:, 0, :3, :4].flatten(1)))
+        return features
+
+
+@pytest.mark.parametrize(
+    ("model", "opset", "ir_version"),
+    [
+        (build_backbone("iresnet18", embedding_dim=8, width=0.125, input_size=28), 10, 5),
+        (Attending(), 13, 7),
+        (Normalising(), 17, 8),
+    ],
+    ids=["pooling", "softmax", "layer norm"],
+)
+def test_an_export_has_the_oldest_opset_that_holds_the_network(
+    tmp_path: Path, model: nn.Module, opset: int, ir_version: int
+) -> None:
+    out = tmp_path / "student.onnx"
+    export_onnx(model, out, preprocess=PREPROCESS, name="demo")
+    written = onnx.load(out)
+    assert [entry.version for entry in written.opset_import] == [opset]
+    assert written.ir_version == ir_version
+
+
 class Random(nn.Module):
     """Returns other embeddings in each call."""
 
