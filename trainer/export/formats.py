@@ -121,8 +121,8 @@ def _in_oldest_opset(exported: Any, model: nn.Module, out: Path) -> bytes:
     """Serialise in the oldest opset, and IR version, that holds the network.
 
     An opset holds it if it has each operator with each attribute, by ONNX's checker, and
-    onnxruntime still computes torch's embeddings. What most networks need has not changed its
-    meaning since opset 9: newer versions of the operators only take more types.
+    onnxruntime still computes torch's embeddings with it. Nothing is rewritten: most operators
+    have only learnt further types since opset 9, so that the same graph is valid there.
     """
     onnx = require("onnx", "onnx")
     for node in exported.graph.node:

@@ -63,10 +63,10 @@ class Attending(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(12, 4))
+        self.weight = nn.Parameter(torch.randn(36, 4))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return images[:, :, :3, :4].softmax(dim=1).mean(dim=1).flatten(1) @ self.weight
+        return images[:, :, :3, :4].softmax(dim=1).flatten(1) @ self.weight
 
 
 class Normalising(nn.Module):
