@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
 from gkd.storage.errors import ConfigError
+from gkd.storage.util.text import printable
 
 # Set by launchers that start many processes, which do not know of each other: rank, count.
 _OTHERS = {
@@ -29,8 +30,6 @@ def world_size() -> int:
         ConfigError: if WORLD_SIZE is not such a number; likewise below, naming the variable.
     """
     return _number("WORLD_SIZE", 1, 10**6) or 1
-
-from gkd.storage.util.text import printable
 
 
 def rank() -> int:

@@ -40,7 +40,7 @@ IDENTITIES, IMAGES_EACH = 6, 7
 SETTINGS = PartitionSettings(group_temperature=4.0, temperatures=(1.0, 4.0))
 SMALL = (
     "student.name=iresnet18",
-    "student.width=0.0625",
+    "student.width=0.125",
     "student.input_size=28",
     "student.embedding_dim=8",
     "data.workers=0",

@@ -14,6 +14,9 @@ from gkd.storage.records.images import FACE_SHAPE
 
 FACE_SIZE = FACE_SHAPE[0]
 INPUT_SIZES = (112, 56, 28)
+# Of an input to a 1x1 convolution of stride 2: for fewer, oneDNN's gradient of its weights writes
+# past its memory in the channels_last format (uxlfoundation/oneDNN#6035, seen on AVX2).
+LEAST_STRIDED = 8
 
 
 class Sizes(NamedTuple):
@@ -101,17 +104,17 @@ def halved(size: int, times: int) -> int:
     return size
 
 
-def scaled(channels: int, width: float) -> int:
+def scaled(channels: int, width: float, *, least: int = 1) -> int:
     """Channels at a width multiplier.
 
     Raises:
-        ConfigError: if that is no whole number.
+        ConfigError: if that is no whole number, or fewer than ``least``.
     """
     result = channels * width
-    if result < 1 or result != int(result):
+    if result < least or result != int(result):
         raise ConfigError(
             f"student.width: {channels} channels times {width:g} is {result:g}, expected a whole "
-            "number; take a multiple of 1/16"
+            f"number of at least {least}; take a multiple of {max(1, least) / channels:g}"
         )
     return int(result)
 

@@ -16,6 +16,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from gkd.trainer.backbones.common import (
+    LEAST_STRIDED,
     Family,
     InputPool,
     Sizes,
@@ -127,7 +128,8 @@ class IR(nn.Module):
     ) -> None:
         super().__init__()
         expansion = EXPANSION if form.bottleneck else 1
-        stem, *channels = (scaled(c, width) for c in (STEM, *(c * expansion for c in CHANNELS)))
+        published = (STEM, *(c * expansion for c in CHANNELS))
+        stem, *channels = (scaled(c, width, least=LEAST_STRIDED) for c in published)
         side = halved(input_size, times=4)
         self.pool = InputPool(input_size)
         self.input_layer = nn.Sequential(

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from gkd.trainer.backbones.common import (
+    LEAST_STRIDED,
     Family,
     InputPool,
     Sizes,
@@ -79,7 +80,7 @@ class IResNet(nn.Module):
         input_size: int = 112,
     ) -> None:
         super().__init__()
-        stem, *channels = (scaled(c, width) for c in (CHANNELS[0], *CHANNELS))
+        stem, *channels = (scaled(c, width, least=LEAST_STRIDED) for c in (CHANNELS[0], *CHANNELS))
         side = halved(input_size, times=4)
         self.pool = InputPool(input_size)
         self.conv1 = _conv3x3(3, stem)

@@ -48,7 +48,7 @@ def published(name: str, *, small: bool = False) -> Shapes:
     """Names and shapes as published, or of the same network with few channels."""
     dim = DIM if small else 512
     if name in IRESNETS:
-        return iresnet_shapes(IRESNETS[name], 1 / 16 if small else 1, dim)
+        return iresnet_shapes(IRESNETS[name], 1 / 8 if small else 1, dim)
     if name in MOBILES:
         large, scale = MOBILES[name]
         return mobilefacenet_shapes(large, 1 if small else scale, dim)
@@ -56,7 +56,7 @@ def published(name: str, *, small: bool = False) -> Shapes:
         channels, depth = VITS[name]
         return vit_shapes(16 if small else channels, depth, dim)
     blocks, form = IRS[name]
-    return ir_shapes(blocks, 1 / 16 if small else 1, dim, **form)
+    return ir_shapes(blocks, 1 / 8 if small else 1, dim, **form)
 
 
 def norm(key: str, channels: int, *, affine: bool = True) -> Shapes:

@@ -137,7 +137,7 @@ def test_no_code_of_a_file_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_refused_global_is_named(tmp_path: Path) -> None:
-    torch.save(build_backbone("iresnet18", width=1 / 16, embedding_dim=8), tmp_path / "pickled.pt")
+    torch.save(build_backbone("iresnet18", width=1 / 8, embedding_dim=8), tmp_path / "pickled.pt")
     with pytest.raises(ConfigError, match=r"one that names gkd\.trainer.*\.IResNet; .*state_dict"):
         load_backbone("auto", tmp_path / "pickled.pt")
 
@@ -145,7 +145,7 @@ def test_a_refused_global_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("share", [0.01, 0.5, 0.99])
 def test_truncated_weights_are_named(share: float, tmp_path: Path) -> None:
     path = tmp_path / "w.pt"
-    state = build_backbone("iresnet18", width=1 / 16, embedding_dim=8).state_dict()
+    state = build_backbone("iresnet18", width=1 / 8, embedding_dim=8).state_dict()
     torch.save(state, path)
     size = int(path.stat().st_size * share)
     path.write_bytes(path.read_bytes()[:size])
@@ -158,7 +158,7 @@ def test_truncated_weights_are_named(share: float, tmp_path: Path) -> None:
 @pytest.mark.parametrize("checksums", [True, False])
 def test_a_flipped_bit_is_found_if_there_are_checksums(checksums: bool, tmp_path: Path) -> None:
     path, mark = tmp_path / "w.pt", torch.arange(7.0, 1007.0)
-    state = build_backbone("iresnet18", width=1 / 16, embedding_dim=8).state_dict()
+    state = build_backbone("iresnet18", width=1 / 8, embedding_dim=8).state_dict()
     before = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(checksums)
     try:
@@ -229,6 +229,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         ({"name": "iresnet19"}, r"got 'iresnet19'; did you mean iresnet18\?"),
         ({"name": "iresnet18", "width": 0.3}, "64 channels times 0.3 is 19.2"),
         ({"name": "iresnet18", "width": 0.0}, "expected a whole number"),
+        ({"name": "ir_18", "width": 0.0625}, "64 .* is 4, .* at least 8; take a multiple of 0.125"),
         ({"name": "mobilefacenet", "input_size": 96}, "expected one of 112, 56, 28, got 96"),
     ],
 )
