@@ -1,7 +1,9 @@
 """Checkpoints of a run: complete or absent, and read without running code from them."""
 
+import json
 import os
 import shutil
+import struct
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -28,6 +30,7 @@ from gkd.trainer.backbones import build_backbone
 from gkd.trainer.config import RunConfig, StudentConfig
 from gkd.trainer.config_file import FREE_KEYS, stored_config
 from gkd.trainer.distributed import Ranks
+from gkd.trainer.saved import SavedStudent, as_declared, load_weights
 
 FORMAT = 1
 FOLDER = "checkpoints"
@@ -79,20 +82,11 @@ def load_student(path: Path) -> Student:
     path = Path(path)
     if path.is_dir():
         path = chosen_checkpoint(path)
-    content = read_checkpoint(path)
-    config = _config_of(content, path)
+    saved = as_declared(read_checkpoint(path), SavedStudent, path)
+    config = _config_of(saved.config, path)
     backbone = student_backbone(config.student)
-    try:
-        backbone.load_state_dict(content["model"])
-        data = RunData(*content["data"])
-        return Student(backbone.eval(), config, data, content["step"], content["accuracy"])
-    except KeyError as error:
-        raise ConfigError(
-            f"{path}: expected a checkpoint of a run, it lacks {error}; give the folder of a run "
-            "of `gkd train-student`, or a file in its checkpoints/"
-        ) from error
-    except (RuntimeError, TypeError) as error:
-        raise ConfigError(f"{path}: its weights do not fit its configuration: {error}") from error
+    load_weights(backbone, saved.model, path)
+    return Student(backbone.eval(), config, RunData(*saved.data), saved.step, saved.accuracy)
 
 
 def chosen_checkpoint(run: Path) -> Path:
@@ -260,8 +254,22 @@ def _write_centers(folder: Path, centers: Mapping[str, Tensor], ranks: Ranks) ->
         )
     if ranks.first:
         for file in folder.iterdir():
+            _sort_header(file)
             sync_path(file)
         sync_path(folder)
+
+
+def _sort_header(file: Path) -> None:
+    """Sort the names in the header of a .safetensors, which its writer orders by chance.
+
+    So equal centres are equal files. The header: its length as u64, then JSON and spaces.
+    """
+    with file.open("r+b") as opened:
+        (length,) = struct.unpack("<Q", opened.read(8))
+        header = json.loads(opened.read(length))
+        text = json.dumps(header, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+        opened.seek(8)
+        opened.write(text.encode().ljust(length))
 
 
 @contextmanager
@@ -333,6 +341,11 @@ def _fault(folder: Path, sha256: Mapping[str, str]) -> str:
                 f"{file}: expected the class centres of the checkpoint as they were written "
                 f"(sha256 {expected[:12]}), got {found[:12]}"
             )
+    for stray in sorted({file.name for file in folder.iterdir()} - set(sha256)):
+        return (  # the centres would be read from it too
+            f"{folder / stray}: expected only files that the checkpoint names in this folder, got "
+            "another; move it away"
+        )
     return ""
 
 
@@ -346,7 +359,11 @@ def require_same_run(
         SpecMismatchError: if data or cache differ.
     """
     changed = describe_differences(
-        _config_of(content, path), config, old_name="was", new_name="now", ignore=FREE_KEYS
+        _config_of(content["config"], path),
+        config,
+        old_name="was",
+        new_name="now",
+        ignore=FREE_KEYS,
     )
     if changed:
         raise ConfigError(
@@ -366,8 +383,8 @@ def require_same_run(
         )
 
 
-def _config_of(content: Mapping[str, Any], path: Path) -> RunConfig:
+def _config_of(content: Mapping[str, Mapping[str, Any]], path: Path) -> RunConfig:
     try:
-        return stored_config(content["config"])
-    except (KeyError, AttributeError, msgspec.ValidationError) as error:
+        return stored_config(content)
+    except msgspec.ValidationError as error:
         raise ConfigError(f"{path}: its configuration is invalid: {error}") from error

@@ -114,9 +114,15 @@ class RunLog:
             self._file.write(json.dumps({"step": step, **values}) + "\n")
             self._file.flush()
         if self._board is not None:
-            with disk_errors(self._folder):
-                for name, value in _scalars(values):
-                    self._board.add_scalar(f"{group}/{name}", value, step)
+            try:
+                with disk_errors(self._folder):
+                    for name, value in _scalars(values):
+                        self._board.add_scalar(f"{group}/{name}", value, step)
+            except (OSError, GkdError):
+                raise
+            except Exception as error:  # as below
+                _report_no_scalars(error)
+                self._board = None
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any], bytes]]:
@@ -150,9 +156,25 @@ def _scalars(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
 def _tensorboard(folder: Path, step: int) -> Any:
     try:
         require("tensorboard", "tensorboard")
-    except ConfigError as error:
-        print(f"no TensorBoard scalars: {error}", file=sys.stderr)
-        return None
-    from torch.utils.tensorboard import SummaryWriter
+        from torch.utils.tensorboard import SummaryWriter
 
-    return SummaryWriter(folder, purge_step=step + 1 if step else None)
+        return SummaryWriter(folder, purge_step=step + 1 if step else None)
+    except OSError:
+        raise
+    # Beside another protobuf, setuptools or numpy than its own it raises almost anything.
+    except Exception as error:
+        _report_no_scalars(error)
+        return None
+
+
+def _report_no_scalars(error: Exception) -> None:
+    reason = (
+        str(error)
+        if isinstance(error, ConfigError)
+        else (
+            f"tensorboard does not work here ({type(error).__name__}: "
+            f"{str(error).strip().partition(chr(10))[0]}); install one that fits its protobuf and "
+            "numpy, in the checkout of gkd with: pip install -U '.[tensorboard]'"
+        )
+    )
+    print(f"no TensorBoard scalars: {reason}", file=sys.stderr)

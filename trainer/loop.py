@@ -22,6 +22,7 @@ from gkd.storage.reading.shard_store import ShardStore
 from gkd.storage.records.base import Records
 from gkd.storage.util.files import delete_temporaries, disk_errors, write_file
 from gkd.storage.util.progress import progress
+from gkd.storage.util.signals import Stop, stop_signals
 from gkd.storage.util.torchrun_env import log_rank0
 from gkd.trainer.checkpoint import FOLDER, LAST, publish, read_checkpoint, settle
 from gkd.trainer.config import RunConfig
@@ -39,7 +40,6 @@ from gkd.trainer.guards import finite_weights
 from gkd.trainer.logging import RunLog, Window
 from gkd.trainer.report.page import write_report
 from gkd.trainer.run_dir import CONFIG, RUN, Dataset, RunInfo, locked
-from gkd.trainer.signals import Stop, stop_signals
 from gkd.trainer.state import RunState
 
 # What a rank reports to the others before a step; the highest counts.

@@ -1,5 +1,6 @@
 """The run folder: how it is locked, which files ``train`` writes to it, and their types."""
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -47,8 +48,9 @@ def locked(out: Path, ranks: Ranks) -> Iterator[None]:
 
 
 def _prepare(out: Path) -> None:
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"{out}: expected a folder to train into, got a file; name another")
+    if os.path.lexists(out) and not out.is_dir():
+        found = "a link that leads nowhere" if out.is_symlink() else "a file"
+        raise ConfigError(f"{out}: expected a folder to train into, got {found}; name another")
     require_outside_caches(out)
     out.mkdir(parents=True, exist_ok=True)
     names = sorted(path.name for path in out.iterdir() if not path.name.startswith("."))
@@ -57,6 +59,12 @@ def _prepare(out: Path) -> None:
             f"{out}: expected a new folder or a gkd run folder, got one that holds "
             f"{', '.join(names[:3])}; name another folder"
         )
+    for path in sorted(out.iterdir()):
+        if path.is_symlink():  # what is written through it would replace files elsewhere
+            raise ConfigError(
+                f"{path}: expected a run folder without links, got one that leads to "
+                f"{path.readlink()}; remove the link, or name another folder"
+            )
 
 
 class Dataset(msgspec.Struct, frozen=True):

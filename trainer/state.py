@@ -34,6 +34,7 @@ from gkd.trainer.head.margin import HeadSpec
 from gkd.trainer.head.partial_fc import SampledCenters, borrowed, sample_classes
 from gkd.trainer.identity_cosines import IdentityCosineStatistics
 from gkd.trainer.logging import Window
+from gkd.trainer.saved import SavedRun, as_declared, load_weights, misfit
 from gkd.trainer.schedules import kd_ramp, lr_factor, make_optimizer
 
 # Plain values that a checkpoint holds under their names.
@@ -151,7 +152,7 @@ class RunState:
                 "cuda": torch.cuda.get_rng_state(self.device) if cuda else None,
             },
             "model": self.model.state_dict(),
-            "optimizer": optimizer,
+            "optimizer": {"state": optimizer["state"]},  # the rest is the configuration's
             "centers_optimizer": {n: v for n, v in centers.items() if not self._per_center(v)},
             "scaler": self.scaler.state_dict(),
         }
@@ -170,41 +171,70 @@ class RunState:
     def restore(self, state: dict[str, Any], path: Path) -> None:
         """Continue from a checkpoint of this run, written by any number of ranks.
 
+        The configuration decides how it goes on: of the optimizer only its state is taken.
+
         Raises:
-            ConfigError: if its configuration is another, or its weights do not fit it.
+            ConfigError: if its configuration is another, or its content does not fit it.
             SpecMismatchError: if data or cache differ.
         """
-        self.ranks.run_all_or_abort(lambda: require_same_run(state, self.config, self.data, path))
-        try:
-            self.model.load_state_dict(state["model"])
-        except RuntimeError as error:
-            raise ConfigError(
-                f"{path}: its weights do not fit its own configuration (student "
-                f"{self.config.student.name} of {self.config.student.embedding_dim} numbers per "
-                f"embedding, {self.data.num_classes} classes): {error}; resume from another "
-                "checkpoint, or train into another folder"
-            ) from error
-        split_groups(state)
-        self.optimizer.load_state_dict(state["optimizer"])
-        kept = dict(state["centers_optimizer"])
-        for name in state["centers"]["tensors"]:
+        saved = self.ranks.run_all_or_abort(lambda: self._checked(state, path))
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": saved.optimizer.state, "param_groups": groups})
+        kept = dict(saved.centers_optimizer)
+        for name in saved.centers.tensors:
             if name != "weight":
                 kept[name] = torch.empty_like(self.head.weight)
         if kept:
             self.optimizer.state[self.head.weight] = kept
         folder, digests = centers_of(state, path)
         read_centers(folder, self.centers(), self.ranks, sha256=digests)
-        self.scaler.load_state_dict(state["scaler"])
-        torch.set_rng_state(state["rng"]["cpu"])
-        if self.device.type == "cuda" and state["rng"]["cuda"] is not None:
-            torch.cuda.set_rng_state(state["rng"]["cuda"], self.device)
+        if self.device.type == "cuda" and saved.rng.cuda is not None:
+            torch.cuda.set_rng_state(saved.rng.cuda, self.device)
         for name in _PLAIN:
-            setattr(self, name, state[name])
+            setattr(self, name, getattr(saved, name))
         self.saved = self.step
-        self.skipped, self.skipped_in_a_row = state["skipped"]
-        self.divergence = Divergence(*state["divergence"])
+        self.skipped, self.skipped_in_a_row = saved.skipped
+        self.divergence = Divergence(*saved.divergence)
         self.window = Window(state["window"])
-        self.identity_cosines.restore(state["fit"])
+        self.identity_cosines.restore(saved.fit)
+
+    def _checked(self, state: dict[str, Any], path: Path) -> SavedRun:
+        """The checkpoint if it fits this run; loads what raises an error if it does not."""
+        saved = as_declared(state, SavedRun, path)
+        require_same_run(state, self.config, self.data, path)
+        load_weights(self.model, saved.model, path)
+        optimizer = self.config.optimizer
+        names = {"momentum_buffer"} if optimizer.momentum else set()
+        names = {"step", "exp_avg", "exp_avg_sq"} if optimizer.kind == "adamw" else names
+        numbers = self.optimizer.param_groups[0]["params"]
+        faults = [
+            f"{name}: {fault}"
+            for name, tensor, shape in saved.tensors(numbers, self.data.num_images)
+            if (fault := misfit(tensor, torch.float32, shape))
+        ]
+        of_centers = {*saved.centers_optimizer, *saved.centers.tensors} - {"weight"}
+        for held in (*map(set, saved.optimizer.state.values()), of_centers):
+            if held and held != names:
+                faults.append(f"optimizer: expected {sorted(names)}, got {sorted(held)}")
+        if not set(saved.optimizer.state) <= set(range(len(numbers))):
+            faults.append(f"optimizer: expected the state of {len(numbers)} parameters, got others")
+        steps = (saved.best_step, saved.evaluated, saved.window.taken, *saved.skipped)
+        if max(steps) > saved.step or saved.step > self.sampler.total_steps:
+            faults.append(
+                f"step: expected at most {self.sampler.total_steps}, and none after it, got "
+                f"{saved.step} and {max(steps)}"
+            )
+        try:
+            self.scaler.load_state_dict(saved.scaler)
+            torch.set_rng_state(saved.rng.cpu)
+        except (RuntimeError, TypeError, KeyError) as error:
+            faults.append(f"rng and scaler: {error}")
+        if faults:
+            raise ConfigError(
+                f"{path}: not as gkd writes it: {faults[0]}; resume from another checkpoint "
+                "beside it, or train into another folder"
+            )
+        return saved
 
     @property
     def epoch(self) -> float:
@@ -327,17 +357,3 @@ class RunState:
         if self.saved < 0:
             return "no checkpoint was written before"
         return f"the checkpoint of step {self.saved} is unchanged"
-
-
-def split_groups(state: dict[str, Any]) -> None:
-    """Bring an older checkpoint's optimizer state into two groups, as of today.
-
-    Formerly the class centres were the last parameter of the only group.
-    """
-    groups = state["optimizer"]["param_groups"]
-    if len(groups) == 1:
-        (group,) = groups
-        state["optimizer"]["param_groups"] = [
-            {**group, "name": "backbone", "params": group["params"][:-1]},
-            {**group, "name": "centers", "params": group["params"][-1:]},
-        ]

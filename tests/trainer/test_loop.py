@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -336,12 +335,3 @@ def test_settings_that_need_a_gpu_are_refused_without(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         run(faces, tmp_path / "out", override)
-
-
-def test_it_trains_without_tensorboard_and_reports_that(
-    faces: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setitem(sys.modules, "tensorboard", None)
-    run(faces, tmp_path / "out", "train.epochs=1")
-    assert capsys.readouterr().err.count("pip install '.[tensorboard]'") == 1
-    assert not (tmp_path / "out/tensorboard").exists()

@@ -32,12 +32,12 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 from gkd.storage.cache.targets import SparseTargets
 from gkd.storage.errors import GkdError
 from gkd.storage.reading.shard_store import Block, ShardStore
+from gkd.storage.util.signals import STOP_SIGNALS
 from gkd.storage.util.torchrun_env import log_rank0, usable_cores
 from gkd.trainer.data.dataset import Batch, FaceBatches
 from gkd.trainer.data.sampler import BatchIndices, BatchSampler
 from gkd.trainer.data.shared_memory import MORE, batch_bytes, fit, free_bytes
 from gkd.trainer.head.targets import GroupTargets
-from gkd.trainer.signals import STOP_SIGNALS
 
 # A batch that has not come by then never will: a disk or a network does not answer.
 STUCK_SECONDS = 600.0

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from gkd.trainer.signals import STOP_SIGNALS, stop_signals
+from gkd.storage.util.signals import STOP_SIGNALS, stop_signals
 
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)
