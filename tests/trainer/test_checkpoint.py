@@ -195,7 +195,7 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
 
 
 def test_weights_of_another_student_are_refused(tmp_path: Path) -> None:
-    wide = small_config("student.width=0.125")
+    wide = small_config("student.width=0.5")
     write_checkpoint(tmp_path / "x.pt", {**content(), "config": msgspec.to_builtins(wide)})
     with pytest.raises(ConfigError, match=r"x\.pt: its weights do not fit its configuration"):
         load_student(tmp_path / "x.pt")
