@@ -15,7 +15,10 @@ from gkd.commands.records import records
 from gkd.commands.targets import targets
 from gkd.commands.train_student import train_student
 from gkd.storage.errors import GkdError
+from gkd.storage.util.files import describe_os_error
 from gkd.storage.util.text import printable
+
+TRACEBACK = "GKD_TRACEBACK"  # show the traceback of what is unexpected
 
 
 class Commands(click.Group):
@@ -36,11 +39,18 @@ class Commands(click.Group):
         except BrokenPipeError:  # click handles it: the reader of the pipe has gone
             raise
         except OSError as error:
-            path = f"{error.filename}: " if error.filename else ""
-            raise click.ClickException(printable(f"{path}{error.strerror or error}")) from error
-        except (MemoryError, RuntimeError) as error:
-            if not _is_out_of_memory(error):
+            raise click.ClickException(printable(str(describe_os_error(error)))) from error
+        except (click.ClickException, click.Abort, click.exceptions.Exit):
+            raise
+        except Exception as error:
+            if os.environ.get(TRACEBACK):
                 raise
+            if not _is_out_of_memory(error):
+                raise click.ClickException(
+                    printable(f"unexpected {type(error).__name__}: {str(error)[:500]}\n")
+                    + f"This is a bug in gkd, or a file that it should have refused by name. Run "
+                    f"the same command with {TRACEBACK}=1 to see where, and report it."
+                ) from error
             reason = printable(str(error).partition("\n")[0])
             raise click.ClickException(
                 f"out of memory ({reason or 'allocation failed'}); use a smaller batch "

@@ -24,6 +24,7 @@ from gkd.storage.cache.spec import VIEWS, DatasetSpec, Preprocess, Sharding, Tea
 from gkd.storage.errors import ConfigError, CorruptRecordError, SpecMismatchError
 from gkd.storage.records.base import Records
 from gkd.storage.util.files import disk_errors, remove_dir, require_room, write_file
+from gkd.storage.util.input_files import read_small
 from gkd.storage.util.parallel import write_behind
 from gkd.storage.util.progress import Advance
 from gkd.storage.util.text import describe_differences
@@ -208,7 +209,7 @@ class EmbeddingStore:
 
 def _require_same(path: Path, source: EmbeddingSource) -> None:
     try:
-        kept = msgspec.json.decode(path.read_bytes(), type=EmbeddingSource)
+        kept = msgspec.json.decode(read_small(path, follow_links=False), type=EmbeddingSource)
     except msgspec.DecodeError as error:
         raise ConfigError(
             f"{path}: expected the settings of kept embeddings, got {error}; delete "

@@ -11,6 +11,7 @@ import msgspec
 from msgspec import inspect
 
 from gkd.storage.errors import ConfigError
+from gkd.storage.util.input_files import read_small, refuse_foreign
 from gkd.trainer.config import HeadConfig, RunConfig, ScheduleConfig, TrainConfig
 
 SECTIONS: dict[str, type[msgspec.Struct]] = {
@@ -89,12 +90,14 @@ def _nested(flat: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 def _read(path: Path) -> Iterator[tuple[str, Any]]:
     """The keys and values of a TOML file."""
     try:
-        content = tomllib.loads(path.read_text())
+        refuse_foreign(path, "a TOML file", allowed=("empty",))
+        content = tomllib.loads(read_small(path).decode())
     except OSError as error:
         raise ConfigError(
             f"{path}: cannot be read ({error.strerror}); expected a TOML file"
         ) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    # tomllib raises ValueErrors of its own and those of int(), and recurses into brackets.
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: not TOML: {error}") from error
     for section, keys in content.items():
         if section in SECTIONS and not isinstance(keys, Mapping):

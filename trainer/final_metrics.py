@@ -8,6 +8,7 @@ import numpy as np
 
 from gkd.storage.errors import ConfigError
 from gkd.storage.util.files import write_file
+from gkd.storage.util.input_files import read_small
 from gkd.trainer.data.dataset import JoinedTargets
 from gkd.trainer.evaluation.verification import VerificationResult
 from gkd.trainer.identity_cosines import CosineSummary
@@ -82,7 +83,7 @@ def read_final_metrics(run: Path) -> FinalMetrics | None:
     if not path.exists():
         return None
     try:
-        return msgspec.json.decode(path.read_bytes(), type=FinalMetrics)
+        return msgspec.json.decode(read_small(path, follow_links=False), type=FinalMetrics)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise ConfigError(
             f"{path}: expected the metrics of a finished training, got other content ({error}); "

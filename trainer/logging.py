@@ -15,6 +15,7 @@ from torch import Tensor
 from gkd.storage.errors import ConfigError, GkdError
 from gkd.storage.util.extras import require
 from gkd.storage.util.files import disk_errors, write_file
+from gkd.storage.util.input_files import read_small
 from gkd.trainer.head.loss import GkdLoss
 
 METRICS = "metrics.jsonl"
@@ -131,7 +132,9 @@ def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any], bytes]]:
     Raises:
         ConfigError: if a line is not a JSON object with a step.
     """
-    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
+    for number, line in enumerate(
+        read_small(path, follow_links=False).splitlines(keepends=True), 1
+    ):
         if not line.endswith(b"\n"):
             return
         content: Any = None

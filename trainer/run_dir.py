@@ -13,6 +13,7 @@ from gkd.storage.cache.metadata import require_outside_caches
 from gkd.storage.cache.spec import TeacherSpec
 from gkd.storage.errors import ConfigError
 from gkd.storage.util.files import disk_errors
+from gkd.storage.util.input_files import read_small
 from gkd.storage.util.lock import WriteLock
 from gkd.trainer.distributed import Ranks
 from gkd.trainer.final_metrics import FinalMetrics, read_final_metrics
@@ -155,7 +156,7 @@ def read_run(run: Path) -> Run:
     """
     try:
         info = read_run_info(run)
-        config = (run / CONFIG).read_text()
+        config = read_small(run / CONFIG, follow_links=False).decode()
         lines = list(read_lines(run / METRICS))
     except OSError as error:
         raise ConfigError(
@@ -183,7 +184,7 @@ def read_run_info(run: Path) -> RunInfo:
     """
     path = run / RUN
     try:
-        return msgspec.json.decode(path.read_bytes(), type=RunInfo)
+        return msgspec.json.decode(read_small(path, follow_links=False), type=RunInfo)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise _foreign_file(path, error) from error
 

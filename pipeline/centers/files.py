@@ -20,6 +20,7 @@ from torch import Tensor
 
 from gkd.storage.cache.spec import DatasetSpec, Preprocess, TeacherSpec
 from gkd.storage.errors import ConfigError
+from gkd.storage.util.input_files import refuse_foreign
 from gkd.storage.util.text import first_few
 from gkd.storage.util.torch_files import read_torch_file
 
@@ -252,6 +253,7 @@ def _read_content(path: Path) -> tuple[Any, Mapping[str, str]]:
     if path.suffix == ".npy":
         return torch.from_numpy(read_npy(path)), {}
     if path.suffix == ".safetensors":
+        refuse_foreign(path, "a safetensors file")
         try:
             with safe_open(path, framework="pt") as file:
                 content = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
@@ -273,6 +275,7 @@ def read_npy(path: Path) -> npt.NDArray[Any]:
     Raises:
         ConfigError: if the file is anything else.
     """
+    refuse_foreign(path, "a .npy array")
     try:
         array = np.load(path, allow_pickle=False)
     except (ValueError, EOFError, OSError) as error:

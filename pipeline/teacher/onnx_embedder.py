@@ -21,6 +21,7 @@ from gkd.storage.cache.spec import Preprocess, View
 from gkd.storage.errors import ConfigError
 from gkd.storage.util.extras import require
 from gkd.storage.util.files import sha256_file
+from gkd.storage.util.input_files import refuse_foreign
 from gkd.storage.util.torch_device import Precision, own_cuda
 from gkd.storage.util.torchrun_env import usable_cores
 
@@ -52,6 +53,7 @@ class OnnxEmbedder(Embedder):
         if not path.is_file():
             expected = "a teacher's ONNX file"
             raise ConfigError(path=path, expected=expected, got="nothing", remedy="check the path")
+        refuse_foreign(path, "an ONNX network")
         self.name = path.stem
         self.sha256 = onnx_sha256(path)
         self.preprocess = preprocess
@@ -205,6 +207,7 @@ def _weight_file(path: Path, name: str, size: int) -> Path:
             path=path,
             remedy="get all of the network's files into one folder",
         )
+    refuse_foreign(file, f"the weights of {path.name}", allowed=("zeros", "empty"))
     if file.stat().st_size < size:
         expected, got = f"{size:,} bytes of weights or more", f"{file.stat().st_size:,}"
         raise ConfigError(path=file, expected=expected, got=got, remedy="get it again")

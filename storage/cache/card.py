@@ -6,6 +6,7 @@ between ``ABOUT`` and the heading of the content, ``licence`` between the headin
 """
 
 import functools
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from gkd.storage.cache.metadata import read_commit, read_spec
 from gkd.storage.cache.spec import CacheSpec
 from gkd.storage.errors import ConfigError
 from gkd.storage.util.files import delete_temporaries, write_file
+from gkd.storage.util.input_files import read_small
 from gkd.storage.util.text import printable
 
 ABOUT = (
@@ -67,7 +69,7 @@ def write_card(
 
 
 def _check_terms(card: Path, terms: Mapping[str, str | None]) -> None:
-    text = card.read_text() if card.exists() else ""
+    text = _read(card)
     for option, given in terms.items():
         if given and stated(given) not in text:
             raise ConfigError(
@@ -138,10 +140,15 @@ def views_note(spec: CacheSpec) -> str:
     return ""
 
 
+def _read(card: Path) -> str:
+    content = read_small(card, follow_links=False) if os.path.lexists(card) else b""
+    return content.decode(errors="replace")
+
+
 def read_terms(cache: Path) -> tuple[str | None, str | None]:
     """Licence and note in the card of a cache, None for what its maker did not state."""
     card = cache / layout.CARD
-    stored = _STORED.search(card.read_text()) if card.is_file() else None
+    stored = _STORED.search(_read(card))
     if stored is None:
         return None, None
     licence, note = stored["licence"].strip(), stored["note"].strip()

@@ -10,6 +10,7 @@ from gkd.storage.cache import layout
 from gkd.storage.cache.layout import Commit, Manifest
 from gkd.storage.cache.spec import FORMAT, CacheSpec
 from gkd.storage.errors import ConfigError, CorruptShardError, IncompleteCacheError
+from gkd.storage.util.input_files import SMALL, describe_foreign, read_small
 
 MAX_METADATA_BYTES = 1 << 20
 # Of a file: its path in a cache on disk, or its address (gkd.storage.sharing.remote).
@@ -81,7 +82,9 @@ def read_spec(path: Path) -> CacheSpec:
             got=got,
             remedy="check the path",
         )
-    return parse_spec(_read_metadata(path, layout.METADATA), path / layout.METADATA)
+    return parse_spec(
+        read_regular(path, layout.METADATA, MAX_METADATA_BYTES), path / layout.METADATA
+    )
 
 
 def parse_spec(content: bytes, location: Location) -> CacheSpec:
@@ -143,8 +146,8 @@ def read_commit(path: Path, spec: CacheSpec, shard: int) -> Commit:
     Raises:
         CorruptShardError: if it is missing or not the record of this shard.
     """
-    location = regular_file(path, layout.commit_file(shard))
-    return parse_commit(location.read_bytes(), location, spec, shard)
+    file = layout.commit_file(shard)
+    return parse_commit(read_regular(path, file), path / file, spec, shard)
 
 
 def parse_commit(content: bytes, location: Location, spec: CacheSpec, shard: int) -> Commit:
@@ -178,7 +181,7 @@ def check_metadata(path: Path, spec: CacheSpec) -> None:
         CorruptShardError: naming the file and the key that differs.
     """
     for file, expected in layout.metadata_files(spec):
-        found = _decode(_read_metadata(path, file), Any, path / file)
+        found = _decode(read_regular(path, file, MAX_METADATA_BYTES), Any, path / file)
         if not isinstance(found, dict):
             corrupt(path / file, f"expected an object, got {type(found).__name__}")
         for key in sorted(found.keys() | expected.keys()):
@@ -188,19 +191,26 @@ def check_metadata(path: Path, spec: CacheSpec) -> None:
                 )
 
 
-def _read_metadata(root: Path, file: str) -> bytes:
+def read_regular(root: Path, file: str, limit: int = SMALL) -> bytes:
+    """Content of a file of the cache ``root``.
+
+    Raises:
+        CorruptShardError: as ``regular_file``, and if it has more than ``limit`` bytes.
+    """
     path = regular_file(root, file)
     size = path.stat().st_size
-    if size > MAX_METADATA_BYTES:
+    if size > limit:
         corrupt(path, f"{size} bytes are too many for metadata")
-    return path.read_bytes()
+    return read_small(path, limit, follow_links=False)
 
 
 def _decode(content: bytes, kind: Any, location: Location) -> Any:
     try:
         return msgspec.json.decode(content, type=kind)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
-        corrupt(location, f"not the JSON that format 1 has there: {error}", error)
+        foreign = describe_foreign(content[:512])
+        got = foreign.found if foreign else error
+        corrupt(location, f"not the JSON that format 1 has there: {got}", error)
 
 
 def incomplete(path: Path, spec: CacheSpec) -> IncompleteCacheError:

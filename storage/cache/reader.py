@@ -20,6 +20,7 @@ from gkd.storage.cache.metadata import (
     incomplete,
     parse_commit,
     parse_manifest,
+    read_regular,
     read_spec,
     regular_file,
 )
@@ -90,7 +91,7 @@ class Cache:
             if complete:
                 raise incomplete(path, spec)
             return cls(path, spec, None, "")
-        content = regular_file(path, layout.MANIFEST).read_bytes()
+        content = read_regular(path, layout.MANIFEST)
         manifest = parse_manifest(content, path / layout.MANIFEST, spec)
         files = [file for file, _ in layout.metadata_files(spec)]
         files += [layout.CARD] if layout.CARD in manifest.files else []
@@ -116,8 +117,8 @@ class Cache:
         Raises:
             CorruptShardError: if it is missing, damaged or not that of the manifest.
         """
-        path = regular_file(self.path, layout.commit_file(shard))
-        content = path.read_bytes()
+        file = layout.commit_file(shard)
+        path, content = self.path / file, read_regular(self.path, file)
         expected = None if self.manifest is None else self.manifest.shards[shard].commit
         if expected not in (None, hashlib.sha256(content).hexdigest()):
             corrupt(path, f"its sha256 is not that in {layout.MANIFEST}")

@@ -15,6 +15,7 @@ from gkd.storage.cache.metadata import (
     incomplete,
     parse_manifest,
     read_commit,
+    read_regular,
     read_spec,
     regular_file,
 )
@@ -128,8 +129,8 @@ def _read_manifest(path: Path, spec: CacheSpec) -> tuple[Manifest | None, list[F
         error = incomplete(path, spec)
         return None, [Fault(layout.MANIFEST, f"{error.problem}; {error.remedy}")]
     try:
-        file = regular_file(path, layout.MANIFEST)
-        return parse_manifest(file.read_bytes(), file, spec), []
+        content = read_regular(path, layout.MANIFEST)
+        return parse_manifest(content, path / layout.MANIFEST, spec), []
     except CorruptShardError as error:
         return None, [Fault(layout.MANIFEST, error.problem)]
 
@@ -142,7 +143,7 @@ def _metadata_faults(path: Path, spec: CacheSpec, manifest: Manifest | None) -> 
         fault = _file_fault(path, file, known.get(file))
         if fault:
             yield fault
-        elif file in expected and (path / file).read_bytes() != layout.encode_json(expected[file]):
+        elif file in expected and read_regular(path, file) != layout.encode_json(expected[file]):
             yield Fault(file, "not the metadata that follows from the spec")
     if manifest and known.keys() - {layout.CARD} != expected.keys():
         yield Fault(layout.MANIFEST, "its files are not those of the spec")

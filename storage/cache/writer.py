@@ -29,6 +29,7 @@ from gkd.storage.util.files import (
     sync_path,
     write_file,
 )
+from gkd.storage.util.input_files import read_small
 from gkd.storage.util.text import describe_differences
 
 
@@ -164,7 +165,7 @@ class CacheWriter:
             spec, {file: file_record(self.path / file) for file in files}, commits
         )
         manifest = self.path / layout.MANIFEST
-        if not manifest.is_file() or manifest.read_bytes() != content:
+        if not manifest.is_file() or read_small(manifest) != content:
             with disk_errors(self.path):
                 delete_temporaries(self.path, layout.MANIFEST)
                 write_file(manifest, content)

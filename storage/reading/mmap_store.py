@@ -23,6 +23,7 @@ from gkd.storage.cache.targets import SparseTargets
 from gkd.storage.errors import ConfigError, CorruptDataError
 from gkd.storage.reading.flat_arrays import OFFSETS, Shape, array_shapes, read_shards
 from gkd.storage.util.files import disk_errors, publish_dir, remove_dir, require_room
+from gkd.storage.util.input_files import read_small
 from gkd.storage.util.progress import progress
 from gkd.storage.util.torchrun_env import all_cores
 
@@ -58,10 +59,12 @@ class TargetStore:
         self.path = path
         try:
             # A shared lock, which filelock does not have, marks the store as in use.
-            descriptor = os.open(path / DESCRIPTION, os.O_RDONLY)
+            descriptor = os.open(path / DESCRIPTION, os.O_RDONLY | os.O_NONBLOCK)
             weakref.finalize(self, os.close, descriptor)
             fcntl.flock(descriptor, fcntl.LOCK_SH)
-            description = msgspec.json.decode((path / DESCRIPTION).read_bytes(), type=_Description)
+            description = msgspec.json.decode(
+                read_small(path / DESCRIPTION, follow_links=False), type=_Description
+            )
             sizes = {name: (path / name).stat().st_size for name in description.files}
         except (FileNotFoundError, msgspec.DecodeError, UnicodeDecodeError) as error:
             raise _damaged(path, error) from error

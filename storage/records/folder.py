@@ -10,6 +10,7 @@ import numpy as np
 
 from gkd.storage.errors import ConfigError, CorruptRecordError
 from gkd.storage.records.base import FORMS, Records
+from gkd.storage.util.input_files import read_small
 from gkd.storage.util.progress import progress
 
 Sort = Literal["natural", "plain"]
@@ -81,7 +82,7 @@ class ImageFolder(Records):
 
     def _read(self, row: int) -> memoryview:
         try:
-            content = (self.path / self.key(row)).read_bytes()
+            content = read_small(self.path / self.key(row))
         except OSError as error:
             raise CorruptRecordError(
                 f"expected a readable file, got: {error.strerror}; put it back or list the folder "

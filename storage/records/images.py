@@ -9,6 +9,7 @@ import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
 from gkd.storage.errors import CorruptRecordError
+from gkd.storage.util.input_files import describe_foreign
 
 FACE_SHAPE = (112, 112, 3)
 DIGEST_BYTES = 16
@@ -45,6 +46,12 @@ def decode(encoded: bytes | memoryview) -> npt.NDArray[np.uint8]:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         if isinstance(error, UnidentifiedImageError):  # its own text holds a memory address
             reason = f"none of {', '.join(PILLOW_FORMATS)}"
+        if encoded and (foreign := describe_foreign(bytes(encoded[:512]))):
+            raise CorruptRecordError(
+                expected="an encoded image",
+                got=foreign.found,
+                remedy=foreign.remedy,
+            ) from error
         raise CorruptRecordError(
             f"expected an encoded image, got {len(encoded)} bytes starting "
             f"{bytes(encoded[:8]).hex() or 'nowhere'} ({reason})"

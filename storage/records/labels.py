@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gkd.storage.errors import ConfigError
+from gkd.storage.util.input_files import open_regular, refuse_foreign
 
 # How the identities got their numbers: stored in the records, or by the order of their names.
 LabelOrder = Literal["recordio", "natural", "plain"]
@@ -17,6 +18,7 @@ MAX_CLASSES = 2**32
 # would cost gigabytes.
 MAX_UNSTATED_CLASSES = 1_000_000
 MAX_UNSTATED_CLASSES_PER_IMAGE = 16
+_LINE = 1 << 10
 # Names of a column or a field that holds the class number.
 LABEL_NAMES = ("label", "labels", "identity", "class", "cls", "target")
 
@@ -63,12 +65,14 @@ def read_property(path: Path) -> int | None:
     """
     if not path.exists():
         return None
-    line = path.read_text(errors="replace").partition("\n")[0].strip()
+    expected = "a first line like 93431,112,112 (classes, height, width)"
+    refuse_foreign(path, expected, allowed=("empty",))
+    with open_regular(path) as file:
+        line = file.read(_LINE).decode(errors="replace").partition("\n")[0].strip()
     count = line.partition(",")[0].strip()
     if not (count.isascii() and count.isdigit() and 0 < int(count) <= MAX_CLASSES):
         raise ConfigError(
-            f"{path}: expected a first line like 93431,112,112 (classes, height, width), "
-            f"got {line[:80]!r}; correct or remove the file"
+            f"{path}: expected {expected}, got {line[:80]!r}; correct or remove the file"
         )
     return int(count)
 

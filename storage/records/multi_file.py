@@ -4,6 +4,7 @@ import functools
 import mmap
 import os
 import re
+import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -11,12 +12,11 @@ from typing import Generic, TypeVar
 from gkd.storage.errors import ConfigError, CorruptRecordError
 from gkd.storage.records.folder import natural_key
 from gkd.storage.records.labels import read_property
+from gkd.storage.util.input_files import open_regular, refuse_foreign
 from gkd.storage.util.text import first_few
 
 _NUMBERED = re.compile(r"(?P<set>.*)-(?P<number>\d{1,6})-of-(?P<count>\d{1,6})(?:-\w+)?")
 _OTHER_SPLITS = re.compile(r"(?:.*[^a-z0-9])?(?:val|valid|validation|dev|test)(?:[^a-z0-9].*)?")
-# The content of a file that a checkout of a hub did not fetch.
-_LFS_POINTER = b"version https://git-lfs"
 T = TypeVar("T")
 
 
@@ -31,7 +31,7 @@ class Shards:
     Raises:
         ConfigError: if files are missing by the numbers in the names (``00003-of-00042``), or
             ``property`` cannot be read.
-        CorruptRecordError: if a file cannot be read, or is a Git LFS pointer.
+        CorruptRecordError: if a file cannot be read, or is another file in its place.
     """
 
     def __init__(self, path: Path, suffix: str) -> None:
@@ -46,18 +46,13 @@ class Shards:
                 self.name = home.name
         self.num_classes = read_property(home / "property")
         for shard in self.paths:
-            try:
-                with shard.open("rb") as file:
-                    start = file.read(len(_LFS_POINTER))
-            except OSError as error:
-                raise CorruptRecordError(
-                    f"{shard}: expected a readable file, got: {error.strerror}; put it back"
-                ) from error
-            if start == _LFS_POINTER:
-                raise CorruptRecordError(
-                    f"{shard}: expected the file itself, got a Git LFS pointer to it; fetch it by "
-                    "`git lfs pull`"
-                )
+            refuse_foreign(
+                shard,
+                f"a plain {suffix} file",
+                error=CorruptRecordError,
+                allowed=("empty", "zeros"),  # as an archive without members
+                like_it=f"{shlex.quote(str(shard.parent))}/*{shard.suffix}",
+            )
 
     def key(self, number: int, inner: object) -> str:
         """A record's key: prefixed with the file's name if there are several files."""
@@ -98,7 +93,7 @@ def require_unchanged(path: Path, size: int) -> None:
         CorruptRecordError: if it has another size, is missing, or cannot be read.
     """
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             found = os.fstat(file.fileno()).st_size
     except OSError as error:
         raise CorruptRecordError(f"{path}: {error.strerror}; put it back") from error
@@ -110,8 +105,8 @@ def require_unchanged(path: Path, size: int) -> None:
 
 
 def map_file(path: Path) -> memoryview:
-    """A read-only memory map of a file."""
-    with path.open("rb") as file:
+    """A read-only memory map of a regular file."""
+    with open_regular(path) as file:
         if not os.fstat(file.fileno()).st_size:
             return memoryview(b"")  # an empty file cannot be mapped
         return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))

@@ -12,6 +12,7 @@ from gkd.storage.errors import ConfigError, CorruptRecordError
 from gkd.storage.records.base import QUIET_ROWS, Layout, Records
 from gkd.storage.records.labels import class_numbers, count_classes, label_fault, read_property
 from gkd.storage.records.recordio import HEADER, RecordReader, read_index
+from gkd.storage.util.input_files import refuse_foreign
 from gkd.storage.util.progress import progress
 
 # From here on float32 labels cannot represent every class.
@@ -41,6 +42,7 @@ class RecordFile(Records):
     def __init__(self, path: Path) -> None:
         self.path = path.absolute()
         self.name = self.path.parent.name if self.path.stem == "train" else self.path.stem
+        refuse_foreign(self.path, "a RecordIO file", error=CorruptRecordError, allowed=("empty",))
         self._reader = RecordReader(self.path)
         index = self.path.with_suffix(".idx")
         self.indexed = index.exists()

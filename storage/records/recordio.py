@@ -25,6 +25,7 @@ from pyarrow import csv
 from gkd.storage.errors import ConfigError, CorruptRecordError
 from gkd.storage.records.multi_file import map_file, require_unchanged
 from gkd.storage.util.files import publish_file
+from gkd.storage.util.input_files import refuse_foreign
 from gkd.storage.util.progress import progress
 
 MAGIC = 0xCED7230A
@@ -224,6 +225,7 @@ def read_index(path: Path) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]
     remedy = "write the index again, or remove it to have the .rec file scanned"
     if not path.stat().st_size:
         return np.empty(0, np.int64), np.empty(0, np.int64)
+    refuse_foreign(path, "lines of key, tab, offset", error=CorruptRecordError)
     names = ["key", "offset"]
     try:
         table = csv.read_csv(

@@ -33,7 +33,6 @@ MAX_MAPS = 128
 _IMAGES = frozenset(suffix[1:].encode() for suffix in SUFFIXES)
 _MAX_CLS_BYTES = 20
 _MAX_JSON_BYTES = 1 << 20
-_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
 
 class WebDatasetRecords(Records):
@@ -48,7 +47,7 @@ class WebDatasetRecords(Records):
     resumes at the next intact header. The key of a damaged piece is ``@`` and its offset.
 
     Raises:
-        ConfigError: for a compressed archive, one without a labelled image, shards that are missing
+        ConfigError: for an archive without a labelled image, shards that are missing
             by their names, an unreadable ``property``, or an implausibly large label.
         CorruptRecordError: for a file without an intact sample, or a repeated key.
     """
@@ -190,12 +189,6 @@ def _index(
 
     Offset and size are -1 if there is no single image; the label is -1 if there is no valid sample.
     """
-    for magic, kind in _COMPRESSED.items():
-        if view[: len(magic)] == magic:
-            raise ConfigError(
-                f"{path}: expected a plain tar file, got one compressed by {kind}, which cannot be "
-                "read at random; decompress it once, its images take no more space"
-            )
     # Plain numbers, five per sample: millions of samples stay small.
     rows = array("q")
     reported, intact, damaged = 0, False, None

@@ -14,6 +14,7 @@ from gkd.storage.cache.metadata import (
     parse_commit,
     parse_manifest,
     parse_spec,
+    read_regular,
     regular_file,
     require_outside_caches,
 )
@@ -206,7 +207,7 @@ def _require_same_cache(
     for file, record in expected.items():
         if not (path / file).exists():
             continue
-        content = regular_file(path, file).read_bytes()
+        content = read_regular(path, file)
         try:
             if file == layout.METADATA:
                 found: Any = parse_spec(content, root)

@@ -6,7 +6,7 @@ from typing import Any
 
 from gkd.storage.cache import layout
 from gkd.storage.cache.layout import file_record
-from gkd.storage.cache.metadata import regular_file, require_outside_caches
+from gkd.storage.cache.metadata import read_regular, regular_file, require_outside_caches
 from gkd.storage.cache.reader import Cache
 from gkd.storage.errors import ConfigError, CorruptShardError, SpecMismatchError
 from gkd.storage.sharing.remote import Remote
@@ -72,7 +72,7 @@ def push(
         for part in (data, records):
             copying.copy(part, is_copied=has_arrived, copy=send)
         _require_claim(remote, cache.id)
-        manifest = regular_file(cache.path, layout.MANIFEST).read_bytes()
+        manifest = read_regular(cache.path, layout.MANIFEST)
         remote.write(layout.MANIFEST, manifest)
         if remote.read(layout.MANIFEST, len(manifest)) != manifest:
             raise _damaged_on_arrival(remote, layout.MANIFEST)

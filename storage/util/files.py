@@ -5,6 +5,7 @@ made durable and renamed.
 """
 
 import errno
+import functools
 import hashlib
 import os
 import re
@@ -15,9 +16,37 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from gkd.storage.errors import ConfigError
+from gkd.storage.util.torchrun_env import log_rank0
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _READ_ONLY = {errno.EROFS, errno.EACCES, errno.EPERM}
+# What a file system answers that has no such call: fsync of a folder, or locks.
+UNSUPPORTED = {
+    errno.EINVAL,
+    errno.ENOTSUP,
+    errno.EOPNOTSUPP,
+    errno.ENOSYS,
+    errno.ENOTTY,
+    errno.EBADF,
+}
+_REMEDIES = (
+    (
+        {errno.EMFILE, errno.ENFILE},
+        "too many files are open: raise the limit (`ulimit -n 4096`) or use fewer workers",
+    ),
+    ({errno.ENOMEM}, "memory is full: use fewer workers or smaller batches"),
+    ({errno.ENOENT, errno.ENOTDIR}, "check the path"),
+    ({errno.ELOOP, errno.ENAMETOOLONG, errno.EISDIR, errno.EEXIST}, "give another path"),
+    (
+        {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP},
+        "this file system cannot do that; use a folder on another one",
+    ),
+    (
+        {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENODEV, errno.ENXIO},
+        "the disk or the network file system failed: check that it is mounted and healthy, then "
+        "run the same command again",
+    ),
+)
 
 
 @contextmanager
@@ -93,12 +122,28 @@ def delete_temporaries(folder: Path, name: str | None = None) -> None:
 
 
 def sync_path(path: Path) -> None:
-    """Make a file's content, or a folder's entries (creations, renames), durable."""
+    """Make a file's content, or a folder's entries (creations, renames), durable.
+
+    Some file systems (SMB, shares of virtual machines) cannot do that for folders: they order
+    renames themselves, or a power cut may lose the last ones. That is said once.
+    """
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED or not path.is_dir():
+            raise
+        _report_unsynced(str(error.strerror))
     finally:
         os.close(descriptor)
+
+
+@functools.cache
+def _report_unsynced(reason: str) -> None:
+    log_rank0(
+        f"the file system cannot make folders durable ({reason}): what was written last may be "
+        "missing after a power cut, and is then made again"
+    )
 
 
 def sha256_file(path: Path) -> str:
@@ -109,27 +154,41 @@ def sha256_file(path: Path) -> str:
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn the system's errors for a full or read-only disk into one message with a remedy.
+    """Turn the system's errors for what is written to ``path`` into one message with a remedy.
 
     Raises:
-        ConfigError: instead of these errors; others pass unchanged.
+        ConfigError: instead of an OSError; FileNotFoundError and FileExistsError pass unchanged.
     """
     try:
         yield
-    except OSError as error:
-        # A copy names two files; the second is the one written.
-        failed = error.filename2 or error.filename or path
-        if error.errno in _FULL:
-            raise ConfigError(
-                f"{failed}: the disk or the quota is full ({error.strerror}); free some space and "
-                "run the same command again to resume: finished parts are kept"
-            ) from error
-        if error.errno in _READ_ONLY:
-            raise ConfigError(
-                f"{failed}: cannot be written ({error.strerror}); choose a folder that you may "
-                "write to, or change its owner, and run the same command again"
-            ) from error
+    except (FileNotFoundError, FileExistsError):
         raise
+    except OSError as error:
+        raise describe_os_error(error, path) from error
+
+
+def describe_os_error(error: OSError, path: Path | None = None) -> ConfigError:
+    """The system's error with the path, in ``path`` if it names none, and a remedy."""
+    # A copy names two files; the second is the one written.
+    failed = error.filename2 or error.filename or path
+    where = None if failed is None else os.fsdecode(failed) if failed != -1 else None
+    reason = error.strerror or str(error)
+    if error.errno in _FULL:
+        return ConfigError(
+            f"the disk or the quota is full ({reason})",
+            path=where,
+            remedy="free some space and run the same command again to resume: finished parts are "
+            "kept",
+        )
+    if error.errno in _READ_ONLY:
+        return ConfigError(
+            f"cannot be read or written ({reason})",
+            path=where,
+            remedy="choose a folder that you may write to, or change its owner, and run the same "
+            "command again",
+        )
+    remedies = (remedy for numbers, remedy in _REMEDIES if error.errno in numbers)
+    return ConfigError(reason, path=where, remedy=next(remedies, "run the same command again"))
 
 
 def require_room(path: Path, needed: int, remedy: str = "choose another folder") -> None:

@@ -17,6 +17,7 @@ import msgspec
 
 from gkd.storage.errors import ConfigError, GkdError
 from gkd.storage.util.files import disk_errors
+from gkd.storage.util.input_files import read_small
 
 
 class Holder(msgspec.Struct, frozen=True):
@@ -79,7 +80,7 @@ class WriteLock:
     def holder(self) -> Holder | None:
         """Who holds the lock, if anyone does and the file names it."""
         try:
-            return msgspec.json.decode(self.path.read_bytes(), type=Holder)
+            return msgspec.json.decode(read_small(self.path), type=Holder)
         except (FileNotFoundError, msgspec.DecodeError):
             return None
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from gkd.storage.errors import ConfigError
+from gkd.storage.util.input_files import refuse_foreign
 
 ZIP_START = b"PK\x03\x04"
 # What training code saves beside tensors (parsed options, Lightning's callbacks, an accuracy as a
@@ -47,6 +48,7 @@ def read_torch_file(
         ConfigError: if the file is damaged, or would run code.
         OSError: if the system does not open the file.
     """
+    refuse_foreign(path, f"a file of {what}", allowed=("zip", "empty"))
     try:
         with warnings.catch_warnings():
             # torch warns of pickle protocols other than 2, and then reads or refuses them.

@@ -108,9 +108,10 @@ def test_running_out_of_memory_ends_in_one_message(
         assert "out of memory" in stderr
         assert "use a smaller batch (--batch-size" in stderr
     monkeypatch.setattr("gkd.pipeline.run.cache_teacher", Mock(side_effect=RuntimeError("a bug")))
-    assert isinstance(
-        gkd("cache-teacher", home / "faces", tmp_path / "c.gkd", *huge).exception, RuntimeError
-    )
+    command = ("cache-teacher", home / "faces", tmp_path / "c.gkd", *huge)
+    assert "unexpected RuntimeError: a bug\nThis is a bug in gkd, or a file" in fails(*command)
+    monkeypatch.setenv("GKD_TRACEBACK", "1")
+    assert isinstance(gkd(*command).exception, RuntimeError)
 
 
 def test_centres_are_class_means_or_files(home: Path) -> None:

@@ -225,7 +225,7 @@ def test_nothing_is_made_inside_a_cache(home: Path, tmp_path: Path) -> None:
 
 def test_a_run_folder_that_cannot_be_written_is_an_error(home: Path) -> None:
     stderr = fails("train-student", home / "faces", home / "targets.gkd", "/sys/gkd-run", *TINY)
-    assert "/sys/gkd-run: cannot be written (" in stderr
+    assert "/sys/gkd-run: cannot be read or written (" in stderr
     assert "choose a folder that you may write to" in stderr
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gkd.storage.errors import ConfigError
+from gkd.storage.util.input_files import refuse_foreign
 from gkd.storage.util.text import first_few
 from gkd.storage.util.torch_files import read_torch_file
 from gkd.trainer.backbones.build import BACKBONES, FAMILIES, build_backbone, family_of
@@ -96,6 +97,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 
 def _read(path: Path) -> Any:
     if path.suffix == ".safetensors":
+        refuse_foreign(path, "a safetensors file")
         try:
             return safetensors.torch.load_file(path, device="cpu")
         except safetensors.SafetensorError as error:

@@ -21,6 +21,7 @@ import numpy.typing as npt
 from gkd.storage.errors import ConfigError, CorruptRecordError
 from gkd.storage.records.images import decode_face
 from gkd.storage.util.files import write_file
+from gkd.storage.util.input_files import read_small, refuse_foreign
 from gkd.trainer.evaluation.embed import FaceSet, unit_rows
 from gkd.trainer.evaluation.verification import FOLDS, VerificationResult, score
 
@@ -236,6 +237,10 @@ for _core in ("numpy.core", "numpy._core"):  # the name before numpy 2, and sinc
     _STAND_INS[f"{_core}.numeric", "_frombuffer"] = _callable(_from_buffer)
 
 
+# Of a verification set; larger ones are no sets of aligned faces.
+MAX_BYTES = 1 << 33
+
+
 # The unpickler in Python: for the one in C ten bytes, a high memo slot, allocate all memory.
 class _Unpickler(pickle._Unpickler):
     def find_class(self, module: str, name: str) -> Any:
@@ -246,8 +251,9 @@ class _Unpickler(pickle._Unpickler):
 
 
 def _unpickle(path: Path) -> tuple[Sequence[Any], Any]:
+    refuse_foreign(path, "a verification set", error=CorruptRecordError)
     try:
-        content = _Unpickler(io.BytesIO(path.read_bytes()), encoding="bytes").load()
+        content = _Unpickler(io.BytesIO(read_small(path, MAX_BYTES)), encoding="bytes").load()
     except _Forbidden as error:
         raise CorruptRecordError(
             f"{path}: the file asks for {error}, which no verification set needs; nothing of it "

@@ -16,6 +16,7 @@ from torch import nn
 from gkd.storage.cache.spec import Preprocess
 from gkd.storage.errors import ConfigError, CorruptRecordError
 from gkd.storage.records.images import digest
+from gkd.storage.util.input_files import read_small
 from gkd.storage.util.parallel import ordered_map
 from gkd.storage.util.progress import progress
 from gkd.storage.util.torchrun_env import usable_cores
@@ -97,7 +98,7 @@ class FolderSet(FaceSet[R_co]):
         """
         path = self.path / self.files[number]
         try:
-            return path.read_bytes()
+            return read_small(path)
         except OSError as error:
             raise CorruptRecordError(
                 path=path,

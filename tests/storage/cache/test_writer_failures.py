@@ -227,16 +227,18 @@ def test_a_read_only_folder_is_reported(
         raise OSError(code, os.strerror(code), str(path))
 
     monkeypatch.setattr(Path, "mkdir", refuse)
-    with pytest.raises(ConfigError, match=rf"cannot be written \({os.strerror(code)}\); choose a"):
+    with pytest.raises(
+        ConfigError, match=rf"cannot be read or written \({os.strerror(code)}\); choose a"
+    ):
         CacheWriter(tmp_path / "c", make_spec())
 
 
-def test_other_errors_of_the_disk_pass_unchanged(
+def test_other_errors_of_the_disk_are_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(path: Path, *args: Any, **kwargs: Any) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
 
     monkeypatch.setattr(Path, "mkdir", refuse)
-    with pytest.raises(OSError, match="Input/output error"):
+    with pytest.raises(ConfigError, match=r"Input/output error; .* is mounted and healthy"):
         CacheWriter(tmp_path / "c", make_spec())

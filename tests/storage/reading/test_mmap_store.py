@@ -185,7 +185,9 @@ def test_a_store_of_another_cache_under_this_name_is_made_again(
 
 
 def test_a_read_only_folder_is_reported(made: Cache) -> None:
-    with pytest.raises(ConfigError, match=r"/sys/gkd.*: cannot be written .*; choose a folder"):
+    with pytest.raises(
+        ConfigError, match=r"/sys/gkd.*: cannot be read or written .*; choose a folder"
+    ):
         materialise(made, folder=Path("/sys/gkd"))
 
 

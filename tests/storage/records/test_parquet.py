@@ -271,7 +271,7 @@ def test_records_pickle_by_path(tmp_path: Path) -> None:
         ),
         (
             lambda content: b"version https://git-lfs.github.com/spec/v1\n",
-            "got a Git LFS pointer to",
+            "got a Git-LFS pointer to",
         ),
     ],
 )
