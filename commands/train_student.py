@@ -1,5 +1,6 @@
 """``gkd train-student``: stage two."""
 
+import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,12 @@ if TYPE_CHECKING:
     "--drop-unmatched", is_flag=True, help="Leave out images that TARGETS do not contain."
 )
 @click.option(
+    "--cache-id",
+    metavar="ID",
+    help="Train from the cache of this id only (`gkd targets info` prints it), the same as --set "
+    "data.cache_id=ID.",
+)
+@click.option(
     "--dry-run", "dry", is_flag=True, help="Print parameters, memory and steps; train nothing."
 )
 @sort_option
@@ -43,6 +50,7 @@ def train_student(
     student: str | None,
     without_kd: bool,
     drop_unmatched: bool,
+    cache_id: str | None,
     dry: bool,
     sort: Any,
     as_json: bool,
@@ -62,11 +70,18 @@ def train_student(
 
     chosen = [f"student.name={student}"] if student else []
     chosen += ["kd.enabled=false"] if without_kd else []
+    chosen += [f"data.cache_id={json.dumps(cache_id)}"] if cache_id is not None else []
     run = load_config(config, [*settings, *chosen])
     source, targets, out = _split_paths(paths, needs_targets=run.kd.enabled)
+    if cache_id is not None and (targets is None or not cache_id.strip()):
+        raise click.UsageError(
+            "--cache-id: expected TARGETS and the id of a cache, got none; is a shell variable "
+            "unset?"
+        )
 
     def load(order: "Order") -> "tuple[Records, JoinedTargets | None]":
-        return _load(source, targets, sort=sort, drop_unmatched=drop_unmatched, order=order)
+        agreed = run.data.cache_id
+        return _load(source, targets, agreed, sort=sort, drop_unmatched=drop_unmatched, order=order)
 
     if dry:
         if rank() == 0:
@@ -99,25 +114,35 @@ def _split_paths(paths: tuple[Path, ...], *, needs_targets: bool) -> tuple[Path,
 
 
 def _load(
-    source: Path, targets: Path | None, *, sort: Any, drop_unmatched: bool, order: "Order"
+    source: Path,
+    targets: Path | None,
+    agreed: str,
+    *,
+    sort: Any,
+    drop_unmatched: bool,
+    order: "Order",
 ) -> "tuple[Records, JoinedTargets | None]":
     from gkd.storage.cache.reader import Cache
     from gkd.storage.records.open import open_records
     from gkd.storage.records.parquet import ParquetRecords
+    from gkd.trainer.data.checks import require_agreed_cache
     from gkd.trainer.data.dataset import join_targets
 
+    cache = None if targets is None else Cache.open(targets)
+    if cache is not None:
+        require_agreed_cache(agreed, cache.id, cache.path)
     records = open_records(source, sort=sort)
     if isinstance(records, ParquetRecords):
         log_rank0(
             f"{source}: each shuffled read of Parquet decodes up to {records.group_rows:,} images; "
             f"run `gkd records pack {source} PACK` once and train on PACK with the same targets"
         )
-    if targets is None:
+    if cache is None:
         return records, None
     # Without distillation too: both runs leave out the images that the cache skipped.
     records, joined = join_targets(
         records,
-        Cache.open(targets),
+        cache,
         workers=all_cores(),
         drop_unmatched=drop_unmatched,
         order=order,

@@ -47,6 +47,8 @@ class DataConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     block_shards   shards of the cache in a block; two blocks are in memory
     empty_classes  refuse classes without images, or keep them: filtered records leave some, and
                    their centres then learn only from the targets and as negatives of other classes
+    cache_id       id of the only cache to train from, as `gkd targets info` prints it; empty for
+                   any
     """
 
     flip: bool = True
@@ -54,6 +56,7 @@ class DataConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     order: Literal["full", "blocks"] = "full"
     block_shards: Count = 4
     empty_classes: Literal["refuse", "keep"] = "refuse"
+    cache_id: str = ""
 
 
 class StudentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

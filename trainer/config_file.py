@@ -26,7 +26,10 @@ KEYS: dict[str, Any] = {
 # Former names, which are still accepted.
 RENAMED = {"train.gradient_hook": "train.allreduce_dtype"}
 # Keys that may change when a run is resumed: they change no weight.
-FREE_KEYS = ("data.workers", "train.log_every", "train.max_skipped", "evaluation", "checkpoint")
+FREE_KEYS = (
+    *("data.workers", "data.cache_id", "train.log_every", "train.max_skipped"),
+    *("evaluation", "checkpoint"),
+)
 
 
 def load_config(path: Path | None = None, overrides: Iterable[str] = ()) -> RunConfig:

@@ -252,6 +252,27 @@ def test_a_dry_run_prints_the_cost_and_writes_nothing(
     assert "fewer than one batch of 64" in wrong
 
 
+def test_only_the_agreed_cache_is_trained_from(
+    home: Path, targets: Path, cache_dir: Path, tmp_path: Path
+) -> None:
+    before = sorted(cache_dir.rglob("*"))
+    agreed = json.loads(works("targets", "info", targets, "--json"))["id"]
+    train = ("train-student", home / "faces", targets, tmp_path / "run", *TINY)
+    works(*train, "--cache-id", agreed, "--dry-run")
+    (tmp_path / "run.toml").write_text(f'[data]\ncache_id = "{"0" * 64}"')
+    for other in (
+        ("--cache-id", agreed[:-1]),
+        ("--cache-id", "latest", "--without-kd"),
+        ("--config", tmp_path / "run.toml"),
+    ):
+        message = fails(*train, *other)
+        assert "another cache than the one that was agreed on" in message
+        assert agreed in message
+    assert "is a shell variable unset?" in fails(*train, "--cache-id", "", code=2)
+    assert not (tmp_path / "run").exists()
+    assert sorted(cache_dir.rglob("*")) == before
+
+
 def test_a_run_without_distillation_needs_no_targets(home: Path, tmp_path: Path) -> None:
     works("train-student", home / "faces", tmp_path / "run", *TINY, "--without-kd")
     message = fails("train-student", home / "faces", tmp_path / "other", *TINY, code=2)

@@ -1,5 +1,7 @@
 """Data that a configuration cannot be trained on is refused before anything is built."""
 
+from pathlib import Path
+
 import numpy as np
 
 from gkd.storage.cache.spec import CacheSpec
@@ -17,8 +19,11 @@ def check_data(
 
     Raises:
         ConfigError: naming the key of the configuration and a remedy, if the data cannot be used.
-        SpecMismatchError: if the targets were joined for other records.
+        SpecMismatchError: if the targets were joined for other records, or are of a cache other
+            than ``data.cache_id``.
     """
+    if targets is not None:
+        require_agreed_cache(config.data.cache_id, targets.store.cache_id, "the targets")
     _check_batches(config.train.batch_size, records, world_size)
     _check_labels(records, keep_empty=config.data.empty_classes == "keep")
     if not config.kd.enabled:
@@ -45,6 +50,22 @@ def check_data(
         )
     _check_signal(targets.spec, config.kd)
     return targets
+
+
+def require_agreed_cache(agreed: str, found: str, path: Path | str) -> None:
+    """Refuse a cache other than the one that was ``agreed`` on; empty for any.
+
+    Raises:
+        SpecMismatchError: if the ids differ.
+    """
+    if agreed and agreed.strip().lower() != found:
+        raise SpecMismatchError(
+            "another cache than the one that was agreed on (--cache-id, data.cache_id)",
+            path=path,
+            expected=agreed,
+            got=found,
+            remedy="get that cache, or agree on this one with `--cache-id` and its id",
+        )
 
 
 def _check_batches(batch_size: int, records: Records, world_size: int) -> None:
