@@ -4,6 +4,7 @@ Both are written beside their final path under a temporary name (``.NAME.`` and 
 made durable and renamed.
 """
 
+import contextlib
 import errno
 import functools
 import hashlib
@@ -13,7 +14,7 @@ import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from gkd.storage.errors import ConfigError
 from gkd.storage.util.torchrun_env import log_rank0
@@ -89,9 +90,33 @@ def publish_dir(path: Path) -> Iterator[Path]:
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Publish ``content`` at ``path``."""
+    """Publish ``content`` at ``path``; a link there is replaced, not followed."""
     with publish_file(path) as temporary:
         temporary.write_bytes(content)
+
+
+def make_below(root: Path, name: str) -> Path:
+    """``root / name`` to write to, its folders made; nothing on the way there is a link.
+
+    What a stranger made below ``root`` could lead elsewhere, and files be replaced there.
+
+    Raises:
+        ConfigError: naming the link, or the file in place of a folder.
+    """
+    path = root
+    for part in PurePath(name).parts[:-1]:
+        path /= part
+        with contextlib.suppress(FileExistsError):
+            path.mkdir(parents=True)
+        if path.is_symlink() or not path.is_dir():
+            got = f"a link to {os.readlink(path)}" if path.is_symlink() else "a file"
+            raise ConfigError(
+                path=path,
+                expected=f"a folder of {root}",
+                got=got,
+                remedy="delete it, or give another path, and run the same command again",
+            )
+    return root / name
 
 
 def remove_dir(path: Path) -> None:

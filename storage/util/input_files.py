@@ -6,7 +6,7 @@ import re
 import shlex
 import stat
 from collections.abc import Collection
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import BinaryIO, NamedTuple
 
 from gkd.storage.errors import ConfigError, GkdError
@@ -117,6 +117,18 @@ def read_small(path: Path, limit: int = SMALL, *, follow_links: bool = True) -> 
         while part := file.read(limit + 1 - len(content)):
             content += part
         return bytes(content)
+
+
+def resolve_below(folder: Path, name: str) -> Path:
+    """Path of the file that a list of others names: in ``folder``, or in a folder below it.
+
+    Raises:
+        ValueError: if the name leads elsewhere, or is none.
+    """
+    parts = PurePosixPath(name).parts
+    if not parts or parts[0] == "/" or ".." in parts or "\0" in name:
+        raise ValueError(f"expected the name of a file below {folder}, got {name!r}")
+    return folder / name
 
 
 def describe_foreign(head: bytes, allowed: Collection[str] = ()) -> Foreign | None:

@@ -8,11 +8,13 @@ from gkd.storage.errors import ConfigError
 from gkd.storage.util.files import (
     delete_temporaries,
     disk_errors,
+    make_below,
     publish_dir,
     publish_file,
     remove_dir,
     require_room,
     temporary_path,
+    write_file,
 )
 
 
@@ -82,3 +84,22 @@ def test_room_is_checked_on_the_disk_of_the_nearest_folder(tmp_path: Path) -> No
     require_room(tmp_path / "not" / "there", 1)
     with pytest.raises(ConfigError, match=rf"^{tmp_path}/new: expected about .* of {tmp_path};"):
         require_room(tmp_path / "new", 1 << 60)
+
+
+def test_nothing_is_written_through_links_below_the_own_folder(tmp_path: Path) -> None:
+    mine, other = tmp_path / "mine", tmp_path / "other"
+    write_file(make_below(mine, "a/b/new"), b"x")
+    assert (mine / "a" / "b" / "new").read_bytes() == b"x"
+    other.mkdir()
+    (other / "kept").write_bytes(b"kept")
+    (mine / "linked").symlink_to(other)
+    (mine / "a" / "dangling").symlink_to(tmp_path / "absent")
+    (mine / "file").touch()
+    for name in ("linked/kept", "linked/deeper/kept", "a/dangling/kept", "file/kept"):
+        with pytest.raises(ConfigError, match=r"expected a folder of .*mine, got a (link|file)"):
+            make_below(mine, name)
+    (mine / "kept").symlink_to(other / "kept")
+    write_file(make_below(mine, "kept"), b"new")
+    assert (other / "kept").read_bytes() == b"kept"
+    assert [path.name for path in other.iterdir()] == ["kept"]
+    assert not (tmp_path / "absent").exists()

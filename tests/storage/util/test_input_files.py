@@ -10,7 +10,13 @@ from pathlib import Path
 import pytest
 
 from gkd.storage.errors import ConfigError, CorruptRecordError
-from gkd.storage.util.input_files import describe_foreign, open_regular, read_small, refuse_foreign
+from gkd.storage.util.input_files import (
+    describe_foreign,
+    open_regular,
+    read_small,
+    refuse_foreign,
+    resolve_below,
+)
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 38696353\n"
 FOREIGN = {
@@ -91,3 +97,10 @@ def test_no_more_is_read_than_such_a_file_can_have(tmp_path: Path) -> None:
     assert error.value.errno == errno.EFBIG
     (tmp_path / "a").write_bytes(b"abcd")
     assert read_small(tmp_path / "a", 4) == b"abcd"
+
+
+@pytest.mark.parametrize("name", ["", "/etc/passwd", "../a", "a/../../b", "a\0b", "."])
+def test_names_in_lists_stay_below_their_folder(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="below"):
+        resolve_below(tmp_path, name)
+    assert resolve_below(tmp_path, "a/b..jpg") == tmp_path / "a" / "b..jpg"
