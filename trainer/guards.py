@@ -11,11 +11,13 @@ from torch import Tensor, nn
 from gkd.storage.util.text import first_few
 
 # The running mean that detects a divergence averages over about this many steps.
-MEMORY = 100
+MEMORY = 50
 # A healthy warm-up raises the cross-entropy by less; a scale of 64 leaves room for far more.
 DIVERGED = 1.5
 # Cosines are bounded, and so is the cross-entropy of a failed run: it need not rise further.
-LONG = 2 * MEMORY
+LONG = 200
+# Clearly above its beginning, a step counts as many.
+CLEARLY, AS_MANY = 1.15, 8
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,8 @@ class Divergence:
 
     first  cross-entropy of the first step
     mean   exponential mean since, over about ``MEMORY`` steps
-    above  consecutive steps after the warm-up with a mean above the first value
+    above  consecutive steps after the warm-up with a mean above the first value; those that are
+           clearly above count ``AS_MANY``
     """
 
     first: float | None = None
@@ -86,7 +89,8 @@ class Divergence:
         if self.first is None:
             self.first = self.mean = ce
         self.mean += (ce - self.mean) / MEMORY
-        self.above = self.above + 1 if settled and self.mean > self.first else 0
+        step = AS_MANY if self.mean > CLEARLY * self.first else int(self.mean > self.first)
+        self.above = self.above + step if settled and step else 0
 
     @property
     def found(self) -> bool:
