@@ -7,6 +7,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Protocol
 
 from rich import progress as bars
+from rich.columns import Columns
 from rich.console import Console, RenderableType
 from rich.text import Text
 
@@ -23,13 +24,17 @@ class Advance(Protocol):
 
 
 class _Bar(bars.Progress):
-    """A bar with its note on the next line: a terminal has no room for it beside the bar."""
+    """A bar with its note on the next lines: a terminal has no room for it beside the bar.
+
+    What two spaces separate in the note stays on one line.
+    """
 
     def get_renderables(self) -> Iterator[RenderableType]:
         yield from super().get_renderables()
         for task in self.tasks:
             if task.fields["note"]:
-                yield Text(f"  {task.fields['note']}")
+                parts = task.fields["note"].split("  ")
+                yield Columns([Text(part, no_wrap=True) for part in parts], padding=(0, 1))
 
 
 class _RateColumn(bars.ProgressColumn):
