@@ -4,20 +4,24 @@ The process that makes a target (of several ranks the first) holds a lock file b
 start to its end. The operating system releases the lock when the process ends, however it ends.
 """
 
+import errno
+import fcntl
 import os
 import shutil
 import socket
+import sys
 import uuid
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Self
 
-import filelock
 import msgspec
 
 from gkd.storage.errors import ConfigError, GkdError
 from gkd.storage.util.files import disk_errors
 from gkd.storage.util.input_files import read_small
+
+_NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL}
 
 
 class Holder(msgspec.Struct, frozen=True):
@@ -42,7 +46,7 @@ class WriteLock:
     def __init__(self, target: Path, run: str | None = None) -> None:
         self.target, self.run = target, run or uuid.uuid4().hex
         self.path = target.with_name(f".{target.name}.lock")
-        self._lock = filelock.FileLock(self.path, timeout=0)
+        self._file: int | None = None
 
     def acquire(self) -> None:
         """Take the lock.
@@ -55,27 +59,69 @@ class WriteLock:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             if self.path.is_dir():  # killed runs of earlier versions left a folder
                 shutil.rmtree(self.path)
-            try:
-                self._lock.acquire()
-            except filelock.Timeout as error:
-                raise ConfigError(
-                    f"another run is writing it: {self.holder() or 'an unknown process'}",
-                    path=self.target,
-                    remedy="wait until it ends or stop it, then run the same command again (if its "
-                    f"host is gone for good, delete {self.path})",
-                ) from error
-            # Without flock, filelock falls back to a file whose content is its own.
-            if not isinstance(self._lock, filelock.SoftFileLock):
-                started = f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC"
-                holder = Holder(socket.gethostname(), os.getpid(), started, self.run)
-                self.path.write_bytes(msgspec.json.encode(holder))
+            while self._file is None:
+                self._file = self._locked_file()
+            started = f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC"
+            holder = Holder(socket.gethostname(), os.getpid(), started, self.run)
+            os.ftruncate(self._file, 0)
+            os.pwrite(self._file, msgspec.json.encode(holder), 0)
+
+    def _locked_file(self) -> int | None:
+        """The lock file, open and locked; None if its holder has deleted it since: try again."""
+        # No link is followed, and no FIFO waited for.
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        file = os.open(self.path, flags, 0o666)
+        try:
+            self._lock(file)
+            if os.path.samestat(os.fstat(file), self.path.stat(follow_symlinks=False)):
+                return file
+        except FileNotFoundError:
+            pass
+        except BaseException:
+            os.close(file)
+            raise
+        os.close(file)
+        return None
+
+    def _lock(self, file: int) -> None:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EAGAIN, errno.EACCES):
+                raise self._in_use("") from error
+            if error.errno not in _NO_LOCKS:
+                raise
+            self._go_without(error)
+
+    def _go_without(self, error: OSError) -> None:
+        """Where no file can be locked, what the file says must do: a dead process holds nothing."""
+        holder, without = self.holder(), f"this file system locks no files ({error.strerror})"
+        if holder is not None and not (
+            holder.host == socket.gethostname() and _is_dead(holder.pid)
+        ):
+            raise self._in_use(f"{without}, and the lock file names a run that may have ended; ")
+        print(
+            f"{self.target}: {without}: start no second run that writes it",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    def _in_use(self, why: str) -> ConfigError:
+        gone = "it or its host is gone" if why else "its host is gone for good"
+        return ConfigError(
+            f"another run is writing it: {self.holder() or 'an unknown process'}",
+            path=self.target,
+            remedy=f"{why}wait until it ends or stop it, then run the same command again (if "
+            f"{gone}, delete {self.path})",
+        )
 
     def release(self) -> None:
         """Give the lock up; without effect if it is not held."""
-        if self._lock.is_locked:
+        if self._file is not None:
             # Deleted while still held: whoever opened the file before sees that it has no name.
             self.path.unlink(missing_ok=True)
-            self._lock.release()
+            os.close(self._file)
+            self._file = None
 
     def holder(self) -> Holder | None:
         """Who holds the lock, if anyone does and the file names it."""
@@ -104,3 +150,14 @@ class WriteLock:
 
     def __exit__(self, *_: object) -> None:
         self.release()
+
+
+def _is_dead(pid: int) -> bool:
+    """Whether this host has no such process."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except (PermissionError, OverflowError):
+        return False
+    return False

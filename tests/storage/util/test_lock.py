@@ -1,3 +1,5 @@
+import errno
+import fcntl
 import os
 import re
 import signal
@@ -8,10 +10,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from gkd.storage.errors import ConfigError, GkdError
-from gkd.storage.util.lock import WriteLock
+from gkd.storage.util.lock import Holder, WriteLock
 
 
 @pytest.fixture
@@ -92,3 +95,46 @@ def test_a_lock_folder_of_an_earlier_version_is_replaced(target: Path) -> None:
     with lock:
         assert lock.path.is_file()
     assert list(target.parent.iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_without_locks_the_lock_file_does(
+    target: Path,
+    number: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """As on Lustre and some network file systems: a living run is respected, a dead one is not."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    with another_process(target) as process:
+        monkeypatch.setattr(fcntl, "flock", refuse)
+        with pytest.raises(ConfigError) as caught:
+            WriteLock(target).acquire()
+        message = str(caught.value)
+        assert f"another run is writing it: process {process.pid}" in message
+        assert f"locks no files ({os.strerror(number)}), and the lock file names a run" in message
+        process.kill()
+        process.wait(timeout=60)
+        with WriteLock(target):
+            assert capsys.readouterr().err.count("start no second run that writes it") == 1
+    lock = WriteLock(target)
+    lock.path.write_bytes(msgspec.json.encode(Holder("another-host", 1, "2026", "old run")))
+    with pytest.raises(ConfigError, match=rf"delete {re.escape(str(lock.path))}\)"):
+        lock.acquire()
+    lock.path.unlink()  # as the message says
+    with lock:
+        pass
+    assert list(target.parent.iterdir()) == []
+
+
+def test_a_linked_lock_does_not_empty_what_it_leads_to(target: Path, tmp_path: Path) -> None:
+    kept = tmp_path / "kept"
+    kept.write_text("precious")
+    lock = WriteLock(target)
+    lock.path.symlink_to(kept)
+    with pytest.raises(GkdError, match="lock"):
+        lock.acquire()
+    assert kept.read_text() == "precious"
