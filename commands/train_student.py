@@ -187,6 +187,7 @@ def emit_dry_run(result: "DryRun", as_json: bool) -> None:
             "precision": result.precision,
             **memory,
             f"memory{of_rank} in total": _mib(result.memory_total),
+            f"shared memory{of_rank}": f"{_mib(result.shared_memory)} of /dev/shm",
             "targets": f"{_mib(result.targets_bytes)}, {result.targets_held}",
         }
     )

@@ -15,12 +15,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from gkd.storage.reading.flat_arrays import array_shapes
 from gkd.storage.reading.shard_store import ShardStore
 from gkd.storage.records.base import Records
+from gkd.storage.util.torchrun_env import usable_cores
 from gkd.trainer.backbones.common import FACE_SIZE
 from gkd.trainer.checkpoint import student_backbone
 from gkd.trainer.config import RunConfig
 from gkd.trainer.data.checks import check_data
 from gkd.trainer.data.dataset import JoinedTargets, chosen_signal
 from gkd.trainer.data.sampler import BatchSampler
+from gkd.trainer.data.shared_memory import PREFETCH, batch_bytes, needed
 from gkd.trainer.device import choose_dtype
 from gkd.trainer.distributed import Ranks
 from gkd.trainer.head.centers import ClassCenters
@@ -46,6 +48,7 @@ class DryRun:
                      layer those of the trained centres
     ranks            that share a batch and the class centres; parameters and operations are of all
     memory           of one rank by part, at the peak of a step; without workspaces of libraries
+    shared_memory    of one rank, for the data workers to pass batches through /dev/shm
     targets_bytes    of the targets in use, held as ``targets_held`` says
     """
 
@@ -58,6 +61,7 @@ class DryRun:
     flops_per_step: int
     memory: dict[str, int]
     memory_total: int
+    shared_memory: int
     targets_bytes: int
     targets_held: str
     steps_per_epoch: int
@@ -109,6 +113,11 @@ def dry_run(
         flops_per_step=train.batch_size * (3 * flops + 2 * dim * (len(weight) + 2 * trained)),
         memory=memory,
         memory_total=sum(memory.values()),
+        shared_memory=needed(
+            min(config.data.workers, usable_cores()),
+            PREFETCH,
+            batch_bytes(train.batch_size // world_size, targets, config.kd.signal),
+        ),
         targets_bytes=_targets_bytes(config, targets),
         targets_held=HELD[config.data.order],
         steps_per_epoch=sampler.steps_per_epoch,

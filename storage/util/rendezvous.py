@@ -43,6 +43,8 @@ class Wait:
         if waited >= self._next:
             self._next = waited + _EVERY_WORD
             limit = f"{self._limit} at most" if self._limit else "as long as it lives"
+            if self._where.startswith("at "):
+                limit += "; unset WORLD_SIZE if it is to work alone"
             print(
                 f"rank {torchrun_env.rank()} of {torchrun_env.world_size()} has waited "
                 f"{waited:.0f} s for {_named(whom())} {self._where}, and waits {limit}",

@@ -121,6 +121,8 @@ def _single_threaded_pool(_process: int, threads: int) -> ThreadPoolExecutor:
         all_started.wait()
 
     pool, all_started = ThreadPoolExecutor(threads), threading.Barrier(threads)
-    list(pool.map(use_one_thread, range(threads)))
-    torch.set_num_threads(threads)
+    try:
+        list(pool.map(use_one_thread, range(threads)))
+    finally:
+        torch.set_num_threads(threads)
     return pool

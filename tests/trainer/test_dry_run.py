@@ -14,6 +14,7 @@ from gkd.storage.cache.spec import DrawsSpec, View
 from gkd.storage.errors import ConfigError
 from gkd.storage.records.base import Subset
 from gkd.storage.records.open import open_records
+from gkd.storage.util.torchrun_env import usable_cores
 from gkd.trainer.checkpoint import student_backbone
 from gkd.trainer.config_file import load_config
 from gkd.trainer.data.dataset import FaceBatches, join_targets
@@ -43,6 +44,9 @@ def test_parameters_and_steps_by_hand(faces: Path) -> None:
     assert cost.memory["optimizer_state"] == 4 * (2059520 + 2560)
     assert cost.memory_total == sum(cost.memory.values())
     assert cost.targets_bytes == 0
+    # Four batches ahead for each worker, and three on their way.
+    batches = min(4, usable_cores()) * 4 + 3
+    assert cost.shared_memory == batches * 8 * (112 * 112 * 3 + 64)
 
 
 @pytest.mark.parametrize(

@@ -79,6 +79,8 @@ class BatchLoader(Iterator[Batch]):
             # Without its own generator the loader would draw from the one that a resume restores.
             generator=torch.Generator(),
         )
+        # The thread that copies to pinned memory makes 1 the default of all threads to come.
+        self._threads = torch.get_num_threads()
         self._taken = 0
         try:
             self._items = iter(loader)
@@ -141,6 +143,7 @@ class BatchLoader(Iterator[Batch]):
             with suppress(RuntimeError):  # torch reports the killed
                 self._items._shutdown_workers()
             kill.cancel()
+            torch.set_num_threads(self._threads)
 
     def dead_workers(self) -> str:
         """Which workers died, of what and probably why; empty if none. Call it once closed."""

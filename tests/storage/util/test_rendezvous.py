@@ -67,10 +67,10 @@ def test_a_port_that_answers_nothing_is_named(monkeypatch: pytest.MonkeyPatch) -
     with socket.create_server(("127.0.0.1", 0)) as deaf:
         monkeypatch.setenv("MASTER_PORT", str(deaf.getsockname()[1]))
         with pytest.raises(ConfigError, match=r"cannot meet at 127.0.0.1:\d+ .*free the port"):
-            meet(timedelta(seconds=5))
+            meet(timedelta(seconds=1))
         monkeypatch.setenv("RANK", "0")
         with pytest.raises(ConfigError, match=r"cannot meet at 127.0.0.1:\d+ .*free the port"):
-            meet(timedelta(seconds=5))
+            meet(timedelta(seconds=1))
 
 
 def test_two_ranks_on_one_gpu_are_named() -> None:
