@@ -54,6 +54,8 @@ def records_verify(source: Path, sort: Any, workers: int, as_json: bool) -> None
         for fault in faults:
             echo(fault)
         echo(f"{report.images:,} images, {report.identities:,} identities, {len(faults):,} faults")
+        for what, count in report.conversions.items():
+            echo(f"{count:,} images: {what}")
     if faults:
         raise SystemExit(1)
 

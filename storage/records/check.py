@@ -1,5 +1,6 @@
 """Facts about records, and a check of every one of them."""
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import numpy as np
 
 from gkd.storage.errors import CorruptRecordError
 from gkd.storage.records.base import Layout, Records
-from gkd.storage.records.images import decode
+from gkd.storage.records.images import conversions, decode
 from gkd.storage.records.labels import LabelOrder
 from gkd.storage.util.parallel import map_rows
 from gkd.storage.util.progress import progress
@@ -67,11 +68,16 @@ def records_info(records: Records) -> RecordsInfo:
 
 @dataclass(frozen=True)
 class RecordsReport:
-    """Result of ``verify_records``; ``faults`` in row order, each naming its location."""
+    """Result of ``verify_records``.
+
+    faults       in row order, each naming its location
+    conversions  what was done to images beside decoding them, and to how many
+    """
 
     images: int
     identities: int
     faults: tuple[CorruptRecordError, ...]
+    conversions: dict[str, int]
 
 
 def verify_records(records: Records, *, workers: int) -> RecordsReport:
@@ -81,18 +87,20 @@ def verify_records(records: Records, *, workers: int) -> RecordsReport:
     class, a missing file, bytes that are no image, or an image that is not 112x112.
     """
 
-    def check(row: int) -> CorruptRecordError | None:
+    def check(row: int) -> CorruptRecordError | list[str]:
         try:
-            records.face(row)
+            encoded, _ = records.face(row)
         except CorruptRecordError as error:
             return error
-        return None
+        return conversions(encoded)
 
-    faults = []
+    faults, converted = [], Counter[str]()
     with progress("verify records", len(records), "images") as advance:
-        for fault in map_rows(check, len(records), workers=workers):
-            if fault is not None:
-                faults.append(fault)
+        for found in map_rows(check, len(records), workers=workers):
+            if isinstance(found, CorruptRecordError):
+                faults.append(found)
+            else:
+                converted.update(found)
             advance(1, f"{len(faults)} faults" if faults else "")
     identities = np.unique(records.labels[records.labels >= 0])
-    return RecordsReport(len(records), len(identities), tuple(faults))
+    return RecordsReport(len(records), len(identities), tuple(faults), dict(converted))
