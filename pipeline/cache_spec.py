@@ -54,6 +54,7 @@ def cache_spec(
         margin=settings.margin,
         views=views,
         preprocess=embedder.preprocess,
+        pixels="opencv",
         precision=embedder.precision,
         teacher=teacher_spec(embedder),
         centers=centers,

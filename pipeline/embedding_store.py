@@ -4,6 +4,7 @@ import io
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import closing
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 import numpy as np
@@ -46,6 +47,7 @@ class EmbeddingSource(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     precision: str
     dataset: DatasetSpec
     shard_samples: int
+    pixels: Literal["opencv"] | None = None
 
 
 class EmbeddingStore:
@@ -74,6 +76,7 @@ class EmbeddingStore:
             embedder.precision,
             dataset_spec(records),
             shard_samples,
+            pixels="opencv",
         )
         settings = folder / SETTINGS
         if not settings.exists():

@@ -192,9 +192,10 @@ class Sharding:
 class CacheSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Attributes of a cache's root group (format 1), see ``storage/FORMAT.md``.
 
-    Only a cache that was made from other caches has ``derived``. Two runs with equal specs, apart
-    from ``software``, write equal bytes on one kind of device and with one batch size, which may
-    change a teacher's last bits.
+    Only a cache that was made from other caches has ``derived``. ``pixels`` is the rule by which
+    images were decoded; caches without it ignored EXIF orientations. Two runs with equal specs,
+    apart from ``software``, write equal bytes on one kind of device and with one batch size, which
+    may change a teacher's last bits.
     """
 
     format: int = FORMAT
@@ -209,6 +210,7 @@ class CacheSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     margin: float
     views: tuple[View, ...]
     preprocess: Preprocess
+    pixels: Literal["opencv"] | msgspec.UnsetType = msgspec.UNSET
     precision: Precision
     teacher: TeacherSpec
     centers: CentersSpec

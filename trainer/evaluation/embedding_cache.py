@@ -17,7 +17,7 @@ from gkd.storage.util.files import publish_file
 from gkd.storage.util.torchrun_env import log_rank0
 
 # Increased whenever the same images would reach a network as different input.
-FORMAT = 1
+FORMAT = 2
 ARRAY = "embeddings"
 
 

@@ -164,6 +164,10 @@ def test_an_interrupted_merge_is_resumed(
             lambda s: msgspec.structs.replace(s, threshold=0.8),
             r"threshold: first 0\.9, second 0\.8",
         ),
+        (
+            lambda s: msgspec.structs.replace(s, pixels="opencv"),
+            "pixels: first nothing, second opencv",
+        ),
         (lambda s: msgspec.structs.replace(s, num_classes=60), "num_classes: first 50, second 60"),
         (
             lambda s: msgspec.structs.replace(
