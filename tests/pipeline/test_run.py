@@ -160,7 +160,7 @@ def test_caches_of_damaged_records_do_not_depend_on_their_folder(tmp_path: Path)
     assert reasons[0]["4"] == "expected an aligned face of 112x112 pixels, got 100x112"
     assert reasons[0]["2"] == (
         "expected an encoded image, got 8 bytes starting 6e6f20696d616765 (none of JPEG, PNG, BMP, "
-        "WEBP)"
+        "WEBP, TIFF, PPM, GIF, JPEG2000)"
     )
 
 
