@@ -21,6 +21,7 @@ from gkd.storage.reading.mmap_store import (
     is_temporary,
     remove_store,
 )
+from gkd.storage.util.lock import file_lock
 
 DAY = 86_400
 # The folder may hold other people's files, so only these exact names are gkd's.
@@ -95,7 +96,7 @@ def _unused(path: Path) -> Iterator[bool]:
         return
     with contextlib.ExitStack() as locks:
         try:
-            locks.enter_context(filelock.FileLock(path.parent / LOCK, timeout=0))
+            locks.enter_context(file_lock(path.parent / LOCK, wait=False))
             if (path / DESCRIPTION).exists():
                 file = locks.enter_context((path / DESCRIPTION).open("rb"))
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import filelock
 import msgspec
 import numpy as np
 import numpy.typing as npt
@@ -24,9 +23,11 @@ from gkd.storage.errors import ConfigError, CorruptDataError
 from gkd.storage.reading.flat_arrays import OFFSETS, Shape, array_shapes, read_shards
 from gkd.storage.util.files import disk_errors, publish_dir, remove_dir, require_room
 from gkd.storage.util.input_files import read_small
+from gkd.storage.util.lock import file_lock, try_lock
 from gkd.storage.util.progress import progress
 from gkd.storage.util.torchrun_env import all_cores
 
+_OTHER_FOLDER = "set GKD_CACHE_DIR to a folder that you may write to"
 DESCRIPTION = "store.json"
 DIGESTS = "digests"
 EMBEDDINGS = "embeddings"
@@ -61,7 +62,7 @@ class TargetStore:
             # A shared lock, which filelock does not have, marks the store as in use.
             descriptor = os.open(path / DESCRIPTION, os.O_RDONLY | os.O_NONBLOCK)
             weakref.finalize(self, os.close, descriptor)
-            fcntl.flock(descriptor, fcntl.LOCK_SH)
+            try_lock(descriptor, fcntl.LOCK_SH)
             description = msgspec.json.decode(
                 read_small(path / DESCRIPTION, follow_links=False), type=_Description
             )
@@ -164,20 +165,20 @@ def materialise(
         )
     home = (folder or default_folder()).absolute() / cache.id
     target = home / "+".join(chosen)
-    with disk_errors(home):
-        home.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(home / LOCK):
-            found = _open(cache, chosen, target)
-            if found is None:
-                for leftover in filter(is_temporary, list(home.iterdir())):
-                    shutil.rmtree(leftover)
-                remove_store(target)
-                _build(cache, chosen, target)
-            store = found or TargetStore(target)
-    if found:
-        touch(target / DESCRIPTION)
-        _warm(target)
-    return store
+    with disk_errors(home, _OTHER_FOLDER):
+        # One that another user made can be read where nothing can be written.
+        if (found := _open(cache, chosen, target)) is None:
+            home.mkdir(parents=True, exist_ok=True)
+            with file_lock(home / LOCK):
+                if (found := _open(cache, chosen, target)) is None:
+                    for leftover in filter(is_temporary, list(home.iterdir())):
+                        shutil.rmtree(leftover)
+                    remove_store(target)
+                    _build(cache, chosen, target)
+                    return TargetStore(target)
+    touch(target / DESCRIPTION)
+    _warm(target)
+    return found
 
 
 def _open(cache: Cache, views: tuple[View, ...], target: Path) -> TargetStore | None:
@@ -196,14 +197,17 @@ def _open(cache: Cache, views: tuple[View, ...], target: Path) -> TargetStore | 
 def default_folder() -> Path:
     """``$GKD_CACHE_DIR``, or ``~/.cache/gkd``; raises ConfigError if that is inside a cache."""
     chosen = os.environ.get("GKD_CACHE_DIR")
-    folder = Path(chosen) if chosen else Path.home() / ".cache" / "gkd"
+    try:
+        folder = Path(chosen) if chosen else Path.home() / ".cache" / "gkd"
+    except RuntimeError as error:
+        raise ConfigError(f"this user has no home folder; {_OTHER_FOLDER}") from error
     require_outside_caches(folder)
     return folder
 
 
 def touch(path: Path) -> None:
-    """Record that ``path`` was used now, if its owner permits."""
-    with contextlib.suppress(PermissionError):
+    """Record that ``path`` was used now, if its owner and its disk permit."""
+    with contextlib.suppress(OSError):
         os.utime(path)
 
 

@@ -7,7 +7,6 @@ import time
 import zipfile
 from pathlib import Path
 
-import filelock
 import numpy as np
 import numpy.typing as npt
 
@@ -15,6 +14,7 @@ from gkd.storage.errors import CorruptRecordError
 from gkd.storage.records.base import QUIET_ROWS, Records
 from gkd.storage.records.images import DIGEST_BYTES, digest
 from gkd.storage.util.files import disk_errors, publish_file
+from gkd.storage.util.lock import file_lock
 from gkd.storage.util.parallel import map_rows
 from gkd.storage.util.progress import progress
 
@@ -60,7 +60,7 @@ def cached_digests(records: Records, folder: Path, *, workers: int) -> npt.NDArr
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         # One rank of a node reads the data, the others find its result.
-        with filelock.FileLock(path.with_suffix(".lock")):
+        with file_lock(path.with_suffix(".lock")):
             found = _read_cached(path, len(records))
             if found is None:
                 found = digests(records, workers=workers)

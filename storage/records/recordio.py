@@ -223,9 +223,10 @@ def read_index(path: Path) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]
         CorruptRecordError: for a line that is not two integers, or a repeated key.
     """
     remedy = "write the index again, or remove it to have the .rec file scanned"
+    expected = "lines of key, tab, offset"
+    refuse_foreign(path, expected, error=CorruptRecordError, allowed=("empty",))
     if not path.stat().st_size:
         return np.empty(0, np.int64), np.empty(0, np.int64)
-    refuse_foreign(path, "lines of key, tab, offset", error=CorruptRecordError)
     names = ["key", "offset"]
     try:
         table = csv.read_csv(

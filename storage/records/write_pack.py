@@ -14,7 +14,7 @@ from gkd.storage.records.images import FACE_SHAPE
 from gkd.storage.records.open import open_records
 from gkd.storage.records.pack import EXACT_FLOAT32
 from gkd.storage.records.recordio import encode_record, record_writer
-from gkd.storage.util.files import delete_temporaries, publish_dir
+from gkd.storage.util.files import delete_temporaries, disk_errors, publish_dir
 from gkd.storage.util.lock import WriteLock
 from gkd.storage.util.parallel import map_rows
 from gkd.storage.util.progress import progress
@@ -60,8 +60,7 @@ def pack(source: Path, out: Path, *, sort: Sort = "natural", workers: int = 1) -
             f"{source}: expected at most {EXACT_FLOAT32:,} identities, which the float32 labels of "
             f"a pack can represent, got {records.num_classes:,}; use these records as they are"
         )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with WriteLock(out):
+    with disk_errors(out), WriteLock(out):
         delete_temporaries(out.parent, out.name)
         with publish_dir(out) as folder:
             with record_writer(folder / "train.rec") as write:

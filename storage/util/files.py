@@ -30,6 +30,7 @@ UNSUPPORTED = {
     errno.ENOTTY,
     errno.EBADF,
 }
+_OTHER_FOLDER = "choose a folder that you may write to, or change its owner"
 _REMEDIES = (
     (
         {errno.EMFILE, errno.ENFILE},
@@ -109,7 +110,7 @@ def make_below(root: Path, name: str) -> Path:
         with contextlib.suppress(FileExistsError):
             path.mkdir(parents=True)
         if path.is_symlink() or not path.is_dir():
-            got = f"a link to {os.readlink(path)}" if path.is_symlink() else "a file"
+            got = f"a link to {path.readlink()}" if path.is_symlink() else "a file"
             raise ConfigError(
                 path=path,
                 expected=f"a folder of {root}",
@@ -178,8 +179,10 @@ def sha256_file(path: Path) -> str:
 
 
 @contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
+def disk_errors(path: Path, other: str = _OTHER_FOLDER) -> Iterator[None]:
     """Turn the system's errors for what is written to ``path`` into one message with a remedy.
+
+    ``other`` is the remedy where the user may not write.
 
     Raises:
         ConfigError: instead of an OSError; FileNotFoundError and FileExistsError pass unchanged.
@@ -189,10 +192,12 @@ def disk_errors(path: Path) -> Iterator[None]:
     except (FileNotFoundError, FileExistsError):
         raise
     except OSError as error:
-        raise describe_os_error(error, path) from error
+        raise describe_os_error(error, path, other) from error
 
 
-def describe_os_error(error: OSError, path: Path | None = None) -> ConfigError:
+def describe_os_error(
+    error: OSError, path: Path | None = None, other: str = _OTHER_FOLDER
+) -> ConfigError:
     """The system's error with the path, in ``path`` if it names none, and a remedy."""
     # A copy names two files; the second is the one written.
     failed = error.filename2 or error.filename or path
@@ -209,8 +214,7 @@ def describe_os_error(error: OSError, path: Path | None = None) -> ConfigError:
         return ConfigError(
             f"cannot be read or written ({reason})",
             path=where,
-            remedy="choose a folder that you may write to, or change its owner, and run the same "
-            "command again",
+            remedy=f"{other}, and run the same command again",
         )
     remedies = (remedy for numbers, remedy in _REMEDIES if error.errno in numbers)
     return ConfigError(reason, path=where, remedy=next(remedies, "run the same command again"))

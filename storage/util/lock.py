@@ -10,18 +10,68 @@ import os
 import shutil
 import socket
 import sys
+import tempfile
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Self
 
+import filelock
 import msgspec
 
 from gkd.storage.errors import ConfigError, GkdError
 from gkd.storage.util.files import disk_errors
 from gkd.storage.util.input_files import read_small
+from gkd.storage.util.torchrun_env import log_rank0
 
 _NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL}
+_PATIENCE = 5.0  # seconds
+
+
+def try_lock(descriptor: int, operation: int) -> bool:
+    """``flock``; False if the file system has no locks.
+
+    Some have none: Lustre without the mount option flock, NFS without its lock service, some of
+    FUSE.
+    """
+    try:
+        fcntl.flock(descriptor, operation)
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        return False
+    return True
+
+
+@contextmanager
+def file_lock(path: Path, *, wait: bool = True) -> Iterator[None]:
+    """Hold the lock ``path``, one process at a time; says so if it waits for long.
+
+    Raises:
+        filelock.Timeout: if another process holds it, without ``wait``.
+        ConfigError: if its file system has no locks.
+    """
+    with tempfile.TemporaryFile(dir=path.parent) as tried:
+        if not try_lock(tried.fileno(), fcntl.LOCK_EX):
+            raise ConfigError(
+                "its file system has no locks, which keep processes from one another's files",
+                path=path.parent,
+                remedy="set GKD_CACHE_DIR to a folder on a local disk",
+            )
+    lock = filelock.FileLock(path, timeout=_PATIENCE if wait else 0)
+    try:
+        lock.acquire()
+    except filelock.Timeout:
+        if not wait:
+            raise
+        log_rank0(f"{path}: waiting for another process of gkd that holds this lock")
+        lock.acquire(timeout=-1)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 class Holder(msgspec.Struct, frozen=True):

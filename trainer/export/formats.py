@@ -19,7 +19,7 @@ from gkd.storage.cache.spec import Preprocess
 from gkd.storage.errors import ConfigError
 from gkd.storage.records.images import FACE_SHAPE
 from gkd.storage.util.extras import require
-from gkd.storage.util.files import write_file
+from gkd.storage.util.files import disk_errors, write_file
 
 OPSET = 18  # of torch's exporter
 OLDEST_OPSET = 9  # that the runtimes of today read, TensorRT among them
@@ -52,8 +52,7 @@ def export_onnx(model: nn.Module, out: Path, *, preprocess: Preprocess, name: st
         content = _in_oldest_opset(exported, model, out)
     finally:
         model.to(device).train(was_training)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_file(out, content)
+    _write(out, content)
 
 
 def export_safetensors(model: nn.Module, out: Path, *, preprocess: Preprocess, name: str) -> None:
@@ -68,8 +67,13 @@ def export_safetensors(model: nn.Module, out: Path, *, preprocess: Preprocess, n
         device = next(model.parameters()).device
         embedding_dim = model(torch.zeros(2, 3, *FACE_SHAPE[:2], device=device)).shape[1]
     content = safetensors.torch.save(state, metadata(preprocess, name, embedding_dim))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_file(out, content)
+    _write(out, content)
+
+
+def _write(out: Path, content: bytes) -> None:
+    with disk_errors(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_file(out, content)
 
 
 def metadata(preprocess: Preprocess, name: str, embedding_dim: int) -> dict[str, str]:

@@ -1,3 +1,4 @@
+import os
 import pickle
 import shutil
 from collections import namedtuple
@@ -19,7 +20,7 @@ from gkd.storage.errors import (
     CorruptShardError,
     IncompleteCacheError,
 )
-from gkd.storage.reading.mmap_store import TargetStore, materialise
+from gkd.storage.reading.mmap_store import TargetStore, default_folder, materialise
 from tests.caches import make_cache, make_spec
 from tests.processes import finished, running
 from tests.tampering import FORGERIES, flip_bit, forge
@@ -186,7 +187,7 @@ def test_a_store_of_another_cache_under_this_name_is_made_again(
 
 def test_a_read_only_folder_is_reported(made: Cache) -> None:
     with pytest.raises(
-        ConfigError, match=r"/sys/gkd.*: cannot be read or written .*; choose a folder"
+        ConfigError, match=r"/sys/gkd.*: cannot be read or written .*; set GKD_CACHE_DIR"
     ):
         materialise(made, folder=Path("/sys/gkd"))
 
@@ -246,3 +247,26 @@ def test_concurrent_processes_make_one_store(
     expected = store.lookup(np.arange(100), np.arange(100) % 2 == 0)
     path, total = tmp_path / made.id / "original+flipped", float(expected.secondary.sum())
     assert found == [f"{path} {expected.indices.tolist()} {total}\n"] * 3
+
+
+def test_a_store_of_another_user_is_read_where_nothing_can_be_written(
+    made: Cache, tmp_path: Path
+) -> None:
+    first = materialise(made, folder=tmp_path)
+    lock = tmp_path / made.id / "lock"
+    lock.unlink()
+    lock.mkdir()  # no process can take it, the superuser's neither
+    assert materialise(made, folder=tmp_path).path == first.path
+    first.path.joinpath("store.json").unlink()
+    with pytest.raises(ConfigError, match=f"{lock}"):
+        materialise(made, folder=tmp_path)
+
+
+def test_a_user_without_a_home_folder_is_told_of_the_setting(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("GKD_CACHE_DIR", raising=False)
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(os, "getuid", lambda: 4_000_000_000)  # without an entry in passwd
+    with pytest.raises(ConfigError, match="no home folder; set GKD_CACHE_DIR to a folder"):
+        default_folder()

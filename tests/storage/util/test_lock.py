@@ -14,7 +14,7 @@ import msgspec
 import pytest
 
 from gkd.storage.errors import ConfigError, GkdError
-from gkd.storage.util.lock import Holder, WriteLock
+from gkd.storage.util.lock import Holder, WriteLock, file_lock
 
 
 @pytest.fixture
@@ -138,3 +138,27 @@ def test_a_linked_lock_does_not_empty_what_it_leads_to(target: Path, tmp_path: P
     with pytest.raises(GkdError, match="lock"):
         lock.acquire()
     assert kept.read_text() == "precious"
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK])
+def test_scratch_files_are_not_shared_where_files_cannot_be_locked(
+    number: int, target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flock(*_: object) -> None:  # as on Lustre, or NFS without its lock service
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    message = f"{target.parent}: its file system has no locks.*; set GKD_CACHE_DIR"
+    with pytest.raises(ConfigError, match=message), file_lock(target.with_name("lock")):
+        pass
+
+
+def test_what_a_linked_lock_points_to_stays(target: Path, tmp_path: Path) -> None:
+    (tmp_path / "thesis").write_bytes(b"kept")
+    lock = target.with_name(f".{target.name}.lock")
+    lock.symlink_to(tmp_path / "thesis")
+    with pytest.raises(ConfigError, match=str(lock)):
+        WriteLock(target).acquire()
+    with pytest.raises(OSError, match=str(lock)), file_lock(lock):
+        pass
+    assert (tmp_path / "thesis").read_bytes() == b"kept"
