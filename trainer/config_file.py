@@ -104,7 +104,7 @@ def _read(path: Path) -> Iterator[tuple[str, Any]]:
         raise ConfigError(f"{path}: not TOML: {error}") from error
     for section, keys in content.items():
         if section in SECTIONS and not isinstance(keys, Mapping):
-            raise ConfigError(f"{path}: {section}: expected a section, got {keys!r}")
+            raise ConfigError(f"{path}: {section}: expected a section, got {_shown(keys)}")
         for key, value in keys.items() if isinstance(keys, Mapping) else [("", keys)]:
             yield f"{section}.{key}", value
 
@@ -120,7 +120,9 @@ def _parse(override: str) -> tuple[str, Any]:
 def _parse_value(text: str) -> Any:
     try:
         return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except RecursionError:
+        return text
+    except ValueError:
         # A shell removes quotes, so a word or a path needs none, in a list neither.
         if text.startswith("[") and text.endswith("]"):
             return [_parse_value(item.strip()) for item in text[1:-1].split(",")]
@@ -148,19 +150,27 @@ def _check(key: str, value: Any, kind: Any, origin: str) -> Any:
     info = inspect.type_info(kind)
     if isinstance(info, inspect.VarTupleType):
         if not isinstance(value, list):
-            example = f"{key}=[{_toml(value)}]"
-            raise ConfigError(f"{origin}: {key}: expected a list, {example}, got {value!r}")
+            item = _toml(value.strip("[]"))[:100] if isinstance(value, str) else _shown(value)
+            example = f"{key}=[{item}]"
+            raise ConfigError(f"{origin}: {key}: expected a list, {example}, got {_shown(value)}")
         (item,) = get_args(kind)[:1]
         return tuple(_check(f"{key}[{n}]", v, item, origin) for n, v in enumerate(value))
     try:
         checked = msgspec.convert(value, kind)
     except msgspec.ValidationError as error:
         raise ConfigError(
-            f"{origin}: {key}: expected {describe_type(info)}, got {value!r}"
+            f"{origin}: {key}: expected {describe_type(info)}, got {_shown(value)}"
         ) from error
     if isinstance(checked, float) and not math.isfinite(checked):
         raise ConfigError(f"{origin}: {key}: expected a finite number, got {value!r}")
     return checked
+
+
+def _shown(value: object) -> str:
+    try:
+        return f"{value!r:.200}"
+    except (ValueError, RecursionError):  # an integer that Python does not print, or a deep list
+        return f"{type(value).__name__} of any length"
 
 
 def describe_type(info: inspect.Type) -> str:

@@ -1,5 +1,6 @@
 """The configuration: what is read, what is refused, and the messages."""
 
+import re
 from pathlib import Path
 
 import msgspec
@@ -203,3 +204,20 @@ def test_torch_and_numpy_accept_the_largest_seed() -> None:
     seed = load_config(None, ["train.seed=9223372036854775807"]).train.seed
     assert torch.Generator().manual_seed(seed).initial_seed() == seed
     np.random.default_rng([seed, 0])
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["9" * 5000, "0x" + "f" * 5000, "[" * 100_000, "[" * 10_000 + "]" * 10_000, "[1," * 3000],
+    ids=["digits", "hexadecimal", "open", "deep", "unfinished"],
+)
+@pytest.mark.parametrize("key", ["train.seed", "evaluation.sets"])
+def test_values_beyond_any_sense_end_in_one_short_message(key: str, value: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^--set: {re.escape(key)}") as error:
+        load_config(None, [f"{key}={value}"])
+    assert len(str(error.value)) < 500
+
+
+def test_a_list_in_quotes_is_shown_without_them() -> None:
+    with pytest.raises(ConfigError, match=r'a list, evaluation\.sets=\["lfw\.bin"\], got'):
+        load_config(None, ['evaluation.sets="[lfw.bin]"'])
