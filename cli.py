@@ -1,5 +1,6 @@
 """The command line: the only place where pipeline and trainer meet."""
 
+import getpass
 import logging
 import os
 import signal
@@ -79,6 +80,10 @@ def main() -> None:
             signal.signal(number, _interrupt)
     # The call that lost its connection reports it; asyncio's tasks would repeat it.
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    try:  # torch names folders after the user, who in a container may have no name
+        getpass.getuser()
+    except (KeyError, OSError):
+        os.environ["USER"] = str(os.getuid())
     # Read when torch is loaded: waiting threads must not spin on the decoders' cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 

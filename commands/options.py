@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 
 import click
 
+from gkd.storage.errors import ConfigError
+from gkd.storage.util.input_files import require_local
 from gkd.storage.util.torchrun_env import usable_cores
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -52,11 +54,10 @@ class _LocalPath(_Location):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """Return the value as a Path."""
-        if "://" in os.fspath(value):
-            self.fail(
-                f"expected a local path, got the address {value}; `gkd targets pull` copies a "
-                "cache from an address, `gkd targets push` copies one to it"
-            )
+        try:
+            require_local(os.fspath(value))
+        except ConfigError as error:
+            self.fail(str(error))
         return super().convert(value, param, ctx)
 
 
@@ -73,6 +74,7 @@ class _OutputPath(_LocalPath):
 
 
 LOCAL_PATH: Any = _LocalPath(path_type=Path)
+LOCAL_NAME: Any = _LocalPath()  # the same, kept as text
 OUTPUT_PATH: Any = _OutputPath(path_type=Path)
 LOCATION: Any = _Location()  # a path or an address, kept as typed
 
@@ -232,6 +234,7 @@ teacher_options = combine(
         "--centres",
         "centers",
         cls=AliasedOption,
+        type=LOCAL_NAME,
         required=True,
         multiple=True,
         metavar="FILE|class-mean",

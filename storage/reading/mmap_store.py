@@ -22,7 +22,7 @@ from gkd.storage.cache.targets import SparseTargets
 from gkd.storage.errors import ConfigError, CorruptDataError
 from gkd.storage.reading.flat_arrays import OFFSETS, Shape, array_shapes, read_shards
 from gkd.storage.util.files import disk_errors, publish_dir, remove_dir, require_room
-from gkd.storage.util.input_files import read_small
+from gkd.storage.util.input_files import read_small, require_local
 from gkd.storage.util.lock import file_lock, try_lock
 from gkd.storage.util.progress import progress
 from gkd.storage.util.torchrun_env import all_cores
@@ -196,7 +196,8 @@ def _open(cache: Cache, views: tuple[View, ...], target: Path) -> TargetStore | 
 
 def default_folder() -> Path:
     """``$GKD_CACHE_DIR``, or ``~/.cache/gkd``; raises ConfigError if that is inside a cache."""
-    chosen = os.environ.get("GKD_CACHE_DIR")
+    chosen = os.environ.get("GKD_CACHE_DIR", "")
+    require_local(chosen)
     try:
         folder = Path(chosen) if chosen else Path.home() / ".cache" / "gkd"
     except RuntimeError as error:

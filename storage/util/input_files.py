@@ -10,10 +10,12 @@ from pathlib import Path, PurePosixPath
 from typing import BinaryIO, NamedTuple
 
 from gkd.storage.errors import ConfigError, GkdError
+from gkd.storage.util.text import without_password
 
 # Of a file of settings, metadata or logged lines.
 SMALL = 1 << 28
 _HEAD = 512
+_ADDRESS = re.compile(r"^[A-Za-z][\w+.-]+:+/|://")
 _KINDS = {
     stat.S_IFIFO: "a named pipe",
     stat.S_IFSOCK: "a socket",
@@ -75,6 +77,21 @@ _FOREIGN = (
     ),
     (rb"\Z", Foreign("empty", "an empty file", _AGAIN)),
 )
+
+
+def require_local(path: str) -> None:
+    """Refuse an address, such as ``s3://bucket/x`` or ``s3:/bucket/x``, in place of a path.
+
+    Raises:
+        ConfigError: naming it without its password.
+    """
+    if _ADDRESS.search(path):
+        raise ConfigError(
+            expected="a local path",
+            got=f"the address {without_password(path)}",
+            remedy="`gkd targets pull` copies a cache from an address, `gkd targets push` copies "
+            "one to it; copy other files by a program of your own",
+        )
 
 
 def open_regular(path: Path, *, follow_links: bool = True) -> BinaryIO:

@@ -1,5 +1,6 @@
 """Parts of messages: names that are not trusted, many items, fields in which values differ."""
 
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -21,6 +22,15 @@ def printable(text: str) -> str:
         char if char.isprintable() or char in "\n\t" else "\N{REPLACEMENT CHARACTER}"
         for char in text
     )
+
+
+def without_password(address: str) -> str:
+    """An address for a message.
+
+    >>> without_password("ftp://user:password@host/x")
+    'ftp://user:***@host/x'
+    """
+    return re.sub(r"(:/+[^/@]*?):[^/]*@", r"\1:***@", address)
 
 
 def first_few(items: Sequence[object], n: int = 3, *, count: int | None = None) -> str:

@@ -7,8 +7,9 @@ import click
 import pytest
 
 from gkd.cli import main
-from gkd.commands.options import OUTPUT_PATH
+from gkd.commands.options import LOCATION, OUTPUT_PATH
 from gkd.storage.errors import ConfigError
+from gkd.storage.reading.mmap_store import default_folder
 from tests.caches import make_cache
 from tests.commands.running import fails, works
 
@@ -69,6 +70,27 @@ def test_an_address_is_refused_by_commands_that_need_a_local_path(
     message = fails(*arguments, code=2)
     assert "expected a local path, got the address s3://bucket/" in message
     assert "gkd targets pull" in message
+
+
+ADDRESSES = ("gs://b/x", "s3:/b/x", "ftp://me:secret@host/x", "simplecache::s3://b/x", "file:///x")
+
+
+@pytest.mark.parametrize("address", ADDRESSES)
+def test_every_local_path_refuses_addresses(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    local = [
+        parameter
+        for command in all_commands()
+        for parameter in command.params
+        if isinstance(parameter.type, click.Path) and parameter.type is not LOCATION
+    ]
+    assert {parameter.name for parameter in local} >= {"out", "source", "centers", "teacher"}
+    for parameter in local:
+        with pytest.raises(click.BadParameter, match="got the address") as caught:
+            parameter.type.convert(address, parameter, None)
+        assert "secret" not in str(caught.value)
+    monkeypatch.setenv("GKD_CACHE_DIR", address)
+    with pytest.raises(ConfigError, match="expected a local path"):
+        default_folder()
 
 
 def test_no_option_accepts_an_output_inside_a_cache(tmp_path: Path) -> None:
