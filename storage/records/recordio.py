@@ -32,6 +32,8 @@ MAGIC = 0xCED7230A
 LENGTH_BITS = 29
 MAX_LENGTH = (1 << LENGTH_BITS) - 1
 WHOLE, FIRST, MIDDLE, LAST = range(4)
+# Of hostile files: what is known of broken records takes some hundred megabytes at most.
+MAX_BROKEN = 1 << 20
 # Scans of smaller files show no progress.
 QUIET_BYTES = 1 << 30
 # The header of a record: number of labels, 0 for the single one of the header; first label; second
@@ -73,6 +75,9 @@ class RecordReader:
         self._view = map_file(self.path)
         self.size = len(self._view)
         self._words = np.frombuffer(self._view[: self.size // 4 * 4], "<u4")
+        # Where later parts of broken records start, and what is wrong with all that lead there:
+        # known, thousands of records that lead into one broken chain are walked in linear time.
+        self._broken: dict[int, str] = {}
 
     def __reduce__(self) -> tuple[object, ...]:
         return RecordReader, (self.path, self.size)
@@ -179,15 +184,23 @@ class RecordReader:
         if flag not in (WHOLE, FIRST):
             raise CorruptRecordError(f"expected the start of a record, got part flag {flag}")
         yield start, length
-        while flag not in (WHOLE, LAST):
-            # Every part but the last ends at a multiple of 4.
-            position = start + length
-            flag, start, length = self._part(position, f" at offset {position}")
-            if flag not in (MIDDLE, LAST):
-                raise CorruptRecordError(
-                    f"expected a later part at offset {position}, got flag {flag}"
-                )
-            yield start, length
+        walked: list[int] = []
+        try:
+            while flag not in (WHOLE, LAST):
+                # Every part but the last ends at a multiple of 4.
+                position = start + length
+                if position in self._broken or len(self._broken) > MAX_BROKEN:
+                    raise CorruptRecordError(self._broken.get(position, "too many broken records"))
+                walked.append(position)
+                flag, start, length = self._part(position, f" at offset {position}")
+                if flag not in (MIDDLE, LAST):
+                    raise CorruptRecordError(
+                        f"expected a later part at offset {position}, got flag {flag}"
+                    )
+                yield start, length
+        except CorruptRecordError as error:
+            self._broken.update(dict.fromkeys(walked, str(error)))
+            raise
 
     def _part(self, position: int, location: str = "") -> tuple[int, int, int]:
         """Flag, and start and length of the data, of the part at ``position``."""

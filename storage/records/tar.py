@@ -41,11 +41,15 @@ class Member(NamedTuple):
 
 
 class TarFault(CorruptRecordError):
-    """Damage at ``offset``, where the headers of a member start; the caller knows the file."""
+    """Damage at ``offset``, where the headers of a member start; the caller knows the file.
 
-    def __init__(self, offset: int, reason: str) -> None:
+    ``reached``: the header that does not fit. To search from there on, and not from ``offset``,
+    keeps the walk linear where thousands of extended headers stand before it.
+    """
+
+    def __init__(self, offset: int, reached: int, reason: str) -> None:
         super().__init__(reason)
-        self.offset = offset
+        self.offset, self.reached = offset, reached
 
 
 def members(view: memoryview, position: int = 0) -> Iterator[Member]:
@@ -60,33 +64,40 @@ def members(view: memoryview, position: int = 0) -> Iterator[Member]:
     start, name, size, sparse = position, b"", -1, False
     while True:
         if position + BLOCK > end:
-            raise TarFault(start, f"expected a tar header, got the file's end {end}: truncated")
+            raise TarFault(
+                start, position, f"expected a tar header, got the file's end {end}: truncated"
+            )
         header = view[position : position + BLOCK].tobytes()
         if header == _END:
             if position == start:
                 return
-            raise TarFault(start, "expected a member after its extended header, got the end")
+            raise TarFault(
+                start, position, "expected a member after its extended header, got the end"
+            )
         if not _is_header(header):
-            raise TarFault(start, "expected a tar header with its checksum, got other bytes")
+            raise TarFault(
+                start, position, "expected a tar header with its checksum, got other bytes"
+            )
         kind = header[156:157]
-        data = position + BLOCK
+        reached, data = position, position + BLOCK
         length = _number(header[124:136])
         extended = kind in _PAX or kind in (_PAX_GLOBAL, _LONG_NAME, _LONG_LINK)
         if not extended and size >= 0:
             length = size
         if length < 0:
-            raise TarFault(start, "expected a size in the tar header, got none")
+            raise TarFault(start, position, "expected a size in the tar header, got none")
         if kind in _WITHOUT_DATA:
             length = 0
         if kind == _SPARSE:
             more = header[482]  # the rest of the member's map of holes
             while more and data + BLOCK <= end:
                 more = view[data + 504]
-                data += BLOCK
+                reached, data = data, data + BLOCK
         position = data + (length + BLOCK - 1) // BLOCK * BLOCK
         if data + length > end:
             raise TarFault(
                 start,
+                reached,
                 f"expected {length} bytes from offset {data}, got {max(end - data, 0)}: the file "
                 "is truncated or the size is damaged",
             )
@@ -96,7 +107,7 @@ def members(view: memoryview, position: int = 0) -> Iterator[Member]:
             start, name, size, sparse = position, b"", -1, False
             continue
         if length > _MAX_EXTENDED:
-            raise TarFault(start, f"expected a short extended header, got {length} bytes")
+            raise TarFault(start, reached, f"expected a short extended header, got {length} bytes")
         content = view[data : data + length].tobytes()
         if kind == _LONG_NAME:
             name = content.partition(b"\0")[0]

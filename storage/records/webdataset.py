@@ -172,7 +172,7 @@ def _samples(view: memoryview, position: int = 0) -> Iterator[_Sample]:
                 sample.fields[field] = member.data, member.size
             position = len(view)
         except TarFault as error:
-            fault, position = error, next_header(view, error.offset)
+            fault, position = error, next_header(view, error.reached)
         if sample is not None:
             yield sample
         if fault is not None:

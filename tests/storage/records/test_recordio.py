@@ -262,3 +262,34 @@ def test_a_writer_refuses_existing_files(tmp_path: Path, existing: str) -> None:
 def test_a_record_that_is_too_large_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"at most 536870911 bytes, got 536870912"):
         next(frame(np.zeros(MAX_LENGTH + 1, np.uint8).data))
+
+
+@pytest.mark.parametrize("last", [struct.pack("<II", MAGIC, 2 << 29 | 9999), b"", bytes(8)])
+def test_thousands_of_records_that_share_a_broken_end_are_walked_in_linear_time(
+    tmp_path: Path, last: bytes
+) -> None:
+    count = 1000
+    # Each start's data reach to the chain of empty middle parts that never ends.
+    starts = b"".join(
+        struct.pack("<III", MAGIC, 1 << 29 | 12 * (count - number) - 8, 0)
+        for number in range(count)
+    )
+    reader = rec(tmp_path, starts + struct.pack("<II", MAGIC, 2 << 29) * count + last)
+    calls = 0
+    part = reader._part
+
+    def counted(position: int, location: str = "") -> tuple[int, int, int]:
+        nonlocal calls
+        calls += 1
+        return part(position, location)
+
+    reader._part = counted  # type: ignore[method-assign]
+    offsets = reader.scan()
+    assert set(reader.headers(offsets)["flag"]) == {-1}
+    assert calls < 10 * count
+    messages = set()
+    for offset in offsets[:count]:
+        with pytest.raises(CorruptRecordError) as caught:
+            reader.read(int(offset))
+        messages.add(str(caught.value))
+    assert len(messages) == 1  # what is wrong is said of each

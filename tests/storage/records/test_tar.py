@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gkd.storage.records import tar
 from gkd.storage.records.tar import BLOCK, Member, TarFault, members, next_header
 from tests.storage.records.forms import write_tar
 
@@ -216,3 +217,35 @@ def test_the_next_header_after_damage(tmp_path: Path) -> None:
     assert at == third - 1024
     assert next_header(memoryview(content), at) == third
     assert next_header(memoryview(content), third) == len(content)
+
+
+@pytest.mark.parametrize("kind", [b"x", b"L", b"g", b"S"])
+def test_thousands_of_headers_without_a_member_are_walked_in_linear_time(
+    kind: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    count = 500
+    block = bytearray(header(kind, b"")[:BLOCK])
+    if kind == b"S":  # each is a further map of holes of those before it
+        block[482] = block[504] = 1
+        block[148:156] = b" " * 8
+        block[148:156] = b"%06o\0 " % sum(block)
+    content = memoryview(bytes(block) * count)
+    looked_at = 0
+
+    def counted(header: bytes) -> bool:
+        nonlocal looked_at
+        looked_at += 1
+        return is_header(header)
+
+    is_header = tar._is_header
+    monkeypatch.setattr(tar, "_is_header", counted)
+    position, faults = 0, 0
+    while position < len(content):
+        try:
+            assert not list(members(content, position))
+            break
+        except TarFault as fault:
+            faults += 1
+            position = next_header(content, fault.reached)
+    assert faults == 1
+    assert looked_at <= 2 * count
