@@ -23,6 +23,7 @@ PILLOW_FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "PPM", "GIF", "JPEG2000"
 EIGHT_BIT_MODES = frozenset({"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr"})
 # Progressive encoders write about ten; each costs time for the full image.
 MAX_SCANS = 500
+MAX_SCAN_PIXELS = 1 << 30
 _SCAN, _END = b"\xff\xda", b"\xff\xd9"
 _EXIF = b"Exif\x00\x00"
 _ORIENTATION = 274
@@ -124,18 +125,14 @@ def _decode_jpeg(encoded: bytes, shape: tuple[int, int, int] | None) -> npt.NDAr
     height, width, colorspace, _ = simplejpeg.decode_jpeg_header(encoded)
     orientation = _orientation(encoded)
     _check_size(int(width), int(height), orientation, shape)
-    if encoded.count(_SCAN) > MAX_SCANS:
-        raise CorruptRecordError(
-            f"expected at most {MAX_SCANS} scans, got a JPEG of {encoded.count(_SCAN)}"
-        )
+    _check_scans(encoded, int(width), int(height))
     space = "CMYK" if colorspace in ("CMYK", "YCCK") else "RGB"
-    try:
-        pixels: npt.NDArray[np.uint8] = simplejpeg.decode_jpeg(encoded, space)
-    except ValueError as error:
-        if "Premature end of JPEG file" not in str(error) or encoded.endswith(_END):
-            raise
-        # With an end marker libjpeg says whether data is missing too.
-        pixels = simplejpeg.decode_jpeg(encoded + _END, space)
+    # What libjpeg warns of is no damage: OpenCV reads it. But without an end marker behind its last
+    # scan an image may be cut short, and libjpeg would fill it up with grey.
+    ended = encoded.rfind(_END) > encoded.rfind(_SCAN)
+    pixels: npt.NDArray[np.uint8] = simplejpeg.decode_jpeg(
+        encoded if ended else encoded + _END, space, strict=not ended
+    )
     if space == "CMYK":
         pixels = _cmyk_to_rgb(pixels)
     return _turned(pixels, orientation)
@@ -148,15 +145,22 @@ def _decode_by_pillow(
         # Pillow turns TIFFs itself.
         orientation = _UPRIGHT if image.format == "TIFF" else _orientation(b"", image)
         _check_size(*image.size, orientation, shape)
+        if image.format == "JPEG":
+            _check_scans(bytes(encoded), *image.size)
         if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
             grey = (np.asarray(image) >> 8).astype(np.uint8)
             return _turned(np.repeat(grey[..., None], 3, axis=2), orientation)
-        alpha = image.format == "TIFF" and image.mode in ("RGBA", "LA", "PA")
+        if image.format == "TIFF" and image.mode == "RGBA":  # libtiff multiplies by its alpha
+            rgba = np.asarray(image).astype(np.uint16)
+            return ((rgba[..., :3] * rgba[..., 3:] + 127) // 255).astype(np.uint8)
+        alpha = (image.format == "TIFF" and image.mode == "PA") or (
+            image.format == "GIF" and "transparency" in image.info
+        )
         deep = image.format == "PPM" and b"65535" in bytes(encoded[:64])
         if image.mode not in EIGHT_BIT_MODES or alpha or deep:
             got = "transparency" if alpha else "16 bits" if deep else f"mode {image.mode}"
             raise CorruptRecordError(
-                expected="8 bits a channel, or 16 of grey, and no transparent TIFF",
+                expected="8 bits a channel, or 16 of grey, and no transparent palette",
                 got=f"{image.format} of {got}",
             )
         if image.mode == "CMYK":  # as libtiff converts it
@@ -166,6 +170,16 @@ def _decode_by_pillow(
             # Pillow warns if a transparent palette is converted to RGB directly.
             return _turned(np.asarray(image.convert("RGBA").convert("RGB")), orientation)
         return _turned(np.asarray(image.convert("RGB")), orientation)
+
+
+def _check_scans(encoded: bytes, width: int, height: int) -> None:
+    """Refuse a JPEG of kilobytes whose scans each pass over all pixels again, for minutes."""
+    scans = encoded.count(_SCAN)
+    if scans > MAX_SCANS or scans * width * height > MAX_SCAN_PIXELS:
+        raise CorruptRecordError(
+            f"expected at most {MAX_SCANS} scans, got a JPEG of {scans} over "
+            f"{width}x{height} pixels"
+        )
 
 
 def _orientation(encoded: bytes, image: Image.Image | None = None) -> int:

@@ -10,6 +10,7 @@ Source: dmlc/dmlc-core include/dmlc/recordio.h and src/recordio.cc, apache/mxnet
 python/mxnet/recordio.py.
 """
 
+import mmap
 import re
 import struct
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +23,7 @@ import numpy.typing as npt
 import pyarrow as pa
 from pyarrow import csv
 
-from gkd.storage.errors import ConfigError, CorruptRecordError
+from gkd.storage.errors import ConfigError, CorruptDataError, CorruptRecordError
 from gkd.storage.records.multi_file import map_file, require_unchanged
 from gkd.storage.util.files import publish_file
 from gkd.storage.util.input_files import refuse_foreign
@@ -74,6 +75,7 @@ class RecordReader:
             require_unchanged(path, size)
         self._view = map_file(self.path)
         self.size = len(self._view)
+        self._map = self._view.obj if self.size else None
         self._words = np.frombuffer(self._view[: self.size // 4 * 4], "<u4")
         # Where later parts of broken records start, and what is wrong with all that lead there:
         # known, thousands of records that lead into one broken chain are walked in linear time.
@@ -115,6 +117,7 @@ class RecordReader:
 
     def body(self, offset: int) -> memoryview:
         """The encoded image of the record at ``offset``; raises what ``read`` raises."""
+        self._require_whole()
         # Training reads single images: the common case, an undamaged record of one part, is fast.
         if 0 <= offset <= self.size - _START.size and not offset & 3:
             magic, word, flag = _START.unpack_from(self._view, offset)
@@ -146,6 +149,7 @@ class RecordReader:
 
     def headers(self, offsets: npt.NDArray[np.int64]) -> npt.NDArray[np.void]:
         """Headers (``HEADER``) of the records at ``offsets``, both [n], gathered without a loop."""
+        self._require_whole()
         headers = np.zeros(len(offsets), HEADER)
         headers["flag"] = headers["size"] = -1
         words, floats = self._words, self._words.view("<f4")
@@ -178,8 +182,19 @@ class RecordReader:
             headers[row] = record.flag, record.labels[0], second, len(record.body)
         return headers
 
+    def _require_whole(self) -> None:
+        """Refuse a file that was cut since it was mapped: reads beyond its end kill a process."""
+        if isinstance(self._map, mmap.mmap) and (size := self._map.size()) < self.size:
+            raise CorruptDataError(
+                path=self.path,
+                expected=f"{self.size} bytes as when it was opened",
+                got=f"{size}: the file was cut or replaced while it is read",
+                remedy="restore the file and start again",
+            )
+
     def _parts(self, offset: int) -> Iterator[tuple[int, int]]:
         """Start and length of the data of each part of the record at ``offset``."""
+        self._require_whole()
         flag, start, length = self._part(offset)
         if flag not in (WHOLE, FIRST):
             raise CorruptRecordError(f"expected the start of a record, got part flag {flag}")

@@ -91,6 +91,22 @@ def test_a_jpeg_is_whole_without_its_end_marker(cut: int) -> None:
         decode(content[: -cut - 40])
 
 
+def test_stray_bytes_before_a_scan_do_not_hide_a_bomb_of_scans() -> None:
+    content = encoded(noise(), "JPEG", progressive=True)
+    first, last = content.index(b"\xff\xda"), content.rindex(b"\xff\xda")
+    bomb = content[:first] + bytes(3) + content[first:-2] + content[last:-2] * 600 + b"\xff\xd9"
+    with pytest.raises(CorruptRecordError, match="expected at most 500 scans"):
+        decode(bomb)
+
+
+@pytest.mark.parametrize("lost", [20, 200])
+def test_scan_data_that_end_early_before_the_end_marker_are_read_as_by_opencv(lost: int) -> None:
+    content = jpeg(0)
+    whole, pixels = decode(content), decode(content[: -lost - 2] + content[-2:])
+    np.testing.assert_array_equal(pixels[:8], whole[:8])
+    assert (pixels != whole).any()
+
+
 def test_a_damaged_exif_block_turns_nothing() -> None:
     content = encoded(noise(), "JPEG", exif=b"Exif\x00\x00II*\x00\xff\xff\xff\x7f")
     np.testing.assert_array_equal(decode(content), decode(encoded(noise(), "JPEG")))
@@ -139,8 +155,8 @@ def jpeg_claiming(width: int, height: int) -> bytes:
         (encoded(noise(), "ICO"), r"expected an encoded image, .* starting 000001"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n", r"expected an encoded image"),
         (
-            encoded(noise("RGBA"), "TIFF"),
-            r"expected 8 bits a channel, .*, and no transparent TIFF, got TIFF of transparency",
+            encoded(noise().quantize(16), "GIF", transparency=3),
+            r"expected 8 bits a channel, .*, and no transparent palette, got GIF of transparency",
         ),
         (jpeg_claiming(65000, 65000), rf"at most {MAX_PIXELS} pixels, got an image of 65000x65000"),
         (png_claiming(9000, 9000), rf"at most {MAX_PIXELS} pixels, got an image of 9000x9000"),

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gkd.storage.errors import ConfigError, CorruptRecordError
+from gkd.storage.errors import ConfigError, CorruptDataError, CorruptRecordError
 from gkd.storage.records.recordio import (
     MAX_LENGTH,
     Record,
@@ -293,3 +293,17 @@ def test_thousands_of_records_that_share_a_broken_end_are_walked_in_linear_time(
             reader.read(int(offset))
         messages.add(str(caught.value))
     assert len(messages) == 1  # what is wrong is said of each
+
+
+@pytest.mark.parametrize("size", [0, 8192])
+def test_a_file_that_is_cut_while_it_is_mapped_is_named(tmp_path: Path, size: int) -> None:
+    path = tmp_path / "train.rec"
+    path.write_bytes(b"".join(part(payload(0, b"x" * 9000)) for _ in range(3)))
+    reader = RecordReader(path)
+    offsets = reader.scan()
+    with path.open("r+b") as file:
+        file.truncate(size)
+    last = int(offsets[-1])
+    for read in (reader.body, reader.read, lambda _: reader.headers(offsets)):
+        with pytest.raises(CorruptDataError, match=f"train.rec: .*got {size}: the file was cut"):
+            read(last)
