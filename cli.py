@@ -55,14 +55,18 @@ class Commands(click.Group):
             reason = printable(str(error).partition("\n")[0])
             raise click.ClickException(
                 f"out of memory ({reason or 'allocation failed'}); use a smaller batch "
-                "(--batch-size, train.batch_size) or fewer workers (--workers, data.workers)"
+                "(--batch-size, train.batch_size) or fewer workers (--workers, data.workers), "
+                "or raise the limit (ulimit -v)"
             ) from error
 
 
 def _is_out_of_memory(error: Exception) -> bool:
     """Whether host or GPU memory ran out; torch has an error class only for the GPU's."""
-    is_cuda = type(error).__name__ == "OutOfMemoryError"
-    return isinstance(error, MemoryError) or is_cuda or "can't allocate memory" in str(error)
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    # Of torch's allocator, and of the loader of libraries under `ulimit -v`.
+    said = ("can't allocate memory", "failed to map segment", "Cannot allocate memory")
+    return any(words in str(error) for words in said)
 
 
 def _interrupt(signum: int, frame: object) -> None:

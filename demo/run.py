@@ -25,6 +25,7 @@ from gkd.storage.cache.targets import decode_log_probs
 from gkd.storage.errors import ConfigError, GkdError
 from gkd.storage.records.open import open_records
 from gkd.storage.util.files import write_file
+from gkd.storage.util.input_files import read_small
 from gkd.storage.util.plotting import new_figure, write_png
 from gkd.storage.util.torchrun_env import all_cores
 from gkd.trainer.evaluation.bin_file import write_verification_set
@@ -113,7 +114,7 @@ def _begin(out: Path, settings: Settings) -> State:
         write_file(path, msgspec.json.encode(state))
         return state
     try:
-        state = msgspec.json.decode(path.read_bytes(), type=State)
+        state = msgspec.json.decode(read_small(path), type=State)
     except msgspec.DecodeError as error:
         raise ConfigError(
             f"{path}: not written by this version's demo ({error}); delete {out} or choose another "

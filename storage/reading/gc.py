@@ -21,6 +21,7 @@ from gkd.storage.reading.mmap_store import (
     is_temporary,
     remove_store,
 )
+from gkd.storage.util.input_files import open_regular
 from gkd.storage.util.lock import file_lock
 
 DAY = 86_400
@@ -98,7 +99,7 @@ def _unused(path: Path) -> Iterator[bool]:
         try:
             locks.enter_context(file_lock(path.parent / LOCK, wait=False))
             if (path / DESCRIPTION).exists():
-                file = locks.enter_context((path / DESCRIPTION).open("rb"))
+                file = locks.enter_context(open_regular(path / DESCRIPTION))
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (filelock.Timeout, BlockingIOError):
             yield False

@@ -14,6 +14,7 @@ from gkd.storage.errors import CorruptRecordError
 from gkd.storage.records.base import QUIET_ROWS, Records
 from gkd.storage.records.images import DIGEST_BYTES, digest
 from gkd.storage.util.files import disk_errors, publish_file
+from gkd.storage.util.input_files import open_regular
 from gkd.storage.util.lock import file_lock
 from gkd.storage.util.parallel import map_rows
 from gkd.storage.util.progress import progress
@@ -84,13 +85,13 @@ def _cache_path(records: Records, folder: Path) -> tuple[Path, float]:
 def _read_cached(path: Path, count: int) -> npt.NDArray[np.uint8] | None:
     """Cached digests, or None if there are none or they are damaged."""
     try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+        with open_regular(path) as file, np.load(file, allow_pickle=False) as archive:
             cached: npt.NDArray[np.uint8] = archive["digests"]
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None
     if cached.shape != (count, DIGEST_BYTES) or cached.dtype != np.uint8:
         return None
     # Garbage collection goes by the time of last use.
-    with contextlib.suppress(PermissionError):
+    with contextlib.suppress(OSError):
         os.utime(path)
     return cached

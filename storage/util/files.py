@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePath
 
 from gkd.storage.errors import ConfigError
+from gkd.storage.util.input_files import open_regular
 from gkd.storage.util.torchrun_env import log_rank0
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -37,7 +38,7 @@ _REMEDIES = (
         "too many files are open: raise the limit (`ulimit -n 4096`) or use fewer workers",
     ),
     ({errno.ENOMEM}, "memory is full: use fewer workers or smaller batches"),
-    ({errno.ENOENT, errno.ENOTDIR}, "check the path"),
+    ({errno.ENOENT, errno.ENOTDIR, errno.EINVAL}, "check the path"),
     ({errno.ELOOP, errno.ENAMETOOLONG, errno.EISDIR, errno.EEXIST}, "give another path"),
     (
         {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP},
@@ -174,7 +175,7 @@ def _report_unsynced(reason: str) -> None:
 
 def sha256_file(path: Path) -> str:
     """Hex sha256 of a file's content."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -207,8 +208,7 @@ def describe_os_error(
         return ConfigError(
             f"the disk or the quota is full ({reason})",
             path=where,
-            remedy="free some space and run the same command again to resume: finished parts are "
-            "kept",
+            remedy="free some space and run the same command again",
         )
     if error.errno in _READ_ONLY:
         return ConfigError(

@@ -129,7 +129,7 @@ def read_small(path: Path, limit: int = SMALL, *, follow_links: bool = True) -> 
         size = os.fstat(file.fileno()).st_size
         if size > limit:
             text = f"{size:,} bytes, expected at most {limit:,} in such a file"
-            raise OSError(errno.EFBIG, text, str(path))
+            raise OSError(errno.EINVAL, text, str(path))
         content = bytearray()
         while part := file.read(limit + 1 - len(content)):
             content += part

@@ -101,6 +101,7 @@ def test_running_out_of_memory_ends_in_one_message(
     for error in (
         MemoryError("Unable to allocate 3 TiB"),
         torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 3 TiB"),
+        ImportError("libtorch_cpu.so: failed to map segment from shared object"),  # ulimit -v
         RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 3 TiB"),
     ):
         monkeypatch.setattr("gkd.pipeline.run.cache_teacher", Mock(side_effect=error))
