@@ -6,8 +6,9 @@ import re
 import shlex
 import stat
 from collections.abc import Collection
+from io import FileIO
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 from gkd.storage.errors import ConfigError, GkdError
 from gkd.storage.util.text import without_password
@@ -94,7 +95,7 @@ def require_local(path: str) -> None:
         )
 
 
-def open_regular(path: Path, *, follow_links: bool = True) -> BinaryIO:
+def open_regular(path: Path, *, follow_links: bool = True) -> FileIO:
     """Open a regular file for reading, without buffer; whoever waits at a pipe would wait for ever.
 
     Raises:
