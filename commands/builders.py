@@ -17,6 +17,21 @@ if TYPE_CHECKING:
     from gkd.storage.util.torch_device import Precision
 
 
+def open_faces(source: Path, sort: Any) -> "Records":
+    """Open records for long work: what is left out of them is said, a fault of them all is raised.
+
+    Raises:
+        GkdError: as ``open_records``, and if every image that is looked at has the same fault.
+    """
+    from gkd.storage.records.check import log_left_out, require_faces
+    from gkd.storage.records.open import open_records
+
+    records = open_records(source, sort=sort)
+    log_left_out(records)
+    require_faces(records)
+    return records
+
+
 def embedder_from_options(path: Path, options: Mapping[str, Any]) -> "Embedder":
     """Load the network at ``path`` as ``network_options`` say."""
     from gkd.storage.cache.spec import preprocess_preset

@@ -6,7 +6,12 @@ from typing import Any
 import click
 import msgspec
 
-from gkd.commands.builders import cache_settings, centers_from_options, embedder_from_options
+from gkd.commands.builders import (
+    cache_settings,
+    centers_from_options,
+    embedder_from_options,
+    open_faces,
+)
 from gkd.commands.options import (
     LOCAL_PATH,
     Resumable,
@@ -55,10 +60,9 @@ def cache_teacher(source: Path, out: Path, sort: Any, as_json: bool, **options: 
     torchrun --nproc-per-node N -m gkd.cli cache-teacher ...
     """
     from gkd.pipeline.run import cache_teacher as run
-    from gkd.storage.records.open import open_records
 
     settings = cache_settings(options)
-    records = open_records(source, sort=sort)
+    records = open_faces(source, sort)
     embedder = embedder_from_options(options["teacher"], options)
     centers = centers_from_options(options["centers"], records, embedder)
     summary = run(records, out, embedder, centers, settings)

@@ -6,7 +6,7 @@ from typing import Any
 import click
 import msgspec
 
-from gkd.commands.builders import embedder_from_options
+from gkd.commands.builders import embedder_from_options, open_faces
 from gkd.commands.options import (
     LOCAL_PATH,
     Resumable,
@@ -34,9 +34,8 @@ def centers_info(files: tuple[Path, ...], source: Path | None, sort: Any, as_jso
     """Describe FILEs of class centres; parts, or a folder of parts, are joined."""
     from gkd.pipeline.centers.files import read_center_files
     from gkd.pipeline.centers.load import describe_centers
-    from gkd.storage.records.open import open_records
 
-    records = None if source is None else open_records(source, sort=sort)
+    records = None if source is None else open_faces(source, sort)
     emit(describe_centers(read_center_files(files), records), as_json)
 
 
@@ -76,9 +75,8 @@ def centers_build(
     """
     from gkd.pipeline.build_centers import build_centers
     from gkd.pipeline.centers.refine import refine_settings
-    from gkd.storage.records.open import open_records
 
-    records = open_records(source, sort=sort)
+    records = open_faces(source, sort)
     summary = build_centers(
         records,
         out,

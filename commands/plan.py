@@ -9,6 +9,7 @@ from gkd.commands.builders import (
     cache_settings,
     centers_from_options,
     embedder_from_options,
+    open_faces,
     require_plot,
 )
 from gkd.commands.options import (
@@ -69,7 +70,6 @@ def plan(
     from gkd.pipeline.plan.forecast import PlanSettings
     from gkd.pipeline.plan.forecast import plan as run
     from gkd.pipeline.plan.show import plan_table, plot_plan
-    from gkd.storage.records.open import open_records
 
     if plot:
         require_plot(plot)
@@ -79,7 +79,7 @@ def plan(
         group_temperatures=group_temperatures,
         thresholds=thresholds,
     )
-    records = open_records(source, sort=sort)
+    records = open_faces(source, sort)
     embedder = embedder_from_options(options["teacher"], options)
     centers = centers_from_options(options["centers"], records, embedder)
     result = run(records, embedder, centers, settings)

@@ -45,14 +45,22 @@ def records_verify(source: Path, sort: Any, workers: int, as_json: bool) -> None
     from gkd.storage.records.check import verify_records
     from gkd.storage.records.open import open_records
 
-    report = verify_records(open_records(source, sort=sort), workers=workers)
+    records = open_records(source, sort=sort)
+    report = verify_records(records, workers=workers)
     faults = [str(fault) for fault in report.faults]
     if as_json:
         counts = {"images": report.images, "identities": report.identities}
-        emit_json({**counts, "faults": faults})
+        left_out = {"left_out": list(records.left_out), "conversions": report.conversions}
+        emit_json({**counts, "faults": faults, **left_out})
     else:
-        for fault in faults:
-            echo(fault)
+        problems = {fault.problem for fault in report.faults}
+        if len(faults) == report.images > 1 == len(problems):
+            echo(f"{source}: all {report.images:,} images: {problems.pop()}")
+        else:
+            for fault in faults:
+                echo(fault)
+        for line in records.left_out:
+            echo(f"left out: {line}")
         echo(f"{report.images:,} images, {report.identities:,} identities, {len(faults):,} faults")
         for what, count in report.conversions.items():
             echo(f"{count:,} images: {what}")
@@ -64,13 +72,21 @@ def records_verify(source: Path, sort: Any, workers: int, as_json: bool) -> None
 @click.argument("source", metavar="RECORDS", type=LOCAL_PATH)
 @click.argument("out", type=OUTPUT_PATH)
 @sort_option
+@click.option(
+    "--resize",
+    is_flag=True,
+    help="Bring images of another size to 112x112 and encode them again as JPEG of quality 95.",
+)
 @workers_option
 @as_json
-def records_pack(source: Path, out: Path, sort: Any, workers: int, as_json: bool) -> None:
+def records_pack(
+    source: Path, out: Path, sort: Any, resize: bool, workers: int, as_json: bool
+) -> None:
     """Pack RECORDS of any form as OUT/train.rec, in their order; MXNet reads it too.
 
-    Images are copied byte for byte, so a cache of RECORDS matches OUT as well.
+    Images are copied byte for byte, so a cache of RECORDS matches OUT as well, unless --resize
+    has to make them anew.
     """
     from gkd.storage.records.write_pack import pack
 
-    emit(pack(source, out, sort=sort, workers=workers), as_json)
+    emit(pack(source, out, sort=sort, resize=resize, workers=workers), as_json)

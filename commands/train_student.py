@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from gkd.commands.builders import open_faces
 from gkd.commands.options import LOCAL_PATH, Resumable, as_json, sort_option
 from gkd.commands.output import echo, emit, emit_lines
 from gkd.storage.util.torchrun_env import all_cores, local_world_size, log_rank0, rank, world_size
@@ -123,7 +124,6 @@ def _load(
     order: "Order",
 ) -> "tuple[Records, JoinedTargets | None]":
     from gkd.storage.cache.reader import Cache
-    from gkd.storage.records.open import open_records
     from gkd.storage.records.parquet import ParquetRecords
     from gkd.trainer.data.checks import require_agreed_cache
     from gkd.trainer.data.dataset import join_targets
@@ -131,7 +131,7 @@ def _load(
     cache = None if targets is None else Cache.open(targets)
     if cache is not None:
         require_agreed_cache(agreed, cache.id, cache.path)
-    records = open_records(source, sort=sort)
+    records = open_faces(source, sort)
     if isinstance(records, ParquetRecords):
         log_rank0(
             f"{source}: each shuffled read of Parquet decodes up to {records.group_rows:,} images; "

@@ -36,6 +36,7 @@ class Records(ABC):
     num_classes  every label is below it
     labels       int64 [N], -1 if a record's header is unreadable or its label names no class
     sizes        int64 [N], bytes of the encoded images, -1 if unreadable
+    left_out     what lies among the data and is no row: lines for people
     """
 
     path: Path
@@ -46,6 +47,7 @@ class Records(ABC):
     num_classes: int
     labels: npt.NDArray[np.int64]
     sizes: npt.NDArray[np.int64]
+    left_out: Sequence[str] = ()
     _paths: Sequence[Path]
 
     def __len__(self) -> int:
@@ -143,7 +145,7 @@ class Subset(Records):
         self.records, self.rows = records, rows
         self.path, self.name = records.path, records.name
         self.layout, self.indexed = records.layout, records.indexed
-        self.label_order = records.label_order
+        self.label_order, self.left_out = records.label_order, records.left_out
         self.num_classes = records.num_classes if num_classes is None else num_classes
         self.labels, self.sizes = records.labels[rows], records.sizes[rows]
 

@@ -12,7 +12,9 @@ from gkd.storage.records.images import conversions, decode
 from gkd.storage.records.labels import LabelOrder
 from gkd.storage.util.parallel import map_rows
 from gkd.storage.util.progress import progress
+from gkd.storage.util.torchrun_env import log_rank0
 
+LOOKED_AT = 8
 PERCENTILES = (0, 5, 25, 50, 75, 95, 100)
 
 
@@ -33,6 +35,7 @@ class RecordsInfo:
     image_size: tuple[int, int] | None  # width and height; None if it cannot be read
     bytes: int  # of all encoded images
     images_per_identity: dict[int, float]  # by percentile, over the identities that occur
+    left_out: tuple[str, ...]  # what lies among the data and is no record
     fingerprint: str
 
 
@@ -62,8 +65,37 @@ def records_info(records: Records) -> RecordsInfo:
             percent: float(np.percentile(counts, percent)) if len(counts) else 0.0
             for percent in PERCENTILES
         },
+        left_out=tuple(records.left_out),
         fingerprint=records.fingerprint,
     )
+
+
+def log_left_out(records: Records) -> None:
+    """Say what lies among the data and is no record."""
+    for line in records.left_out:
+        log_rank0(f"{records.path}: left out: {line}")
+
+
+def require_faces(records: Records) -> None:
+    """Look at a few images before long work, for a fault of them all.
+
+    Raises:
+        CorruptRecordError: of the whole data set, if each has the same fault.
+    """
+    problems = set()
+    for row in np.unique(np.linspace(0, len(records) - 1, LOOKED_AT).astype(int)).tolist():
+        try:
+            records.face(row)
+            return
+        except CorruptRecordError as error:
+            problems.add(error.problem)
+    if len(problems) == 1 and len(records) > 1:
+        raise CorruptRecordError(
+            f"every image that was looked at: {problems.pop()}",
+            path=records.path,
+            remedy="if they are faces of another size, `gkd records pack RECORDS OUT --resize` "
+            "makes a pack of them",
+        )
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,8 @@ class Shards:
 
     ``path`` is a file, a folder with files of this ``suffix``, or a folder whose sub-folder
     ``data`` holds them, as hubs lay them out. They are in natural order of their names. Files whose
-    names mark them as validation or test splits are left out unless there are no others.
+    names mark them as validation or test splits are left out, and named in ``left_out``, unless
+    there are no others.
     ``num_classes`` is stated by the file ``property`` in the folder or beside the file, or None.
 
     Raises:
@@ -36,9 +37,10 @@ class Shards:
 
     def __init__(self, path: Path, suffix: str) -> None:
         self.root = home = path.absolute()
+        self.left_out: list[str] = []
         self.paths, self.name = [home], home.name.removesuffix(suffix)
         if home.is_dir():
-            self.paths = find_shards(home, suffix)
+            self.paths, self.left_out = find_shards(home, suffix)
             _require_all(self.paths)
         else:
             home = home.parent
@@ -112,15 +114,21 @@ def map_file(path: Path) -> memoryview:
         return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
 
 
-def find_shards(folder: Path, suffix: str) -> list[Path]:
-    """The files of ``suffix`` that make up the data set in ``folder``; empty if it has none."""
+def find_shards(folder: Path, suffix: str) -> tuple[list[Path], list[str]]:
+    """The files of ``suffix`` that make up the data set in ``folder``, and what was left out.
+
+    One rule for packs, tar shards and Parquet files: those of validation and test splits belong to
+    it only if there are no others.
+    """
     for parent in (folder, folder / "data"):
         found = [path for path in parent.glob(f"*{suffix}") if not path.name.startswith(".")]
         if found:
             found.sort(key=lambda path: natural_key(path.name))
             train = [path for path in found if not _OTHER_SPLITS.fullmatch(path.stem.lower())]
-            return train or found
-    return []
+            others = [path.name for path in found if path not in train] if train else []
+            left_out = f"{len(others):,} files of other splits: {first_few(others)}"
+            return train or found, [left_out] if others else []
+    return [], []
 
 
 def _require_all(paths: Sequence[Path]) -> None:

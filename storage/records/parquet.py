@@ -52,6 +52,7 @@ class ParquetRecords(Records):
     def __init__(self, path: Path) -> None:
         self._shards = shards = Shards(path, PARQUET)
         self.path, self.name, self._paths = shards.root, shards.name, shards.paths
+        self.left_out = shards.left_out
         columns = _common_columns(shards.paths)
         self._label, self._stated = columns.label, shards.num_classes
         if self._stated is None and columns.names is not None:

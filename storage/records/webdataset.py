@@ -57,6 +57,7 @@ class WebDatasetRecords(Records):
     def __init__(self, path: Path) -> None:
         self._shards = shards = Shards(path, TAR)
         self.path, self.name, self._paths = shards.root, shards.name, shards.paths
+        self.left_out = shards.left_out
         self._stated = shards.num_classes
         self._maps = OpenFiles(shards.paths, map_file, MAX_MAPS)
         bound = MAX_CLASSES if self._stated is None else self._stated

@@ -6,11 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import simplejpeg
+from PIL import Image
 
 from gkd.storage.errors import ConfigError, CorruptRecordError
 from gkd.storage.records.base import Records
+from gkd.storage.records.check import log_left_out, require_faces
 from gkd.storage.records.folder import Sort
-from gkd.storage.records.images import FACE_SHAPE
+from gkd.storage.records.images import FACE_SHAPE, decode
 from gkd.storage.records.open import open_records
 from gkd.storage.records.pack import EXACT_FLOAT32
 from gkd.storage.records.recordio import encode_record, record_writer
@@ -30,7 +33,9 @@ class Packed:
     bytes: int
 
 
-def pack(source: Path, out: Path, *, sort: Sort = "natural", workers: int = 1) -> Packed:
+def pack(
+    source: Path, out: Path, *, sort: Sort = "natural", resize: bool = False, workers: int = 1
+) -> Packed:
     """Pack records of any form into ``out/train.rec``, ``train.idx`` and ``property``.
 
     If rows are sorted by identity, as in an image folder, the layout is InsightFace's:
@@ -43,9 +48,10 @@ def pack(source: Path, out: Path, *, sort: Sort = "natural", workers: int = 1) -
     is ``C,112,112``. Key 0 counts in float32, as the layout requires: beyond 2^24 images it is
     rounded, and readers count by the index.
 
-    Images are copied byte for byte, never encoded again; ``workers`` threads decode them to check
-    that each is an aligned face. ``out`` appears when everything is written; temporary folders of
-    killed runs with the same ``out`` are deleted.
+    Images are copied byte for byte; ``workers`` threads decode them to check that each is an
+    aligned face. Only with ``resize`` are images of another size brought to 112x112 (Lanczos) and
+    encoded again, as JPEG of quality 95 without subsampling. ``out`` appears when everything is
+    written; temporary folders of killed runs with the same ``out`` are deleted.
 
     Raises:
         ConfigError: if ``out`` exists or another run is writing it, or ``source`` holds no records
@@ -55,6 +61,9 @@ def pack(source: Path, out: Path, *, sort: Sort = "natural", workers: int = 1) -
     if out.exists():
         raise ConfigError(f"{out}: exists already; remove it or choose another name")
     records = open_records(source, sort=sort)
+    log_left_out(records)
+    if not resize:
+        require_faces(records)
     if records.num_classes > EXACT_FLOAT32:
         raise ConfigError(
             f"{source}: expected at most {EXACT_FLOAT32:,} identities, which the float32 labels of "
@@ -64,20 +73,22 @@ def pack(source: Path, out: Path, *, sort: Sort = "natural", workers: int = 1) -
         delete_temporaries(out.parent, out.name)
         with publish_dir(out) as folder:
             with record_writer(folder / "train.rec") as write:
-                _write_records(records, write, workers)
+                _write_records(records, write, workers, resize)
             height, width, _ = FACE_SHAPE
             (folder / "property").write_text(f"{records.num_classes},{height},{width}\n")
     size = sum(file.stat().st_size for file in out.iterdir())
     return Packed(out, len(records), records.num_classes, size)
 
 
-def _write_records(records: Records, write: Callable[[int, bytes], None], workers: int) -> None:
+def _write_records(
+    records: Records, write: Callable[[int, bytes], None], workers: int, resize: bool
+) -> None:
     count, classes, labels = len(records), records.num_classes, records.labels
     by_identity = bool((labels[1:] >= labels[:-1]).all())
 
-    def read_face(row: int) -> memoryview:
+    def read_face(row: int) -> bytes | memoryview:
         try:
-            return records.face(row)[0]
+            return _resized(records.encoded(row)) if resize else records.face(row)[0]
         except CorruptRecordError as error:
             error.remedy = "align or write this image again, or leave it out"
             raise
@@ -95,3 +106,14 @@ def _write_records(records: Records, write: Callable[[int, bytes], None], worker
         bounds = np.searchsorted(labels, np.arange(classes + 1)) + 1
         for key, (first, end) in enumerate(itertools.pairwise(bounds), count + 1):
             write(key, encode_record([float(first), float(end)], b"", id=key))
+
+
+def _resized(encoded: memoryview) -> bytes | memoryview:
+    """An image of 112x112 pixels: the same bytes if it is one."""
+    pixels = decode(encoded)
+    if pixels.shape == FACE_SHAPE:
+        return encoded
+    height, width, _ = FACE_SHAPE
+    image = Image.fromarray(pixels).resize((width, height), Image.Resampling.LANCZOS)
+    content: bytes = simplejpeg.encode_jpeg(np.asarray(image), 95, colorsubsampling="444")
+    return content

@@ -2,12 +2,14 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 
 from gkd.storage.records.open import open_records
 from tests.commands.running import TINY, fails, gkd, works
+from tests.storage.records.packs import jpeg
 from tests.storage.records.test_forms import write_form
 
 pytestmark = pytest.mark.usefixtures("materialised")
@@ -81,3 +83,34 @@ def test_corrupt_records_end_a_run_or_are_left_out(home: Path, tmp_path: Path) -
     assert ", 0 faults" in works("targets", "verify", out)
     for flag in ((), ("--without-kd",)):
         works("train-student", pack, out, tmp_path / f"run{len(flag)}", *TINY, *flag)
+
+
+def test_what_is_left_out_is_shown(home: Path, tmp_path: Path) -> None:
+    shutil.copytree(home / "faces", tmp_path / "faces")
+    (tmp_path / "faces" / "notes.md").write_text("of whom")
+    line = "1 files that are no images (.md): "
+    assert line in works("records", "info", tmp_path / "faces")
+    assert f"left out: {line}" in works("records", "verify", tmp_path / "faces")
+    result = gkd("records", "pack", tmp_path / "faces", tmp_path / "pack")
+    assert result.exit_code == 0
+    assert f"left out: {line}" in result.stderr
+
+
+def test_a_fault_of_the_whole_pack_is_said_once_and_its_remedy_works(
+    home: Path, tmp_path: Path
+) -> None:
+    for identity in range(3):
+        for number in range(2):
+            path = tmp_path / "large" / f"{identity}" / f"{number}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(jpeg(identity, (160, 160)))
+    problem = "expected an aligned face of 112x112 pixels, got 160x160"
+    result = gkd("records", "verify", tmp_path / "large")
+    assert result.stdout.count(problem) == 1
+    assert "6 images, 3 identities, 6 faults" in result.stdout
+    options = ("--teacher", home / "teacher.pt", "--centers", "class-mean")
+    stderr = fails("cache-teacher", tmp_path / "large", tmp_path / "c.gkd", *options)
+    assert f"every image that was looked at: {problem}; if they are faces of another" in stderr
+    assert problem in fails("records", "pack", tmp_path / "large", tmp_path / "pack")
+    works("records", "pack", tmp_path / "large", tmp_path / "pack", "--resize")
+    assert "6 images, 3 identities, 0 faults" in works("records", "verify", tmp_path / "pack")

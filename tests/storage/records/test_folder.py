@@ -1,9 +1,12 @@
+import io
 import os
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from gkd.storage.errors import ConfigError, CorruptRecordError
+from gkd.storage.records.check import verify_records
 from gkd.storage.records.folder import ImageFolder, Sort
 from gkd.storage.records.open import open_records
 from tests.storage.records.packs import jpeg, write_folder
@@ -24,13 +27,18 @@ def test_identities_and_files_are_sorted(tmp_path: Path, sort: Sort, expected: l
     (root / "list.txt").write_text("")
     records = open_records(root, sort=sort)
     assert isinstance(records, ImageFolder)
-    assert (records.name, records.label_order, records.num_classes) == ("faces", sort, 4)
+    assert (records.name, records.label_order, records.num_classes) == ("faces", sort, 5)
     assert [records.key(row) for row in range(len(records))] == expected
     folders = list(dict.fromkeys(name.partition("/")[0] for name in expected))
     assert records.labels.tolist() == [folders.index(name.partition("/")[0]) for name in expected]
     assert records.sizes.tolist() == [len(name) for name in expected]
     assert [bytes(records.encoded(row)).decode() for row in range(5)] == expected
     assert records.where(1) == f"{root}, key {expected[1]}"
+    assert records.left_out == [
+        f"2 files that are no images (.txt): {root}/list.txt, {root}/a/1.txt",
+        f"1 files that are no images (no suffix): {root}/empty/readme",
+        "1 identities without an image, which keep their class numbers: empty",
+    ]
 
 
 def test_names_beyond_ascii(tmp_path: Path) -> None:
@@ -89,3 +97,48 @@ def test_a_changed_or_missing_file_is_reported(tmp_path: Path) -> None:
         records.encoded(0)
     with pytest.raises(CorruptRecordError, match=r"2\.jpg: expected 3 bytes as listed, got 5;"):
         records.encoded(1)
+
+
+def test_no_image_vanishes_by_its_name(tmp_path: Path) -> None:
+    face = Image.open(io.BytesIO(jpeg(0)))
+    names = ["a/1.jfif", "a/2", "b/1.tif", "c/1.ppm", "d/1.data", "e/1.heic", "f/1.jpg"]
+    root = write_folder(tmp_path / "faces", {name: jpeg(0) for name in names})
+    face.save(root / "b/1.tif")
+    face.save(root / "c/1.ppm")
+    (root / "f/1.jpg").unlink()
+    (root / "f/1.jpg").symlink_to("nowhere.jpg")
+    (root / "g").mkdir()
+    records = open_records(root)
+    assert [records.key(row) for row in range(len(records))] == names
+    assert records.labels.tolist() == [0, 0, 1, 2, 3, 4, 5]
+    report = verify_records(records, workers=1)
+    assert [str(fault.path) for fault in report.faults] == [f"{root}, key f/1.jpg"]
+    assert records.left_out == ["1 empty folders, which are no identities: g"]
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (["train/a/1.jpg", "val/a/1.jpg"], "got folders of splits: train, val; name one of them: "),
+        (["Test/1.jpg"], "got folders of splits: Test; name one"),
+        (
+            ["metadata.csv", "1.jpg"],
+            r"whose labels are in a table: .*to_parquet\('train.parquet'\)",
+        ),
+        (["metadata.jsonl", "00/1.jpg", "01/2.jpg"], "expected one folder .*, got metadata.jsonl"),
+        (["data-00000-of-00001.arrow", "state.json"], "got Arrow files of `datasets`; write them"),
+        (["train/data-00000-of-00001.arrow"], "got Arrow files of `datasets`"),
+        (["faces_lmdb/data.mdb", "faces_lmdb/lock.mdb"], "got an LMDB database"),
+        (["ms1m-00000.tfrecord"], "got TFRecord files"),
+        (["faces.h5"], "got an HDF5 file"),
+        (["lfw/data/__1.blp", "lfw/meta/sizes"], "expected one folder per identity"),
+        (["lfw.bin", "cfp_fp.bin"], "got a verification set; evaluate on it"),
+    ],
+)
+def test_other_layouts_are_never_taken_for_identities(
+    tmp_path: Path, files: list[str], message: str
+) -> None:
+    contents = {name: jpeg(0) if name.endswith("jpg") else b"no image" for name in files}
+    write_folder(tmp_path, contents)
+    with pytest.raises(ConfigError, match=message):
+        open_records(tmp_path)

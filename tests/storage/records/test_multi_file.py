@@ -26,16 +26,16 @@ def touch(folder: Path, *names: str) -> Path:
 def test_files_are_in_natural_order_without_test_splits(
     tmp_path: Path, names: list[str], kept: list[str]
 ) -> None:
-    found = find_shards(touch(tmp_path, *names), ".tar")
+    found = find_shards(touch(tmp_path, *names), ".tar")[0]
     assert [path.stem for path in found] == kept
 
 
 def test_the_sub_folder_data_is_searched(tmp_path: Path) -> None:
     touch(tmp_path / "data", "train-00000-of-00001.parquet")
-    assert [path.parent.name for path in find_shards(tmp_path, ".parquet")] == ["data"]
+    assert [path.parent.name for path in find_shards(tmp_path, ".parquet")[0]] == ["data"]
     touch(tmp_path, "own.parquet")
-    assert [path.name for path in find_shards(tmp_path, ".parquet")] == ["own.parquet"]
-    assert find_shards(tmp_path, ".tar") == []
+    assert [path.name for path in find_shards(tmp_path, ".parquet")[0]] == ["own.parquet"]
+    assert find_shards(tmp_path, ".tar") == ([], [])
 
 
 def test_missing_numbered_files_are_reported(tmp_path: Path) -> None:
