@@ -1,5 +1,6 @@
 """Images from Parquet files, decoded in blocks that are kept together with their neighbours."""
 
+import math
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -14,6 +15,13 @@ from gkd.storage.errors import CorruptRecordError
 from gkd.storage.records.multi_file import OpenFiles
 
 BLOCK_ROWS = 128
+# A value that Parquet stores once becomes as many copies as rows refer to it: so few are decoded
+# before their size is looked at.
+PIECE_ROWS = 8
+MAX_BLOCK_BYTES = 1 << 28
+# A row of images takes a hundred bytes at least, but null takes none: their number is bounded by
+# the file's size before memory is taken for labels.
+MAX_ROWS_PER_BYTE = 8
 # Threads that read side by side use their blocks again and again.
 MAX_BYTES = 1 << 27
 # An open file keeps its footer in memory, which can be megabytes.
@@ -59,13 +67,29 @@ class ParquetBlocks:
     def blocks(self, file: int, group: int) -> Iterator[Any]:
         """All blocks of a row group in order, arrays of bytes, decoded one at a time."""
         with arrow_errors("expected a row group that can be decoded", "fetch the file again"):
+            pieces: list[Any] = []
+            rows = size = 0
             for batch in self.files.get(file).iter_batches(
-                BLOCK_ROWS, row_groups=[group], columns=[self.column], use_threads=False
+                math.gcd(BLOCK_ROWS, PIECE_ROWS),
+                row_groups=[group],
+                columns=[self.column],
+                use_threads=False,
             ):
                 (array,) = batch.columns
                 if pa.types.is_struct(array.type):
                     (array,) = array.flatten()  # a struct that is null has no bytes
-                yield array
+                pieces.append(array)
+                rows, size = rows + len(array), size + array.nbytes
+                if size > MAX_BLOCK_BYTES:
+                    raise CorruptRecordError(
+                        f"expected at most {MAX_BLOCK_BYTES} bytes in {BLOCK_ROWS} images, got "
+                        f"{size} in {rows}; write the file again without them"
+                    )
+                if rows == BLOCK_ROWS:
+                    yield pa.concat_arrays(pieces)
+                    pieces, rows, size = [], 0, 0
+            if pieces:
+                yield pa.concat_arrays(pieces)
 
     def labels(self, file: int, groups: Sequence[int], column: str) -> Any:
         """The labels of row groups as they are stored.
@@ -113,7 +137,14 @@ def open_parquet(path: Path) -> Any:
         CorruptRecordError: if it is not a complete Parquet file.
     """
     with arrow_errors(f"{path}: expected a Parquet file", "fetch or write it again"):
-        return pq.ParquetFile(path, memory_map=True, page_checksum_verification=True)
+        opened = pq.ParquetFile(path, memory_map=True, page_checksum_verification=True)
+    size = path.stat().st_size
+    if opened.metadata.num_rows > MAX_ROWS_PER_BYTE * size:
+        raise CorruptRecordError(
+            f"{path}: expected rows with images, got {opened.metadata.num_rows} rows in "
+            f"{size} bytes; fetch or write it again"
+        )
+    return opened
 
 
 @contextmanager

@@ -355,3 +355,29 @@ def test_a_flipped_bit_raises_only_documented_errors(position: int, bit: int) ->
                 records.encoded(row)
             except CorruptRecordError:
                 continue
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_one_value_that_many_rows_refer_to_is_bounded(
+    tmp_path: Path, nested: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parquet_blocks, "MAX_BLOCK_BYTES", 1 << 20)
+    images = pa.array([bytes(50_000)] * 64, pa.binary())
+    column = pa.StructArray.from_arrays([images], ["bytes"]) if nested else images
+    table = pa.table({"image": column, "label": pa.array([0] * 64)})
+    path = tmp_path / "bomb.parquet"
+    pq.write_table(table, path, compression="zstd", dictionary_pagesize_limit=1 << 30)
+    assert path.stat().st_size < 10_000
+    with pytest.raises(
+        CorruptRecordError, match=r"at most 1048576 bytes in 128 images, got 12\d* in 24;"
+    ):
+        ParquetRecords(path).encoded(0)
+
+
+def test_rows_that_no_file_of_this_size_can_hold_are_refused(tmp_path: Path) -> None:
+    count = 1 << 20
+    path = tmp_path / "nulls.parquet"
+    table = pa.table({"image": pa.nulls(count, pa.binary()), "label": pa.nulls(count, pa.int64())})
+    pq.write_table(table, path)
+    with pytest.raises(CorruptRecordError, match=rf"got {count} rows in \d+ bytes"):
+        ParquetRecords(path)
