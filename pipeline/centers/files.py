@@ -173,7 +173,7 @@ def _sort_parts(files: Sequence[Path]) -> list[Path]:
 
 
 def _read_file(path: Path, embedding_dim: int | None) -> CenterFile:
-    if not path.is_file():
+    if not path.exists():
         raise ConfigError(f"{path}: expected a file of class centres, but there is no such file")
     if MOMENTUM.fullmatch(path.name):
         raise ConfigError(

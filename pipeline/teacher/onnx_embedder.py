@@ -50,7 +50,7 @@ class OnnxEmbedder(Embedder):
         threads: int | None = None,
     ) -> None:
         runtime = require("onnxruntime", "onnx")
-        if not path.is_file():
+        if not path.exists():
             expected = "a teacher's ONNX file"
             raise ConfigError(path=path, expected=expected, got="nothing", remedy="check the path")
         refuse_foreign(path, "an ONNX network")

@@ -62,7 +62,7 @@ def open_records(path: str | Path, *, sort: Sort = "natural") -> Records:
         except ConfigError:
             _refuse_other_forms([*path.iterdir(), *path.glob("*/*")])
             raise
-    if path.is_file():
+    if path.exists():
         if path.suffix == PACK:
             return RecordFile(path)
         if path.suffix == PARQUET:

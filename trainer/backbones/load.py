@@ -74,7 +74,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
+    if not path.exists():
         raise ConfigError(
             path=path, expected="a weights file (.pt, .pth, .ckpt, .safetensors)", got="no file"
         )

@@ -105,7 +105,7 @@ def load_verification_set(path: Path) -> VerificationSet:
         CorruptRecordError: if the file is no verification set, or asks for more than data.
     """
     path = Path(path)
-    if not path.is_file():
+    if not path.exists():
         raise ConfigError(
             path=path, expected="a verification set (.bin)", got="no file", remedy="check the path"
         )

@@ -1,4 +1,5 @@
 import os
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -132,3 +133,16 @@ def test_more_classes_than_float32_labels_represent_are_refused(tmp_path: Path) 
     (tmp_path / "property").write_text(f"{2**24 + 1},112,112\n")
     with pytest.raises(ConfigError, match=r"at most 16,777,216 identities, .* got 16,777,217; use"):
         pack(tar, tmp_path / "pack")
+
+
+def test_a_full_disk_is_named_with_what_to_do(tmp_path: Path) -> None:
+    write_folder(tmp_path / "faces", FILES)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, limits[1]))
+    try:
+        message = f"{tmp_path}/pack: the disk or the quota is full .*; free some space"
+        with pytest.raises(ConfigError, match=message):
+            pack(tmp_path / "faces", tmp_path / "pack")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.name for path in tmp_path.iterdir()] == ["faces"]
