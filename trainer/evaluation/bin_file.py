@@ -21,7 +21,7 @@ import numpy.typing as npt
 from gkd.storage.errors import ConfigError, CorruptRecordError
 from gkd.storage.records.images import decode_face
 from gkd.storage.util.files import write_file
-from gkd.storage.util.input_files import read_small, refuse_foreign
+from gkd.storage.util.input_files import read_small, refuse_foreign, require_local
 from gkd.trainer.evaluation.embed import FaceSet, unit_rows
 from gkd.trainer.evaluation.verification import FOLDS, VerificationResult, score
 
@@ -105,6 +105,7 @@ def load_verification_set(path: Path) -> VerificationSet:
         CorruptRecordError: if the file is no verification set, or asks for more than data.
     """
     path = Path(path)
+    require_local(str(path))  # settings of a training name it too
     if not path.exists():
         raise ConfigError(
             path=path, expected="a verification set (.bin)", got="no file", remedy="check the path"

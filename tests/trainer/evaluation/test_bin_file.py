@@ -250,3 +250,8 @@ def test_a_real_set_is_read() -> None:
     assert (read.name, len(read), len(read.images)) == ("lfw_fold9", 600, 1200)
     assert read.issame.sum() == 300
     assert read.image(1199).shape == (112, 112, 3)
+
+
+def test_an_address_in_the_settings_is_no_local_path() -> None:
+    with pytest.raises(ConfigError, match="expected a local path, got the address s3:/b/lfw"):
+        load_verification_set(Path("s3://b/lfw.bin"))
