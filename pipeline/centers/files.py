@@ -4,9 +4,10 @@ Known sources: arcface_torch (three generations), CVLface, AdaFace, AdaDistill, 
 face.evoLVe, and the files that ``gkd centers build`` writes.
 """
 
+import itertools
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -22,7 +23,7 @@ from gkd.storage.cache.spec import DatasetSpec, Preprocess, TeacherSpec
 from gkd.storage.errors import ConfigError
 from gkd.storage.util.input_files import refuse_foreign
 from gkd.storage.util.text import first_few
-from gkd.storage.util.torch_files import read_torch_file
+from gkd.storage.util.torch_files import read_torch_file, tensors_of
 
 METADATA = "gkd.centers"
 # A part's file name contains its rank. Ranks are compared as numbers: 10 comes after 2.
@@ -65,6 +66,8 @@ LAYOUTS = (
 )
 # Any other file that contains a single matrix.
 PLAIN = Layout("plain", r".*")
+# One matrix beside a network in its file.
+MAGFACE = Layout("MagFace", r".*", transposed=True)
 
 
 class RefineSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -181,7 +184,7 @@ def _read_file(path: Path, embedding_dim: int | None) -> CenterFile:
             f"{path.name.replace('_mom', '')} beside it"
         )
     content, metadata = _read_content(path)
-    tensors = dict(_tensors("", content))
+    tensors = {key: value for key, value in tensors_of(content) if value.is_floating_point()}
     layout, key = _find_centers(path, tensors, embedding_dim)
     matrix = tensors[key].detach().float().numpy()
     transposed = _is_transposed(path, layout, key, matrix.shape, embedding_dim)
@@ -215,18 +218,33 @@ def _find_centers(
                 f"{path}: expected class centres at {wanted}, where {layout.source} stores them, "
                 f"got {len(keys)} matrices there; the file contains {_describe(tensors)}"
             )
-    is_network = any(tensor.dim() > 2 for tensor in tensors.values())
-    fitting = [key for key in matrices if embedding_dim in (None, *matrices[key].shape)]
-    if is_network or len(fitting) != 1:
+    # What is not under the name of the network's convolutions is beside the network.
+    inner = [key for key, tensor in tensors.items() if tensor.dim() > 2]
+    is_network = bool(inner)
+    below = _common([key.split(".")[:-1] for key in inner]) if len(inner) > 1 else ""
+    fitting = [
+        key
+        for key in matrices
+        if embedding_dim in (None, *matrices[key].shape)
+        and not (is_network and (not below or f"{key}.".startswith(f"{below}.")))
+        and not key.startswith("optim")
+    ]
+    if len(fitting) != 1:
         shape = f"[C, {embedding_dim or 'D'}]"
-        got = "a network" if is_network else f"{len(fitting)} such matrices"
+        got = "a network" if is_network and not fitting else f"{len(fitting)} such matrices"
         sources = ", ".join(dict.fromkeys(layout.source for layout in LAYOUTS[1:]))
         raise ConfigError(
             f"{path}: expected class centres under a key of {sources}, or exactly one matrix "
             f"{shape}, got {got}: {_describe(tensors)}; save the centres alone, as .npy {shape}, "
             "or use --centers class-mean"
         )
-    return PLAIN, fitting[0]
+    return (MAGFACE if is_network else PLAIN), fitting[0]
+
+
+def _common(keys: Sequence[Sequence[str]]) -> str:
+    """The parts with which all keys begin, joined."""
+    same = itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*keys, strict=False))
+    return ".".join(parts[0] for parts in same)
 
 
 def _is_transposed(
@@ -284,13 +302,3 @@ def read_npy(path: Path) -> npt.NDArray[Any]:
         got = getattr(array, "dtype", type(array).__name__)
         raise ConfigError(f"{path}: expected a .npy array of floats, got {got}")
     return array
-
-
-def _tensors(prefix: str, value: Any) -> Iterator[tuple[str, Tensor]]:
-    """Floating-point tensors of nested dictionaries, by dotted key."""
-    if isinstance(value, Tensor):
-        if value.is_floating_point():
-            yield prefix, value
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from _tensors(f"{prefix}.{key}" if prefix else str(key), item)

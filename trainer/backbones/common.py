@@ -36,6 +36,7 @@ class Family:
     recognise   state dict -> the name of the network with these blocks, or None
     size_keys   keys whose shapes determine the sizes, and their numbers of dimensions
     sizes       (name, state dict with these keys) -> sizes
+    adapt       (network, state dict) changes a network to a published variant of it
     optional    suffixes of keys that a file may lack: the embeddings do not depend on them
     """
 
@@ -44,7 +45,22 @@ class Family:
     recognise: Callable[[Mapping[str, Tensor]], str | None]
     size_keys: Mapping[str, int]
     sizes: Callable[[str, Mapping[str, Tensor]], Sizes]
+    adapt: Callable[[nn.Module, Mapping[str, Tensor]], None] = lambda _module, _state: None
     optional: tuple[str, ...] = ("num_batches_tracked",)
+
+
+def affine_as_stored(last: str) -> Callable[[nn.Module, Mapping[str, Tensor]], None]:
+    """Give the last BatchNorm, of this name, weights exactly if a state dict has them."""
+
+    def adapt(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+        parent, _, child = last.rpartition(".")
+        norm = module.get_submodule(last)
+        affine = any(f"{last}.{name}" in state for name in ("weight", "bias"))
+        if isinstance(norm, nn.BatchNorm1d) and affine != norm.affine:
+            changed = nn.BatchNorm1d(norm.num_features, eps=norm.eps, affine=affine)
+            setattr(module.get_submodule(parent), child, changed)
+
+    return adapt
 
 
 def numbered(keys: Iterable[str], prefix: str, suffix: str) -> int:

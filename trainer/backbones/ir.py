@@ -20,6 +20,7 @@ from gkd.trainer.backbones.common import (
     Family,
     InputPool,
     Sizes,
+    affine_as_stored,
     halved,
     input_size_of,
     numbered,
@@ -184,4 +185,5 @@ FAMILY = Family(
     recognise=_recognise,
     size_keys={"input_layer.0.weight": 4, "output_layer.3.weight": 2},
     sizes=_sizes,
+    adapt=affine_as_stored("output_layer.4"),
 )

@@ -13,6 +13,7 @@ from gkd.trainer.backbones.common import (
     Family,
     InputPool,
     Sizes,
+    affine_as_stored,
     freeze_at_one,
     halved,
     input_size_of,
@@ -123,4 +124,5 @@ FAMILY = Family(
     recognise=_recognise,
     size_keys={"conv1.weight": 4, "fc.weight": 2},
     sizes=_sizes,
+    adapt=affine_as_stored("features"),
 )

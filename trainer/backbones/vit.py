@@ -115,6 +115,7 @@ class VisionTransformer(nn.Module):
         self.pos_embed = nn.Parameter(torch.zeros(1, patches, channels))
         self.blocks = nn.ModuleList(Block(channels) for _ in range(depth))
         self.norm = nn.LayerNorm(channels)
+        self.senet: nn.Module | None = None  # of TransFace
         self.feature = nn.Sequential(
             nn.Linear(channels * patches, channels, bias=False),
             nn.BatchNorm1d(channels, eps=FEATURE_EPS),
@@ -135,7 +136,10 @@ class VisionTransformer(nn.Module):
         x = self.patch_embed(self.pool(images)) + self.pos_embed
         for block in self.blocks:
             x = block(x)
-        embeddings: Tensor = self.feature(self.norm(x).flatten(1))
+        x = self.norm(x)
+        if self.senet is not None:
+            x = x * self.senet(x.flatten(1)).unsqueeze(2)
+        embeddings: Tensor = self.feature(x.flatten(1))
         return embeddings
 
 
@@ -155,11 +159,24 @@ def _sizes(name: str, state: Mapping[str, Tensor]) -> Sizes:
     return Sizes(embedding_dim, channels / SHAPES[name][0], sides.get(patches, INPUT_SIZES[0]))
 
 
+def _adapt(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """TransFace (DanJun6737/TransFace: backbones/vit.py) weighs each patch by all of them."""
+    if "senet.0.weight" in state and isinstance(module, VisionTransformer):
+        _, patches, channels = module.pos_embed.shape
+        module.senet = nn.Sequential(
+            nn.Linear(channels * patches, patches, bias=False),
+            nn.ReLU(),
+            nn.Linear(patches, patches, bias=False),
+            nn.Sigmoid(),
+        )
+
+
 FAMILY = Family(
     widths=dict.fromkeys(SHAPES, 1.0),
     build=lambda name, sizes: VisionTransformer(*SHAPES[name], **sizes._asdict()),
     recognise=_recognise,
     size_keys={"pos_embed": 3, "feature.2.weight": 2},
     sizes=_sizes,
+    adapt=_adapt,
     optional=("num_batches_tracked", "mask_token"),
 )
