@@ -7,7 +7,8 @@ is made and no code runs.
 """
 
 import pickletools
-from typing import BinaryIO
+from collections.abc import Iterator
+from typing import Any, BinaryIO
 
 MAX_OPCODES = 1 << 25
 # Of nested tuples, lists and dictionaries; those of training codes are a dozen levels deep.
@@ -46,7 +47,7 @@ def check_pickle(file: BinaryIO, size: int) -> None:
     marks: list[int] = []  # places in the stack
     memo: dict[int, _Value] = {}
     work = 0
-    for count, (opcode, argument, _) in enumerate(pickletools.genops(file)):
+    for count, (opcode, argument) in enumerate(_opcodes(file)):
         name = opcode.name
         if count > MAX_OPCODES:
             raise PickleCost(f"has more than {MAX_OPCODES:,} opcodes")
@@ -56,7 +57,7 @@ def check_pickle(file: BinaryIO, size: int) -> None:
                 raise PickleCost(f"fills slot {slot:,} of its memo after {count:,} opcodes")
             memo[slot] = stack[-1]
         elif name in GETS:
-            stack.append(memo[int(argument or 0)])
+            stack.append(memo[int(argument)])
         elif name == "DUP":
             stack.append(stack[-1])
         elif name == "MARK":
@@ -91,3 +92,15 @@ def check_pickle(file: BinaryIO, size: int) -> None:
             elif opcode.stack_after:
                 length = len(argument) if isinstance(argument, str | bytes | bytearray) else 0
                 stack.append(_Value(1 + length + added, depth))
+
+
+def _opcodes(file: BinaryIO) -> Iterator[tuple[pickletools.OpcodeInfo, Any]]:
+    """As ``pickletools.genops``, which refuses the byte strings of Python 2."""
+    while True:
+        opcode = pickletools.code2op[file.read(1).decode("latin1")]
+        if opcode.name == "STRING":
+            yield opcode, file.readline()
+        else:
+            yield opcode, opcode.arg and opcode.arg.reader(file)
+        if opcode.name == "STOP":
+            return

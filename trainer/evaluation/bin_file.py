@@ -8,6 +8,7 @@ to the file.
 """
 
 import io
+import math
 import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,9 +20,10 @@ import numpy as np
 import numpy.typing as npt
 
 from gkd.storage.errors import ConfigError, CorruptRecordError
-from gkd.storage.records.images import decode_face
+from gkd.storage.records.images import FACE_SHAPE, decode_face
 from gkd.storage.util.files import write_file
 from gkd.storage.util.input_files import read_small, refuse_foreign, require_local
+from gkd.storage.util.pickles import PickleCost, check_pickle
 from gkd.trainer.evaluation.embed import FaceSet, unit_rows
 from gkd.trainer.evaluation.verification import FOLDS, VerificationResult, score
 
@@ -169,30 +171,41 @@ class _StandIn:
 
 
 class _Dtype(_StandIn):
-    """``numpy.dtype`` of bytes or truth values."""
+    """``numpy.dtype`` of truth values, integers or floats."""
 
     def __init__(self, code: Any, *_flags: Any) -> None:
         text = code.decode("latin1") if isinstance(code, bytes) else code
-        if text not in ("u1", "b1"):
+        if text not in DTYPES:
             raise _Forbidden(f"a numpy array of dtype {text!r}")
         self.kind: str = text
 
+    def __setstate__(self, state: Any) -> None:
+        """The byte order; the rest of the state only repeats the code."""
+        if isinstance(state, tuple) and len(state) > 1 and state[1] in (">", b">"):
+            self.kind = f">{self.kind}"
+
 
 class _Array(_StandIn):
-    """``numpy.ndarray`` with one axis, filled by its state."""
+    """``numpy.ndarray``, filled by its state."""
 
     kind = ""
     data = b""
+    shape: tuple[Any, ...] = ()
 
     def __setstate__(self, state: Any) -> None:
-        _version, _shape, dtype, _fortran, data = state
-        self._fill(dtype, data)
+        _version, shape, dtype, _fortran, data = state
+        self._fill(dtype, data, shape)
 
-    def _fill(self, dtype: Any, data: Any) -> None:
+    def _fill(self, dtype: Any, data: Any, shape: Any) -> None:
         if not isinstance(dtype, _Dtype) or not isinstance(data, bytes | bytearray):
             raise _Forbidden("a numpy array of objects")
         self.kind = dtype.kind
         self.data = bytes(data)
+        self.shape = shape if isinstance(shape, tuple) else ()
+
+    def values(self) -> list[Any]:
+        """The numbers, row by row."""
+        return np.frombuffer(self.data, np.dtype(self.kind)).tolist()
 
 
 def _encode(text: Any, encoding: Any = "latin1") -> bytes:
@@ -207,18 +220,18 @@ def _reconstruct(*_shape_and_type: Any) -> _Array:
     return _Array()
 
 
-def _from_buffer(data: Any, dtype: Any, *_shape_and_order: Any) -> _Array:
+def _from_buffer(data: Any, dtype: Any, shape: Any = (), *_order: Any) -> _Array:
     """An array in pickle protocol 5."""
     array = _Array()
-    array._fill(dtype, data)
+    array._fill(dtype, data, shape)
     return array
 
 
-def _scalar(dtype: Any, data: Any) -> bool:
-    """One truth value."""
-    if not isinstance(dtype, _Dtype) or not isinstance(data, bytes) or len(data) != 1:
+def _scalar(dtype: Any, data: Any) -> Any:
+    """One truth value, as a number."""
+    if not isinstance(dtype, _Dtype) or not isinstance(data, bytes):
         raise _Forbidden("a numpy scalar of objects")
-    return data != b"\0"
+    return np.frombuffer(data, np.dtype(dtype.kind), count=1)[0].item()
 
 
 def _callable(function: Callable[..., Any]) -> type:
@@ -238,6 +251,10 @@ for _core in ("numpy.core", "numpy._core"):  # the name before numpy 2, and sinc
     _STAND_INS[f"{_core}.numeric", "_frombuffer"] = _callable(_from_buffer)
 
 
+# Of truth values and bytes.
+DTYPES = frozenset(
+    {"b1", *(f"{kind}{size}" for kind in "iu" for size in (1, 2, 4, 8)), "f2", "f4", "f8"}
+)
 # Of a verification set; larger ones are no sets of aligned faces.
 MAX_BYTES = 1 << 33
 
@@ -254,7 +271,16 @@ class _Unpickler(pickle._Unpickler):
 def _unpickle(path: Path) -> tuple[Sequence[Any], Any]:
     refuse_foreign(path, "a verification set", error=CorruptRecordError)
     try:
-        content = _Unpickler(io.BytesIO(read_small(path, MAX_BYTES)), encoding="bytes").load()
+        pickled = read_small(path, MAX_BYTES)
+        check_pickle(io.BytesIO(pickled), len(pickled))
+        content = _Unpickler(io.BytesIO(pickled), encoding="bytes").load()
+    except PickleCost as error:
+        raise CorruptRecordError(
+            path=path,
+            expected="a pickle of (images, truth values)",
+            got=f"one that {error}",
+            remedy="get it again, from a source that you trust",
+        ) from error
     except _Forbidden as error:
         raise CorruptRecordError(
             f"{path}: the file asks for {error}, which no verification set needs; nothing of it "
@@ -273,21 +299,26 @@ def _unpickle(path: Path) -> tuple[Sequence[Any], Any]:
 
 def _encoded(path: Path, number: int, item: Any) -> bytes:
     if isinstance(item, _Array) and item.kind == "u1":
-        return item.data
+        if item.shape == FACE_SHAPE and len(item.data) == math.prod(FACE_SHAPE):
+            # A decoded face, taken as RGB: encoded without loss, and without much work.
+            height, width, _ = FACE_SHAPE
+            return b"P6 %d %d 255\n" % (width, height) + item.data
+        if len(item.shape) < 3:  # cv2.imencode gives [n, 1] before OpenCV 4.5, and [n] since
+            return item.data
+        _refuse(path, f"image {number} as bytes, or decoded as RGB uint8 [112, 112, 3]", item)
     if isinstance(item, bytes | bytearray):
         return bytes(item)
     _refuse(path, f"image {number} as bytes", item)
 
 
 def _truths(path: Path, truths: Any) -> npt.NDArray[np.bool_]:
-    if isinstance(truths, _Array) and truths.kind == "b1":
-        return np.asarray(np.frombuffer(truths.data, np.uint8) != 0)
-    if not isinstance(truths, list | tuple):
+    values = truths.values() if isinstance(truths, _Array) else truths
+    if not isinstance(values, list | tuple):
         _refuse(path, "a list of truth values", truths)
-    for number, truth in enumerate(truths):
-        if not isinstance(truth, bool | int) or truth not in (0, 1):
-            _refuse(path, f"a truth value for pair {number}", truth)
-    return np.array(truths, bool)
+    for number, truth in enumerate(values):
+        if not isinstance(truth, bool | int | float) or truth not in (0, 1):
+            _refuse(path, f"a truth value (True or False, 1 or 0) for pair {number}", truth)
+    return np.array(values, bool)
 
 
 def _refuse(path: Path, expected: str, got: Any) -> NoReturn:
