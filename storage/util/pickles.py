@@ -96,8 +96,9 @@ def check_pickle(file: BinaryIO, size: int) -> None:
 
 def _opcodes(file: BinaryIO) -> Iterator[tuple[pickletools.OpcodeInfo, Any]]:
     """As ``pickletools.genops``, which refuses the byte strings of Python 2."""
+    by_code = {opcode.code: opcode for opcode in pickletools.opcodes}
     while True:
-        opcode = pickletools.code2op[file.read(1).decode("latin1")]
+        opcode = by_code[file.read(1).decode("latin1")]
         if opcode.name == "STRING":
             yield opcode, file.readline()
         else:

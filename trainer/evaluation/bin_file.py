@@ -205,7 +205,7 @@ class _Array(_StandIn):
 
     def values(self) -> list[Any]:
         """The numbers, row by row."""
-        return np.frombuffer(self.data, np.dtype(self.kind)).tolist()
+        return list(np.frombuffer(self.data, np.dtype(self.kind)).tolist())
 
 
 def _encode(text: Any, encoding: Any = "latin1") -> bytes:

@@ -23,6 +23,7 @@ import numpy.typing as npt
 
 from gkd.storage.errors import ConfigError, CorruptRecordError
 from gkd.storage.records.images import decode
+from gkd.storage.util.input_files import resolve_below
 from gkd.storage.util.progress import progress
 from gkd.trainer.evaluation.alignment import align_face
 from gkd.trainer.evaluation.embed import FolderSet, unit_rows
@@ -208,7 +209,13 @@ def _read_media(
     path: Path,
 ) -> tuple[tuple[str, ...], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """File, template id and medium id of each face."""
-    rows = [row for _, row in _rows(path, "NAME TEMPLATE MEDIUM", (str, int, int))]
+    rows = []
+    for line, row in _rows(path, "NAME TEMPLATE MEDIUM", (str, int, int)):
+        try:
+            resolve_below(path.parent.parent / CROPS, row[0])
+        except ValueError:
+            _refuse(path, line, f"the name of an image below {CROPS}/", row[0])
+        rows.append(row)
     if not rows:
         raise CorruptRecordError(path=path, expected="a line for each face", got="none")
     ids, media = np.array([row[1:] for row in rows], np.int64).T

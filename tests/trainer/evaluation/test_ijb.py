@@ -179,6 +179,8 @@ def change(path: Path, line: int, content: str) -> None:
     [
         ("face_tid_mid", 2, "2.jpg 10", "expected NAME TEMPLATE MEDIUM, got '2.jpg 10'"),
         ("face_tid_mid", 3, "3.jpg x 1", "expected NAME TEMPLATE MEDIUM, got '3.jpg x 1'"),
+        ("face_tid_mid", 1, "../../x 1 1", "expected the name of an image below loose_crop/, got"),
+        ("face_tid_mid", 2, "/etc/x 1 1", "expected the name of an image below loose_crop/, got"),
         ("name_5pts_score", 4, "4.jpg 1 2 3", "expected NAME X1 Y1 ... X5 Y5 SCORE, got '4.jpg 1"),
         ("name_5pts_score", 1, "1.jpg" + " nan" * 11, "expected NAME X1 Y1 ... X5 Y5 SCORE, got"),
         (
