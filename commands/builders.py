@@ -34,16 +34,29 @@ def open_faces(source: Path, sort: Any) -> "Records":
 
 def embedder_from_options(path: Path, options: Mapping[str, Any]) -> "Embedder":
     """Load the network at ``path`` as ``network_options`` say."""
-    from gkd.storage.cache.spec import preprocess_preset
-
     return build_embedder(
         path,
         arch=options["arch"],
-        preprocess=preprocess_preset(options["preset"], bgr=options["bgr"]),
+        preprocess=preprocess_from_options(options),
         device=options["device"],
         precision=options["precision"],
+        output=options["output"],
         compile=options.get("compile", False),
     )
+
+
+def preprocess_from_options(options: Mapping[str, Any]) -> "Preprocess":
+    """How pixels become the network's input: a preset, or --mean and --std."""
+    from gkd.storage.cache.spec import custom_preprocess, preprocess_preset
+
+    mean, std = options["mean"], options["std"]
+    if not mean and not std:
+        return preprocess_preset(options["preset"], bgr=options["bgr"])
+    if not mean or not std:
+        raise click.UsageError("--mean and --std go together")
+    if click.get_current_context().get_parameter_source("preset") is ParameterSource.COMMANDLINE:
+        raise click.UsageError("--mean and --std exclude --preprocess")
+    return custom_preprocess(mean, std, pixel_max=options["pixel_max"], bgr=options["bgr"])
 
 
 def build_embedder(
@@ -53,6 +66,7 @@ def build_embedder(
     preprocess: "Preprocess",
     device: str,
     precision: 'Precision | Literal["auto"]',
+    output: str | None = None,
     compile: bool = False,
 ) -> "Embedder":
     """Load any model that a command takes: an ONNX file, weights, or a run of ``train-student``.
@@ -71,14 +85,17 @@ def build_embedder(
         refused = {
             "--compile": compile,
             f"--precision {precision}": precision not in ("auto", "float32"),
-            f"--arch {arch}": arch not in ("auto", "onnx"),
+            f"--arch {arch}": arch not in ("auto", "onnx") and not arch.startswith("onnx:"),
         }
         for option in (name for name, given in refused.items() if given):
             raise ConfigError(
                 f"{path}: {option}: expected weights for a torch network, got an ONNX file, which "
                 f"contains its network and runs in onnxruntime; omit {option.split()[0]}"
             )
-        return OnnxEmbedder(path, preprocess, device=device)
+        output = output or arch.partition(":")[2] or None
+        return OnnxEmbedder(path, preprocess, device=device, output=output)
+    if output:
+        raise ConfigError(f"--output {output}: {path} is no ONNX file; omit --output")
     weights = chosen_checkpoint(path) if path.is_dir() else path
     backbone = load_backbone(arch, weights)
     return TorchEmbedder(

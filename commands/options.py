@@ -200,11 +200,27 @@ network_options = combine(
     click.option(
         "--preprocess",
         "preset",
-        type=click.Choice(["arcface", "imagenet", "raw"]),
+        type=click.Choice(["arcface", "imagenet", "raw", "unit", "div128"]),
         default="arcface",
-        help="(x/255 - 0.5)/0.5, ImageNet's mean and standard deviation, or raw 0..255.",
+        help="Of pixels x: (x/255 - 0.5)/0.5, ImageNet's mean and standard deviation, x, x/255, or "
+        "(x - 127.5)/128.",
+    ),
+    click.option(
+        "--mean",
+        callback=parse_numbers,
+        help="In place of --preprocess: subtracted from each channel, in the network's order.",
+    ),
+    click.option(
+        "--std", callback=parse_numbers, help="With --mean: what each channel is divided by."
+    ),
+    click.option(
+        "--pixel-max",
+        type=float,
+        default=255.0,
+        help="Value of a white pixel that --mean and --std refer to, 1 for 0..1.",
     ),
     click.option("--bgr", is_flag=True, help="The network takes BGR, not RGB."),
+    click.option("--output", help="The embedding among the outputs of an ONNX network."),
     device_option,
     click.option(
         "--precision",

@@ -152,7 +152,7 @@ def _verify_against(
 
     cache = Cache.open(path)
     spec = cache.spec
-    if ":" in spec.teacher.arch and arch is None:
+    if ":" in spec.teacher.arch.removeprefix("onnx:") and arch is None:
         raise ConfigError(
             f"{path}: names the code {spec.teacher.arch} as its teacher's network, and code is "
             "never run because a cache names it; if you know and trust it, give --arch "
@@ -160,10 +160,10 @@ def _verify_against(
         )
     arch = arch or spec.teacher.arch
     # An ONNX file in place of weights, or the reverse, is another teacher: its digest differs.
-    torch_network = arch != "onnx" and teacher.suffix != ".onnx"
+    torch_network = arch.partition(":")[0] != "onnx" and teacher.suffix != ".onnx"
     embedder = build_embedder(
         teacher,
-        arch=arch if torch_network else "auto",
+        arch=arch if torch_network or teacher.suffix == ".onnx" else "auto",
         preprocess=spec.preprocess,
         device=device,
         precision=spec.precision if torch_network else "auto",

@@ -26,7 +26,7 @@ from gkd.pipeline.embedding_store import SAMPLED_IMAGES
 from gkd.pipeline.groups.partition import partition
 from gkd.pipeline.settings import PartitionSettings
 from gkd.pipeline.teacher.embedder import Embedder, faulty_rows
-from gkd.storage.cache.spec import Preprocess, View, preprocess_preset
+from gkd.storage.cache.spec import Preprocess, View, preprocess_options, preprocess_preset
 from gkd.storage.errors import CorruptRecordError, GkdError
 from gkd.storage.records.base import Records
 from gkd.storage.util.parallel import ordered_map
@@ -38,10 +38,10 @@ BATCH = 64
 PAIRS_SHARE, IMAGES_SHARE = 1 / 20, 1 / 40
 PRESETS = tuple(
     preprocess_preset(name, bgr=bgr)
-    for name in ("arcface", "imagenet", "raw")
+    for name in ("arcface", "imagenet", "raw", "unit")
     for bgr in (False, True)
 )
-MIN_PASSES = 2 * MIN_PAIRS * len(PRESETS)
+MIN_PASSES = 12 * MIN_PAIRS  # of a run; most candidates drop out early
 FIRST_ROUND = 4  # a candidate may drop out after 1 / FIRST_ROUND of the pairs
 HOPELESS = 0.5  # if its mean score is below this share of the best one
 SIGNIFICANT = 3.5  # standard errors by which another preset has to be better
@@ -70,7 +70,7 @@ class PairScores:
     @property
     def options(self) -> str:
         """The options that choose this preprocessing."""
-        return f"--preprocess {self.preprocess.name}" + " --bgr" * self.preprocess.bgr
+        return preprocess_options(self.preprocess)
 
     def __str__(self) -> str:
         return (
@@ -137,8 +137,8 @@ def pairs_to_score(labels: npt.NDArray[np.int64], passes: int) -> npt.NDArray[np
     """Rows [n, 2] of two images of each of n identities, for a run of so many forward passes.
 
     At most ``MAX_PAIRS``, and so many that scoring them by all presets adds ``PAIRS_SHARE`` to the
-    run, but at least ``MIN_PAIRS``. None if these would more than double the run, or if too few
-    identities have two images.
+    run, but at least ``MIN_PAIRS``. None for a run of fewer than ``MIN_PASSES``, which these would
+    about double, or if too few identities have two images.
     """
     order = np.argsort(labels, kind="stable")
     classes, starts, sizes = np.unique(labels[order], return_index=True, return_counts=True)

@@ -1,7 +1,8 @@
 """Teachers that are ONNX files, run by onnxruntime."""
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -18,27 +19,34 @@ from gkd.pipeline.teacher.embedder import (
     probe_embedding_dim,
 )
 from gkd.storage.cache.spec import Preprocess, View
-from gkd.storage.errors import ConfigError
+from gkd.storage.errors import ConfigError, GkdError
 from gkd.storage.util.extras import require
 from gkd.storage.util.files import sha256_file
 from gkd.storage.util.input_files import refuse_foreign
 from gkd.storage.util.torch_device import Precision, own_cuda
-from gkd.storage.util.torchrun_env import usable_cores
+from gkd.storage.util.torchrun_env import log_rank0, usable_cores
+
+# Batch sizes of networks that declare any.
+PROBED = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+_EMBEDDING = re.compile(r"(?i)embed|feat|fc1")
 
 
 class OnnxEmbedder(Embedder):
     """Any ONNX network with one image input [N, 3, 112, 112], run by onnxruntime.
 
-    Batches are padded to a fixed batch axis; of several outputs the first is the embedding.
-    ``threads`` are onnxruntime's own, by default one per core; the ranks of a node share them.
+    It is probed with two batch sizes. One that declares a batch of any size and was traced with a
+    constant one is served in that size, and batches are padded to it. ``output`` names the
+    embedding among several outputs; by default it is the one that has the shape of embeddings
+    [N, D], D above 1, by its name if there are several. ``threads`` are onnxruntime's own, by
+    default one per core; the ranks of a node share them.
 
     Raises:
         ConfigError: if the file is missing, is no ONNX file or has another input, the device does
-            not exist, or onnxruntime is not installed.
-        GkdError: if the network's output is not [N, D].
+            not exist or is not used, no output or several could be the embedding, or onnxruntime
+            is not installed.
+        GkdError: if the network fails.
     """
 
-    arch = "onnx"
     compiled = False
 
     def __init__(
@@ -47,6 +55,7 @@ class OnnxEmbedder(Embedder):
         preprocess: Preprocess,
         *,
         device: str = "auto",
+        output: str | None = None,
         threads: int | None = None,
     ) -> None:
         runtime = require("onnxruntime", "onnx")
@@ -60,9 +69,13 @@ class OnnxEmbedder(Embedder):
         self.precision: Precision = "float32"
         self.device = _device(runtime, device)
         self._session = _session(runtime, path, self.device, threads or usable_cores())
+        self._new_options = runtime.RunOptions
+        if self.device != "cpu" and "CUDAExecutionProvider" not in self._session.get_providers():
+            self.device = _without_cuda(device, path)
         self._input, self._fixed_batch, self._dtype = _image_input(self._session, path)
-        self._output = self._session.get_outputs()[0].name
-        self._pool = ThreadPoolExecutor(IN_FLIGHT)
+        self._pool, self._runs = ThreadPoolExecutor(IN_FLIGHT), ThreadPoolExecutor(IN_FLIGHT)
+        self.arch = "onnx" if output is None else f"onnx:{output}"
+        self._output = self._probe(path, output)
         self.embedding_dim = probe_embedding_dim(self)
 
     def __call__(self, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
@@ -74,10 +87,71 @@ class OnnxEmbedder(Embedder):
             pixels = np.concatenate([pixels, padding])
         parts = []
         for start in range(0, len(pixels), batch):
-            inputs = {self._input: pixels[start : start + batch]}
-            (embeddings,) = self._session.run([self._output], inputs)
-            parts.append(check_embeddings(np.asarray(embeddings), batch, self.name))
+            (embeddings,) = self._run(pixels[start : start + batch], [self._output])
+            parts.append(check_embeddings(_flat(embeddings), batch, self.name))
         return np.concatenate(parts)[: len(images)]
+
+    def _run(self, pixels: npt.NDArray[Any], outputs: list[str]) -> list[npt.NDArray[Any]]:
+        """Run the network in another thread, so that a signal ends it whatever it computes.
+
+        Raises:
+            GkdError: if it fails.
+        """
+        options = self._new_options()
+        run = self._runs.submit(self._session.run, outputs, {self._input: pixels}, options)
+        try:
+            return [np.asarray(array) for array in run.result()]
+        except Exception as error:  # onnxruntime's errors have no common base class
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise GkdError(
+                f"{self.name}: the network fails on {len(pixels)} images: {reason}",
+                remedy="export it again with a batch axis of any size",
+            ) from error
+        except BaseException:
+            options.terminate = True
+            raise
+
+    def _probe(self, path: Path, asked: str | None) -> str:
+        """Find the batch size that the network takes, and the output that is the embedding."""
+        names = [output.name for output in self._session.get_outputs()]
+        if asked is not None and asked not in names:
+            raise ConfigError(
+                f"--output {asked}", path=path, expected=f"one of {', '.join(names)}", got=asked
+            )
+        sizes = (self._fixed_batch,) if self._fixed_batch else (3, *PROBED)
+        failed: Exception | None = None
+        for size in sizes:
+            pixels = np.full((size, FACE_SIZE, FACE_SIZE, 3), 127, np.uint8)
+            pixels[::2] = 96
+            inputs = self.preprocess.apply(pixels).astype(self._dtype, copy=False)
+            try:
+                arrays = dict(zip(names, self._run(inputs, names), strict=True))
+            except GkdError as error:
+                failed = failed or error
+                continue
+            fits = {
+                name: array
+                for name, array in arrays.items()
+                if (found := _flat(array)).ndim == 2 and len(found) == size and found.shape[1] > 1
+            }
+            if fits and (asked is None or asked in fits):
+                if self._fixed_batch is None and size != 3:
+                    log_rank0(
+                        f"{path}: declares batches of any size and takes {size} alone: it is run "
+                        f"on {size} images at a time, which is slow; export it with a batch axis "
+                        "of any size"
+                    )
+                    self._fixed_batch = size
+                return asked or _choose_output(fits, path)
+        shapes = ", ".join(f"{o.name} {o.shape}" for o in self._session.get_outputs())
+        if failed is not None:
+            raise failed
+        raise ConfigError(
+            path=path,
+            expected="an output of embeddings [N, D]: one vector per image",
+            got=shapes,
+            remedy="export the network without what follows its embedding",
+        )
 
     def start(
         self, images: npt.NDArray[np.uint8], views: Sequence[View]
@@ -85,6 +159,38 @@ class OnnxEmbedder(Embedder):
         """Begin to embed faces in some views; the function returned waits for the embeddings."""
         wait = super().start(images, views)
         return wait if self.device == "cpu" else self._pool.submit(wait).result
+
+
+def _flat(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """[N, D] of [N, D, 1, 1]."""
+    return array.reshape(array.shape[:2]) if array.shape[2:] == (1, 1) else array
+
+
+def _choose_output(fits: Mapping[str, npt.NDArray[Any]], path: Path) -> str:
+    named = [name for name in fits if _EMBEDDING.search(name)]
+    for names in (list(fits), named):
+        if len(names) == 1:
+            return names[0]
+    raise ConfigError(
+        "has several outputs that could be its embeddings",
+        path=path,
+        expected="one",
+        got=", ".join(f"{name} {list(array.shape)}" for name, array in fits.items()),
+        remedy=f"name one, for example --output {next(iter(fits))}",
+    )
+
+
+def _without_cuda(asked: str, path: Path) -> str:
+    """``cpu``, or an error if CUDA was asked for: onnxruntime has it and could not load it."""
+    reason = "onnxruntime could not load CUDA (its own libraries, cuDNN or the driver are missing)"
+    if asked != "auto":
+        raise ConfigError(
+            f"--device {asked}: {reason}",
+            path=path,
+            remedy="install what onnxruntime-gpu needs, or use --device cpu",
+        )
+    log_rank0(f"{path}: {reason}: the network runs on the CPU")
+    return "cpu"
 
 
 def _device(runtime: Any, device: str) -> str:
@@ -168,10 +274,8 @@ def weight_files(path: Path) -> dict[str, int]:
     except Exception as error:
         got, remedy = f"a file that cannot be parsed: {error}", "get it again"
         raise ConfigError(path=path, expected="an ONNX network", got=got, remedy=remedy) from error
-    tensors = [*_graph_tensors(model.graph)]
-    tensors += [t for function in model.functions for t in _node_tensors(function.node)]
     sizes: dict[str, int] = {}
-    for tensor in tensors:
+    for tensor in _tensors(model):
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
             fields = {entry.key: entry.value for entry in tensor.external_data}
             name = fields.get("location", "")
@@ -183,18 +287,16 @@ def weight_files(path: Path) -> dict[str, int]:
     return dict(sorted(sizes.items()))
 
 
-def _graph_tensors(graph: Any) -> Iterator[Any]:
-    yield from graph.initializer
-    yield from _node_tensors(graph.node)
-
-
-def _node_tensors(nodes: Any) -> Iterator[Any]:
-    for node in nodes:
-        for attribute in node.attribute:
-            yield attribute.t
-            yield from attribute.tensors
-            for graph in (attribute.g, *attribute.graphs):
-                yield from _graph_tensors(graph)
+def _tensors(message: Any) -> Iterator[Any]:
+    """Every tensor in a message, in whatever field, graph or function it is."""
+    for field, value in message.ListFields():
+        if field.message_type is None:
+            continue
+        for item in value if isinstance(value, Sequence) else (value,):
+            if field.message_type.name == "TensorProto":
+                yield item
+            else:
+                yield from _tensors(item)
 
 
 def _weight_file(path: Path, name: str, size: int) -> Path:

@@ -1,7 +1,7 @@
 """The spec of a cache: every number and digest that decides its bytes."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -75,23 +75,66 @@ _PRESETS: dict[str, tuple[_Channels, _Channels]] = {
         (0.229 * 255, 0.224 * 255, 0.225 * 255),
     ),
     "raw": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+    "unit": ((0.0, 0.0, 0.0), (255.0, 255.0, 255.0)),
+    "div128": ((127.5, 127.5, 127.5), (128.0, 128.0, 128.0)),
 }
+PRESETS = tuple(_PRESETS)
 
 
 def preprocess_preset(name: str, *, bgr: bool = False) -> Preprocess:
-    """Preset ``arcface`` ((x/255 - 0.5)/0.5), ``imagenet`` (its mean and std) or ``raw`` (0..255).
+    """Preprocessing by name.
+
+    ``arcface`` is (x/255 - 0.5)/0.5, ``imagenet`` its mean and deviation, ``raw`` 0..255, ``unit``
+    x/255, and ``div128`` (x - 127.5)/128, for a pixel x of 0 to 255.
 
     Raises:
         ConfigError: if the name is unknown.
     """
     if name not in _PRESETS:
-        raise ConfigError(
-            f"preprocess: expected arcface, imagenet or raw, got {name!r}; choose one of the three"
-        )
+        raise ConfigError(f"preprocess: expected one of {', '.join(PRESETS)}, got {name!r}")
     (r, g, b), (r_std, g_std, b_std) = _PRESETS[name]
     if bgr:
         return Preprocess(name, (b, g, r), (b_std, g_std, r_std), bgr)
     return Preprocess(name, (r, g, b), (r_std, g_std, b_std), bgr)
+
+
+def custom_preprocess(
+    mean: Sequence[float], std: Sequence[float], *, pixel_max: float = 255.0, bgr: bool = False
+) -> Preprocess:
+    """Preprocessing ``(pixel - mean) / std`` of pixels 0 to ``pixel_max``, one value or three each.
+
+    Three values are in the order of the input's channels.
+
+    Raises:
+        ConfigError: for another number of values, or one that is not finite, or not positive.
+    """
+    for option, values, least in (
+        ("--mean", mean, -math.inf),
+        ("--std", std, 0.0),
+        ("--pixel-max", (pixel_max,), 0.0),
+    ):
+        if len(values) not in (1, 3) or not all(least < v < math.inf for v in values):
+            raise ConfigError(
+                expected=f"one or three numbers for {option}" + (", above 0" if not least else ""),
+                got=", ".join(f"{value:g}" for value in values) or "none",
+            )
+    scale = 255.0 / pixel_max
+    (m0, m1, m2), (s0, s1, s2) = (
+        [value * scale for value in (list(values) * 3 if len(values) == 1 else values)]
+        for values in (mean, std)
+    )
+    return Preprocess("custom", (m0, m1, m2), (s0, s1, s2), bgr)
+
+
+def preprocess_options(preprocess: Preprocess) -> str:
+    """The options of the command line that choose a preprocessing."""
+    bgr = " --bgr" * preprocess.bgr
+    if preprocess.name in _PRESETS:
+        return f"--preprocess {preprocess.name}{bgr}"
+    mean, std = (
+        ",".join(f"{v:.9g}" for v in values) for values in (preprocess.mean, preprocess.std)
+    )
+    return f"--mean {mean} --std {std}{bgr}"
 
 
 class TeacherSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):

@@ -1,6 +1,8 @@
 """Teachers from ONNX files: what is read, what is refused, and files with their weights outside."""
 
+import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from gkd.storage.errors import ConfigError, GkdError
 from gkd.storage.util.files import sha256_file
 from tests.paths import SHARED_DATA, needs_shared_data
 from tests.pipeline.teacher.channel_means import ARCFACE, images, means_by_hand
+from tests.processes import running
 
 
 def write_onnx(
@@ -99,11 +102,126 @@ def test_batches_asked_of_another_device_are_the_same(
         np.testing.assert_array_equal(found["flipped"], embedder(batch[:, :, ::-1]))
 
 
-def test_an_output_that_is_no_vector_is_refused(tmp_path: Path) -> None:
+def write_graph(
+    path: Path,
+    nodes: list[Any],
+    outputs: list[str],
+    initializers: dict[str, "np.ndarray[Any, Any]"],
+    batch: int | str = "n",
+) -> Path:
+    """A network of channel means ``pooled`` [N, 3] and what ``nodes`` make of them."""
+    means = [
+        helper.make_node("GlobalAveragePool", ["in"], ["maps"]),
+        helper.make_node("Flatten", ["maps"], ["pooled"]),
+    ]
+    shape = [batch, 3, 112, 112]
+    graph = helper.make_graph(
+        [*means, *nodes],
+        "means",
+        [helper.make_tensor_value_info("in", TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in outputs],
+        [numpy_helper.from_array(value, name) for name, value in initializers.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
+    onnx.save(model, path)
+    return path
+
+
+def test_a_map_of_one_pixel_is_a_vector(tmp_path: Path) -> None:
     path = write_onnx(tmp_path / "map.onnx", ["n", 3, 112, 112], keep=True)
-    message = r"map: expected embeddings \[1, D\] for 1 images, got shape \[1, 3, 1, 1\]"
-    with pytest.raises(GkdError, match=message):
+    embedder = OnnxEmbedder(path, ARCFACE)
+    np.testing.assert_allclose(embedder(images(5)), means_by_hand(images(5)), atol=1e-5)
+
+
+def test_an_output_that_is_no_vector_is_refused(tmp_path: Path) -> None:
+    sums = [helper.make_node("ReduceL2", ["pooled"], ["length"], axes=[1], keepdims=1)]
+    path = write_graph(tmp_path / "length.onnx", sums, ["length", "maps2"][:1], {})
+    with pytest.raises(ConfigError, match=r"expected an output of embeddings \[N, D\].*got length"):
         OnnxEmbedder(path, ARCFACE)
+
+
+NORM = helper.make_node("ReduceL2", ["pooled"], ["norm"], axes=[1], keepdims=1)
+
+
+@pytest.mark.parametrize("outputs", [["norm", "unit"], ["unit", "norm"]])
+def test_the_length_is_never_the_embedding(tmp_path: Path, outputs: list[str]) -> None:
+    nodes = [NORM, helper.make_node("Div", ["pooled", "norm"], ["unit"])]
+    embedder = OnnxEmbedder(write_graph(tmp_path / "a.onnx", nodes, outputs, {}), ARCFACE)
+    assert embedder.embedding_dim == 3
+    np.testing.assert_allclose(np.linalg.norm(embedder(images(4)), axis=1), 1, atol=1e-5)
+
+
+def test_of_several_vectors_one_is_chosen_by_name_or_asked_for(tmp_path: Path) -> None:
+    double = helper.make_node("Add", ["pooled", "pooled"], ["double"])
+    feature = helper.make_node("Identity", ["pooled"], ["feature"])
+    path = write_graph(tmp_path / "a.onnx", [double, feature], ["double", "feature"], {})
+    expected = means_by_hand(images(3))
+    np.testing.assert_allclose(OnnxEmbedder(path, ARCFACE)(images(3)), expected, atol=1e-5)
+    asked = OnnxEmbedder(path, ARCFACE, output="double")
+    assert asked.arch == "onnx:double"
+    np.testing.assert_allclose(asked(images(3)), 2 * expected, atol=1e-5)
+    with pytest.raises(ConfigError, match="--output out: expected one of double, feature, got out"):
+        OnnxEmbedder(path, ARCFACE, output="out")
+    path = write_graph(tmp_path / "b.onnx", [double], ["double", "pooled"], {})
+    with pytest.raises(ConfigError, match=r"got double \[3, 3\], pooled .*--output double"):
+        OnnxEmbedder(path, ARCFACE)
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_a_batch_that_was_traced_as_a_constant_is_served_in_that_size(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], size: int
+) -> None:
+    reshape = helper.make_node("Reshape", ["pooled", "shape"], ["out"])
+    shape = {"shape": np.array([size, 3], np.int64)}
+    path = write_graph(tmp_path / "constant.onnx", [reshape], ["out"], shape)
+    embedder = OnnxEmbedder(path, ARCFACE)
+    assert f"declares batches of any size and takes {size} alone" in capsys.readouterr().err
+    np.testing.assert_allclose(embedder(images(6)), means_by_hand(images(6)), atol=1e-5)
+
+
+def test_a_network_that_fails_ends_in_one_message(tmp_path: Path) -> None:
+    reshape = helper.make_node("Reshape", ["pooled", "shape"], ["out"])
+    shape = {"shape": np.array([7, 5], np.int64)}
+    path = write_graph(tmp_path / "broken.onnx", [reshape], ["out"], shape)
+    with pytest.raises(GkdError, match=r"broken: the network fails on 3 images: .*Reshape"):
+        OnnxEmbedder(path, ARCFACE)
+
+
+def endless(path: Path) -> Path:
+    """A network that counts to 2^60 before it answers."""
+    body = helper.make_graph(
+        [
+            helper.make_node("Identity", ["go"], ["go_on"]),
+            helper.make_node("Identity", ["value"], ["next"]),
+        ],
+        "body",
+        [
+            helper.make_tensor_value_info("number", TensorProto.INT64, []),
+            helper.make_tensor_value_info("go", TensorProto.BOOL, []),
+            helper.make_tensor_value_info("value", TensorProto.FLOAT, None),
+        ],
+        [
+            helper.make_tensor_value_info("go_on", TensorProto.BOOL, []),
+            helper.make_tensor_value_info("next", TensorProto.FLOAT, None),
+        ],
+    )
+    loop = helper.make_node("Loop", ["count", "yes", "pooled"], ["out"], body=body)
+    constants = {"count": np.array(2**60), "yes": np.array(True)}
+    return write_graph(path, [loop], ["out"], constants)
+
+
+def embed_for_ever(path: Path) -> None:
+    print("begun", file=sys.stderr, flush=True)
+    OnnxEmbedder(path, ARCFACE)
+
+
+def test_a_signal_ends_a_network_that_runs_for_ever(tmp_path: Path) -> None:
+    with running(embed_for_ever, endless(tmp_path / "endless.onnx")) as process:
+        while "begun" not in process.err:
+            time.sleep(0.02)
+        time.sleep(0.3)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=20) != 0
 
 
 def test_files_that_are_no_network_are_refused(tmp_path: Path) -> None:
