@@ -1,10 +1,18 @@
+import math
 from typing import Any
 
 import msgspec
 import numpy as np
 import pytest
 
-from gkd.storage.cache.spec import CacheSpec, DrawsSpec, preprocess_preset
+from gkd.storage.cache.spec import (
+    PRESETS,
+    CacheSpec,
+    DrawsSpec,
+    custom_preprocess,
+    preprocess_options,
+    preprocess_preset,
+)
 from gkd.storage.errors import ConfigError
 from tests.caches import make_spec
 
@@ -69,5 +77,38 @@ def test_presets_normalise_as_their_names_say(bgr: bool) -> None:
 
 
 def test_an_unknown_preset_is_refused() -> None:
-    with pytest.raises(ConfigError, match="expected arcface, imagenet or raw, got 'caffe'"):
+    with pytest.raises(ConfigError, match=r"expected one of arcface, .*, got 'caffe'"):
         preprocess_preset("caffe")
+
+
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("bgr", [False, True])
+def test_options_choose_the_preprocessing_that_they_describe(name: str, bgr: bool) -> None:
+    preset = preprocess_preset(name, bgr=bgr)
+    assert preprocess_options(preset) == f"--preprocess {name}" + " --bgr" * bgr
+    custom = msgspec.structs.replace(preset, name="custom")
+    words = preprocess_options(custom).split()
+    mean, std = (tuple(map(float, words[i].split(","))) for i in (1, 3))
+    again = custom_preprocess(mean, std, bgr="--bgr" in words)
+    np.testing.assert_allclose(again.mean + again.std, custom.mean + custom.std, rtol=1e-8)
+
+
+def test_means_of_pixels_up_to_one_are_those_of_pixels_up_to_255() -> None:
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    given = custom_preprocess(mean, std, pixel_max=1.0)
+    preset = preprocess_preset("imagenet")
+    np.testing.assert_allclose(given.mean + given.std, preset.mean + preset.std)
+    assert custom_preprocess([0.5], [0.5], pixel_max=1.0).mean == (127.5, 127.5, 127.5)
+
+
+@pytest.mark.parametrize(
+    ("mean", "std", "message"),
+    [
+        ([1.0, 2.0], [1.0], "one or three numbers for --mean, got 1, 2"),
+        ([0.0], [0.0], "one or three numbers for --std, above 0, got 0"),
+        ([math.nan], [1.0], "for --mean, got nan"),
+    ],
+)
+def test_impossible_ranges_are_refused(mean: list[float], std: list[float], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        custom_preprocess(mean, std)
