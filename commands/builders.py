@@ -50,11 +50,14 @@ def preprocess_from_options(options: Mapping[str, Any]) -> "Preprocess":
     from gkd.storage.cache.spec import custom_preprocess, preprocess_preset
 
     mean, std = options["mean"], options["std"]
+    source = click.get_current_context().get_parameter_source
     if not mean and not std:
+        if source("pixel_max") is ParameterSource.COMMANDLINE:
+            raise click.UsageError("--pixel-max goes with --mean and --std")
         return preprocess_preset(options["preset"], bgr=options["bgr"])
     if not mean or not std:
         raise click.UsageError("--mean and --std go together")
-    if click.get_current_context().get_parameter_source("preset") is ParameterSource.COMMANDLINE:
+    if source("preset") is ParameterSource.COMMANDLINE:
         raise click.UsageError("--mean and --std exclude --preprocess")
     return custom_preprocess(mean, std, pixel_max=options["pixel_max"], bgr=options["bgr"])
 

@@ -65,7 +65,9 @@ def evaluate(
     store = None
     if not no_cache:
         folder = cache or default_embeddings()
-        store = EmbeddingCache(folder, embed.sha256, embed.preprocess, embed.precision)
+        store = EmbeddingCache(
+            folder, f"{embed.sha256} {embed.arch}", embed.preprocess, embed.precision
+        )
     loaded = [load_set(path) for path in sets]
     results = [evaluate_set(embed, data, batch_size=batch_size, store=store) for data in loaded]
     if plot:

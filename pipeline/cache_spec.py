@@ -41,7 +41,7 @@ def cache_spec(
 ) -> CacheSpec:
     """The spec of a cache of all images of a data set."""
     packages = ["gkd", "torch", "numpy", "zarr"]
-    packages += ["onnxruntime"] if embedder.arch == "onnx" else []
+    packages += ["onnxruntime"] if embedder.arch.partition(":")[0] == "onnx" else []
     return CacheSpec(
         num_samples=dataset.num_images,
         num_classes=dataset.num_classes,

@@ -27,7 +27,8 @@ from gkd.storage.util.torch_device import Precision, own_cuda
 from gkd.storage.util.torchrun_env import log_rank0, usable_cores
 
 # Batch sizes of networks that declare any.
-PROBED = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+PROBED = (*range(1, 11), 12, 16, 20, 24, 32, 48, 64, 96, 100, 128, 256)
+MAX_BATCH = 4096
 _EMBEDDING = re.compile(r"(?i)embed|feat|fc1")
 
 
@@ -74,6 +75,7 @@ class OnnxEmbedder(Embedder):
             self.device = _without_cuda(device, path)
         self._input, self._fixed_batch, self._dtype = _image_input(self._session, path)
         self._pool, self._runs = ThreadPoolExecutor(IN_FLIGHT), ThreadPoolExecutor(IN_FLIGHT)
+        self._live: set[Any] = set()  # options of the runs that have not ended
         self.arch = "onnx" if output is None else f"onnx:{output}"
         self._output = self._probe(path, output)
         self.embedding_dim = probe_embedding_dim(self)
@@ -98,6 +100,7 @@ class OnnxEmbedder(Embedder):
             GkdError: if it fails.
         """
         options = self._new_options()
+        self._live.add(options)
         run = self._runs.submit(self._session.run, outputs, {self._input: pixels}, options)
         try:
             return [np.asarray(array) for array in run.result()]
@@ -108,8 +111,14 @@ class OnnxEmbedder(Embedder):
                 remedy="export it again with a batch axis of any size",
             ) from error
         except BaseException:
-            options.terminate = True
+            self._terminate()
             raise
+        finally:
+            self._live.discard(options)
+
+    def _terminate(self) -> None:
+        for options in list(self._live):
+            options.terminate = True
 
     def _probe(self, path: Path, asked: str | None) -> str:
         """Find the batch size that the network takes, and the output that is the embedding."""
@@ -118,31 +127,35 @@ class OnnxEmbedder(Embedder):
             raise ConfigError(
                 f"--output {asked}", path=path, expected=f"one of {', '.join(names)}", got=asked
             )
-        sizes = (self._fixed_batch,) if self._fixed_batch else (3, *PROBED)
         failed: Exception | None = None
-        for size in sizes:
+
+        def fitting(size: int) -> Mapping[str, npt.NDArray[Any]]:
+            """Outputs that are one vector for each of so many images."""
+            nonlocal failed
             pixels = np.full((size, FACE_SIZE, FACE_SIZE, 3), 127, np.uint8)
-            pixels[::2] = 96
             inputs = self.preprocess.apply(pixels).astype(self._dtype, copy=False)
             try:
-                arrays = dict(zip(names, self._run(inputs, names), strict=True))
+                arrays = dict(zip(names, map(_flat, self._run(inputs, names)), strict=True))
             except GkdError as error:
                 failed = failed or error
-                continue
-            fits = {
-                name: array
-                for name, array in arrays.items()
-                if (found := _flat(array)).ndim == 2 and len(found) == size and found.shape[1] > 1
-            }
-            if fits and (asked is None or asked in fits):
-                if self._fixed_batch is None and size != 3:
+                return {}
+            found = {n: a for n, a in arrays.items() if a.ndim == 2 and len(a) == size < a.size}
+            return found if asked is None or asked in found else {}
+
+        if self._fixed_batch is not None:
+            fits = fitting(self._fixed_batch)
+        elif not ((fits := fitting(3)) and fitting(2)):
+            for size in PROBED:
+                if fits := fitting(size):
                     log_rank0(
                         f"{path}: declares batches of any size and takes {size} alone: it is run "
                         f"on {size} images at a time, which is slow; export it with a batch axis "
                         "of any size"
                     )
                     self._fixed_batch = size
-                return asked or _choose_output(fits, path)
+                    break
+        if fits:
+            return asked or _choose_output(fits, path)
         shapes = ", ".join(f"{o.name} {o.shape}" for o in self._session.get_outputs())
         if failed is not None:
             raise failed
@@ -158,7 +171,18 @@ class OnnxEmbedder(Embedder):
     ) -> Callable[[], Embeddings]:
         """Begin to embed faces in some views; the function returned waits for the embeddings."""
         wait = super().start(images, views)
-        return wait if self.device == "cpu" else self._pool.submit(wait).result
+        if self.device == "cpu":
+            return wait
+        begun = self._pool.submit(wait)
+
+        def finish() -> Embeddings:
+            try:
+                return begun.result()
+            except BaseException:  # a signal among them, which this thread alone hears
+                self._terminate()
+                raise
+
+        return finish
 
 
 def _flat(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
@@ -209,13 +233,14 @@ def _device(runtime: Any, device: str) -> str:
 def _session(runtime: Any, path: Path, device: str, threads: int) -> Any:
     options = runtime.SessionOptions()
     options.intra_op_num_threads = threads
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # what is fatal; errors are raised
     providers: list[Any] = ["CPUExecutionProvider"]
     if device.startswith("cuda"):
         index = int(device.partition(":")[2] or 0)
         providers.insert(0, ("CUDAExecutionProvider", {"device_id": index}))
     try:
-        return runtime.InferenceSession(str(path), options, providers=providers)
+        # Without fallback: it would run on the CPU in silence where a GPU fails.
+        return runtime.InferenceSession(str(path), options, providers=providers, enable_fallback=0)
     # onnxruntime's errors have no common base class.
     except Exception as error:
         reason = str(error).splitlines()[0]
@@ -244,6 +269,13 @@ def _image_input(session: Any, path: Path) -> tuple[str, int | None, npt.DTypeLi
             remedy=f"export the network with {'its channels first' if last else 'such an input'}",
         )
     fixed = shape[0] if isinstance(shape[0], int) and shape[0] > 0 else None
+    if fixed is not None and fixed > MAX_BATCH:
+        raise ConfigError(
+            path=path,
+            expected=f"a batch of at most {MAX_BATCH:,} images",
+            got=f"a fixed one of {fixed:,}",
+            remedy="export the network with a batch axis of any size",
+        )
     return inputs[0].name, fixed, types[inputs[0].type]
 
 

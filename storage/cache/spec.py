@@ -123,6 +123,12 @@ def custom_preprocess(
         [value * scale for value in (list(values) * 3 if len(values) == 1 else values)]
         for values in (mean, std)
     )
+    if not all(math.isfinite(value / std) for value in (m0, m1, m2, 255.0) for std in (s0, s1, s2)):
+        raise ConfigError(
+            "--mean, --std and --pixel-max",
+            expected="values that turn pixels into finite numbers",
+            got=f"a mean of {m0:g} and a deviation of {s0:g} for pixels of 0 to 255",
+        )
     return Preprocess("custom", (m0, m1, m2), (s0, s1, s2), bgr)
 
 

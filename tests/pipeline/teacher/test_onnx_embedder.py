@@ -167,7 +167,7 @@ def test_of_several_vectors_one_is_chosen_by_name_or_asked_for(tmp_path: Path) -
         OnnxEmbedder(path, ARCFACE)
 
 
-@pytest.mark.parametrize("size", [1, 4])
+@pytest.mark.parametrize("size", [1, 3, 5])
 def test_a_batch_that_was_traced_as_a_constant_is_served_in_that_size(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], size: int
 ) -> None:
@@ -331,3 +331,9 @@ def test_the_number_of_threads_does_not_change_a_bit() -> None:
     )
     for other in others:
         np.testing.assert_array_equal(one, other)
+
+
+def test_a_claimed_batch_takes_no_memory(tmp_path: Path) -> None:
+    path = write_onnx(tmp_path / "huge.onnx", [1_000_000, 3, 112, 112])
+    with pytest.raises(ConfigError, match="a batch of at most 4,096 images, got a fixed one of 1,"):
+        OnnxEmbedder(path, ARCFACE)
