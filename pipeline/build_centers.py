@@ -97,7 +97,12 @@ def build_centers(
         for path in (out, work_path(out)):
             delete_temporaries(path.parent, path.name)
         store = EmbeddingStore(
-            work_path(out), records, embedder, PART_SAMPLES, skip_corrupt=skip_corrupt
+            work_path(out),
+            records,
+            embedder,
+            PART_SAMPLES,
+            batch_size=batch_size,
+            skip_corrupt=skip_corrupt,
         )
         if missing := store.missing():
             store.require_room()
@@ -105,7 +110,7 @@ def build_centers(
                 check_preprocessing(records, embedder, VIEWS, workers=workers)
             done = len(records) - store.sharding.count_rows(missing)
             with progress("run teacher", len(records), "images", done) as advance:
-                store.fill(missing, advance, batch_size=batch_size, workers=workers)
+                store.fill(missing, advance, workers=workers)
         parts = range(store.sharding.num_shards)
         images = sum(len(store.load(part, []).kept) for part in parts)
         array = class_means(

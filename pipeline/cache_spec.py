@@ -2,6 +2,9 @@
 
 from importlib.metadata import version
 
+import msgspec
+
+from gkd.pipeline.embed import default_batch_size
 from gkd.pipeline.settings import PartitionSettings
 from gkd.pipeline.teacher.embedder import Embedder
 from gkd.storage.cache.spec import CacheSpec, CentersSpec, DatasetSpec, TeacherSpec, View
@@ -17,6 +20,12 @@ def teacher_spec(embedder: Embedder) -> TeacherSpec:
         embedder.embedding_dim,
         compiled=embedder.compiled,
     )
+
+
+def recorded_batch_size(embedder: Embedder, batch_size: int | None) -> int | msgspec.UnsetType:
+    """The batch size if it decides the last bits of embeddings: not on a CPU."""
+    on_cpu = embedder.device == "cpu"
+    return msgspec.UNSET if on_cpu else batch_size or default_batch_size(embedder)
 
 
 def dataset_spec(records: Records) -> DatasetSpec:
@@ -38,6 +47,7 @@ def cache_spec(
     *,
     views: tuple[View, ...],
     shard_samples: int,
+    batch_size: int | None,
 ) -> CacheSpec:
     """The spec of a cache of all images of a data set."""
     packages = ["gkd", "torch", "numpy", "zarr"]
@@ -56,6 +66,7 @@ def cache_spec(
         preprocess=embedder.preprocess,
         pixels="opencv",
         precision=embedder.precision,
+        batch_size=recorded_batch_size(embedder, batch_size),
         teacher=teacher_spec(embedder),
         centers=centers,
         dataset=dataset,

@@ -1,6 +1,7 @@
 """A folder that keeps a teacher's embeddings until what is made of them is finished."""
 
 import io
+import shlex
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -10,7 +11,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from gkd.pipeline.cache_spec import dataset_spec, teacher_spec
+from gkd.pipeline.cache_spec import dataset_spec, recorded_batch_size, teacher_spec
 from gkd.pipeline.embed import (
     EmbeddedBatch,
     default_batch_size,
@@ -21,7 +22,15 @@ from gkd.pipeline.embed import (
 )
 from gkd.pipeline.resume_check import ImageDigests, require_same_images
 from gkd.pipeline.teacher.embedder import Embedder
-from gkd.storage.cache.spec import VIEWS, DatasetSpec, Preprocess, Sharding, TeacherSpec, View
+from gkd.storage.cache.spec import (
+    VIEWS,
+    DatasetSpec,
+    Preprocess,
+    Sharding,
+    TeacherSpec,
+    View,
+    resume_hints,
+)
 from gkd.storage.errors import ConfigError, CorruptRecordError, SpecMismatchError
 from gkd.storage.records.base import Records
 from gkd.storage.util.files import disk_errors, remove_dir, require_room, write_file
@@ -48,6 +57,7 @@ class EmbeddingSource(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     dataset: DatasetSpec
     shard_samples: int
     pixels: Literal["opencv"] | None = None
+    batch_size: int | msgspec.UnsetType = msgspec.UNSET
 
 
 class EmbeddingStore:
@@ -66,10 +76,12 @@ class EmbeddingStore:
         embedder: Embedder,
         shard_samples: int,
         *,
+        batch_size: int | None,
         skip_corrupt: bool,
     ) -> None:
         self.folder, self.records, self.embedder = folder, records, embedder
         self.sharding, self.skip_corrupt = Sharding(len(records), shard_samples), skip_corrupt
+        self.batch_size = batch_size or default_batch_size(embedder)
         source = EmbeddingSource(
             teacher_spec(embedder),
             embedder.preprocess,
@@ -77,6 +89,7 @@ class EmbeddingStore:
             dataset_spec(records),
             shard_samples,
             pixels="opencv",
+            batch_size=recorded_batch_size(embedder, batch_size),
         )
         settings = folder / SETTINGS
         if not settings.exists():
@@ -107,9 +120,7 @@ class EmbeddingStore:
         rows = self.sharding.count_rows(self.missing())
         require_room(self.folder, rows * len(VIEWS) * self.embedder.embedding_dim * 4)
 
-    def fill(
-        self, shards: Sequence[int], advance: Advance, *, batch_size: int | None, workers: int
-    ) -> int:
+    def fill(self, shards: Sequence[int], advance: Advance, *, workers: int) -> int:
         """Run the teacher over ``shards`` and keep its embeddings; the images that it has seen.
 
         Raises:
@@ -129,7 +140,7 @@ class EmbeddingStore:
             self.sharding,
             self.embedder,
             VIEWS,
-            batch_size=batch_size,
+            batch_size=self.batch_size,
             workers=workers,
             skip_corrupt=self.skip_corrupt,
         )
@@ -174,12 +185,11 @@ class EmbeddingStore:
         return batch
 
     def batches(
-        self, shards: Iterable[int], views: Sequence[View], batch_size: int | None
+        self, shards: Iterable[int], views: Sequence[View]
     ) -> Generator[EmbeddedBatch, None, None]:
         """The kept embeddings of shards, in the batches that the teacher would give them in."""
         for shard in shards:
-            size = batch_size or default_batch_size(self.embedder)
-            yield from split_batch(self.load(shard, views), size)
+            yield from split_batch(self.load(shard, views), self.batch_size)
 
     def remove(self) -> None:
         """Delete the folder."""
@@ -215,14 +225,15 @@ def _require_same(path: Path, source: EmbeddingSource) -> None:
         kept = msgspec.json.decode(read_small(path, follow_links=False), type=EmbeddingSource)
     except msgspec.DecodeError as error:
         raise ConfigError(
-            f"{path}: expected the settings of kept embeddings, got {error}; delete "
-            f"{path.parent} to start again"
+            f"{path}: expected the settings of kept embeddings, got {error}; start again "
+            f"after rm -r {shlex.quote(str(path.parent))}"
         ) from error
     differences = describe_differences(kept, source, old_name="kept", new_name="this run")
     if differences:
         raise SpecMismatchError(
             f"{path.parent} keeps embeddings of another run:\n  "
             + "\n  ".join(differences)
-            + f"\nGive the settings of that run to resume it, or delete {path.parent} to start "
-            "again."
+            + resume_hints(differences)
+            + "\nGive the settings of that run to resume it, or start again after "
+            f"rm -r {shlex.quote(str(path.parent))}"
         )

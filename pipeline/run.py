@@ -183,6 +183,7 @@ class _Run:
             self.records,
             self.embedder,
             self.sharding.shard_samples,
+            batch_size=self.settings.batch_size,
             skip_corrupt=self.settings.skip_corrupt,
         )
         embedded = self._embed_all(store)
@@ -202,9 +203,7 @@ class _Run:
             return 0
         store.require_room()
         with self._progress("run teacher", missing) as advance:
-            return store.fill(
-                missing, advance, batch_size=settings.batch_size, workers=settings.workers
-            )
+            return store.fill(missing, advance, workers=settings.workers)
 
     def _average(self, store: EmbeddingStore) -> None:
         batches = (store.load(shard, VIEWS) for shard in range(self.sharding.num_shards))
@@ -296,7 +295,7 @@ class _Run:
         """Embeddings of shards, kept ones or new ones."""
         settings = self.settings
         if store is not None:
-            return store.batches(shards, settings.views, settings.batch_size)
+            return store.batches(shards, settings.views)
         return embed_shards(
             self.records,
             shards,
@@ -327,6 +326,7 @@ class _Run:
             self.settings.partition,
             views=self.settings.views,
             shard_samples=self.sharding.shard_samples,
+            batch_size=self.settings.batch_size,
         )
 
     def _progress(self, what: str, left: Sequence[int]) -> AbstractContextManager[Advance]:

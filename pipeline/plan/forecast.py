@@ -183,6 +183,7 @@ def plan(
         config.partition,
         views=config.views,
         shard_samples=config.samples_per_shard(len(records)),
+        batch_size=batch_size,
     )
     points = []
     keys = list(product(settings.group_temperatures, settings.thresholds))

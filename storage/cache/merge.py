@@ -32,7 +32,7 @@ from gkd.storage.util.text import describe_differences, first_few
 # Fields in which merged caches may differ.
 _FREE_FIELDS = (
     *NAME_FIELDS,
-    *("num_samples", "shard_samples", "derived"),
+    *("num_samples", "shard_samples", "batch_size", "derived"),
     *("dataset.num_images", "dataset.num_classes", "dataset.fingerprint"),
 )
 _EXAMPLES = 3
@@ -103,6 +103,7 @@ def merged_spec(caches: Sequence[Cache]) -> CacheSpec:
     return msgspec.structs.replace(
         first.spec,
         num_samples=sum(cache.spec.num_samples for cache in caches),
+        batch_size=msgspec.UNSET,
         shard_samples=max(cache.spec.shard_samples for cache in caches),
         dataset=DatasetSpec(
             name="+".join(dict.fromkeys(dataset.name for dataset in datasets)),

@@ -22,6 +22,12 @@ MAX_GROUP = 65535
 MAX_SHARD_NUMBERS = 1 << 26  # of a shard and view in one chunk, apart from the entries
 # What does not decide a cache's arrays: names (a sha256 identifies each thing) and versions.
 NAME_FIELDS = ("software", "teacher.name", "centers.name", "dataset.name")
+# Why a run differs in a field from what it would resume, where the values do not tell.
+_RESUME_HINTS = {
+    "pixels": "It was begun by an older version, which ignored the EXIF orientation of images.",
+    "batch_size": "A GPU's results depend on its batch size, which a CPU's do not have: resume "
+    "on the same kind of device, with that --batch-size.",
+}
 View = Literal["original", "flipped"]
 VIEWS: tuple[View, ...] = ("original", "flipped")
 CentersKind = Literal["file", "class-mean", "refined"]
@@ -242,9 +248,9 @@ class CacheSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """Attributes of a cache's root group (format 1), see ``storage/FORMAT.md``.
 
     Only a cache that was made from other caches has ``derived``. ``pixels`` is the rule by which
-    images were decoded; caches without it ignored EXIF orientations. Two runs with equal specs,
-    apart from ``software``, write equal bytes on one kind of device and with one batch size, which
-    may change a teacher's last bits.
+    images were decoded; caches without it ignored EXIF orientations. ``batch_size`` is that of an
+    accelerator, where it may change a teacher's last bits; JSON omits it for a CPU. Two runs with
+    equal specs, apart from ``software``, write equal bytes on one kind of device.
     """
 
     format: int = FORMAT
@@ -261,6 +267,7 @@ class CacheSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     preprocess: Preprocess
     pixels: Literal["opencv"] | msgspec.UnsetType = msgspec.UNSET
     precision: Precision
+    batch_size: int | msgspec.UnsetType = msgspec.UNSET
     teacher: TeacherSpec
     centers: CentersSpec
     dataset: DatasetSpec
@@ -285,6 +292,7 @@ class CacheSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
                 1 <= self.shard_samples <= 2**24
                 and self.shard_samples * max(len(self.temperatures), draws) <= MAX_SHARD_NUMBERS,
             ),
+            "batch_size": ("1 or more", self.batch_size is msgspec.UNSET or self.batch_size >= 1),
             "max_group": ("1 to 65535", 1 <= self.max_group <= MAX_GROUP),
             "threshold": ("0 to 1", 0 <= self.threshold <= 1),
             "group_temperature": (positive, _positive(self.group_temperature)),
@@ -324,6 +332,15 @@ class CacheSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     def shard_rows(self, shard: int) -> range:
         """Rows of the data set that a shard holds."""
         return self.sharding.rows(shard)
+
+
+def resume_hints(differences: Iterable[str]) -> str:
+    """Why lines of ``describe_differences`` keep a run from resuming, a line each."""
+    return "".join(
+        f"\n{_RESUME_HINTS[field]}"
+        for field in (line.partition(":")[0] for line in differences)
+        if field in _RESUME_HINTS
+    )
 
 
 def _positive(number: float) -> bool:

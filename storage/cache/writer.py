@@ -14,7 +14,7 @@ from gkd.storage.cache import layout
 from gkd.storage.cache.layout import ArrayLayout, Commit, ViewRecord, file_record
 from gkd.storage.cache.metadata import read_commit, read_spec
 from gkd.storage.cache.samples import ShardSamples, write_samples
-from gkd.storage.cache.spec import NAME_FIELDS, CacheSpec, View
+from gkd.storage.cache.spec import NAME_FIELDS, CacheSpec, View, resume_hints
 from gkd.storage.cache.targets import SparseTargets
 from gkd.storage.errors import (
     ConfigError,
@@ -238,7 +238,9 @@ def _require_same_spec(
     )
     if differences:
         raise SpecMismatchError(
-            "a cache made with other settings:\n  " + "\n  ".join(sorted(differences)),
+            "a cache made with other settings:\n  "
+            + "\n  ".join(sorted(differences))
+            + resume_hints(differences),
             path=path,
             remedy="use the cache's settings to resume it, or choose another folder",
         )

@@ -67,9 +67,8 @@ def describe_differences(
     for field in ours | theirs:
         pair = ours.get(field, _ABSENT), theirs.get(field, _ABSENT)
         if pair[0] != pair[1]:
-            first, second = map(_format, pair)
-            if first == second:
-                first, second = map(repr, pair)
+            written = (tuple(_format(v, digits) for v in pair) for digits in (6, 9, 17))
+            first, second = next((w for w in written if w[0] != w[1]), tuple(map(repr, pair)))
             lines.append(f"{field}: {old_name} {first}, {new_name} {second}")
     return lines
 
@@ -84,11 +83,11 @@ def _flatten(value: Any, ignore: Collection[str], name: str = "") -> Iterator[tu
         yield from _flatten(inner, ignore, f"{name}.{key}" if name else str(key))
 
 
-def _format(value: object) -> str:
+def _format(value: object, digits: int) -> str:
     if value is _ABSENT:
         return "nothing"
     if isinstance(value, float):
-        return f"{value:.6g}"
+        return f"{value:.{digits}g}"
     if isinstance(value, list | tuple):
-        return f"[{', '.join(map(_format, value))}]"
+        return f"[{', '.join(_format(item, digits) for item in value)}]"
     return str(value)

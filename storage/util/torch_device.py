@@ -38,7 +38,8 @@ def resolve_device(device: str, *, option: str = "--device") -> str:
         torch.empty(0, device=device)
         if torch.device(device).type == "cpu":
             return "cpu"
-        torch.get_device_module(device)
+        if not hasattr(torch.get_device_module(device), "Stream"):  # Apple's "mps"
+            raise RuntimeError("torch has no streams on it")
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(
             option,

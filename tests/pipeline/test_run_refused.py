@@ -1,19 +1,26 @@
 """What a run refuses: invalid settings, records, centres and embeddings, and a full disk."""
 
+import shlex
 import shutil
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 import pytest
+import torch
 
 from gkd.pipeline.centers.load import CLASS_MEAN, Centers
 from gkd.pipeline.checks.calibration import MIN_IMAGES
+from gkd.pipeline.embed import ACCELERATOR_BATCH
 from gkd.pipeline.embedding_store import work_path
 from gkd.pipeline.run import cache_teacher
 from gkd.pipeline.settings import CacheSettings
+from gkd.storage.cache.metadata import read_spec
+from gkd.storage.cache.spec import preprocess_preset
 from gkd.storage.cache.writer import CacheWriter
 from gkd.storage.errors import ConfigError, GkdError, SpecMismatchError
 from gkd.storage.records.open import open_records
@@ -97,13 +104,86 @@ def test_kept_embeddings_of_another_teacher_are_refused(folder: Path, tmp_path: 
     other = PixelEmbedder()
     other.sha256 = "1" * 64
     message = (
-        r"(?s)keeps embeddings of another run.*teacher\.sha256: kept .*delete .*cache\.gkd\.work"
+        r"(?s)keeps embeddings of another run.*teacher\.sha256: kept .*rm -r .*cache\.gkd\.work"
     )
     with pytest.raises(SpecMismatchError, match=message):
         make(folder, out, class_mean=True, embedder=other)
     (work_path(out) / "settings.json").write_bytes(b"{")
     with pytest.raises(ConfigError, match="expected the settings of kept embeddings, got"):
         make(folder, out, class_mean=True)
+
+
+def test_after_a_wrong_preprocessing_the_command_of_the_message_starts_again(
+    folder: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "my cache.gkd"
+    wrong, right = PixelEmbedder(), PixelEmbedder()
+    wrong.preprocess = preprocess_preset("imagenet")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CacheWriter, "write_shard", failing(0))
+        with pytest.raises(OSError, match="the disk is gone"):
+            make(folder, out, class_mean=True, embedder=wrong)
+    shutil.rmtree(out)
+    with pytest.raises(SpecMismatchError) as caught:
+        make(folder, out, class_mean=True, embedder=right)
+    message = str(caught.value)
+    assert "preprocess.std: kept [58.395, 57.12, 57.375], this run [127.5, 127.5, 127.5]" in message
+    subprocess.run(shlex.split(message[message.index("rm -r") :]), check=True)
+    assert make(folder, out, class_mean=True, embedder=right).samples == 35
+
+
+@pytest.mark.parametrize("class_mean", [False, True])
+@pytest.mark.parametrize(("begun", "resumed"), [(4, 5), (4, None), (None, 4)])
+def test_an_accelerators_batch_size_is_recorded_and_kept(
+    folder: Path, tmp_path: Path, class_mean: bool, begun: int | None, resumed: int | None
+) -> None:
+    out = tmp_path / "cache.gkd"
+    accelerator = PixelEmbedder()
+    accelerator.device = "accelerator"
+    first, second = (replace(SETTINGS, batch_size=size) for size in (begun, resumed))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("gkd.pipeline.run.on_device", lambda array, *_: torch.from_numpy(array))
+        patch.setattr(CacheWriter, "write_shard", failing(1))
+        with pytest.raises(OSError, match="the disk is gone"):
+            make(folder, out, class_mean=class_mean, embedder=accelerator, settings=first)
+        sizes = begun or ACCELERATOR_BATCH, resumed or ACCELERATOR_BATCH
+        message = r"batch_size: the cache has {}, this run has {}(?s:.*)A GPU's results depend on"
+        with pytest.raises(SpecMismatchError, match=message.format(*sizes)):
+            make(folder, out, class_mean=class_mean, embedder=accelerator, settings=second)
+        with pytest.raises(SpecMismatchError, match=message.format(sizes[0], "nothing")):
+            make(folder, out, class_mean=class_mean, settings=first)
+        if class_mean:  # as if the run had been killed before it
+            shutil.rmtree(out)
+            message = "batch_size: kept {}, this run {}".format(*sizes)
+            with pytest.raises(SpecMismatchError, match=message):
+                make(folder, out, class_mean=True, embedder=accelerator, settings=second)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("gkd.pipeline.run.on_device", lambda array, *_: torch.from_numpy(array))
+        make(folder, out, class_mean=class_mean, embedder=accelerator, settings=first)
+    assert read_spec(out).batch_size == sizes[0]
+
+
+def test_on_a_cpu_another_batch_size_resumes(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "cache.gkd"
+    first = make(folder, out)
+    assert make(folder, out, settings=replace(SETTINGS, batch_size=7)).cache_id == first.cache_id
+    assert b"batch_size" not in (out / "zarr.json").read_bytes()
+
+
+def test_a_cache_of_the_older_rule_of_pixels_is_not_resumed(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "cache.gkd"
+    make(folder, out)
+    metadata = out / "zarr.json"
+    content = metadata.read_text()
+    metadata.write_text(content.replace('"pixels": "opencv",', ""))
+    assert read_spec(out).pixels is msgspec.UNSET
+    message = (
+        r"(?s)pixels: the cache has nothing, this run has opencv.*older version, which ignored the "
+        "EXIF orientation.*choose another folder"
+    )
+    with pytest.raises(SpecMismatchError, match=message):
+        make(folder, out)
+    make(folder, tmp_path / "another.gkd")
 
 
 def test_centres_of_another_shape_are_refused(folder: Path, tmp_path: Path) -> None:

@@ -304,6 +304,64 @@ def test_weights_within_the_branches_of_a_network_are_found(tmp_path: Path) -> N
     assert weight_files(tmp_path / "outer.onnx") == {"weights.data": 12}
 
 
+def sparse_network(path: Path, place: str, location: str) -> Path:
+    """A network with a sparse tensor in ``location``: an initializer's, a subgraph's, a function's.
+
+    It is not run: only what it refers to matters.
+    """
+    dense = numpy_helper.from_array(np.full(3, 2.0, np.float32), "weight")
+    model = onnx.load(network(path))
+    indices = numpy_helper.from_array(np.arange(3), "indices")
+    sparse = helper.make_sparse_tensor(dense, indices, [3])
+    for tensor, name, size in ((sparse.values, location, 12), (sparse.indices, "indices.data", 24)):
+        tensor.ClearField("raw_data")
+        tensor.data_location = TensorProto.EXTERNAL
+        for key, value in (("location", name), ("length", str(size))):
+            tensor.external_data.add(key=key, value=value)
+    constant = helper.make_node("Constant", [], ["c"], sparse_value=sparse)
+    if place == "initializer":
+        model.graph.sparse_initializer.append(sparse)
+    elif place == "attribute":
+        model.graph.node.append(constant)
+    elif place == "subgraph":
+        branch = helper.make_graph([], "b", [], [], sparse_initializer=[sparse])
+        model.graph.node.append(
+            helper.make_node("If", ["yes"], ["x"], then_branch=branch, else_branch=branch)
+        )
+    else:
+        opset = [helper.make_opsetid("", 17)]
+        function = helper.make_function("own", "F", [], ["c"], [constant], opset)
+        model.functions.append(function)
+    path.write_bytes(model.SerializeToString())
+    return path
+
+
+@pytest.mark.parametrize("place", ["initializer", "attribute", "subgraph", "function"])
+def test_sparse_weights_are_part_of_the_digest(tmp_path: Path, place: str) -> None:
+    path = sparse_network(tmp_path / "t.onnx", place, "values.data")
+    files = {"indices.data": 24, "values.data": 12}
+    assert weight_files(path) == files
+    for name, size in files.items():
+        (tmp_path / name).write_bytes(bytes(size))
+    digests = {onnx_sha256(path)}
+    for name, size in files.items():
+        (tmp_path / name).write_bytes(bytes([1]) * size)
+        digests.add(onnx_sha256(path))
+    assert len(digests) == 3
+
+
+@pytest.mark.parametrize("place", ["initializer", "attribute", "subgraph", "function"])
+@pytest.mark.parametrize("name", ["../values.data", "link", "/etc/hostname"])
+def test_sparse_weights_elsewhere_are_refused(tmp_path: Path, place: str, name: str) -> None:
+    (tmp_path / "values.data").write_bytes(bytes(12))
+    here = folder(tmp_path / "here")
+    (here / "indices.data").write_bytes(bytes(24))
+    (here / "link").symlink_to(tmp_path / "values.data")
+    path = sparse_network(here / "t.onnx", place, name)
+    with pytest.raises(ConfigError, match=r"t\.onnx: has weights in .* expected a file of that"):
+        OnnxEmbedder(path, preprocess_preset("arcface"))
+
+
 @pytest.mark.parametrize("name", ["../weights.data", "..", "/etc/hostname", "gone.data", "link"])
 def test_weights_elsewhere_are_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / "weights.data").write_bytes(bytes(12))

@@ -46,7 +46,9 @@ def test_fields_that_differ_are_named_with_both_values() -> None:
 
 def test_values_that_look_alike_are_written_in_full() -> None:
     (line,) = describe_differences({"x": 0.1 + 0.2}, {"x": 0.3})
-    assert line == "x: expected 0.30000000000000004, got 0.3"
+    assert line == "x: expected 0.30000000000000004, got 0.29999999999999999"
+    (line,) = describe_differences({"std": (0.224 * 255, 1.0)}, {"std": (57.12001, 1.0)})
+    assert line == "std: expected [57.12, 1], got [57.12001, 1]"
     (line,) = describe_differences({"x": "1"}, {"x": 1})
     assert line == "x: expected '1', got 1"
 

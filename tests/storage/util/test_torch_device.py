@@ -30,6 +30,15 @@ def test_devices_that_are_not_there_are_refused() -> None:
             resolve_device(device)
 
 
+@pytest.mark.parametrize("device", ["mps", "mps:0"])
+def test_a_device_without_streams_is_refused_though_it_exists(
+    monkeypatch: pytest.MonkeyPatch, device: str
+) -> None:
+    monkeypatch.setattr(torch, "empty", lambda *shape, device: None)
+    with pytest.raises(ConfigError, match=f"got '{device}' .*no streams.*; use auto or cpu"):
+        resolve_device(device)
+
+
 def test_auto_precision_is_float32_on_a_cpu() -> None:
     assert resolve_precision("auto", "cpu", without_bfloat16="float16") == "float32"
     assert resolve_precision("float16", "cpu", without_bfloat16="float32") == "float16"
