@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from gkd.pipeline.centers.load import Centers
     from gkd.pipeline.settings import CacheSettings
     from gkd.pipeline.teacher.embedder import Embedder
+    from gkd.storage.cache.reader import Cache
     from gkd.storage.cache.spec import Preprocess
     from gkd.storage.records.base import Records
     from gkd.storage.util.torch_device import Precision
@@ -30,6 +31,20 @@ def open_faces(source: Path, sort: Any) -> "Records":
     log_left_out(records)
     require_faces(records)
     return records
+
+
+def note_older_pixels(cache: "Cache") -> None:
+    """Say that images may be turned now that were not when an older cache was made."""
+    from msgspec import UNSET
+
+    from gkd.storage.util.torchrun_env import log_rank0
+
+    if cache.spec.pixels is UNSET:
+        log_rank0(
+            f"{cache.path}: made by an older version, which ignored the EXIF orientation of images "
+            "and now turns them: targets of turned images are of other pixels (`gkd records "
+            "verify` counts these; if there are any, make the cache again)"
+        )
 
 
 def embedder_from_options(path: Path, options: Mapping[str, Any]) -> "Embedder":

@@ -69,7 +69,7 @@ def plan(
 
     from gkd.pipeline.plan.forecast import PlanSettings
     from gkd.pipeline.plan.forecast import plan as run
-    from gkd.pipeline.plan.show import plan_table, plot_plan
+    from gkd.pipeline.plan.show import plan_table, plot_plan, verdict
 
     if plot:
         require_plot(plot)
@@ -93,5 +93,7 @@ def plan(
     if draws:
         source_name = "all classes" if draws.source == "all" else "the primary group"
         echo(f"bytes include {draws.count} draws from {source_name} at T = {draws.temperature:g}")
+    if line := verdict(result, settings.cache.partition):
+        echo(line)
     for line in result.basis:
         echo(line)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 import msgspec
 
-from gkd.commands.builders import build_embedder, require_plot
+from gkd.commands.builders import build_embedder, note_older_pixels, require_plot
 from gkd.commands.options import (
     LOCAL_PATH,
     LOCATION,
@@ -80,7 +80,7 @@ def targets_info(location: str, options: dict[str, Any], as_json: bool) -> None:
     cls=AliasedOption,
     type=LOCAL_PATH,
     multiple=True,
-    help="The teacher's class centres, if they are not class means kept beside TARGETS.",
+    help="The teacher's class centres; class means are found beside TARGETS or computed again.",
 )
 @click.option(
     "--sample",
@@ -115,7 +115,10 @@ def targets_verify(
     if against and teacher:
         compared = _verify_against(path, against, teacher, **recompute)
         ok = compared.ok
-        emit({**msgspec.to_builtins(compared), "ok": ok}, as_json)
+        fields = {**msgspec.to_builtins(compared), "ok": ok}
+        if not as_json:
+            fields |= {"drawn": str(compared.drawn), "first_drawn": str(compared.first_drawn)}
+        emit(fields, as_json)
     else:
         level: Level = "quick" if quick else "deep" if deep else "hashes"
         report = verify(path, level=level)
@@ -145,12 +148,13 @@ def _verify_against(
     device: str,
     sort: Any,
 ) -> "AgainstReport":
-    from gkd.pipeline.checks.recompute import load_named_centers, verify_against
+    from gkd.pipeline.checks.recompute import named_centers, verify_against
     from gkd.storage.cache.reader import Cache
     from gkd.storage.errors import ConfigError
     from gkd.storage.records.open import open_records
 
     cache = Cache.open(path)
+    note_older_pixels(cache)
     spec = cache.spec
     if ":" in spec.teacher.arch.removeprefix("onnx:") and arch is None:
         raise ConfigError(
@@ -168,14 +172,15 @@ def _verify_against(
         device=device,
         precision=spec.precision if torch_network else "auto",
     )
+    records, workers = open_records(source, sort=sort), usable_cores()
     return verify_against(
         cache,
-        open_records(source, sort=sort),
+        records,
         embedder,
-        load_named_centers(cache, centers),
+        named_centers(cache, centers, records, embedder, workers=workers),
         sample=sample,
         seed=secrets.randbits(32) if seed is None else seed,
-        workers=usable_cores(),
+        workers=workers,
     )
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from gkd.commands.builders import open_faces
+from gkd.commands.builders import note_older_pixels, open_faces
 from gkd.commands.options import LOCAL_PATH, Resumable, as_json, sort_option
 from gkd.commands.output import echo, emit, emit_lines
 from gkd.storage.util.torchrun_env import all_cores, local_world_size, log_rank0, rank, world_size
@@ -130,6 +130,7 @@ def _load(
 
     cache = None if targets is None else Cache.open(targets)
     if cache is not None:
+        note_older_pixels(cache)
         require_agreed_cache(agreed, cache.id, cache.path)
     records = open_faces(source, sort)
     if isinstance(records, ParquetRecords):

@@ -31,6 +31,12 @@ class DrawTest:
         """Whether the draws may come from the recomputed probabilities."""
         return self.p_value >= self.significance
 
+    def __str__(self) -> str:
+        return (
+            f"{self.draws:,} draws {'agree' if self.ok else 'DISAGREE'} with the teacher (p-value "
+            f"{self.p_value:.2g}; only one below {self.significance:g} is a fault)"
+        )
+
 
 class DrawCounts:
     """Observed and expected draws in each bin, summed over samples."""

@@ -6,14 +6,16 @@ the same for p = 0.9 and for p = 1e-9.
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+from msgspec import UNSET
 
 from gkd.pipeline.centers.load import CLASS_MEAN, Centers, load_centers, round_centers
-from gkd.pipeline.centers.means import centers_path
+from gkd.pipeline.centers.means import centers_path, class_means
 from gkd.pipeline.checks.differences import (
     Differences,
     allowed_differences,
@@ -22,16 +24,18 @@ from gkd.pipeline.checks.differences import (
     largest,
 )
 from gkd.pipeline.checks.draw_test import DrawCounts, DrawTest
+from gkd.pipeline.embed import embed_shards, join_batches, whole_shards
 from gkd.pipeline.teacher.embedder import Embedder
 from gkd.storage.cache.reader import Cache
-from gkd.storage.cache.spec import CacheSpec
+from gkd.storage.cache.spec import VIEWS, CacheSpec
 from gkd.storage.cache.targets import SparseTargets
-from gkd.storage.errors import ConfigError, SpecMismatchError
+from gkd.storage.errors import ConfigError, GkdError, SpecMismatchError
 from gkd.storage.records.base import Records
 from gkd.storage.records.digests import digests
 from gkd.storage.records.images import digest
 from gkd.storage.util.progress import progress
 from gkd.storage.util.text import describe_differences, first_few
+from gkd.storage.util.torchrun_env import log_rank0
 
 BATCH_LOGITS = 1 << 26
 
@@ -128,33 +132,81 @@ def verify_against(
     )
 
 
-def load_named_centers(cache: Cache, files: Sequence[Path]) -> Centers:
-    """Centres from files or, if there are none, the class means beside the cache.
+def named_centers(
+    cache: Cache, files: Sequence[Path], records: Records, embedder: Embedder, *, workers: int
+) -> Centers:
+    """Centres from files or, if there are none and these are class means, the class means.
+
+    They are in a file beside the cache, whatever its name, or are computed again: the cache's
+    shards and batch size determine the order of all sums, so on one kind of device the bits are
+    the same.
 
     Raises:
-        ConfigError: if a file is missing or contains no centres of this shape.
-        SpecMismatchError: if their number is not that of the cache's classes.
+        ConfigError: if a file is missing or contains no centres of this shape, or none are given
+            and the cache's are not class means of these records.
+        SpecMismatchError: if their number is not that of the cache's classes, or class means that
+            were computed again are others.
+        CorruptRecordError: if an image cannot be read that the cache does not lack.
     """
     spec = cache.spec
-    beside = centers_path(cache.path)
-    if not files and not (spec.centers.kind == CLASS_MEAN and beside.exists()):
+    size, kind, name = spec.teacher.embedding_dim, spec.centers.kind, spec.centers.name
+    if files:
+        return Centers(load_centers(files, spec.num_classes, size), kind, name)
+    ask = "ask those who made the cache for its centres and give them by --centers FILE"
+    missing = f"expected its centres ({kind}: {name}), got none"
+    if kind != CLASS_MEAN:
+        raise ConfigError(missing, path=cache.path, remedy=ask)
+    for file in sorted(cache.path.absolute().parent.glob(centers_path(Path("*.gkd")).name)):
+        with suppress(GkdError):  # those of another cache
+            found = Centers(load_centers(file, spec.num_classes, size), kind, name)
+            if found.spec.sha256 == spec.centers.sha256:
+                return found
+    if records.fingerprint != spec.dataset.fingerprint:
         raise ConfigError(
-            f"{cache.path}: expected its centres ({spec.centers.kind}: {spec.centers.name}), got "
-            f"none, and there is no {beside}, which is not copied with a cache; ask those who made "
-            "the cache for that file and give it by --centers FILE"
+            f"{missing}; they can be computed again only from the records that it was made from "
+            f"({spec.dataset.name}), with labels in the same order, and {records.path} differs",
+            path=cache.path,
+            remedy=f"give those records, or {ask}",
         )
-    array = load_centers(files or [beside], spec.num_classes, spec.teacher.embedding_dim)
-    return Centers(array, spec.centers.kind, spec.centers.name)
+    _require_named(spec, embedder, None)
+    log_rank0(
+        f"{cache.path}: no file beside it holds its class means, so they are computed again: the "
+        f"teacher runs over all {len(records):,} images (--centers FILE saves that)"
+    )
+    batches = embed_shards(
+        records,
+        range(spec.num_shards),
+        spec.sharding,
+        embedder,
+        VIEWS,
+        batch_size=None if spec.batch_size is UNSET else spec.batch_size,
+        workers=workers,
+        skip_corrupt=not cache.samples().present.all(),
+    )
+    with progress("run teacher", len(records), "images") as advance, closing(batches):
+        shards = map(join_batches, whole_shards(batches, spec.sharding, advance))
+        means = Centers(class_means(shards, records.labels, spec.num_classes), kind, name)
+    if means.spec.sha256 != spec.centers.sha256:
+        raise SpecMismatchError(
+            "class means that were computed again",
+            path=cache.path,
+            expected=f"the sha256 {spec.centers.sha256}",
+            got=f"{means.spec.sha256}: images, or the last bits of another device, differ",
+            remedy=ask,
+        )
+    return means
 
 
-def _require_named(spec: CacheSpec, embedder: Embedder, centers: Centers) -> None:
+def _require_named(spec: CacheSpec, embedder: Embedder, centers: Centers | None) -> None:
+    """``centers`` are compared unless they are None."""
     teacher = spec.teacher
     named = teacher.sha256, teacher.embedding_dim, spec.preprocess, spec.precision
     given = embedder.sha256, embedder.embedding_dim, embedder.preprocess, embedder.precision
+    sha256 = spec.centers.sha256 if centers is None else centers.spec.sha256
     fields = "teacher's sha256", "embedding_dim", "preprocess", "precision", "centres' sha256"
     differences = describe_differences(
         dict(zip(fields, (*named, spec.centers.sha256), strict=True)),
-        dict(zip(fields, (*given, centers.spec.sha256), strict=True)),
+        dict(zip(fields, (*given, sha256), strict=True)),
     )
     if differences:
         raise SpecMismatchError(

@@ -7,6 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gkd.pipeline.plan.forecast import DEVICES, Plan, PlanPoint
+from gkd.pipeline.settings import PartitionSettings
 from gkd.storage.util.plotting import new_figure, write_png
 from gkd.storage.util.text import printable
 
@@ -34,6 +35,20 @@ def plan_table(plan: Plan) -> Table:
         if number:
             column.justify, column.min_width = "right", 8
     return table
+
+
+def verdict(plan: Plan, chosen: PartitionSettings) -> str:
+    """What cache-teacher makes with the chosen settings, in two lines; empty if not in the plan."""
+    for point in plan.points:
+        where = point.group_temperature, point.threshold
+        if where == (chosen.group_temperature, chosen.threshold):
+            return (
+                f"with these options (group temperature {where[0]:g}, threshold {where[1]:g}) "
+                f"cache-teacher makes\n{_size(point.bytes)} in {_time(point.seconds)} here: "
+                f"groups of {point.mean_size:,.1f} classes, "
+                f"{plan.draws.count if plan.draws else 'no'} draws per image and view"
+            )
+    return ""
 
 
 def _by_temperature(plan: Plan) -> list[tuple[float, list[PlanPoint]]]:

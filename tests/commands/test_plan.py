@@ -34,6 +34,10 @@ def test_a_plan_is_a_table_a_plot_and_json(home: Path, tmp_path: Path) -> None:
     shown = gkd(*plan, "--centers", "class-mean", "--plot", tmp_path / "grid.png")
     assert shown.exit_code == 0, shown.output
     assert "18 images of 6 identities" in shown.stdout
+    assert "with these options (group temperature 1, threshold 0.93)" in shown.stdout
+    assert "64 draws per image and view" in shown.stdout
+    elsewhere = gkd(*plan, "--centers", home / "centers.npy", "--threshold", "0.5")
+    assert "with these options" not in elsewhere.stdout, "the plan has no such threshold"
     table, basis, _ = shown.stdout.partition("class means of all 18 images")
     assert basis
     assert max(map(len, table.splitlines())) <= 80, "fits any terminal"

@@ -16,9 +16,11 @@ from typing import Any
 import pytest
 import torch
 
+from gkd.commands.builders import note_older_pixels
 from gkd.commands.output import emit
 from gkd.storage.cache import layout
 from gkd.storage.cache.metadata import read_commit, read_spec
+from gkd.storage.cache.reader import Cache
 from gkd.trainer.backbones import build_backbone
 from tests.commands.running import TINY, fails, gkd, works
 from tests.processes import run_command, running
@@ -71,6 +73,13 @@ def test_draws_are_cached_verified_and_cut(home: Path, tmp_path: Path) -> None:
     assert report["drawn"]["draws"] == 2 * 32 * 8
     works("targets", "retarget", out, tmp_path / "fewer.gkd", "--draws", "3")
     assert "0 faults" in works("targets", "verify", tmp_path / "fewer.gkd", "--deep")
+    # Elsewhere, as after push and pull: no file of class means is beside it.
+    pulled = tmp_path / "elsewhere" / "pulled.gkd"
+    works("targets", "pull", tmp_path / "fewer.gkd", pulled)
+    shown = gkd("targets", "verify", pulled, *against[:-1])
+    assert shown.exit_code == 0, shown.output
+    assert f"{pulled}: no file beside it holds its class means" in shown.stderr
+    assert re.search(r"drawn +192 draws agree with the teacher \(p-value .*fault\)", shown.stdout)
     stderr = fails(*making[:-6], "--draw-temperature", "3")
     assert "--draw-temperature: expected one of --temperatures, which are 1,2,4, got 3;" in stderr
 
@@ -157,6 +166,19 @@ def test_a_cache_is_recomputed_by_its_teacher(home: Path, targets: Path, tmp_pat
     assert "teacher's sha256" in fails("targets", "verify", targets, *wrong)
     for half in (against[:2], against[2:4], (*against, "--deep")):
         assert "go together" in fails("targets", "verify", targets, *half, code=2)
+
+
+def test_a_cache_of_the_older_rule_of_pixels_says_so(
+    targets: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    note_older_pixels(Cache.open(targets))
+    assert capsys.readouterr().err == ""
+    golden = Path(__file__).parents[1] / "golden" / "format1.gkd"
+    note_older_pixels(Cache.open(golden))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(
+        f"{golden}: made by an older version, which ignored the EXIF orientation"
+    )
 
 
 @pytest.mark.parametrize("level", ["--quick", "--deep"])

@@ -8,16 +8,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 
-from gkd.pipeline.checks.recompute import AgainstReport, load_named_centers, verify_against
+from gkd.pipeline.centers.load import Centers
+from gkd.pipeline.checks.recompute import AgainstReport, named_centers, verify_against
 from gkd.storage.cache.reader import Cache
+from gkd.storage.cache.retarget import retarget
 from gkd.storage.cache.spec import VIEWS, DrawsSpec
 from gkd.storage.errors import ConfigError, SpecMismatchError
 from gkd.storage.records.base import Subset
 from gkd.storage.records.open import open_records
-from tests.pipeline.faces import SETTINGS, PixelEmbedder, centers, make, write_folder
+from tests.pipeline.faces import EMBEDDING_DIM, SETTINGS, PixelEmbedder, centers, make, write_folder
 from tests.tampering import rewrite_row
 
 
@@ -49,8 +52,15 @@ def cache(made: dict[str, Path], tmp_path: Path) -> Cache:
 
 
 def recompute(cache: Cache, folder: Path, **options: Any) -> AgainstReport:
-    own = load_named_centers(cache, [])
+    own = find_centers(cache, folder)
     return verify_against(cache, open_records(folder), PixelEmbedder(), own, **options)
+
+
+def find_centers(
+    cache: Cache, folder: Path, *files: Path, embedder: PixelEmbedder | None = None
+) -> Centers:
+    embedder = embedder or PixelEmbedder()
+    return named_centers(cache, files, open_records(folder), embedder, workers=1)
 
 
 def test_a_correct_cache_passes_to_the_stored_precision(folder: Path, cache: Cache) -> None:
@@ -73,7 +83,7 @@ def test_centres_of_half_precision_are_logged_and_recomputed(
     make(folder, out, class_mean=True, settings=replace(SETTINGS, center_precision=precision))
     cache = Cache.open(out)
     assert cache.spec.centers.precision == precision
-    array = load_named_centers(cache, []).array
+    array = find_centers(cache, folder).array
     rounded = torch.from_numpy(array).to(getattr(torch, precision)).double().numpy()
     most = np.linalg.norm(rounded - array, axis=1).max()
     assert f"centres in {precision}: no cosine differs by more than {most:.1e}" in (
@@ -212,7 +222,7 @@ def test_a_cache_of_another_teacher_with_the_same_digest_is_detected(
 def test_a_reshuffled_copy_of_the_records_is_accepted(folder: Path, cache: Cache) -> None:
     records = open_records(folder)
     shuffled = Subset(records, np.random.default_rng(0).permutation(len(records)))
-    own = load_named_centers(cache, [])
+    own = find_centers(cache, folder)
     assert verify_against(cache, shuffled, PixelEmbedder(), own, sample=20).ok
 
 
@@ -237,13 +247,57 @@ def test_another_teacher_and_other_centres_are_refused_by_name(folder: Path, cac
     assert "embedding_dim" not in message
 
 
-def test_centres_must_be_given_if_none_are_beside_the_cache(cache: Cache, tmp_path: Path) -> None:
+def test_class_means_are_found_beside_the_cache_by_what_they_are(
+    folder: Path, cache: Cache, tmp_path: Path
+) -> None:
+    retarget(cache, tmp_path / "stricter.gkd", threshold=0.5)
+    np.save(tmp_path / "another.centers.npy", centers(7).array)
+    (tmp_path / "damaged.centers.npy").write_bytes(b"\x93NUMPY")
+    embedder = PixelEmbedder()
+    stricter = Cache.open(tmp_path / "stricter.gkd")
+    assert find_centers(stricter, folder, embedder=embedder).spec == cache.spec.centers
+    assert embedder.images == 0
+    assert recompute(stricter, folder, sample=20).ok
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_class_means_that_are_gone_are_computed_again_to_the_bit(
+    folder: Path, cache: Cache, tmp_path: Path, damaged: bool
+) -> None:
     beside = tmp_path / "faces.centers.npy"
     moved = beside.rename(tmp_path / "moved.npy")
-    with pytest.raises(ConfigError, match=r"expected its centres \(class-mean: class-mean\).*none"):
-        load_named_centers(cache, [])
-    found = load_named_centers(cache, [moved])
-    assert found.spec == cache.spec.centers
+    if damaged:
+        np.save(beside, centers(7).array)
+    embedder = PixelEmbedder()
+    assert find_centers(cache, folder, moved, embedder=embedder).spec == cache.spec.centers
+    assert embedder.images == 0
+    assert find_centers(cache, folder, embedder=embedder).spec == cache.spec.centers
+    assert embedder.images == 2 * len(cache.samples().labels)
+    assert recompute(cache, folder, sample=20).ok
+
+
+def test_class_means_that_cannot_be_computed_again_are_asked_for(
+    folder: Path, cache: Cache, tmp_path: Path
+) -> None:
+    (tmp_path / "faces.centers.npy").unlink()
+    other = write_folder(tmp_path / "other", images=4)
+    with pytest.raises(ConfigError, match=r"got none; .* differs; give those records, or ask .*"):
+        find_centers(cache, other)
+    swapped = PixelEmbedder()
+    swapped.sha256 = "1" * 64
+    with pytest.raises(SpecMismatchError, match="teacher's sha256: expected 0000"):
+        find_centers(cache, folder, embedder=swapped)
+    assert swapped.images == 0
+
+    class LastBits(PixelEmbedder):
+        def __call__(self, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+            return super().__call__(images) * np.float32(1 + 1e-6 * np.arange(EMBEDDING_DIM))
+
+    with pytest.raises(SpecMismatchError, match=r"computed again: expected .*--centers FILE"):
+        find_centers(cache, folder, embedder=LastBits())
+    make(folder, tmp_path / "known.gkd")
+    with pytest.raises(ConfigError, match=r"its centres \(file: random\.npy\), got none; ask"):
+        find_centers(Cache.open(tmp_path / "known.gkd"), folder)
 
 
 def test_a_sample_of_nothing_is_refused(folder: Path, cache: Cache) -> None:
