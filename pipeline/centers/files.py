@@ -295,10 +295,16 @@ def read_npy(path: Path) -> npt.NDArray[Any]:
     """
     refuse_foreign(path, "a .npy array")
     try:
-        array = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
+        # A map is refused where the header claims more than the file holds.
+        array = np.load(path, allow_pickle=False, mmap_mode="r")
+    except (ValueError, EOFError, OSError, OverflowError) as error:
         raise ConfigError(f"{path}: expected a .npy array of numbers, got {error}") from error
     if not isinstance(array, np.ndarray) or array.dtype.kind != "f":
         got = getattr(array, "dtype", type(array).__name__)
         raise ConfigError(f"{path}: expected a .npy array of floats, got {got}")
-    return array
+    if array.dtype.itemsize > 8:
+        raise ConfigError(
+            f"{path}: expected floats of at most 64 bits, got {array.dtype}; save the array as "
+            "float32: np.save(path, array.astype(np.float32))"
+        )
+    return np.array(array, array.dtype.newbyteorder("="))

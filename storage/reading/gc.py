@@ -59,10 +59,12 @@ def collect(
     """
     folder = (folder or default_folder()).absolute()
     now = time.time()
-    return [
-        _collect_one(path, older_than, now, dry_run=dry_run)
-        for path in sorted(_collectable(folder))
-    ]
+    found = []
+    for path in sorted(_collectable(folder)):
+        # Another process may remove it at the same time.
+        with contextlib.suppress(FileNotFoundError):
+            found.append(_collect_one(path, older_than, now, dry_run=dry_run))
+    return found
 
 
 def _collectable(folder: Path) -> Iterator[Path]:
@@ -79,7 +81,7 @@ def _collect_one(path: Path, older_than: float, now: float, *, dry_run: bool) ->
     marker = path / DESCRIPTION if (path / DESCRIPTION).exists() else path
     days = max(0.0, now - marker.stat().st_mtime) / DAY
     files = list(path.rglob("*")) if path.is_dir() else [path]
-    size = sum(file.stat().st_size for file in files)
+    size = sum(file.lstat().st_size for file in files)
     why = f"used within {older_than:g} days" if days < older_than else ""
     if not why:
         with _unused(path) as unused:

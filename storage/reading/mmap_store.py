@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import weakref
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,18 +22,24 @@ from gkd.storage.cache.spec import VIEWS, CacheSpec, View
 from gkd.storage.cache.targets import SparseTargets
 from gkd.storage.errors import ConfigError, CorruptDataError
 from gkd.storage.reading.flat_arrays import OFFSETS, Shape, array_shapes, read_shards
-from gkd.storage.util.files import disk_errors, publish_dir, remove_dir, require_room
+from gkd.storage.util.files import (
+    UNSUPPORTED,
+    disk_errors,
+    publish_dir,
+    remove_dir,
+    require_room,
+)
 from gkd.storage.util.input_files import read_small, require_local
 from gkd.storage.util.lock import file_lock, try_lock
 from gkd.storage.util.progress import progress
-from gkd.storage.util.torchrun_env import all_cores
+from gkd.storage.util.torchrun_env import all_cores, log_rank0
 
 _OTHER_FOLDER = "set GKD_CACHE_DIR to a folder that you may write to"
 DESCRIPTION = "store.json"
 DIGESTS = "digests"
 EMBEDDINGS = "embeddings"
 LOCK = "lock"
-_WARM_BLOCK = 1 << 24
+_BLOCK = 1 << 24
 _MAX_WORKERS = 8
 _COUNTED = 1 << 20
 _STORE = re.compile("|".join(re.escape(name) for name in (*VIEWS, "+".join(VIEWS))))
@@ -44,6 +51,7 @@ class _Description(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     views: tuple[View, ...]
     spec: CacheSpec
     files: dict[str, int]  # bytes by name
+    checksums: dict[str, int]  # CRC-32 by name
 
 
 class TargetStore:
@@ -74,6 +82,7 @@ class TargetStore:
         self.spec = description.spec
         self.cache_id = description.cache_id
         self.views = description.views
+        self.checksums = description.checksums
         names = (name for name in layout.arrays(self.spec, self.views[0]) if name != "sizes")
         self._targets = SparseTargets.from_arrays(
             self._map(OFFSETS), {name: self._map(name) for name in names}
@@ -126,10 +135,32 @@ class TargetStore:
         arrays = {OFFSETS: self._targets.offsets} | self._targets.arrays()
         return {name: (array.dtype, array.shape) for name, array in arrays.items()}
 
+    def check(self) -> None:
+        """Read all files once, and hold them against their checksums and the cache's bounds.
+
+        This also brings the files into memory: random reads of cold files take minutes.
+
+        Raises:
+            CorruptDataError: if something differs from what was made, or names no class.
+        """
+        for name in self.shapes():
+            if _checksum(self.path / f"{name}.npy") != self.checksums.get(f"{name}.npy"):
+                raise _damaged(self.path, f"{name}.npy is not what was written")
+        offsets, indices = self._targets.offsets, self._targets.indices
+        if offsets[0] != 0 or offsets[-1] != len(indices):
+            raise _damaged(self.path, "its samples do not cover its entries")
+        for begin in range(0, len(offsets), _COUNTED):
+            sizes = np.diff(offsets[begin : begin + _COUNTED + 1])
+            if len(sizes) and (sizes.min() < 0 or sizes.max() > self.spec.max_group):
+                raise _damaged(self.path, f"a group beyond {self.spec.max_group} classes")
+        for begin in range(0, len(indices), _COUNTED):
+            if (largest := indices[begin : begin + _COUNTED].max()) >= self.spec.num_classes:
+                raise _damaged(self.path, f"class {largest} of {self.spec.num_classes}")
+
     def _map(self, name: str) -> npt.NDArray[Any]:
         try:
             array = np.load(self.path / f"{name}.npy", mmap_mode="r")
-        except (FileNotFoundError, ValueError, EOFError) as error:
+        except (FileNotFoundError, ValueError, EOFError, OverflowError) as error:
             raise _damaged(self.path, error) from error
         # A plain array on the map: slicing np.memmap itself is slow.
         return np.asarray(array)
@@ -177,7 +208,6 @@ def materialise(
                     _build(cache, chosen, target)
                     return TargetStore(target)
     touch(target / DESCRIPTION)
-    _warm(target)
     return found
 
 
@@ -187,11 +217,14 @@ def _open(cache: Cache, views: tuple[View, ...], target: Path) -> TargetStore | 
         return None
     try:
         store = TargetStore(target)
-    except (CorruptDataError, NotADirectoryError):
+        shapes = array_shapes(cache, range(cache.spec.num_shards), views)
+        if (store.cache_id, store.views, store.shapes()) != (cache.id, views, shapes):
+            raise _damaged(target, "of another cache, or made by another version")
+        store.check()
+    except (CorruptDataError, NotADirectoryError) as error:
+        log_rank0(f"{target}: these targets are not used and are made again: {error}")
         return None
-    shapes = array_shapes(cache, range(cache.spec.num_shards), views)
-    expected = (cache.id, views, shapes)
-    return store if (store.cache_id, store.views, store.shapes()) == expected else None
+    return store
 
 
 def default_folder() -> Path:
@@ -226,6 +259,8 @@ def _build(cache: Cache, views: tuple[View, ...], target: Path) -> None:
             name: np.lib.format.open_memmap(folder / f"{name}.npy", "w+", dtype, shape)
             for name, (dtype, shape) in shapes.items()
         }
+        for name in arrays:
+            _allocate(folder / f"{name}.npy")
         workers = min(_MAX_WORKERS, all_cores())
         with progress("materialise", len(shards) * len(views), "shards") as advance:
             for _ in read_shards(cache, shards, views, arrays, workers=workers):
@@ -233,22 +268,31 @@ def _build(cache: Cache, views: tuple[View, ...], target: Path) -> None:
         for array in arrays.values():
             array.flush()
         del arrays
-        sizes = {path.name: path.stat().st_size for path in folder.glob("*.npy")}
-        description = _Description(cache.id, views, cache.spec, sizes)
+        files = list(folder.glob("*.npy"))
+        sizes = {path.name: path.stat().st_size for path in files}
+        checksums = {path.name: _checksum(path) for path in files}
+        description = _Description(cache.id, views, cache.spec, sizes, checksums)
         (folder / DESCRIPTION).write_bytes(layout.encode_json(description))
 
 
-def _warm(target: Path) -> None:
-    """Read all files once, if they fit in memory: random reads of cold files take minutes."""
-    files = list(target.glob("*.npy"))
-    size = sum(file.stat().st_size for file in files)
-    if size > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
-        return
-    buffer = bytearray(_WARM_BLOCK)
-    for path in files:
-        with path.open("rb", buffering=0) as file:
-            while file.readinto(buffer):
-                pass
+def _allocate(path: Path) -> None:
+    """Take the disk's room for a sparse file: a map of one dies by SIGBUS where there is none."""
+    with path.open("r+b") as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+        except OSError as error:
+            if error.errno not in UNSUPPORTED:
+                error.filename = str(path)
+                raise
+
+
+def _checksum(path: Path) -> int:
+    """CRC-32 of a file: a guard against rot, at the speed of the disk."""
+    checksum, buffer = 0, memoryview(bytearray(_BLOCK))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            checksum = zlib.crc32(buffer[:count], checksum)
+    return checksum
 
 
 def is_store(path: Path) -> bool:

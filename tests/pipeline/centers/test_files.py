@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.numpy import save_file
 
-from gkd.pipeline.centers.files import METADATA, read_center_files
+from gkd.pipeline.centers.files import METADATA, read_center_files, read_npy
 from gkd.pipeline.centers.load import describe_centers, load_centers, open_centers
 from gkd.storage.errors import ConfigError, SpecMismatchError
 from gkd.storage.records.open import open_records
@@ -328,3 +328,26 @@ def test_unusable_centres_are_counted(tmp_path: Path) -> None:
     np.save(tmp_path / "c.npy", np.zeros_like(array))
     with pytest.raises(ConfigError, match="all of 30 centres are zero or not finite"):
         describe_centers(read_center_files([tmp_path / "c.npy"]), None)
+
+
+def test_big_endian_centers_are_converted(tmp_path: Path) -> None:
+    array = np.arange(12, dtype=">f4").reshape(3, 4)
+    np.save(tmp_path / "c.npy", array)
+    read = read_npy(tmp_path / "c.npy")
+    assert read.dtype == np.float32
+    assert read.tolist() == array.tolist()
+
+
+@pytest.mark.parametrize("rows", [10**7, 10**12, 2**63])
+def test_a_header_that_claims_more_than_its_file_is_refused(tmp_path: Path, rows: int) -> None:
+    header = {"descr": "<f4", "fortran_order": False, "shape": (rows, 512)}
+    with (tmp_path / "c.npy").open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, header)
+    with pytest.raises(ConfigError, match=r"c\.npy: expected a \.npy array of numbers"):
+        read_npy(tmp_path / "c.npy")
+
+
+def test_extended_floats_are_refused_with_what_to_write(tmp_path: Path) -> None:
+    np.save(tmp_path / "c.npy", np.ones((3, 4), np.longdouble))
+    with pytest.raises(ConfigError, match=r"at most 64 bits.*np\.float32"):
+        read_npy(tmp_path / "c.npy")

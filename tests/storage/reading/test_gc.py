@@ -160,3 +160,10 @@ def test_a_store_that_is_being_made_is_kept(made: Cache, used: Path) -> None:
 
 def test_a_missing_folder_is_empty(tmp_path: Path) -> None:
     assert collect(folder=tmp_path / "none") == []
+
+
+def test_dangling_links_end_nothing(used: Path, made: Cache) -> None:
+    (used / made.id / INCOMPLETE / "link").symlink_to("nowhere")
+    (used / "digests" / f"{'cd' * 32}.npz").symlink_to("nowhere")
+    (used / made.id / "original").symlink_to("nowhere")
+    assert states(collect(folder=used))[INCOMPLETE] == (True, "")

@@ -1,6 +1,8 @@
+import json
 import os
 import pickle
 import shutil
+import zlib
 from collections import namedtuple
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -20,7 +22,7 @@ from gkd.storage.errors import (
     CorruptShardError,
     IncompleteCacheError,
 )
-from gkd.storage.reading.mmap_store import TargetStore, default_folder, materialise
+from gkd.storage.reading.mmap_store import TargetStore, _allocate, default_folder, materialise
 from tests.caches import make_cache, make_spec
 from tests.processes import finished, running
 from tests.tampering import FORGERIES, flip_bit, forge
@@ -175,6 +177,66 @@ def test_a_damaged_store_is_made_again(
         assert (again.path / path.name).read_bytes() == path.read_bytes()
     rows, flipped = np.arange(100), np.zeros(100, bool)
     assert_equals(again.lookup(rows, flipped), sample_by_sample(made, rows, flipped))
+
+
+def made_by_a_stranger(folder: Path, name: str, change: Callable[[np.ndarray], None]) -> None:
+    """Change an array so that the store's own description agrees with it."""
+    array = np.load(folder / name, mmap_mode="r+")
+    change(array)
+    array.flush()
+    description = json.loads((folder / "store.json").read_text())
+    description["checksums"][name] = zlib.crc32((folder / name).read_bytes())
+    (folder / "store.json").write_text(json.dumps(description))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "told"),
+    [
+        (lambda folder: flip_bit(folder / "draws.npy", 1500), "draws.npy is not what was written"),
+        (lambda folder: flip_bit(folder / "log2_probs.npy", 1500), "log2_probs.npy is not what"),
+        (
+            lambda folder: made_by_a_stranger(
+                folder, "indices.npy", lambda a: a.__setitem__(-1, 2_000_000_000)
+            ),
+            "class 2000000000 of",
+        ),
+        (
+            lambda folder: made_by_a_stranger(
+                folder, "offsets.npy", lambda a: a.__setitem__(7, a[8] + 1)
+            ),
+            "a group beyond",
+        ),
+        (
+            lambda folder: made_by_a_stranger(
+                folder, "offsets.npy", lambda a: a.__setitem__(-1, a[-1] - 1)
+            ),
+            "do not cover its entries",
+        ),
+    ],
+)
+def test_a_store_that_is_not_what_was_made_is_made_again_and_told(
+    made: Cache,
+    store: TargetStore,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    spoil: Callable[[Path], None],
+    told: str,
+) -> None:
+    spoilt = Path(shutil.copytree(store.path, tmp_path / made.id / store.path.name))
+    spoil(spoilt)
+    again = materialise(made, folder=tmp_path)
+    output = capsys.readouterr()
+    assert told in " ".join((output.out + output.err).split())
+    for path in store.path.iterdir():
+        assert (again.path / path.name).read_bytes() == path.read_bytes()
+
+
+def test_a_store_takes_its_room_before_it_is_filled(tmp_path: Path) -> None:
+    path = tmp_path / "sparse.npy"
+    with path.open("wb") as file:
+        file.truncate(1 << 20)
+    _allocate(path)
+    assert path.stat().st_blocks * 512 >= 1 << 20 == path.stat().st_size
 
 
 def test_a_store_of_another_cache_under_this_name_is_made_again(
