@@ -2,6 +2,8 @@
 
 import io
 import shlex
+import zipfile
+import zlib
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -31,10 +33,15 @@ from gkd.storage.cache.spec import (
     View,
     resume_hints,
 )
-from gkd.storage.errors import ConfigError, CorruptRecordError, SpecMismatchError
+from gkd.storage.errors import (
+    ConfigError,
+    CorruptDataError,
+    CorruptRecordError,
+    SpecMismatchError,
+)
 from gkd.storage.records.base import Records
 from gkd.storage.util.files import disk_errors, remove_dir, require_room, write_file
-from gkd.storage.util.input_files import read_small
+from gkd.storage.util.input_files import open_regular, read_small
 from gkd.storage.util.parallel import write_behind
 from gkd.storage.util.progress import Advance
 from gkd.storage.util.text import describe_differences
@@ -165,17 +172,27 @@ class EmbeddingStore:
         """The kept embeddings of a shard.
 
         Raises:
+            CorruptDataError: if the file is damaged: it has a CRC of each array.
             CorruptRecordError: if an earlier run left records out and this one must not.
         """
-        with np.load(self._path(shard), allow_pickle=False) as arrays:
-            start, stop = arrays["rows"].tolist()
-            batch = EmbeddedBatch(
-                rows=range(start, stop),
-                kept=arrays["kept"],
-                embeddings={view: arrays[f"embeddings_{view}"] for view in views},
-                digests=arrays["digests"],
-                skipped=msgspec.json.decode(arrays["skipped"].tobytes(), type=dict[int, str]),
-            )
+        path = self._path(shard)
+        try:
+            with open_regular(path, follow_links=False) as file, np.load(file) as arrays:
+                start, stop = arrays["rows"].tolist()
+                batch = EmbeddedBatch(
+                    rows=range(start, stop),
+                    kept=arrays["kept"],
+                    embeddings={view: arrays[f"embeddings_{view}"] for view in views},
+                    digests=arrays["digests"],
+                    skipped=msgspec.json.decode(arrays["skipped"].tobytes(), type=dict[int, str]),
+                )
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            raise CorruptDataError(
+                f"damaged embeddings of an earlier run ({error})",
+                path=path,
+                remedy="delete this file and run the same command again: its images are embedded "
+                "again",
+            ) from error
         if batch.skipped and not self.skip_corrupt:
             position, reason = next(iter(batch.skipped.items()))
             raise CorruptRecordError(

@@ -130,6 +130,8 @@ def parse_manifest(content: bytes, location: Location, spec: CacheSpec) -> Manif
         [(rows.start, rows.stop) for rows in expected] != [s.rows for s in manifest.shards]
         or manifest.num_samples != spec.num_samples
         or any(shard.entries.keys() != set(spec.views) for shard in manifest.shards)
+        or manifest.entries
+        != {view: sum(shard.entries[view] for shard in manifest.shards) for view in spec.views}
     ):
         corrupt(location, "its shards are not those of the spec")
     return manifest

@@ -122,7 +122,13 @@ class Cache:
         expected = None if self.manifest is None else self.manifest.shards[shard].commit
         if expected not in (None, hashlib.sha256(content).hexdigest()):
             corrupt(path, f"its sha256 is not that in {layout.MANIFEST}")
-        return parse_commit(content, path, self.spec, shard)
+        commit = parse_commit(content, path, self.spec, shard)
+        if self.manifest is not None and self.manifest.shards[shard].entries != commit.entries:
+            corrupt(
+                self.path / layout.MANIFEST,
+                f"the entries of shard {shard} are not those of its commit record",
+            )
+        return commit
 
     def shard_file(self, shard: int, file: str, commit: Commit) -> Path:
         """Path of a file of a shard, after checking its presence and size."""

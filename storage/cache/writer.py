@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import os
 import shutil
 from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy.typing as npt
 
 from gkd.storage.cache import layout
 from gkd.storage.cache.layout import ArrayLayout, Commit, ViewRecord, file_record
-from gkd.storage.cache.metadata import read_commit, read_spec
+from gkd.storage.cache.metadata import corrupt, read_commit, read_spec
 from gkd.storage.cache.samples import ShardSamples, write_samples
 from gkd.storage.cache.spec import NAME_FIELDS, CacheSpec, View, resume_hints
 from gkd.storage.cache.targets import SparseTargets
@@ -56,6 +57,12 @@ class CacheWriter:
             with disk_errors(self.path):
                 _create(self.path, spec)
         _require_same_spec(self.path, read_spec(self.path), spec)
+        for folder, names, _ in os.walk(self.path):
+            for name in names:
+                if (Path(folder) / name).is_symlink():
+                    corrupt(
+                        Path(folder) / name, "a link to another folder, which no cache contains"
+                    )
 
     def pending(self, rank: int = 0, world_size: int = 1) -> list[int]:
         """Shards that ``rank`` has yet to write, ascending.

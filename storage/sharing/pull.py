@@ -31,8 +31,9 @@ from gkd.storage.sharing.transfer import (
     transfer,
 )
 from gkd.storage.util.files import (
-    delete_temporaries,
+    delete_temporaries_below,
     disk_errors,
+    make_below,
     publish_file,
     require_room,
     write_file,
@@ -88,18 +89,15 @@ def pull(
     require_room(path, total_bytes(missing), "pull into a folder on another disk")
 
     def get(file: str) -> None:
-        (path / file).parent.mkdir(parents=True, exist_ok=True)
+        target = make_below(path, file)
         if file in contents:
-            write_file(path / file, contents[file])
+            write_file(target, contents[file])
             copying.advance(len(contents[file]))
         else:
             _fetch(source.remote, file, path, files[file], copying.advance)
 
     with WriteLock(path), disk_errors(path), transfer("pull", files) as copying:
-        # Delete what a killed pull left; a linked folder belongs to something else.
-        inside = (item for item in path.rglob("*") if item.is_dir() and not item.is_symlink())
-        for folder in (path, *inside):
-            delete_temporaries(folder)
+        delete_temporaries_below(path)
         # The root's zarr.json comes first: a later pull knows the folder by it.
         for part in (metadata, data, records, last):
             copying.copy(

@@ -12,6 +12,7 @@ from gkd.storage.errors import ConfigError, CorruptShardError, SpecMismatchError
 from gkd.storage.sharing.remote import Remote
 from gkd.storage.sharing.remote_cache import MAX_RECORD_BYTES, record_of
 from gkd.storage.sharing.transfer import TransferSummary, shard_files, transfer
+from gkd.storage.util.files import delete_temporaries_below
 from gkd.storage.util.text import first_few
 
 # The first file of a push: the id of the cache that the address now belongs to.
@@ -68,6 +69,8 @@ def push(
         if not has_arrived(file):
             raise _damaged_on_arrival(remote, file)
 
+    if remote.folder is not None and remote.folder.is_dir():
+        delete_temporaries_below(remote.folder)
     with transfer("push", files) as copying:
         for part in (data, records):
             copying.copy(part, is_copied=has_arrived, copy=send)

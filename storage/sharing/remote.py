@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -14,7 +15,8 @@ from fsspec.exceptions import FSTimeoutError
 from fsspec.implementations.local import LocalFileSystem
 
 from gkd.storage.errors import ConfigError, CorruptShardError, GkdError, IncompleteCacheError
-from gkd.storage.util.files import disk_errors, write_file
+from gkd.storage.util.files import disk_errors, make_below, write_file
+from gkd.storage.util.text import without_password
 
 Advance = Callable[[int], None]
 _BLOCK_BYTES = 1 << 22
@@ -29,8 +31,13 @@ def is_address(text: str) -> bool:
     return "://" in text or "::" in text
 
 
+_WRONG_CREDENTIALS = re.compile(r"InvalidAccessKey|SignatureDoesNotMatch|ExpiredToken|NoCredential")
+
+
 class Remote:
     """A folder at an fsspec address; ``options`` go to its backend and override its settings.
+
+    ``address`` is for messages, without a password.
 
     ``folder`` is its path if it is a local folder, else None. Any number of threads may use one.
     All methods raise:
@@ -43,20 +50,21 @@ class Remote:
 
     def __init__(self, address: str, options: Mapping[str, Any] | None = None) -> None:
         path = address.partition("://")[2] if "://" in address else address
-        self.address = address[: len(address) - len(path)] + path.rstrip("/")
+        url = address[: len(address) - len(path)] + path.rstrip("/")
+        self.address, self._url = without_password(url), url
         # fsspec takes an empty path for the current folder.
         if not path.strip("/"):
             raise ConfigError(
                 "names no bucket or folder",
-                path=address or "an empty address",
+                path=without_password(address) or "an empty address",
                 remedy=_EXPECTED_ADDRESS,
             )
         try:
-            files, self._root = fsspec.url_to_fs(self.address, **(options or {}))
+            files, self._root = fsspec.url_to_fs(url, **(options or {}))
         except (ImportError, ValueError) as error:
             raise ConfigError(
-                f"{error}",
-                path=address,
+                without_password(str(error)),
+                path=self.address,
                 remedy=f"{_EXPECTED_ADDRESS}, whose Python package for fsspec is installed",
             ) from error
         except Exception as error:
@@ -137,7 +145,7 @@ class Remote:
         callback = _ByteCount(advance, size, self.location(file))
         with self._errors(self.location(file), source):
             if self.folder is not None:
-                _write_local(self.folder / file, source.read_bytes())
+                _write_local(self.folder, file, source.read_bytes())
             else:
                 self._create_folder_of(file)
                 self._call("put_file", str(source), self._path(file), callback=callback, size=size)
@@ -147,7 +155,7 @@ class Remote:
         """Write a small file."""
         with self._errors(self.location(file)):
             if self.folder is not None:
-                _write_local(self.folder / file, content)
+                _write_local(self.folder, file, content)
             else:
                 self._create_folder_of(file)
                 self._call("pipe_file", self._path(file), content, size=len(content))
@@ -166,7 +174,7 @@ class Remote:
     @property
     def _files(self) -> Any:
         # fsspec keeps one instance for each thread and connects it on the first call.
-        return self._shared or fsspec.url_to_fs(self.address, **self._options)[0]
+        return self._shared or fsspec.url_to_fs(self._url, **self._options)[0]
 
     def _call(self, method: str, *arguments: Any, size: int = 0, **options: Any) -> Any:
         """Call the backend with a time limit, which it lacks if a server goes silent midway."""
@@ -230,23 +238,30 @@ class _ByteCount(Callback):  # type: ignore[misc]
         self._advance(self._size - self._done)
 
 
-def _write_local(path: Path, content: bytes) -> None:
-    with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_file(path, content)
+def _write_local(folder: Path, file: str, content: bytes) -> None:
+    with disk_errors(folder / file):
+        write_file(make_below(folder, file), content)
 
 
 def _transfer_error(location: str, error: Exception) -> GkdError:
-    name = type(error).__name__
+    name, text = type(error).__name__, without_password(str(error))
+    if re.search(r"(?i)access ?denied", text) and not _WRONG_CREDENTIALS.search(text):
+        return ConfigError(
+            f"access denied ({text})",
+            path=location,
+            remedy="these credentials are known there but may not list, read or write this: ask "
+            "its owner for the right, or give others; a wrong address is answered so too where "
+            "listing is not allowed",
+        )
     if isinstance(error, PermissionError) or "Credentials" in name or "Authentication" in name:
         return ConfigError(
-            f"access refused ({error})",
+            f"access refused ({text})",
             path=location,
             remedy="set the credentials of this address in the environment (for s3:// "
             "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY), in the settings of its backend, or with "
             "--storage-option, and run the same command again",
         )
-    cause = "no answer" if isinstance(error, FSTimeoutError) else f"{name}: {error}"
+    cause = "no answer" if isinstance(error, FSTimeoutError) else f"{name}: {text}"
     kind = ConfigError if isinstance(error, FileNotFoundError | TypeError) else IncompleteCacheError
     return kind(
         cause,

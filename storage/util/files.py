@@ -106,6 +106,7 @@ def make_below(root: Path, name: str) -> Path:
         ConfigError: naming the link, or the file in place of a folder.
     """
     path = root
+    root.mkdir(parents=True, exist_ok=True)
     for part in PurePath(name).parts[:-1]:
         path /= part
         with contextlib.suppress(FileExistsError):
@@ -146,6 +147,12 @@ def delete_temporaries(folder: Path, name: str | None = None) -> None:
                     shutil.rmtree(path)
                 else:
                     path.unlink()
+
+
+def delete_temporaries_below(root: Path) -> None:
+    """Delete what killed writers left in ``root`` and its folders; links are not followed."""
+    for folder, _, _ in os.walk(root):
+        delete_temporaries(Path(folder))
 
 
 def sync_path(path: Path) -> None:

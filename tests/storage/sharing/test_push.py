@@ -1,5 +1,7 @@
 """Caches sent to folders: complete, resumed, and refused if something else is there."""
 
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -154,3 +156,34 @@ def test_a_cache_cannot_go_inside_another(
     (tmp_path / "store").mkdir()
     (tmp_path / "store/zarr.json").write_text('{"zarr_format": 3, "node_type": "group"}')
     assert pull(str(folder), tmp_path / "store/inner").whole
+
+
+@pytest.mark.parametrize("folder", ["commits", "samples", "original/indices"])
+@pytest.mark.parametrize("direction", ["push", "pull", "write"])
+def test_no_writer_follows_a_link_out_of_its_folder(
+    cache: Cache, other: Cache, tmp_path: Path, folder: str, direction: str
+) -> None:
+    out, before = tmp_path / "out.gkd", contents(other.path)
+    (out / folder).parent.mkdir(parents=True)
+    (out / folder).symlink_to(other.path / folder)
+    if direction == "push":
+        (out / ".cache-id").write_text(cache.id)
+    else:
+        shutil.copy(cache.path / layout.METADATA, out)
+    writers: dict[str, Callable[[], object]] = {
+        "push": lambda: push(cache.path, str(out)),
+        "pull": lambda: pull(str(cache.path), out),
+        "write": lambda: CacheWriter(out, cache.spec),
+    }
+    with pytest.raises((ConfigError, CorruptShardError), match=f"{folder}: .*(link to|a symbolic)"):
+        writers[direction]()
+    assert contents(other.path) == before
+
+
+def test_a_killed_push_leaves_nothing_after_the_next(cache: Cache, tmp_path: Path) -> None:
+    part = tmp_path / "there/samples" / f".000000.parquet.{'0' * 32}"
+    part.parent.mkdir(parents=True)
+    part.write_bytes(b"half")
+    (tmp_path / "there/.cache-id").write_text(cache.id)
+    push(cache.path, str(tmp_path / "there"))
+    assert not part.exists()

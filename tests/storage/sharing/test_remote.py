@@ -129,3 +129,10 @@ def test_a_server_with_folders_and_one_connection_a_thread(tmp_path: Path) -> No
         finally:
             server.kill()
     assert contents(tmp_path / "back") == contents(cache.path)
+
+
+def test_a_password_is_not_shown() -> None:
+    with pytest.raises(GkdError) as error:
+        Remote("ftp://alice:secret@127.0.0.1:9/x").names()
+    assert "secret" not in str(error.value)
+    assert "alice:***@" in str(error.value)
