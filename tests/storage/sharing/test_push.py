@@ -1,7 +1,6 @@
 """Caches sent to folders: complete, resumed, and refused if something else is there."""
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -170,7 +169,7 @@ def test_no_writer_follows_a_link_out_of_its_folder(
         (out / ".cache-id").write_text(cache.id)
     else:
         shutil.copy(cache.path / layout.METADATA, out)
-    writers: dict[str, Callable[[], object]] = {
+    writers = {
         "push": lambda: push(cache.path, str(out)),
         "pull": lambda: pull(str(cache.path), out),
         "write": lambda: CacheWriter(out, cache.spec),
