@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -169,7 +170,7 @@ def test_no_writer_follows_a_link_out_of_its_folder(
         (out / ".cache-id").write_text(cache.id)
     else:
         shutil.copy(cache.path / layout.METADATA, out)
-    writers = {
+    writers: dict[str, Any] = {
         "push": lambda: push(cache.path, str(out)),
         "pull": lambda: pull(str(cache.path), out),
         "write": lambda: CacheWriter(out, cache.spec),
