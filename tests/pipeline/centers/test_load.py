@@ -90,7 +90,7 @@ def test_too_many_centres_are_refused_with_padding_as_a_reason(tmp_path: Path) -
         ("c.bin", b"x", r"c\.bin: expected class centres as \.npy, \.pt, .*, got '\.bin'"),
         ("c.npy", b"x", r"c\.npy: expected a \.npy array of numbers, got"),
         ("c.npy", np.arange(9), r"c\.npy: expected a \.npy array of floats, got int64"),
-        ("c.npy", np.array([{}]), r"c\.npy: expected a \.npy array of numbers, got .*allow_pickle"),
+        ("c.npy", np.array([{}]), r"c\.npy: expected a \.npy array of numbers, got "),
         ("c.npy", RAW[:, :5], r"one matrix \[C, 8\], got 0 such matrices: an array \[12, 5\]"),
         (
             "c.pt",
