@@ -10,6 +10,7 @@ to the file.
 import io
 import math
 import pickle
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -161,6 +162,18 @@ def _check_pairs(path: Path, issame: npt.NDArray[np.bool_]) -> None:
 # neither on an instance nor on the class itself.
 
 
+# What to do instead of what is refused.
+_WRITE = (
+    "write it as pickle.dump((images, truths), file): images a list of the bytes of encoded files, "
+    "two for each pair, truths a list of True and False"
+)
+# Modules whose functions run what a stranger wrote; others only hold data, or what makes it.
+_RUNS_CODE = re.compile(
+    "os|posix|nt|subprocess|sys|builtins|__builtin__|importlib|runpy|pty|shutil|socket|ctypes|"
+    "commands|webbrowser|_?pickle|code|operator|functools|types|marshal|asyncio|multiprocessing"
+)
+
+
 class _Forbidden(Exception):
     """The file asks for something that no verification set needs."""
 
@@ -208,6 +221,17 @@ class _Array(_StandIn):
         return list(np.frombuffer(self.data, np.dtype(self.kind)).tolist())
 
 
+class _BytesIO(_StandIn):
+    """``io.BytesIO``: its content."""
+
+    content = b""
+
+    def __setstate__(self, state: Any) -> None:
+        """Take the content of the state, which is followed by the position."""
+        if isinstance(state, tuple) and state and isinstance(state[0], bytes):
+            self.content = state[0]
+
+
 def _encode(text: Any, encoding: Any = "latin1") -> bytes:
     """``_codecs.encode``, by which Python 3 writes bytes in protocol 2."""
     if not isinstance(text, str) or encoding not in ("latin1", "latin-1"):
@@ -243,6 +267,7 @@ def _callable(function: Callable[..., Any]) -> type:
 _STAND_INS: dict[tuple[str, str], type] = {
     ("_codecs", "encode"): _callable(_encode),
     ("numpy", "ndarray"): _Array,
+    ("_io", "BytesIO"): _BytesIO,
     ("numpy", "dtype"): _Dtype,
 }
 for _core in ("numpy.core", "numpy._core"):  # the name before numpy 2, and since
@@ -282,18 +307,32 @@ def _unpickle(path: Path) -> tuple[Sequence[Any], Any]:
             remedy="get it again, from a source that you trust",
         ) from error
     except _Forbidden as error:
-        raise CorruptRecordError(
-            f"{path}: the file asks for {error}, which no verification set needs; nothing of it "
-            "was run. It is damaged or malicious: get it from a source that you trust"
-        ) from error
+        problem = f"the file asks for {error}, which no verification set needs"
+        remedy = f"nothing of it was run; {_WRITE}"
+        if _RUNS_CODE.fullmatch(str(error).partition(".")[0]):
+            problem = f"the file asks for {error}, which would have run code of its author"
+            remedy = "nothing of it was run; get it from a source that you trust"
+        raise CorruptRecordError(problem, path=path, remedy=remedy) from error
     except Exception as error:  # unpickling damaged bytes raises almost any exception
         raise CorruptRecordError(
             f"{path}: expected a pickle of (images, truth values), got bytes that end in "
             f"{type(error).__name__}: {error}; the file is damaged, get it again"
         ) from error
     match content:
-        case [list() | tuple() as bins, truths]:
-            return bins, truths
+        case {"bins": bins, "issame": truths}:
+            pass
+        case [bins, truths, *_]:
+            pass
+        case _:
+            _refuse(path, "a pair of (images, truth values)", content)
+    if (
+        isinstance(truths, list | tuple)
+        and truths
+        and not isinstance(truths[0], bool | int | float)
+    ):
+        bins, truths = truths, bins  # the other way round
+    if isinstance(bins, list | tuple):
+        return bins, truths
     _refuse(path, "a pair of (images, truth values)", content)
 
 
@@ -308,6 +347,8 @@ def _encoded(path: Path, number: int, item: Any) -> bytes:
         _refuse(path, f"image {number} as bytes, or decoded as RGB uint8 [112, 112, 3]", item)
     if isinstance(item, bytes | bytearray):
         return bytes(item)
+    if isinstance(item, _BytesIO):
+        return item.content
     _refuse(path, f"image {number} as bytes", item)
 
 
@@ -323,6 +364,4 @@ def _truths(path: Path, truths: Any) -> npt.NDArray[np.bool_]:
 
 def _refuse(path: Path, expected: str, got: Any) -> NoReturn:
     kind = type(got).__name__.lstrip("_").lower()
-    raise CorruptRecordError(
-        f"{path}: expected {expected}, got {kind}; this is no verification set, get it again"
-    )
+    raise CorruptRecordError(path=path, expected=expected, got=kind, remedy=_WRITE)
