@@ -13,7 +13,7 @@ from tests.processes import stop_server
 from tests.s3 import S3Server, s3_server
 
 # `make check` tries the same examples every time; `make nightly` tries many others.
-settings.register_profile("check", max_examples=50, deadline=None, derandomize=True)
+settings.register_profile("check", max_examples=30, deadline=None, derandomize=True)
 settings.register_profile("nightly", max_examples=1000, deadline=None, print_blob=True)
 settings.load_profile("check")
 

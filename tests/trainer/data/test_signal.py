@@ -33,7 +33,10 @@ def drawn(faces: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Record
     return join_targets(records, cache, workers=1, folder=folder / "materialised")
 
 
-@pytest.mark.parametrize("signal", ["draws", "hybrid", "group"])
+@pytest.mark.parametrize(
+    "signal",
+    ["draws", *(pytest.param(signal, marks=pytest.mark.nightly) for signal in ("hybrid", "group"))],
+)
 def test_each_signal_teaches(
     drawn: tuple[Records, JoinedTargets], tmp_path: Path, signal: Signal
 ) -> None:
